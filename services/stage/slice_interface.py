@@ -1,0 +1,72 @@
+"""What the worker asks of a slice of a model (design D13); knows neither the executor that computes it nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from noodle.wire import WireTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The tokens of one session in a packed batch; they stand in rows of the packed axis in the order of the spans."""
+
+    session_id: str
+    first_position: int  # position of the span's first token in its session
+    token_count: int
+    reserve_tokens: int  # KV rows this session will ever need; allocated when it is first seen
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Tokens of several sessions for one forward pass: token ids on the first stage, hidden states on the others."""
+
+    spans: tuple[Span, ...]
+    # [rows] rows of the packed axis whose logits are asked for; empty off the last stage
+    logits_rows: npt.NDArray[np.int64]
+        np.int64
+    ]  # [rows] rows of the packed axis whose logits are asked for; empty off the last stage
+    token_ids: npt.NDArray[np.int64] | None = None  # [total_tokens]
+    hidden_states: WireTensor | None = None  # [total_tokens, hidden_size]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceOutput:
+    """`hidden_states` [total_tokens, hidden_size] off the last stage, `logits` [rows, vocab_size] float32 on it."""
+
+    hidden_states: WireTensor | None = None
+    logits: npt.NDArray[np.float32] | None = None
+
+
+class ModelSlice(Protocol):
+    """Layers [start_layer, end_layer) of one model with the KV rows of their sessions."""
+
+    start_layer: int
+    end_layer: int
+    is_first: bool
+    is_last: bool
+    hidden_size: int
+    vocab_size: int
+    dtype: str  # of the hidden states it hands on: float32, float16 or bfloat16
+    weight_bytes: int  # bytes of the tensors it computes with, as held in memory
+    kv_bytes_per_token: int  # of one session, over all its layers
+
+    def forward(self, batch: PackedBatch) -> SliceOutput:
+        """Compute one packed batch and keep its K and V rows.
+
+        Rows before a span's first position must have been computed before; rows that were computed before are
+        computed again into the same place. Raises GenerationFailed when the device runs out of memory.
+        """
+        ...
+
+    def release(self, session_id: str) -> None:
+        """Free the KV rows of a session; one that it does not hold is fine."""
+        ...
+
+    def kv_bytes_held(self) -> int:
+        """Bytes allocated for KV rows of all sessions now."""
+        ...

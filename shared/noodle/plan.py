@@ -1,0 +1,105 @@
+"""The plan, and what it is made of: the model's shape and what each stage says of its machine; values only.
+
+Written once by their owner and read by the others through Valkey: the stage writes MachineReport and StageState,
+the planner ModelShape and Plan (design D14).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+Source = Literal["measured", "assumed", "configured"]  # where a number comes from (design D8)
+
+
+class ModelShape(Struct, frozen=True):
+    """What a planner must know of a model; bytes are as stored in the weight files, per item of `stored_item_bytes`."""
+
+    digest: str  # of config and weights; the same on every machine that serves the same model
+    name: str
+    model_type: str
+    layer_count: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int  # the longest session the plan promises
+    stored_item_bytes: float  # mean bytes of one weight item in the files
+    layer_bytes: tuple[int, ...]  # [layer_count]
+    embedding_bytes: int  # token (and learned position) embeddings: first stage
+    head_bytes: int  # norm and language model head: last stage; a tied head is counted here again
+    kv_items_per_token_per_layer: int  # K and V items of one token in one layer
+
+
+class MachineReport(Struct, frozen=True):
+    """What one stage measured of the machine and device it runs on, for one model."""
+
+    stage_id: int
+    machine: str  # stages with the same machine share its memory
+    url: str  # where the other processes reach this stage
+    boot_id: str
+    noodle_version: str
+    model_digest: str
+    device: str  # "cpu" or "cuda"
+    device_name: str
+    dtype: str
+    threads: int
+    free_bytes: int  # of the memory the slice would live in
+    decode_layer_seconds: float  # one layer, one token
+    prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
+    head_decode_seconds: float  # norm, head and sampling of one row
+    source: Source = "measured"
+
+
+class StageAssignment(Struct, frozen=True):
+    """Layers [start_layer, end_layer) on one stage."""
+
+    stage_id: int
+    machine: str
+    url: str
+    start_layer: int
+    end_layer: int
+    dtype: str
+    weight_bytes: int = 0  # what the planner expects the slice to take
+    decode_seconds: float = 0.0  # predicted for one token
+
+
+class Plan(Struct, frozen=True):
+    """Who computes which layers, in pipeline order; `version` only grows."""
+
+    version: int
+    model_digest: str
+    layer_count: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    stages: tuple[StageAssignment, ...]
+    reason: str = ""  # why this cut, in one sentence
+
+    def index_of(self, stage_id: int) -> int | None:
+        """Where in the pipeline a stage stands, or None when it has no layers in this plan."""
+        return next((index for index, stage in enumerate(self.stages) if stage.stage_id == stage_id), None)
+
+
+StagePhase = Literal["starting", "measuring", "waiting", "loading", "ready", "failed"]
+
+
+class StageState(Struct, frozen=True):
+    """A stage's heartbeat: what it does now, and which plan version it is ready for."""
+
+    stage_id: int
+    machine: str
+    boot_id: str
+    phase: StagePhase
+    detail: str = ""
+    progress: float = 0.0  # of the phase, 0 to 1
+    ready_version: int = 0  # 0 is none
+    kv_budget_bytes: int = 0
+    kv_bytes_per_token: int = 0
+
+
+class PlannerState(Struct, frozen=True):
+    """What the planner does now, for /health and `noodle status`."""
+
+    phase: Literal["starting", "waiting", "planned", "failed"]
+    detail: str = ""
+    plan_version: int = 0

@@ -1,0 +1,82 @@
+"""Frames on a hop: a length-prefixed typed header and raw bytes; pure, and distrusts everything it decodes (design D5).
+
+frame  = frame_bytes u32 | header_bytes u32 | header (msgpack) | body (raw)
+frame_bytes counts everything after itself; integers are little-endian.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from noodle.errors import FrameTooLarge, WireError
+from noodle.messages import HopMessage
+
+LENGTHS = struct.Struct("<II")
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}  # the only dtypes that cross a hop
+MAXIMUM_HEADER_BYTES = 4 << 20
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(HopMessage)
+
+
+@dataclass(frozen=True, slots=True)
+class WireTensor:
+    """A tensor as it crosses a hop: `data` is C-contiguous, little-endian, exactly product(shape) items of `dtype`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+def checked_tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> WireTensor:
+    """The tensor that a header describes, when its dtype is allowed and its bytes are exactly as many as it says."""
+    if dtype not in ITEM_BYTES:
+        raise WireError(f"dtype {dtype!r} is not one of {', '.join(ITEM_BYTES)}.")
+    if any(size < 0 for size in shape):
+        raise WireError(f"shape {list(shape)} has a negative size.")
+    expected_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if data.nbytes != expected_bytes:
+        raise WireError(f"shape {list(shape)} of {dtype} takes {expected_bytes} bytes, but {data.nbytes} came.")
+    return WireTensor(dtype, shape, data)
+
+
+def encode_frame(header: HopMessage, body: bytes | memoryview = b"") -> list[bytes | memoryview]:
+    """The pieces of one frame, to be written one after the other; the body is not copied."""
+    encoded = _encoder.encode(header)
+    body_bytes = body.nbytes if isinstance(body, memoryview) else len(body)
+    return [LENGTHS.pack(4 + len(encoded) + body_bytes, len(encoded)) + encoded, body]
+
+
+def read_frame(read: Callable[[int], bytes], maximum_frame_bytes: int) -> tuple[HopMessage, memoryview] | None:
+    """The next frame from `read`, or None at a clean end of the stream.
+
+    `read(n)` returns n bytes, or fewer only at the end of the stream. Nothing is allocated for a frame before its
+    lengths are found to be within `maximum_frame_bytes`. Raises FrameTooLarge, or WireError for a cut or foreign frame.
+    """
+    lengths = read(LENGTHS.size)
+    if not lengths:
+        return None
+    if len(lengths) < LENGTHS.size:
+        raise WireError(f"the stream ended {len(lengths)} bytes into a frame's lengths.")
+    frame_bytes, header_bytes = LENGTHS.unpack(lengths)
+    if frame_bytes > maximum_frame_bytes or header_bytes > MAXIMUM_HEADER_BYTES:
+        raise FrameTooLarge(
+            f"a frame of {frame_bytes} bytes with a header of {header_bytes} was announced; "
+            f"at most {maximum_frame_bytes} and {MAXIMUM_HEADER_BYTES} are taken."
+        )
+    if frame_bytes < 4 + header_bytes:
+        raise WireError(f"a frame of {frame_bytes} bytes can not hold a header of {header_bytes}.")
+    header = read(header_bytes)
+    body_bytes = frame_bytes - 4 - header_bytes
+    body = read(body_bytes) if body_bytes else b""
+    if len(header) < header_bytes or len(body) < body_bytes:
+        raise WireError(f"the stream ended inside a frame of {frame_bytes} bytes.")
+    try:
+        return _decoder.decode(header), memoryview(body)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"the frame's header is not one of ours: {error}") from error
