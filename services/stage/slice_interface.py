@@ -28,8 +28,6 @@ class PackedBatch:
     spans: tuple[Span, ...]
     # [rows] rows of the packed axis whose logits are asked for; empty off the last stage
     logits_rows: npt.NDArray[np.int64]
-        np.int64
-    ]  # [rows] rows of the packed axis whose logits are asked for; empty off the last stage
     token_ids: npt.NDArray[np.int64] | None = None  # [total_tokens]
     hidden_states: WireTensor | None = None  # [total_tokens, hidden_size]
 
