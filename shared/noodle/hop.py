@@ -1,0 +1,178 @@
+"""The client's end of the direct way over a hop: one streamed POST down, its answer streamed up, one streamed GET of results.
+
+Knows frames and connections, not what is in a step. The server's end is `services/stage/transport.py`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
+
+import msgspec
+
+from noodle.errors import LinkLost, WireError
+from noodle.messages import HopMessage, KeepAlive
+from noodle.wire import encode_frame, read_frame
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_SECONDS = 1.0  # a frame at least this often, both ways
+SILENCE_SECONDS = 3.0  # three missed keep-alives: the other end is lost
+CONNECT_TIMEOUT_SECONDS = 3.0
+SEND_TIMEOUT_SECONDS = 15.0  # back-pressure this long is a loss
+MAXIMUM_ANSWER_BYTES = 32 << 20  # of a frame from a stage back to its caller: no activations among them
+MAXIMUM_REFUSAL_BYTES = 64 << 10
+
+PLAN_VERSION_HEADER = "X-Noodle-Plan-Version"
+COORDINATOR_EPOCH_HEADER = "X-Noodle-Coordinator-Epoch"
+
+
+class _FrameStream:
+    """A connection whose answer is a stream of frames, read by a thread of its own until it ends or is lost."""
+
+    def __init__(
+        self,
+        url: str,
+        cluster_token: str,
+        on_message: Callable[[HopMessage], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.url = url
+        self._token = cluster_token
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._lost = threading.Event()
+        parts = urlsplit(url)
+        self._connection = http.client.HTTPConnection(
+            parts.hostname or "", parts.port or 80, timeout=CONNECT_TIMEOUT_SECONDS
+        )
+
+    def _open(self, method: str, path: str, headers: Mapping[str, str]) -> None:
+        """Connect and read the answer's head; raises LinkLost with what the other end said."""
+        connection = self._connection
+        try:
+            connection.connect()
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A second object for the same connection: reading and writing have timeouts of their own.
+            self._socket = connection.sock.dup()
+            self._socket.settimeout(SEND_TIMEOUT_SECONDS)
+            connection.putrequest(method, path, skip_accept_encoding=True)
+            connection.putheader("Authorization", f"Bearer {self._token}")
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            answer = connection.getresponse()
+            if answer.status != 200:
+                refusal = answer.read(MAXIMUM_REFUSAL_BYTES).decode("utf-8", "replace")
+                raise LinkLost(f"{self.url} refused {path} with {answer.status}: {_message_of(refusal)}")
+            connection.sock.settimeout(SILENCE_SECONDS)
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise LinkLost(f"{self.url} can not be reached: {_reason(error)}.") from error
+        except LinkLost:
+            connection.close()
+            raise
+        self._answer = answer
+        threading.Thread(target=self._read, name=f"read {path}", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while (frame := read_frame(self._answer.read, MAXIMUM_ANSWER_BYTES)) is not None:
+                self._on_message(frame[0])
+            self._lose("the other end closed it")
+        except (OSError, http.client.HTTPException, WireError, ValueError, AttributeError) as error:
+            # ValueError and AttributeError: http.client's file was closed under the read by close()
+            self._lose(_reason(error))
+
+    def _lose(self, reason: str) -> None:
+        """Say once, and only if nobody closed it on purpose, that the connection is gone."""
+        if self._lost.is_set():
+            return
+        self._lost.set()
+        self._shut()
+        self._on_lost(f"{self.url}: {reason}")
+
+    def close(self) -> None:
+        """End the connection on purpose: `on_lost` is not called."""
+        self._lost.set()
+        self._shut()
+
+    def _shut(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            log.debug("%s was already closed", self.url)
+        self._socket.close()
+        self._connection.close()
+
+
+class HopConnection(_FrameStream):
+    """Frames down to the next stage; what it says of itself and of those behind it comes back by `on_message`."""
+
+    def open(self, plan_version: int) -> None:
+        """Open the hop for one plan version; raises LinkLost when the stage is not there or not ready for it."""
+        self._writing = threading.Lock()
+        self._last_sent = time.monotonic()
+        headers = {
+            "Transfer-Encoding": "chunked",
+            "Content-Type": "application/octet-stream",
+            PLAN_VERSION_HEADER: str(plan_version),
+        }
+        self._open("POST", "/hop", headers)
+        threading.Thread(target=self._beat, name="keep alive", daemon=True).start()
+
+    def send(self, header: HopMessage, body: bytes | memoryview = b"") -> None:
+        """Write one frame; blocks while the other end does not read (back-pressure), raises LinkLost when it is gone."""
+        head, body = encode_frame(header, body)
+        body_bytes = body.nbytes if isinstance(body, memoryview) else len(body)
+        start = b"%x\r\n" % (len(head) + body_bytes) + bytes(head)
+        try:
+            with self._writing:
+                if body_bytes < 65536:  # one system call for a small frame
+                    self._socket.sendall(b"".join((start, body, b"\r\n")))
+                else:
+                    self._socket.sendall(start)
+                    self._socket.sendall(body)
+                    self._socket.sendall(b"\r\n")
+                self._last_sent = time.monotonic()
+        except OSError as error:
+            self._lose(_reason(error))
+            raise LinkLost(f"{self.url}: {_reason(error)}") from error
+
+    def _beat(self) -> None:
+        while not self._lost.wait(KEEP_ALIVE_SECONDS / 2):
+            if time.monotonic() - self._last_sent >= KEEP_ALIVE_SECONDS / 2:
+                try:
+                    self.send(KeepAlive())
+                except LinkLost as error:
+                    log.debug("keep-alive not sent: %s", error)
+                    return
+
+
+class ResultsConnection(_FrameStream):
+    """The results of the last stage, by `on_message`."""
+
+    def open(self, plan_version: int, coordinator_epoch: int) -> None:
+        """Take the results of one plan; raises LinkLost when the stage is not there, not last or not ready."""
+        headers = {PLAN_VERSION_HEADER: str(plan_version), COORDINATOR_EPOCH_HEADER: str(coordinator_epoch)}
+        self._open("GET", "/results", headers)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return f"silent for {SILENCE_SECONDS:.0f} seconds"
+    return str(error) or type(error).__name__
+
+
+def _message_of(body: str) -> str:
+    """The message of an error object, or the start of whatever came."""
+    try:
+        decoded = msgspec.json.decode(body)
+        return str(decoded["error"]["message"])
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        return body[:200]

@@ -1,0 +1,82 @@
+"""Every metric of noodle, by service, in base units with bounded labels (a stage, never a session)."""
+
+from __future__ import annotations
+
+from flask import Flask, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from noodle.web import require_token
+
+TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
+REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class CoordinatorMetrics:
+    """What the coordinator counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter("noodle_requests", "Requests by how they ended.", ["outcome"], registry=registry)
+        self.running = Gauge("noodle_requests_running", "Requests being computed.", registry=registry)
+        self.waiting = Gauge("noodle_requests_waiting", "Requests waiting for a place.", registry=registry)
+        self.prompt_tokens = Counter("noodle_prompt_tokens", "Prompt tokens taken in.", registry=registry)
+        self.generated_tokens = Counter("noodle_generation_tokens", "Tokens generated.", registry=registry)
+        self.time_to_first_token = Histogram(
+            "noodle_time_to_first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=REQUEST_SECONDS,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "noodle_inter_token_latency_seconds",
+            "Between two tokens of a request.",
+            buckets=TOKEN_SECONDS,
+            registry=registry,
+        )
+        self.overhead = Histogram(
+            "noodle_step_overhead_seconds",
+            "Of a step's trip, what no stage computed.",
+            buckets=STEP_SECONDS,
+            registry=registry,
+        )
+        self.replays = Counter("noodle_session_replays", "KV caches prefilled again.", ["reason"], registry=registry)
+        self.stage_computed = Histogram(
+            "noodle_stage_computed_seconds",
+            "Computation of one step on a stage.",
+            ["stage"],
+            buckets=STEP_SECONDS,
+            registry=registry,
+        )
+        self.stage_waited = Histogram(
+            "noodle_stage_waited_seconds",
+            "Of a step, from its arrival on a stage to its computation.",
+            ["stage"],
+            buckets=STEP_SECONDS,
+            registry=registry,
+        )
+
+
+class StageMetrics:
+    """What a stage counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.steps = Counter("noodle_stage_steps", "Steps computed.", registry=registry)
+        self.tokens = Counter("noodle_stage_tokens", "Tokens computed.", registry=registry)
+        self.dropped_spans = Counter(
+            "noodle_stage_dropped_spans", "Spans that were old or refused.", ["reason"], registry=registry
+        )
+        self.refused_frames = Counter("noodle_stage_refused_frames", "Frames refused.", ["reason"], registry=registry)
+        self.kv_bytes = Gauge("noodle_stage_kv_bytes", "Bytes of KV rows held.", registry=registry)
+        self.sessions = Gauge("noodle_stage_sessions", "Sessions with KV rows.", registry=registry)
+        self.computed = Histogram(
+            "noodle_stage_step_seconds", "Computation of one step.", buckets=STEP_SECONDS, registry=registry
+        )
+
+
+def install_metrics_route(app: Flask, registry: CollectorRegistry, cluster_token: str) -> None:
+    """`GET /metrics` for whoever has the cluster token."""
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        require_token(cluster_token)
+        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,248 @@
+"""How every noodle service stands behind gunicorn: one process, locked routes, errors as OpenAI's error object.
+
+Knows Flask and gunicorn, but none of the services. The master process imports nothing heavy: the worker makes the app.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import msgspec
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from noodle.config import Address
+from noodle.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    NoodleError,
+    NotAuthenticated,
+    NotFound,
+    PortInUse,
+    StartError,
+    UnsupportedMediaType,
+)
+
+log = logging.getLogger(__name__)
+
+START_REFUSED_EXIT_CODE = 3  # gunicorn's own code for a worker that can not boot: its master ends with it
+GRACE_SECONDS = 10  # from SIGTERM until open requests are cut
+KEEP_CONNECTION_SECONDS = 75  # idle connections between services
+
+
+class Service:
+    """What `serve` runs: `create_app` is called in the worker, `start` after it, `stop` on SIGTERM."""
+
+    name: str
+    bind: Address
+    threads: int
+
+    def create_app(self) -> Flask:
+        """Build the Flask app; raises StartError when it can not start as it is configured."""
+        raise NotImplementedError(f"{type(self).__name__}.create_app is given by each service")
+
+    def start(self) -> None:
+        """Start the service's own threads; returns at once, so that /health answers from the first second."""
+
+    def stop(self) -> None:
+        """Refuse new work and close every long-lived connection; called once, from a thread of its own."""
+
+
+def serve(service: Service) -> None:
+    """Run a service under gunicorn until SIGTERM; a StartError ends the process with one line on stderr."""
+    from gunicorn.app.base import BaseApplication
+
+    refuse_a_port_in_use(service.bind, service.name)
+
+    class Server(BaseApplication):  # type: ignore[misc]  # gunicorn publishes no types
+        def load_config(self) -> None:
+            settings = {
+                "bind": [str(service.bind)],
+                "workers": 1,
+                "worker_class": "gthread",
+                "threads": service.threads,
+                "worker_connections": service.threads + 512,
+                "preload_app": False,  # CUDA and threads do not survive a fork
+                "timeout": 0,  # it watches the main loop only, and a long native call is no fault
+                "graceful_timeout": GRACE_SECONDS,
+                "keepalive": KEEP_CONNECTION_SECONDS,
+                "control_socket_disable": True,  # its default place is not writable in a read-only container
+                "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,  # noqa: S108  # memory, not disk
+                "loglevel": "warning",
+                "proc_name": f"noodle {service.name}",
+                "post_worker_init": lambda _worker: _start_in_worker(service),
+            }
+            for key, value in settings.items():
+                self.cfg.set(key, value)
+
+        def load(self) -> Flask:
+            try:
+                return service.create_app()
+            except StartError as error:
+                end_process(service.name, error)
+
+    Server().run()
+
+
+def _start_in_worker(service: Service) -> None:
+    """Start the service, and make SIGTERM stop it before gunicorn waits for open connections."""
+    gunicorns_handler = signal.getsignal(signal.SIGTERM)
+    stopping = threading.Event()
+
+    def terminate(number: int, frame: Any) -> None:
+        if not stopping.is_set():
+            stopping.set()
+            threading.Thread(target=service.stop, name="stop", daemon=True).start()
+        if callable(gunicorns_handler):
+            gunicorns_handler(number, frame)
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.siginterrupt(signal.SIGTERM, False)
+    service.start()
+
+
+def end_process(name: str, error: BaseException) -> NoReturn:
+    """End this worker and, by its exit code, gunicorn's master; whoever supervises starts the service again."""
+    text = str(error) if isinstance(error, NoodleError) else f"{type(error).__name__}: {error}"
+    print(f"noodle {name}: {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(START_REFUSED_EXIT_CODE)
+
+
+def start_loop(name: str, target: Callable[[], None], service_name: str) -> threading.Thread:
+    """A thread that must not die: when it does, it is logged and the process ends."""
+
+    def run() -> None:
+        try:
+            target()
+        except BaseException as error:
+            log.exception("the %s thread died", name)
+            end_process(service_name, error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def refuse_a_port_in_use(bind: Address, name: str) -> None:
+    """Raise PortInUse when another program listens there; gunicorn alone would try again for seconds."""
+    family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind.host, bind.port))
+        except OSError as error:
+            raise PortInUse(
+                f"The {name} can not listen on {bind}: {error.strerror}.",
+                cure=f"Stop the program that has port {bind.port}, or choose another with "
+                f"NOODLE_{name.upper()}_BIND (NOODLE_{name.upper()}_PORT for `noodle up`).",
+            ) from error
+
+
+def error_response(error: NoodleError) -> Response:
+    """An error as OpenAI's error object, with Retry-After where waiting helps."""
+    response = json_response({"error": error_object(error)}, error.http_status)
+    if error.retry_after_seconds is not None:
+        response.headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.http_status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def error_object(error: NoodleError) -> dict[str, Any]:
+    """`{message, type, param, code}`; the cure is part of the message."""
+    return {"message": str(error), "type": error.error_type, "param": error.param, "code": error.code}
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """A JSON body made by msgspec, which also takes its structs."""
+    return Response(msgspec.json.encode(value), status, mimetype="application/json")
+
+
+def install_error_handlers(app: Flask) -> None:
+    """Every error leaves as OpenAI's error object; one that is nobody's fault but ours is logged with its traceback."""
+
+    @app.errorhandler(NoodleError)
+    def known(error: NoodleError) -> Response:
+        if error.http_status >= 500:
+            log.info("answered %d: %s", error.http_status, error)
+        return error_response(error)
+
+    @app.errorhandler(HTTPException)
+    def from_flask(error: HTTPException) -> Response:
+        translated: NoodleError
+        if error.code == 404:
+            translated = NotFound(f"There is no {request.method} {request.path} here.", cure="See the README's routes.")
+        elif error.code == 405:
+            translated = MethodNotAllowed(f"{request.path} does not take {request.method}.")
+        elif error.code == 413:
+            translated = BodyTooLarge(f"The body is larger than the {request.max_content_length} bytes taken here.")
+        else:
+            translated = InvalidRequest(error.description or error.name)
+            translated.http_status = error.code or 400
+        response = error_response(translated)
+        if error.code == 405 and getattr(error, "valid_methods", None):
+            response.headers["Allow"] = ", ".join(error.valid_methods)  # type: ignore[attr-defined]  # checked above
+        return response
+
+    @app.errorhandler(Exception)
+    def unknown(error: Exception) -> Response:
+        log.exception("%s %s failed", request.method, request.path)
+        return error_response(NoodleError(f"An error inside noodle: {type(error).__name__}.", cure="See its log."))
+
+
+def bearer_token() -> str:
+    """The credential of this request, or an empty text."""
+    scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
+    return credential.strip() if scheme.lower() == "bearer" else ""
+
+
+def require_token(*accepted: str) -> None:
+    """Raise NotAuthenticated unless this request carries one of the accepted, non-empty secrets (constant time)."""
+    given = bearer_token().encode()
+    matches = [hmac.compare_digest(given, secret.encode()) for secret in accepted if secret]
+    if not any(matches):
+        raise NotAuthenticated(
+            "The key or cluster token is missing or wrong.", cure="Send it as `Authorization: Bearer ...`."
+        )
+
+
+def client_has_gone() -> bool:
+    """Whether the client of this request closed its connection; costs one system call and takes no bytes."""
+    connection: socket.socket | None = request.environ.get("gunicorn.socket")
+    if connection is None:  # not under gunicorn: Flask's test client never leaves
+        return False
+    try:
+        readable, _, _ = select.select([connection], [], [], 0)
+        return bool(readable) and connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except (OSError, ValueError):
+        return True
+
+
+def json_body(maximum_bytes: int) -> bytes:
+    """The request's body, which must say that it is JSON (a browser can not send that across sites unasked)."""
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType(
+            f"The body is {request.mimetype or 'of no declared type'}.", cure="Send Content-Type: application/json."
+        )
+    request.max_content_length = maximum_bytes
+    return request.get_data(cache=False)
+
+
+def server_sent_event(value: Any, event: str = "") -> bytes:
+    """One event of a stream; `value` becomes JSON unless it is text already."""
+    data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return (f"event: {event}\n" if event else "").encode() + f"data: {data}\n\n".encode()

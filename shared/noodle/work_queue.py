@@ -1,0 +1,218 @@
+"""Valkey (or Redis) as noodle uses it; the only file with keys in it. Never activations, never weights (design D14).
+
+noodle:plan                     string, the newest Plan as JSON; written by the planner
+noodle:plan:version             counter, the highest plan version ever given out
+noodle:planner                  string, PlannerState, expires
+noodle:stage:<id>:report        string, MachineReport, expires; written by the stage
+noodle:stage:<id>:state         string, StageState, expires: the stage's heartbeat
+noodle:coordinator:leader       string, name of the coordinator that leads, expires: a lease by the server's clock
+noodle:coordinator:epoch        counter, raised by each coordinator that takes the lead
+noodle:request:<id>             string, RequestRecord as JSON, expires some time after its last change
+noodle:request:<id>:tokens      list of token ids generated so far, expires with it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import msgspec
+import redis
+
+from noodle.errors import QueueUnavailable
+from noodle.plan import MachineReport, Plan, PlannerState, StageState
+
+CONNECT_TIMEOUT_SECONDS = 2.0
+ANSWER_TIMEOUT_SECONDS = 3.0
+BEAT_EXPIRES_SECONDS = 4  # three missed beats of one second, and one for the way
+LEASE_SECONDS = 5
+RECORD_EXPIRES_SECONDS = 600
+
+# Renew only what is still ours, in one step on the server.
+RENEW_LEASE = (
+    "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end return 0"
+)
+END_LEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
+
+Value = TypeVar("Value", bound=msgspec.Struct)
+
+
+class RequestRecord(msgspec.Struct, frozen=True):
+    """What is needed to compute a request again from the start (design D2)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: list[str]
+    ignore_eos: bool
+
+
+class WorkQueue:
+    """One client of Valkey; every method raises QueueUnavailable when it does not answer in time."""
+
+    def __init__(self, url: str, password: str) -> None:
+        self._url = url
+        self._redis = redis.Redis.from_url(
+            url,
+            password=password or None,
+            socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            socket_timeout=ANSWER_TIMEOUT_SECONDS,
+            retry=None,  # waiting and trying again is the caller's, who knows what hangs on it
+        )
+
+    def ping(self) -> None:
+        """Return when Valkey answers."""
+        with self._told():
+            self._redis.ping()
+
+    # plans and machines
+
+    def next_plan_version(self) -> int:
+        """A version higher than any before."""
+        with self._told():
+            return int(self._redis.incr("noodle:plan:version"))
+
+    def put_plan(self, plan: Plan) -> None:
+        """Make this the newest plan."""
+        with self._told():
+            self._redis.set("noodle:plan", msgspec.json.encode(plan))
+
+    def plan(self) -> Plan | None:
+        """The newest plan."""
+        return self._get("noodle:plan", Plan)
+
+    def put_planner_state(self, state: PlannerState) -> None:
+        """Say what the planner does."""
+        with self._told():
+            self._redis.set("noodle:planner", msgspec.json.encode(state), ex=BEAT_EXPIRES_SECONDS)
+
+    def planner_state(self) -> PlannerState | None:
+        """What the planner does, None when it has been silent."""
+        return self._get("noodle:planner", PlannerState)
+
+    def put_report(self, report: MachineReport) -> None:
+        """Say what this stage's machine can do; gone when the stage falls silent."""
+        with self._told():
+            key = f"noodle:stage:{report.stage_id}:report"
+            self._redis.set(key, msgspec.json.encode(report), ex=BEAT_EXPIRES_SECONDS)
+
+    def reports(self) -> list[MachineReport]:
+        """The reports of all stages that beat, by stage id."""
+        return sorted(self._all("noodle:stage:*:report", MachineReport), key=lambda report: report.stage_id)
+
+    def put_stage_state(self, state: StageState) -> None:
+        """One beat of a stage's heart."""
+        with self._told():
+            key = f"noodle:stage:{state.stage_id}:state"
+            self._redis.set(key, msgspec.json.encode(state), ex=BEAT_EXPIRES_SECONDS)
+
+    def stage_states(self) -> dict[int, StageState]:
+        """The states of all stages that beat."""
+        return {state.stage_id: state for state in self._all("noodle:stage:*:state", StageState)}
+
+    def forget_stage(self, stage_id: int) -> None:
+        """Take a stage's report and state away: it says goodbye."""
+        with self._told():
+            self._redis.delete(f"noodle:stage:{stage_id}:report", f"noodle:stage:{stage_id}:state")
+
+    # who leads
+
+    def take_lease(self, name: str) -> int | None:
+        """Become the leading coordinator: the new epoch, or None when another one leads."""
+        with self._told():
+            if not self._redis.set("noodle:coordinator:leader", name, nx=True, px=LEASE_SECONDS * 1000):
+                return None
+            return int(self._redis.incr("noodle:coordinator:epoch"))
+
+    def renew_lease(self, name: str) -> bool:
+        """Lead on; False when the lease is no longer ours."""
+        with self._told():
+            return bool(self._redis.eval(RENEW_LEASE, 1, "noodle:coordinator:leader", name, str(LEASE_SECONDS * 1000)))
+
+    def end_lease(self, name: str) -> None:
+        """Stop leading, so that another can at once."""
+        with self._told():
+            self._redis.eval(END_LEASE, 1, "noodle:coordinator:leader", name)
+
+    def leader(self) -> str | None:
+        """The name of the coordinator that leads."""
+        with self._told():
+            name = self._redis.get("noodle:coordinator:leader")
+            return name.decode() if isinstance(name, bytes) else None
+
+    # requests in progress
+
+    def record_request(self, record: RequestRecord, token_ids: Sequence[int] = ()) -> None:
+        """Keep a request; what was kept of it before is replaced."""
+        key = f"noodle:request:{record.request_id}"
+        with self._told():
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.set(key, msgspec.json.encode(record), ex=RECORD_EXPIRES_SECONDS)
+            pipeline.delete(f"{key}:tokens")
+            if token_ids:
+                pipeline.rpush(f"{key}:tokens", *token_ids)
+                pipeline.expire(f"{key}:tokens", RECORD_EXPIRES_SECONDS)
+            pipeline.execute()
+
+    def record_tokens(self, batches: dict[str, list[int]]) -> None:
+        """Append generated tokens to their requests, in one trip."""
+        with self._told():
+            pipeline = self._redis.pipeline(transaction=False)
+            for request_id, token_ids in batches.items():
+                key = f"noodle:request:{request_id}"
+                pipeline.rpush(f"{key}:tokens", *token_ids)
+                pipeline.expire(f"{key}:tokens", RECORD_EXPIRES_SECONDS)
+                pipeline.expire(key, RECORD_EXPIRES_SECONDS)
+            pipeline.execute()
+
+    def forget_request(self, request_id: str) -> None:
+        """Drop the record of a request that has ended."""
+        with self._told():
+            self._redis.delete(f"noodle:request:{request_id}", f"noodle:request:{request_id}:tokens")
+
+    def recorded_request(self, request_id: str) -> tuple[RequestRecord, list[int]] | None:
+        """A request in progress with its tokens so far."""
+        record = self._get(f"noodle:request:{request_id}", RequestRecord)
+        if record is None:
+            return None
+        with self._told():
+            return record, [int(token) for token in self._redis.lrange(f"noodle:request:{request_id}:tokens", 0, -1)]
+
+    def _get(self, key: str, kind: type[Value]) -> Value | None:
+        with self._told():
+            data = self._redis.get(key)
+        return self._decoded(key, data, kind)
+
+    def _all(self, pattern: str, kind: type[Value]) -> list[Value]:
+        with self._told():
+            keys = list(self._redis.scan_iter(match=pattern, count=1000))
+            values = self._redis.mget(keys) if keys else []
+        decoded = (self._decoded(str(key), value, kind) for key, value in zip(keys, values, strict=True))
+        return [value for value in decoded if value is not None]
+
+    def _decoded(self, key: str, data: object, kind: type[Value]) -> Value | None:
+        if not isinstance(data, bytes):
+            return None
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.MsgspecError as error:
+            raise QueueUnavailable(
+                f"Valkey holds something under {key} that is not ours: {error}",
+                cure="Run the same noodle version on every machine, or empty Valkey.",
+            ) from error
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.AuthenticationError as error:
+            raise QueueUnavailable(
+                f"Valkey at {self._url} refuses the password.", cure="Check NOODLE_VALKEY_PASSWORD."
+            ) from error
+        except redis.RedisError as error:
+            raise QueueUnavailable(f"Valkey at {self._url} does not answer: {error}.", retry_after_seconds=2) from error
