@@ -112,9 +112,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_COORDINATOR_BIND", "127.0.0.1:8080", _address, "host:port the coordinator listens on"),
     Variable("NOODLE_PLANNER_BIND", "127.0.0.1:8079", _address, "host:port the planner listens on"),
     Variable("NOODLE_STAGE_BIND", "127.0.0.1:8081", _address, "host:port this stage listens on"),
-    Variable(
-        "NOODLE_ADVERTISE_URL", "", _url, "URL where others reach this stage; empty: http:// and the bind address"
-    ),
+    Variable("NOODLE_ADVERTISE_URL", "", _url, "URL where others reach this stage; empty: the bind address"),
     Variable("NOODLE_VALKEY_URL", "redis://127.0.0.1:6379", _url, "URL of Valkey or Redis"),
     Variable("NOODLE_COORDINATOR_URL", "http://127.0.0.1:8080", _url, "URL the noodle command asks"),
     # locks
@@ -138,11 +136,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_KV_BYTES", "0", _whole(0, 1 << 50), "bytes for KV rows on this stage; 0: half of what is free"),
     # a request
     Variable("NOODLE_MAX_OPEN_REQUESTS", "64", _whole(1, 4096), "requests computed at the same time"),
-    Variable(
-        "NOODLE_MAX_WAITING_REQUESTS", "128", _whole(0, 65536), "requests that may wait for a place; more get 429"
-    ),
+    Variable("NOODLE_MAX_WAITING_REQUESTS", "128", _whole(0, 65536), "requests that may wait; more get 429"),
     Variable("NOODLE_MAX_BODY_BYTES", str(8 << 20), _whole(1024, 1 << 30), "bytes of a request's body; more get 413"),
-    Variable("NOODLE_STEP_TOKENS", "512", _whole(1, 65536), "tokens in one step; longer prompts go in chunks of it"),
+    Variable("NOODLE_STEP_TOKENS", "512", _whole(1, 8192), "tokens in one step; longer prompts go in chunks of it"),
     Variable("NOODLE_RECOVERY_SECONDS", "10", _seconds, "how long an open request waits for a lost stage to return"),
     # where things are kept
     Variable("NOODLE_CACHE_DIR", "~/.cache/noodle", _path, "converted models and measurements; safe to delete"),

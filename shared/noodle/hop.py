@@ -1,4 +1,4 @@
-"""The client's end of the direct way over a hop: one streamed POST down, its answer streamed up, one streamed GET of results.
+"""The client's end of the direct way over a hop: a streamed POST with its answer, a streamed GET of results.
 
 Knows frames and connections, not what is in a step. The server's end is `services/stage/transport.py`.
 """
@@ -47,6 +47,7 @@ class _FrameStream:
         self._on_message = on_message
         self._on_lost = on_lost
         self._lost = threading.Event()
+        self._losing = threading.Lock()
         parts = urlsplit(url)
         self._connection = http.client.HTTPConnection(
             parts.hostname or "", parts.port or 80, timeout=CONNECT_TIMEOUT_SECONDS
@@ -91,9 +92,10 @@ class _FrameStream:
 
     def _lose(self, reason: str) -> None:
         """Say once, and only if nobody closed it on purpose, that the connection is gone."""
-        if self._lost.is_set():
-            return
-        self._lost.set()
+        with self._losing:
+            if self._lost.is_set():
+                return
+            self._lost.set()
         self._shut()
         self._on_lost(f"{self.url}: {reason}")
 
@@ -127,10 +129,10 @@ class HopConnection(_FrameStream):
         threading.Thread(target=self._beat, name="keep alive", daemon=True).start()
 
     def send(self, header: HopMessage, body: bytes | memoryview = b"") -> None:
-        """Write one frame; blocks while the other end does not read (back-pressure), raises LinkLost when it is gone."""
+        """Write one frame; blocks while the other end does not read (back-pressure); LinkLost when it is gone."""
         head, body = encode_frame(header, body)
         body_bytes = body.nbytes if isinstance(body, memoryview) else len(body)
-        start = b"%x\r\n" % (len(head) + body_bytes) + bytes(head)
+        start = b"%x\r\n" % (len(head) + body_bytes) + head
         try:
             with self._writing:
                 if body_bytes < 65536:  # one system call for a small frame

@@ -95,6 +95,9 @@ class StageState(Struct, frozen=True):
     ready_version: int = 0  # 0 is none
     kv_budget_bytes: int = 0
     kv_bytes_per_token: int = 0
+    kv_bytes_held: int = 0
+    sessions: int = 0
+    weight_bytes: int = 0
 
 
 class PlannerState(Struct, frozen=True):

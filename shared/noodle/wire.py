@@ -19,6 +19,7 @@ from noodle.messages import HopMessage
 LENGTHS = struct.Struct("<II")
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}  # the only dtypes that cross a hop
 MAXIMUM_HEADER_BYTES = 4 << 20
+MAXIMUM_STEP_TOKENS = 8192  # rows of one step; with the hidden size it bounds a frame
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(HopMessage)
@@ -45,11 +46,11 @@ def checked_tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> Wire
     return WireTensor(dtype, shape, data)
 
 
-def encode_frame(header: HopMessage, body: bytes | memoryview = b"") -> list[bytes | memoryview]:
-    """The pieces of one frame, to be written one after the other; the body is not copied."""
+def encode_frame(header: HopMessage, body: bytes | memoryview = b"") -> tuple[bytes, bytes | memoryview]:
+    """The two pieces of one frame, to be written one after the other; the body is not copied."""
     encoded = _encoder.encode(header)
     body_bytes = body.nbytes if isinstance(body, memoryview) else len(body)
-    return [LENGTHS.pack(4 + len(encoded) + body_bytes, len(encoded)) + encoded, body]
+    return LENGTHS.pack(4 + len(encoded) + body_bytes, len(encoded)) + encoded, body
 
 
 def read_frame(read: Callable[[int], bytes], maximum_frame_bytes: int) -> tuple[HopMessage, memoryview] | None:

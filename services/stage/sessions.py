@@ -1,0 +1,135 @@
+"""Which tokens of which session this stage has computed, and what to do with a span that comes; pure (design D2).
+
+Per session: spans are applied in position order; older epochs are dropped and counted; rows that exist are computed
+again into the same place; a few early spans are held until the gap before them closes or their time is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from noodle.messages import SpanRefusal, Step, StepSpan
+
+MAXIMUM_EARLY_SPANS = 16  # of one session
+UNLISTED_SECONDS = 5.0  # a session that the coordinator no longer lists is freed after this long
+
+
+@dataclass(slots=True)
+class EarlySpan:
+    """A span whose earlier tokens have not come: a step of its own that waits."""
+
+    step: Step
+    body: memoryview
+    expires_at: float
+
+
+@dataclass(slots=True)
+class StageSession:
+    """What is known of one session: `length` rows of its KV cache are computed."""
+
+    epoch: int
+    listed_at: float
+    length: int = 0
+    early: dict[int, EarlySpan] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Admission:
+    """What to do with a step: `compute` are indexes of its spans, in order."""
+
+    compute: list[int] = field(default_factory=list)
+    refusals: list[SpanRefusal] = field(default_factory=list)
+    restarted: list[str] = field(default_factory=list)  # sessions whose KV rows of an older epoch are to be freed
+    dropped: dict[str, int] = field(default_factory=dict)  # spans by reason
+
+
+class SessionTable:
+    """All sessions of this stage; time is given, never read."""
+
+    def __init__(self, stage_id: int) -> None:
+        self._stage_id = stage_id
+        self._sessions: dict[str, StageSession] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def length(self, session_id: str) -> int:
+        """Computed rows of a session, 0 when it is unknown."""
+        session = self._sessions.get(session_id)
+        return session.length if session else 0
+
+    def admit(self, step: Step, body: memoryview, row_bytes: int, now: float) -> Admission:
+        """Sort a step's spans into computed now, held, refused and dropped; held ones keep a copy of their rows."""
+        admission = Admission()
+        row = 0
+        for index, span in enumerate(step.spans):
+            rows = body[row * row_bytes : (row + span.token_count) * row_bytes]
+            row += span.token_count
+            session = self._sessions.get(span.session_id)
+            if session is not None and span.session_epoch < session.epoch:
+                admission.dropped["old_session_epoch"] = admission.dropped.get("old_session_epoch", 0) + 1
+                continue
+            if session is None or span.session_epoch > session.epoch:
+                if session is not None:
+                    admission.restarted.append(span.session_id)
+                session = self._sessions[span.session_id] = StageSession(span.session_epoch, listed_at=now)
+            if span.first_position <= session.length:
+                admission.compute.append(index)
+            elif len(session.early) < MAXIMUM_EARLY_SPANS:
+                alone = msgspec.structs.replace(
+                    step, spans=[span], shape=[span.token_count, *step.shape[1:]], refusals=[]
+                )
+                session.early[span.first_position] = EarlySpan(alone, memoryview(bytes(rows)), now + step.gap_seconds)
+            else:
+                admission.refusals.append(
+                    self._refusal(span, "too_many_early", f"{MAXIMUM_EARLY_SPANS} spans of this session wait already.")
+                )
+        return admission
+
+    def computed(self, spans: list[StepSpan]) -> list[EarlySpan]:
+        """Note that these spans are computed; returns early ones whose gap this closed, in position order."""
+        ready: list[EarlySpan] = []
+        for span in spans:
+            session = self._sessions[span.session_id]
+            session.length = max(session.length, span.first_position + span.token_count)
+            for position in sorted(session.early):
+                if position <= session.length:
+                    ready.append(session.early.pop(position))
+        return ready
+
+    def failed(self, spans: list[StepSpan]) -> None:
+        """Forget sessions whose rows could not be computed; the coordinator begins them anew or ends them."""
+        for span in spans:
+            self._sessions.pop(span.session_id, None)
+
+    def listed(self, session_ids: list[str], now: float) -> None:
+        """Note that the coordinator still knows these sessions."""
+        for session_id in session_ids:
+            session = self._sessions.get(session_id)
+            if session is not None:
+                session.listed_at = now
+
+    def release(self, session_ids: list[str]) -> list[str]:
+        """Forget these sessions; returns those that were known, so that their KV rows are freed."""
+        return [session_id for session_id in session_ids if self._sessions.pop(session_id, None) is not None]
+
+    def release_all(self) -> list[str]:
+        """Forget every session: another coordinator leads or another plan is computed."""
+        return self.release(list(self._sessions))
+
+    def expire(self, now: float) -> tuple[list[tuple[Step, SpanRefusal]], list[str]]:
+        """Early spans whose time is over, each with its refusal, and sessions that nobody lists any more."""
+        gaps: list[tuple[Step, SpanRefusal]] = []
+        for session in self._sessions.values():
+            for position, early in list(session.early.items()):
+                if early.expires_at <= now:
+                    del session.early[position]
+                    message = f"Tokens {session.length} to {position} of the session never came."
+                    gaps.append((early.step, self._refusal(early.step.spans[0], "position_gap", message)))
+        unlisted = [name for name, session in self._sessions.items() if now - session.listed_at > UNLISTED_SECONDS]
+        return gaps, self.release(unlisted)
+
+    def _refusal(self, span: StepSpan, reason: str, message: str) -> SpanRefusal:
+        return SpanRefusal(span.session_id, span.session_epoch, span.first_position, self._stage_id, reason, message)

@@ -1,0 +1,318 @@
+"""The stage's doors on the direct way: steps come in by POST /hop, results go out by GET /results, both streamed.
+
+Knows frames, connections and the bounds of every buffer; not what a step means. The client's end is `noodle/hop.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from noodle.errors import FrameTooLarge, LinkLost, WireError
+from noodle.hop import KEEP_ALIVE_SECONDS, SILENCE_SECONDS, HopConnection
+from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, LiveSessions, Step, StepResult
+from noodle.plan import Plan
+from noodle.wire import ITEM_BYTES, MAXIMUM_HEADER_BYTES, MAXIMUM_STEP_TOKENS, encode_frame, read_frame
+
+log = logging.getLogger(__name__)
+
+INBOX_FRAMES = 64
+INBOX_BYTES = 256 << 20
+INBOX_FULL_SECONDS = 60.0  # a worker that takes nothing for so long has lost its upstream's patience too
+RESULTS_FRAMES = 256
+RECONNECT_FIRST_SECONDS = 0.1
+RECONNECT_LAST_SECONDS = 1.0
+NO_BODY = memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A message for the worker, and when it came by this process's monotonic clock."""
+
+    message: HopMessage | Callable[[], None]  # a function is run by the worker between two steps
+    body: memoryview
+    arrived_at: float
+
+
+class Inbox:
+    """What waits for the worker, bounded in frames and bytes; a full one holds its writer, and so TCP, back."""
+
+    def __init__(self, maximum_frames: int = INBOX_FRAMES, maximum_bytes: int = INBOX_BYTES) -> None:
+        self._maximum_frames, self._maximum_bytes = maximum_frames, maximum_bytes
+        self._arrivals: deque[Arrival] = deque()
+        self._bytes = 0
+        self._changed = threading.Condition()
+
+    def put(self, message: HopMessage | Callable[[], None], body: memoryview = NO_BODY) -> None:
+        """Add one message; raises TimeoutError when the worker takes nothing for INBOX_FULL_SECONDS."""
+        arrival = Arrival(message, body, time.monotonic())
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._has_room(body.nbytes), INBOX_FULL_SECONDS):
+                raise TimeoutError(f"the stage's worker took nothing for {INBOX_FULL_SECONDS:.0f} seconds")
+            self._arrivals.append(arrival)
+            self._bytes += body.nbytes
+            self._changed.notify_all()
+
+    def take(self, timeout_seconds: float) -> Arrival | None:
+        """The next message, or None when none comes in time."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: bool(self._arrivals), timeout_seconds):
+                return None
+            arrival = self._arrivals.popleft()
+            self._bytes -= arrival.body.nbytes
+            self._changed.notify_all()
+            return arrival
+
+    def _has_room(self, new_bytes: int) -> bool:
+        if not self._arrivals:  # one frame always fits: its own size was bounded before
+            return True
+        return len(self._arrivals) < self._maximum_frames and self._bytes + new_bytes <= self._maximum_bytes
+
+
+class Chain:
+    """This stage and those behind it as told to those before it; every change wakes the hop's answer."""
+
+    def __init__(self, stage_id: int, boot_id: str) -> None:
+        self._own = ChainLink(stage_id, boot_id, 0, False)
+        self._behind: list[ChainLink] = []
+        self._changed = threading.Condition()
+        self._version = 0
+
+    def set_own(self, plan_version: int, next_link_up: bool, detail: str = "") -> None:
+        """What this stage is ready for, and whether its connection to the next one stands."""
+        with self._changed:
+            own = ChainLink(self._own.stage_id, self._own.boot_id, plan_version, next_link_up, detail)
+            if not next_link_up:
+                self._behind = []
+            if own != self._own:
+                self._own = own
+                self._wake()
+
+    def set_behind(self, chain: list[ChainLink]) -> None:
+        """What the next stage said of itself and those behind it."""
+        with self._changed:
+            if chain != self._behind:
+                self._behind = chain
+                self._wake()
+
+    def links(self) -> list[ChainLink]:
+        """This stage first."""
+        with self._changed:
+            return [self._own, *self._behind]
+
+    def wait(self, seen_version: int, timeout_seconds: float) -> int:
+        """Return when the chain differs from what `seen_version` stood for, or when the time is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != seen_version, timeout_seconds)
+            return self._version
+
+    def wake(self) -> None:
+        """Let every waiter look again: a connection has ended."""
+        with self._changed:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._version += 1
+        self._changed.notify_all()
+
+
+def maximum_frame_bytes(hidden_size: int) -> int:
+    """The largest frame that a plan with this hidden size can need."""
+    return MAXIMUM_HEADER_BYTES + MAXIMUM_STEP_TOKENS * hidden_size * max(ITEM_BYTES.values())
+
+
+class HopServer:
+    """Takes the frames of the one process before this stage; a newer connection replaces an older one."""
+
+    def __init__(self, stage_id: int, inbox: Inbox, chain: Chain, on_refused: Callable[[str], None]) -> None:
+        self._stage_id, self._inbox, self._chain = stage_id, inbox, chain
+        self._on_refused = on_refused
+        self._current = 0
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def serve(self, read: Callable[[int], bytes], connection: socket.socket, frame_bytes: int) -> Iterator[bytes]:
+        """The answer of one POST /hop: keep-alives with the chain's state, while a thread reads what comes."""
+        connection.settimeout(SILENCE_SECONDS)
+        with self._lock:
+            self._current += 1
+            mine = self._current
+        self._chain.wake()  # an older connection sees that it is replaced
+        refused: queue.SimpleQueue[HopRefused | None] = queue.SimpleQueue()  # holds one: the reader's last word
+        reader = threading.Thread(
+            target=self._read, args=(read, frame_bytes, refused, mine), name="read hop", daemon=True
+        )
+        reader.start()
+        seen = -1
+        while True:
+            yield _frame(KeepAlive(self._chain.links()))
+            seen = self._chain.wait(seen, KEEP_ALIVE_SECONDS)
+            if not reader.is_alive():
+                last_word = refused.get()
+                if last_word is not None:
+                    yield _frame(last_word)
+                return
+            if self._closed or mine != self._current:
+                return
+
+    def close(self) -> None:
+        """End the connection; the reader ends with its socket."""
+        self._closed = True
+        self._chain.wake()
+
+    def _read(
+        self,
+        read: Callable[[int], bytes],
+        frame_bytes: int,
+        refused: queue.SimpleQueue[HopRefused | None],
+        mine: int,
+    ) -> None:
+        last_word: HopRefused | None = None
+        try:
+            while (frame := read_frame(read, frame_bytes)) is not None:
+                message, body = frame
+                if mine != self._current or self._closed:
+                    break
+                if isinstance(message, Step | LiveSessions):
+                    self._inbox.put(message, body)
+                elif not isinstance(message, KeepAlive):
+                    raise WireError(f"a {type(message).__name__} does not travel down a hop.")
+        except (WireError, TimeoutError) as error:
+            reason = "frame_too_large" if isinstance(error, FrameTooLarge) else "bad_frame"
+            if isinstance(error, TimeoutError):
+                reason = "silence"
+            last_word = HopRefused(self._stage_id, reason, str(error))
+            self._on_refused(reason)
+            log.warning("the hop into stage %d ends: %s (%s)", self._stage_id, error, reason)
+        except Exception as error:  # noqa: BLE001  # gunicorn's own errors of a cut or malformed chunked body
+            self._on_refused("cut")
+            log.info("the hop into stage %d was cut: %s", self._stage_id, error or type(error).__name__)
+        refused.put(last_word)
+        self._chain.wake()
+
+
+class ResultsOutlet:
+    """Hands results to the coordinator that reads them; without one they are dropped: it sends its steps again."""
+
+    def __init__(self) -> None:
+        self._reader: queue.Queue[StepResult | None] | None = None  # of the newest connection
+        self._lock = threading.Lock()
+
+    def put(self, result: StepResult) -> bool:
+        """Queue one result; False when no coordinator takes them."""
+        with self._lock:
+            if self._reader is None:
+                return False
+            try:
+                self._reader.put_nowait(result)
+            except queue.Full:
+                return False
+            return True
+
+    def serve(self, connection: socket.socket) -> Iterator[bytes]:
+        """The answer of one GET /results; a newer connection ends an older one."""
+        connection.settimeout(SILENCE_SECONDS)  # a reader that takes nothing is gone
+        mine: queue.Queue[StepResult | None] = queue.Queue(RESULTS_FRAMES)
+        self._replace(mine)
+        try:
+            yield _frame(KeepAlive())
+            while True:
+                try:
+                    result = mine.get(timeout=KEEP_ALIVE_SECONDS)
+                except queue.Empty:
+                    yield _frame(KeepAlive())
+                    continue
+                if result is None:
+                    return
+                yield _frame(result)
+        finally:
+            with self._lock:
+                if self._reader is mine:
+                    self._reader = None
+
+    def close(self) -> None:
+        """End the connection at once."""
+        self._replace(None)
+
+    def _replace(self, reader: queue.Queue[StepResult | None] | None) -> None:
+        with self._lock:
+            older, self._reader = self._reader, reader
+        if older is not None:
+            with contextlib.suppress(queue.Full):  # a full one is blocked in its socket and ends by its timeout
+                older.put_nowait(None)
+
+
+class NextStageLink:
+    """Keeps the hop to the next stage open, trying again with back-off until it is closed."""
+
+    def __init__(self, plan: Plan, stage_index: int, cluster_token: str, chain: Chain) -> None:
+        self._plan, self._chain, self._token = plan, chain, cluster_token
+        self._url = plan.stages[stage_index + 1].url
+        self._connection: HopConnection | None = None
+        self._lost = threading.Event()
+        self._closed = threading.Event()
+        threading.Thread(target=self._keep_open, name="next stage", daemon=True).start()
+
+    def send(self, message: HopMessage, body: bytes | memoryview = b"") -> bool:
+        """Send one frame on; False when the next stage is not there: the coordinator hears it from the chain."""
+        connection = self._connection
+        if connection is None:
+            return False
+        try:
+            connection.send(message, body)
+        except LinkLost as error:
+            log.warning("not sent on: %s", error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the hop and stop trying."""
+        self._closed.set()
+        self._lost.set()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _keep_open(self) -> None:
+        wait_seconds = RECONNECT_FIRST_SECONDS
+        while not self._closed.is_set():
+            self._lost.clear()
+            connection = HopConnection(self._url, self._token, self._heard, self._when_lost)
+            try:
+                connection.open(self._plan.version)
+            except LinkLost as error:
+                self._chain.set_own(self._plan.version, False, str(error))
+                self._closed.wait(wait_seconds)
+                wait_seconds = min(wait_seconds * 2, RECONNECT_LAST_SECONDS)
+                continue
+            wait_seconds = RECONNECT_FIRST_SECONDS
+            self._connection = connection
+            log.info("the hop to %s stands", self._url)
+            self._chain.set_own(self._plan.version, True)
+            self._lost.wait()
+            self._connection = None
+            connection.close()
+        log.info("the hop to %s is closed", self._url)
+
+    def _heard(self, message: HopMessage) -> None:
+        if isinstance(message, KeepAlive):
+            self._chain.set_behind(message.chain)
+        elif isinstance(message, HopRefused):
+            log.warning("stage %d refused a frame: %s (%s)", message.stage_id, message.message, message.reason)
+
+    def _when_lost(self, reason: str) -> None:
+        log.warning("the hop to the next stage is lost: %s", reason)
+        if not self._closed.is_set():
+            self._chain.set_own(self._plan.version, False, reason)
+        self._lost.set()
+
+
+def _frame(message: HopMessage) -> bytes:
+    head, body = encode_frame(message)
+    return head + bytes(body)

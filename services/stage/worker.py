@@ -1,0 +1,327 @@
+"""The stage's loop: take a step, compute this stage's layers, hand it on. The twin of coordinator/generate.py.
+
+Everything that touches the slice and its sessions happens in this one thread; it knows no connection, only an inbox
+and two outlets, and no text.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from noodle.errors import GenerationFailed, NoodleError, StepRefused, WireError
+from noodle.messages import (
+    LiveSessions,
+    SpanRefusal,
+    SpanResult,
+    StageTiming,
+    Step,
+    StepResult,
+    StepSpan,
+    total_tokens,
+)
+from noodle.metrics import StageMetrics
+from noodle.plan import Plan
+from noodle.wire import ITEM_BYTES, MAXIMUM_STEP_TOKENS, WireTensor, checked_tensor
+from services.stage.sampler import sample
+from services.stage.sessions import SessionTable
+from services.stage.slice_interface import ModelSlice, PackedBatch, Span
+from services.stage.transport import Arrival, Inbox, ResultsOutlet
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.25  # how late an expiry may be noticed
+
+
+class Next(Protocol):
+    """Where hidden states go from here."""
+
+    def send(self, message: Step | LiveSessions, body: memoryview = ...) -> bool:
+        """Hand one frame to the next stage; False when it is not there."""
+        ...
+
+
+@dataclass(slots=True)
+class Role:
+    """What this stage does in one plan."""
+
+    plan: Plan
+    index: int
+    model_slice: ModelSlice
+    next_stage: Next | None  # None on the last stage
+
+    @property
+    def expected_dtype(self) -> str:
+        """Of a step's body as it comes in."""
+        return "int32" if self.index == 0 else self.plan.stages[self.index - 1].dtype
+
+
+class Worker:
+    """Computes steps one after the other; `run` is its thread."""
+
+    def __init__(self, stage_id: int, inbox: Inbox, results: ResultsOutlet, metrics: StageMetrics) -> None:
+        self._stage_id = stage_id
+        self._inbox, self._results, self._metrics = inbox, results, metrics
+        self._sessions = SessionTable(stage_id)
+        self._role: Role | None = None
+        self._coordinator_epoch = 0
+        self._sent_seconds = 0.0
+        self._next_tick = 0.0
+        self._stopping = False
+
+    @property
+    def coordinator_epoch(self) -> int:
+        """Of the newest coordinator this stage has heard."""
+        return self._coordinator_epoch
+
+    @property
+    def session_count(self) -> int:
+        """Sessions with KV rows or early spans."""
+        return len(self._sessions)
+
+    def run(self) -> None:
+        """Take what comes until `stop`."""
+        while not self._stopping:
+            arrival = self._inbox.take(TICK_SECONDS)
+            if arrival is not None:
+                self._take(arrival)
+            now = time.monotonic()
+            if now >= self._next_tick:
+                self._next_tick = now + TICK_SECONDS
+                self._tick(now)
+
+    def stop(self) -> None:
+        """End the loop after the step in progress."""
+        self._inbox.put(lambda: setattr(self, "_stopping", True))
+
+    def install(self, role: Role | None, done: Callable[[], None]) -> None:
+        """Between two steps, compute another plan from now on (None: nothing); all sessions begin anew."""
+
+        def swap() -> None:
+            if self._role is not None:
+                self._release(self._sessions.release_all())
+            self._role = role
+            done()
+
+        self._inbox.put(swap)
+
+    def _take(self, arrival: Arrival) -> None:
+        if isinstance(arrival.message, Step):
+            self._take_step(arrival.message, arrival.body, arrival.arrived_at)
+        elif isinstance(arrival.message, LiveSessions):
+            self._take_live_sessions(arrival.message)
+        elif callable(arrival.message):
+            arrival.message()
+
+    def _take_step(self, step: Step, body: memoryview, arrived_at: float) -> None:
+        role = self._role
+        if role is None or not self._is_current(role, step.plan_version, step.coordinator_epoch):
+            self._metrics.dropped_spans.labels("old_plan_or_epoch").inc(len(step.spans) or 1)
+            return
+        try:
+            self._check(role, step, body)
+        except (StepRefused, WireError) as error:
+            reason = error.reason if isinstance(error, StepRefused) else "bad_tensor"
+            log.warning("step %d refused: %s (%s)", step.step_id, error, reason)
+            self._refuse(role, step, step.spans, reason, str(error))
+            return
+        row_bytes = ITEM_BYTES[step.dtype] * (role.plan.hidden_size if role.index else 1)
+        admission = self._sessions.admit(step, body, row_bytes, time.monotonic())
+        for session_id in admission.restarted:
+            role.model_slice.release(session_id)
+        for reason, count in admission.dropped.items():
+            self._metrics.dropped_spans.labels(reason).inc(count)
+        if len(admission.compute) < len(step.spans):
+            step, body = _only(step, body, row_bytes, admission.compute)
+        if admission.refusals:
+            self._count_refusals(admission.refusals)
+            step = msgspec.structs.replace(step, refusals=[*step.refusals, *admission.refusals])
+        if step.spans:
+            self._compute(role, step, body, arrived_at)
+        elif step.refusals:
+            self._pass_on_refusals(role, step)
+
+    def _compute(self, role: Role, step: Step, body: memoryview, arrived_at: float) -> None:
+        """Compute spans that are all in order, hand them on, then those that waited for them."""
+        started = time.monotonic()
+        is_last = role.next_stage is None
+        try:
+            output = role.model_slice.forward(_packed(role, step, body, is_last))
+            results = self._sampled(step, output.logits) if is_last else []
+        except Exception as error:  # one step's fault must not end the stage for all others
+            known = isinstance(error, NoodleError)
+            if not known:
+                log.exception("step %d could not be computed", step.step_id)
+            message = str(error) if known else f"{type(error).__name__}: {error}"
+            self._sessions.failed(step.spans)
+            self._release([span.session_id for span in step.spans])
+            self._refuse(role, step, step.spans, "computation_failed", f"On stage {self._stage_id}: {message}"[:1900])
+            return
+        finished = time.monotonic()
+        timing = StageTiming(self._stage_id, started - arrived_at, finished - started, self._sent_seconds)
+        timings = [*step.timings, timing]
+        if role.next_stage is None:
+            self._answer(step, results, step.refusals, timings)
+        elif output.hidden_states is not None:
+            hidden = output.hidden_states
+            onward = msgspec.structs.replace(step, dtype=hidden.dtype, shape=list(hidden.shape), timings=timings)
+            if not role.next_stage.send(onward, hidden.data):
+                self._metrics.dropped_spans.labels("next_stage_down").inc(len(step.spans))
+        self._sent_seconds = time.monotonic() - finished
+        self._metrics.computed.observe(finished - started)
+        self._metrics.steps.inc()
+        self._metrics.tokens.inc(total_tokens(step))
+        for early in self._sessions.computed(step.spans):
+            self._compute(role, early.step, early.body, time.monotonic())
+
+    def _sampled(
+        self, step: Step, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None
+    ) -> list[SpanResult]:
+        """One result a span, with the token drawn where one was asked for (design D3)."""
+        results = []
+        row = 0
+        for span in step.spans:
+            token_id: int | None = None
+            logprob: float | None = None
+            if span.sampling is not None:
+                if logits is None:
+                    raise GenerationFailed("The slice gave no logits for a step that asks for tokens.")
+                position = span.first_position + span.token_count
+                token_id, logprob = sample(logits[row], span.sampling, position, with_logprob=span.logprob)
+                row += 1
+            results.append(
+                SpanResult(
+                    span.session_id, span.session_epoch, span.first_position, span.token_count, token_id, logprob
+                )
+            )
+        return results
+
+    def _take_live_sessions(self, live: LiveSessions) -> None:
+        role = self._role
+        if role is None or not self._is_current(role, live.plan_version, live.coordinator_epoch):
+            return
+        self._sessions.listed(live.sessions, time.monotonic())
+        self._sessions.release(live.released)
+        self._release(live.released)
+        if role.next_stage is not None:
+            role.next_stage.send(live)
+
+    def _is_current(self, role: Role, plan_version: int, coordinator_epoch: int) -> bool:
+        """Whether a message belongs to this plan and the leading coordinator; a newer coordinator starts afresh."""
+        if plan_version != role.plan.version or coordinator_epoch < self._coordinator_epoch:
+            return False
+        if coordinator_epoch > self._coordinator_epoch:
+            if self._coordinator_epoch:
+                log.info("coordinator epoch %d follows %d", coordinator_epoch, self._coordinator_epoch)
+            self._coordinator_epoch = coordinator_epoch
+            self._release(self._sessions.release_all())
+        return True
+
+    def _check(self, role: Role, step: Step, body: memoryview) -> None:
+        """Distrust everything (design D5): dtype, shape, length, positions and token ids against the plan."""
+        if step.dtype != role.expected_dtype:
+            raise StepRefused(
+                f"The step's dtype is {step.dtype}, this stage takes {role.expected_dtype}.", reason="wrong_dtype"
+            )
+        tokens = total_tokens(step)
+        expected = [tokens] if role.index == 0 else [tokens, role.plan.hidden_size]
+        if step.shape != expected or tokens > MAXIMUM_STEP_TOKENS:
+            raise StepRefused(
+                f"The step's shape is {step.shape}, its spans ask for {expected} (at most {MAXIMUM_STEP_TOKENS} tokens).",
+                reason="wrong_shape",
+            )
+        tensor = checked_tensor(step.dtype, tuple(step.shape), body)
+        for span in step.spans:
+            end = span.first_position + span.token_count
+            if span.reserve_tokens > role.plan.context_length or end > span.reserve_tokens:
+                raise StepRefused(
+                    f"A span ends at position {end} of a session of {span.reserve_tokens} tokens; "
+                    f"the context is {role.plan.context_length}.",
+                    reason="wrong_position",
+                )
+        if role.index == 0 and tokens:
+            token_ids = np.frombuffer(tensor.data, np.int32)
+            if int(token_ids.min()) < 0 or int(token_ids.max()) >= role.plan.vocab_size:
+                raise StepRefused(
+                    f"A token id is outside the vocabulary of {role.plan.vocab_size}.", reason="wrong_token"
+                )
+
+    def _refuse(self, role: Role, step: Step, spans: list[StepSpan], reason: str, message: str) -> None:
+        """Send spans on as refused, so that the coordinator hears of it with the results."""
+        refusals = [
+            SpanRefusal(
+                span.session_id, span.session_epoch, span.first_position, self._stage_id, reason, message[:1990]
+            )
+            for span in spans
+        ]
+        self._count_refusals(refusals)
+        self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[*step.refusals, *refusals]))
+
+    def _pass_on_refusals(self, role: Role, step: Step) -> None:
+        if role.next_stage is None:
+            self._answer(step, [], step.refusals, step.timings)
+            return
+        dtype = role.plan.stages[role.index].dtype
+        empty = msgspec.structs.replace(step, spans=[], dtype=dtype, shape=[0, role.plan.hidden_size])
+        role.next_stage.send(empty)
+
+    def _answer(
+        self, step: Step, results: list[SpanResult], refusals: list[SpanRefusal], timings: list[StageTiming]
+    ) -> None:
+        result = StepResult(step.step_id, step.plan_version, step.coordinator_epoch, results, refusals, timings)
+        if not self._results.put(result):
+            self._metrics.dropped_spans.labels("no_reader_of_results").inc(len(results) or 1)
+
+    def _tick(self, now: float) -> None:
+        gaps, unlisted = self._sessions.expire(now)
+        self._release(unlisted)
+        if unlisted:
+            log.info("freed %d sessions that the coordinator no longer lists", len(unlisted))
+        role = self._role
+        if role is None:
+            return
+        for step, refusal in gaps:
+            self._count_refusals([refusal])
+            self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[refusal]))
+        self._metrics.kv_bytes.set(role.model_slice.kv_bytes_held())
+        self._metrics.sessions.set(len(self._sessions))
+
+    def _release(self, session_ids: list[str]) -> None:
+        if self._role is not None:
+            for session_id in session_ids:
+                self._role.model_slice.release(session_id)
+
+    def _count_refusals(self, refusals: list[SpanRefusal]) -> None:
+        for refusal in refusals:
+            self._metrics.dropped_spans.labels(refusal.reason).inc()
+
+
+def _packed(role: Role, step: Step, body: memoryview, is_last: bool) -> PackedBatch:
+    """The step as the slice takes it; logits are asked for the last row of each span that wants a token."""
+    spans, rows, end = [], [], 0
+    for span in step.spans:
+        spans.append(Span(span.session_id, span.first_position, span.token_count, span.reserve_tokens))
+        end += span.token_count
+        if is_last and span.sampling is not None:
+            rows.append(end - 1)
+    token_ids = np.frombuffer(body, np.int32).astype(np.int64) if role.index == 0 else None
+    hidden = None if role.index == 0 else WireTensor(step.dtype, tuple(step.shape), body)
+    return PackedBatch(tuple(spans), np.array(rows, np.int64), token_ids, hidden)
+
+
+def _only(step: Step, body: memoryview, row_bytes: int, indexes: list[int]) -> tuple[Step, memoryview]:
+    """The step with only some of its spans, and their rows."""
+    parts, row, chosen = [], 0, set(indexes)
+    for index, span in enumerate(step.spans):
+        if index in chosen:
+            parts.append(body[row * row_bytes : (row + span.token_count) * row_bytes])
+        row += span.token_count
+    spans = [step.spans[index] for index in indexes]
+    shape = [sum(span.token_count for span in spans), *step.shape[1:]]
+    return msgspec.structs.replace(step, spans=spans, shape=shape), memoryview(b"".join(parts))
