@@ -1,0 +1,62 @@
+# The commands of this repository. `make` alone lists them; each says in its remark what it does.
+#
+# `setup` is a stamp file: it runs again only when a lock or pyproject.toml changed.
+
+VENV := .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RUNTIME_STAMP := $(VENV)/.noodle-runtime
+DEV_STAMP := $(VENV)/.noodle-dev
+UV_VERSION := 0.13.9
+LOCK := $(VENV)/bin/uv pip compile pyproject.toml --extra control --extra stage --extra up \
+	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command "make lock" --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev run test check measure lock clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(RUNTIME_STAMP) ## install what runs noodle into .venv
+
+setup-dev: $(DEV_STAMP) ## install what tests it as well
+
+run: setup ## set up, then start noodle on this machine (Ctrl-C stops it)
+	$(VENV)/bin/noodle up
+
+test: setup-dev ## run all tests
+	$(VENV)/bin/python -m pytest
+
+check: setup-dev ## lint, format, types, unit and contract tests: what a change must pass
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest tests/unit tests/contract
+
+measure: setup-dev ## measure, and write the tables into docs/measurements.md
+	$(VENV)/bin/python -m tests.measure
+
+lock: $(DEV_STAMP) ## resolve both lock files anew, keeping the versions that still fit
+	$(VENV)/bin/python -m pip install --quiet uv==$(UV_VERSION)
+	$(LOCK) --output-file requirements.lock
+	$(LOCK) --extra dev --output-file requirements-dev.lock
+
+clean: ## remove the virtual environment and every cache of the tools (not the model cache)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "noodle needs Python 3.11 or newer, and none is on PATH." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "noodle needs Python 3.11 or newer; $(PYTHON) is $$("$(PYTHON)" --version 2>&1)." >&2; \
+		echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(RUNTIME_STAMP): requirements.lock pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	@touch $@
+
+$(DEV_STAMP): requirements-dev.lock $(RUNTIME_STAMP)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.lock
+	@touch $@
