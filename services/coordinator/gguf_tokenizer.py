@@ -1,0 +1,187 @@
+"""Makes tokenizer.json and its companions from a GGUF file's metadata; knows byte-level BPE, and nothing of weights.
+
+A GGUF names how text is cut before merging by one word, `tokenizer.ggml.pre`. Each word below was checked against the
+tokenizer.json its models were trained with; an unknown word is refused, because a wrong cut gives other tokens without
+any error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from noodle.errors import UnsupportedModel
+
+CONTROL_TOKEN = 3  # special: never split, left out of decoded text
+USER_DEFINED_TOKEN = 4  # never split, but text like any other
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+KNOWN_PRE_TOKENIZERS = ("smollm", "gpt-2", *LLAMA3_NAMES, "qwen2")
+
+
+def write_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json into `folder`.
+
+    `metadata` holds a GGUF's `tokenizer.*` values as plain Python values. Raises UnsupportedModel for a tokenizer that
+    is not byte-level BPE with a known way of cutting.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise UnsupportedModel(
+            "The GGUF file holds no tokenizer (tokenizer.ggml.tokens is missing).",
+            cure="Take a file of the whole model, not one of its parts.",
+        )
+    tokenizer = build_tokenizer(metadata)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    special = _special_tokens(metadata, tokens)
+    tokenizer_config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+        **{name: tokens[token_id] for name, token_id in special.items()},
+    }
+    if "tokenizer.chat_template" in metadata:
+        tokenizer_config["chat_template"] = metadata["tokenizer.chat_template"]
+    _write_json(folder / "tokenizer_config.json", tokenizer_config)
+    _write_json(folder / "generation_config.json", generation_ids(metadata))
+
+
+def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that `metadata` describes, complete with added tokens and BOS rule."""
+    model_kind = metadata.get("tokenizer.ggml.model")
+    if model_kind != "gpt2":
+        raise UnsupportedModel(
+            f"The GGUF file's tokenizer is of kind {model_kind!r}; only byte-level BPE (gpt2) is read here.",
+            cure="Convert it where torch is installed: noodle convert FILE FOLDER",
+        )
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise UnsupportedModel(
+            f"The GGUF file's tokenizer has {len(tokens) - len(vocabulary)} tokens twice.",
+            cure="Take another GGUF file of this model, or its safetensors.",
+        )
+    pre_name = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    merges = _merges(metadata.get("tokenizer.ggml.merges"))
+    # llama 3's vocabulary holds words that no sequence of its merges reaches
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre_name in LLAMA3_NAMES))
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre_name)
+    if pre_name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = _post_processor(metadata, tokens)
+    types: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or [0] * len(tokens)
+    by_type = list(zip(tokens, types, strict=True))
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token, kind in by_type if kind == CONTROL_TOKEN]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token, normalized=False, special=False) for token, kind in by_type if kind == USER_DEFINED_TOKEN]
+    )
+    return tokenizer
+
+
+def generation_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids that start, end and fill a generation, under transformers' names; an absent one is left out."""
+    ids: dict[str, Any] = {}
+    if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
+        ids["bos_token_id"] = bos
+    # a chat turn may end with another token than a text does (llama 3): both end a generation
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    known_ends = list(dict.fromkeys(end for end in ends if end is not None))
+    if known_ends:
+        ids["eos_token_id"] = known_ends[0] if len(known_ends) == 1 else known_ends
+    if (padding := metadata.get("tokenizer.ggml.padding_token_id")) is not None:
+        ids["pad_token_id"] = padding
+    return ids
+
+
+def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "smollm":
+        # each digit stands alone before words are cut, so spaces before a number stay together
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    if name in LLAMA3_NAMES or name == "qwen2":
+        split = QWEN2_SPLIT if name == "qwen2" else LLAMA3_SPLIT
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    raise UnsupportedModel(
+        f"The GGUF file's tokenizer cuts text as {name!r}; known here: {', '.join(KNOWN_PRE_TOKENIZERS)}.",
+        cure="Convert it where torch is installed (noodle convert FILE FOLDER), or take the model's safetensors.",
+    )
+
+
+def _post_processor(metadata: Mapping[str, Any], tokens: list[str]) -> processors.PostProcessor:
+    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    if not metadata.get("tokenizer.ggml.add_bos_token", False) or bos_id is None:
+        return processors.ByteLevel(trim_offsets=False)
+    bos = _token_at(tokens, bos_id)
+    # Sequence: ByteLevel sees to offsets, the template puts BOS in front
+    return processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
+            ),
+        ]
+    )
+
+
+def _merges(lines: Any) -> list[tuple[str, str]]:
+    if not isinstance(lines, list):
+        raise UnsupportedModel(
+            "The GGUF file's tokenizer has no merges (tokenizer.ggml.merges is missing).",
+            cure="Take another GGUF file of this model, or its safetensors.",
+        )
+    pairs = [tuple(line.split(" ", 1)) for line in lines]
+    broken = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None)
+    if broken is not None:
+        raise UnsupportedModel(
+            f"The GGUF file's tokenizer has a merge that is not two tokens: {broken!r}.",
+            cure="Take another GGUF file of this model, or its safetensors.",
+        )
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def _special_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    present = {name: token_id for name, token_id in found.items() if token_id is not None}
+    for token_id in present.values():
+        _token_at(tokens, token_id)
+    return present
+
+
+def _token_at(tokens: list[str], token_id: int) -> str:
+    if not 0 <= token_id < len(tokens):
+        raise UnsupportedModel(
+            f"The GGUF file names token {token_id} as special, but has only {len(tokens)} tokens.",
+            cure="Take another GGUF file of this model, or its safetensors.",
+        )
+    return tokens[token_id]
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
