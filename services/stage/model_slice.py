@@ -1,0 +1,166 @@
+"""A slice computed by transformers' own modules with noodle's KV rows (design D4); knows tensors, not the network.
+
+One thread at a time computes with a slice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from noodle.errors import GenerationFailed, WireError
+from noodle.wire import WireTensor
+from services.stage import packed_attention
+from services.stage.kv_cache import KvCache
+from services.stage.model_cut import base_model_of
+from services.stage.packed_attention import AttentionSpan, StepSpans
+from services.stage.slice_interface import PackedBatch, SliceOutput, Span
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
+
+
+class TransformersSlice:
+    """Layers [start_layer, end_layer) of one model; a `ModelSlice` (slice_interface.py)."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        start_layer: int,
+        end_layer: int,
+        layer_count: int,
+        device: str,
+        bytes_read: int,
+        kv_budget_bytes: int | None = None,
+    ) -> None:
+        self.start_layer = start_layer
+        self.end_layer = end_layer
+        self.is_first = start_layer == 0
+        self.is_last = end_layer == layer_count
+        self.hidden_size = int(model.config.hidden_size)
+        self.vocab_size = int(model.config.vocab_size)
+        self.bytes_read = bytes_read  # from disk, as stored there
+        self._model = model
+        self._base = base_model_of(model)
+        self._device = torch.device(device)
+        self._torch_dtype: torch.dtype = model.dtype
+        self.dtype = _NAMES[self._torch_dtype]
+        tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._step_spans = StepSpans()
+        packed_attention.attach(model, self._step_spans)
+        self._cache = KvCache()
+        self.kv_bytes_per_token = self._measured_kv_bytes_per_token()
+        self._cache = KvCache(kv_budget_bytes, self.kv_bytes_per_token)
+
+    def forward(self, batch: PackedBatch) -> SliceOutput:
+        """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
+        attention_spans = self._attention_spans(batch.spans)
+        self._step_spans.spans = attention_spans
+        try:
+            with torch.inference_mode():
+                output = self._compute(batch, attention_spans[-1].end)
+        except torch.OutOfMemoryError as error:
+            raise GenerationFailed(
+                f"{self._device} ran out of memory in a step of {attention_spans[-1].end} tokens.",
+                cure="Give this stage fewer layers (NOODLE_SPLIT), less KV cache (NOODLE_KV_BYTES) or smaller steps "
+                "(NOODLE_STEP_TOKENS).",
+            ) from error
+        finally:
+            self._step_spans.spans = []
+        for span in attention_spans:
+            span.rows.length = max(span.rows.length, span.first_position + span.end - span.begin)
+        return output
+
+    def release(self, session_id: str) -> None:
+        """Free the KV rows of a session; one that it does not hold is fine."""
+        self._cache.release(session_id)
+
+    def kv_bytes_held(self) -> int:
+        """Bytes allocated for KV rows of all sessions now."""
+        return self._cache.bytes_held()
+
+    def set_kv_budget(self, budget_bytes: int | None) -> None:
+        """The most bytes that sessions may reserve from now on; None is no bound."""
+        self._cache.budget_bytes = budget_bytes
+
+    def _attention_spans(self, spans: tuple[Span, ...]) -> list[AttentionSpan]:
+        """Where each session's rows are in the packed axis and in the cache; nothing is reserved if one is refused."""
+        attention_spans: list[AttentionSpan] = []
+        opened: list[str] = []
+        begin = 0
+        try:
+            for span in spans:
+                if not self._cache.holds(span.session_id):
+                    opened.append(span.session_id)
+                rows = self._cache.open(span.session_id, span.reserve_tokens)
+                self._cache.check_span(span.session_id, rows, span.first_position, span.token_count)
+                attention_spans.append(AttentionSpan(rows, begin, begin + span.token_count, span.first_position))
+                begin += span.token_count
+        except Exception:
+            for session_id in opened:
+                self._cache.release(session_id)
+            raise
+        return attention_spans
+
+    def _compute(self, batch: PackedBatch, total_tokens: int) -> SliceOutput:
+        inputs = self._inputs(batch, total_tokens)
+        inputs["position_ids"] = self._position_ids(batch.spans)
+        inputs["use_cache"] = False
+        if self.is_last and len(batch.logits_rows):
+            rows = torch.from_numpy(batch.logits_rows).to(self._device)
+            logits = self._model(**inputs, logits_to_keep=rows).logits[0]
+            return SliceOutput(logits=logits.float().cpu().numpy())
+        hidden_states = self._base(**inputs).last_hidden_state[0]
+        if self.is_last:
+            return SliceOutput(logits=np.empty((0, self.vocab_size), np.float32))
+        return SliceOutput(hidden_states=to_wire(hidden_states))
+
+    def _inputs(self, batch: PackedBatch, total_tokens: int) -> dict[str, Any]:
+        if self.is_first and batch.token_ids is not None:
+            return {"input_ids": torch.from_numpy(batch.token_ids).to(self._device)[None]}
+        if batch.hidden_states is None:
+            raise WireError("a stage that is not the first computes with hidden states, and none came.")
+        if batch.hidden_states.shape != (total_tokens, self.hidden_size):
+            raise WireError(
+                f"hidden states of shape {list(batch.hidden_states.shape)} came for {total_tokens} tokens of "
+                f"hidden size {self.hidden_size}."
+            )
+        hidden_states = from_wire(batch.hidden_states).to(self._device, self._torch_dtype)
+        return {"inputs_embeds": hidden_states[None]}
+
+    def _position_ids(self, spans: tuple[Span, ...]) -> torch.Tensor:
+        positions = np.concatenate(
+            [np.arange(span.first_position, span.first_position + span.token_count) for span in spans]
+        )
+        return torch.from_numpy(positions)[None].to(self._device)
+
+    def _measured_kv_bytes_per_token(self) -> int:
+        """What one token of one session takes in all layers, learnt by computing one."""
+        span = Span("warm-up", first_position=0, token_count=1, reserve_tokens=1)
+        no_rows = np.zeros(0, np.int64)
+        if self.is_first:
+            batch = PackedBatch((span,), no_rows, token_ids=np.zeros(1, np.int64))
+        else:
+            zeros = torch.zeros(1, self.hidden_size, dtype=self._torch_dtype)
+            batch = PackedBatch((span,), no_rows, hidden_states=to_wire(zeros))
+        self.forward(batch)
+        return self.kv_bytes_held()
+
+
+def to_wire(tensor: torch.Tensor) -> WireTensor:
+    """A tensor as it crosses a hop; on a CPU its bytes are not copied."""
+    tensor = tensor.detach().cpu().contiguous()
+    data = tensor.view(torch.uint8).numpy().data.cast("B")
+    return WireTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+
+def from_wire(tensor: WireTensor) -> torch.Tensor:
+    """A tensor on the CPU from what crossed a hop."""
+    data = tensor.data
+    # torch shares memory only with buffers it may write to
+    buffer = bytearray(data) if data.readonly else data
+    return torch.frombuffer(buffer, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
