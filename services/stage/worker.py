@@ -233,7 +233,7 @@ class Worker:
         expected = [tokens] if role.index == 0 else [tokens, role.plan.hidden_size]
         if step.shape != expected or tokens > MAXIMUM_STEP_TOKENS:
             raise StepRefused(
-                f"The step's shape is {step.shape}, its spans ask for {expected} (at most {MAXIMUM_STEP_TOKENS} tokens).",
+                f"The step has shape {step.shape}, its spans ask for {expected}; {MAXIMUM_STEP_TOKENS} tokens at most.",
                 reason="wrong_shape",
             )
         tensor = checked_tensor(step.dtype, tuple(step.shape), body)

@@ -33,6 +33,7 @@ from noodle.errors import (
     StartError,
     UnsupportedMediaType,
 )
+from noodle.logs import configure_logs
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Service:
     name: str
     bind: Address
     threads: int
+    log_format = "pretty"
 
     def create_app(self) -> Flask:
         """Build the Flask app; raises StartError when it can not start as it is configured."""
@@ -93,6 +95,16 @@ def serve(service: Service) -> None:
                 end_process(service.name, error)
 
     Server().run()
+
+
+def run_service(name: str, make: Callable[[], Service]) -> None:
+    """Configure, then serve; whatever stops the start is one line on stderr and exit code 3."""
+    try:
+        service = make()
+        configure_logs(name, service.log_format)
+        serve(service)
+    except StartError as error:
+        end_process(name, error)
 
 
 def _start_in_worker(service: Service) -> None:
@@ -208,11 +220,16 @@ def bearer_token() -> str:
     return credential.strip() if scheme.lower() == "bearer" else ""
 
 
-def require_token(*accepted: str) -> None:
-    """Raise NotAuthenticated unless this request carries one of the accepted, non-empty secrets (constant time)."""
+def has_token(*accepted: str) -> bool:
+    """Whether this request carries one of the accepted, non-empty secrets; takes the same time for every wrong one."""
     given = bearer_token().encode()
     matches = [hmac.compare_digest(given, secret.encode()) for secret in accepted if secret]
-    if not any(matches):
+    return any(matches)
+
+
+def require_token(*accepted: str) -> None:
+    """Raise NotAuthenticated unless this request carries one of the accepted secrets."""
+    if not has_token(*accepted):
         raise NotAuthenticated(
             "The key or cluster token is missing or wrong.", cure="Send it as `Authorization: Bearer ...`."
         )

@@ -1,0 +1,8 @@
+"""Runs a stage: `python -m services.stage`, told everything by its environment."""
+
+from noodle.config import process_environment, stage_config
+from noodle.web import run_service
+from services.stage.app import StageService
+
+if __name__ == "__main__":
+    run_service("stage", lambda: StageService(stage_config(process_environment())))

@@ -1,0 +1,118 @@
+"""The stage's routes; every one but the bare /health wants the cluster token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flask import Flask, Response, request
+from prometheus_client import CollectorRegistry
+
+from noodle import __version__
+from noodle.config import StageConfig
+from noodle.errors import Conflict, InvalidRequest
+from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
+from noodle.metrics import install_metrics_route
+from noodle.web import Service, has_token, install_error_handlers, json_response, require_token, start_loop
+from noodle.work_queue import WorkQueue
+from services.stage.lifecycle import Lifecycle, new_boot_id
+from services.stage.stage import Stage
+from services.stage.transport import maximum_frame_bytes
+
+STAGE_THREADS = 32  # one hop, one reader of results, and room for /health, /metrics and strangers who get a 401
+STREAM_TYPE = "application/octet-stream"
+
+
+def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry: CollectorRegistry) -> Flask:
+    """The routes over an already wired stage."""
+    app = Flask("noodle.stage")
+    install_error_handlers(app)
+    install_metrics_route(app, registry, config.cluster_token)
+
+    @app.get("/health")
+    def health() -> Response:
+        state = lifecycle.state
+        answer: dict[str, Any] = {"service": "stage", "status": _status_of(state.phase)}
+        if has_token(config.cluster_token):  # a stranger sees only that something is alive
+            answer |= {
+                "version": __version__,
+                "stage_id": config.stage_id,
+                "machine": config.machine,
+                "detail": state.detail,
+                "progress": state.progress,
+                "state": state,
+                "chain": stage.chain.links(),
+            }
+        return json_response(answer, 503 if state.phase == "failed" else 200)
+
+    @app.post("/hop")
+    def hop() -> Response:
+        require_token(config.cluster_token)
+        role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
+        frames = stage.hops.serve(
+            request.environ["wsgi.input"].read,
+            request.environ["gunicorn.socket"],
+            maximum_frame_bytes(role.plan.hidden_size),
+        )
+        return _stream(frames)
+
+    @app.get("/results")
+    def results() -> Response:
+        require_token(config.cluster_token)
+        role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
+        if role.next_stage is not None:
+            raise Conflict(f"Stage {config.stage_id} is not the last one of plan {role.plan.version}.")
+        epoch = _whole_number(COORDINATOR_EPOCH_HEADER)
+        if epoch < stage.worker.coordinator_epoch:
+            raise Conflict(f"Coordinator epoch {epoch} is over: {stage.worker.coordinator_epoch} leads.")
+        return _stream(stage.results.serve(request.environ["gunicorn.socket"]))
+
+    return app
+
+
+class StageService(Service):
+    """A stage behind gunicorn."""
+
+    name = "stage"
+    threads = STAGE_THREADS
+
+    def __init__(self, config: StageConfig) -> None:
+        self._config = config
+        self.bind = config.bind
+        self.log_format = config.log_format
+
+    def create_app(self) -> Flask:
+        """Wire stage, lifecycle and routes; nothing heavy is imported yet."""
+        registry = CollectorRegistry()
+        self._stage = Stage(self._config, new_boot_id(), registry)
+        work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
+        self._lifecycle = Lifecycle(self._config, self._stage, work_queue)
+        return create_app(self._config, self._stage, self._lifecycle, registry)
+
+    def start(self) -> None:
+        """Start the loop, the heart and the follower of plans."""
+        start_loop("worker", self._stage.worker.run, self.name)
+        start_loop("beat", self._lifecycle.beat, self.name)
+        start_loop("plans", self._lifecycle.follow_plans, self.name)
+
+    def stop(self) -> None:
+        """Say goodbye and close every connection."""
+        self._lifecycle.stop()
+        self._stage.close()
+
+
+def _stream(frames: Iterator[bytes]) -> Response:
+    response = Response(frames, mimetype=STREAM_TYPE, direct_passthrough=True)
+    response.headers["Connection"] = "close"
+    return response
+
+
+def _whole_number(header: str) -> int:
+    value = request.headers.get(header, "")
+    if not value.isdigit() or len(value) > 16:
+        raise InvalidRequest(f"The header {header} is {value[:40]!r}, not a whole number.", param=header)
+    return int(value)
+
+
+def _status_of(phase: str) -> str:
+    return {"measuring": "starting", "loading": "starting"}.get(phase, phase)

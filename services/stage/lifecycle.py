@@ -1,0 +1,155 @@
+"""A stage's life beside its loop: measure the machine, beat, watch for plans, load the range they name, be ready.
+
+Knows Valkey, the weights and the plan; never a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from pathlib import Path
+
+import msgspec
+
+from noodle.config import StageConfig
+from noodle.errors import ModelNotFound, NoodleError, QueueUnavailable
+from noodle.plan import MachineReport, Plan, StagePhase, StageState
+from noodle.work_queue import WorkQueue
+from services.stage.stage import Stage, load_role, measured_report
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+PLAN_POLL_SECONDS = 0.2
+FREE_BYTES_SHARE = 0.5  # of free memory that KV rows may take unless NOODLE_KV_BYTES says otherwise
+
+
+class Lifecycle:
+    """What the stage says of itself, and what it loads; `beat` and `follow_plans` are its two threads."""
+
+    def __init__(self, config: StageConfig, stage: Stage, work_queue: WorkQueue) -> None:
+        self._config, self._stage, self._queue = config, stage, work_queue
+        self._lock = threading.Lock()
+        self._state = StageState(config.stage_id, config.machine, stage.boot_id, "starting")
+        self._report: MachineReport | None = None
+        self._beat_now = threading.Event()
+        self.stopping = threading.Event()
+
+    @property
+    def state(self) -> StageState:
+        """What the stage does now, with what it holds."""
+        with self._lock:
+            return msgspec.structs.replace(
+                self._state,
+                kv_bytes_held=self._stage.kv_bytes_held(),
+                sessions=self._stage.worker.session_count,
+            )
+
+    def beat(self) -> None:
+        """Tell Valkey each second, and at once when the phase changes; goes on through Valkey's absences."""
+        silent = False
+        while not self.stopping.is_set():
+            self._beat_now.clear()
+            try:
+                if self._report is not None:
+                    self._queue.put_report(self._report)
+                self._queue.put_stage_state(self.state)
+                if silent:
+                    log.info("Valkey answers again")
+                silent = False
+            except QueueUnavailable as error:
+                if not silent:
+                    log.warning("can not beat: %s", error)
+                silent = True
+            self._beat_now.wait(BEAT_SECONDS)
+
+    def follow_plans(self) -> None:
+        """Measure, then load whatever the newest plan gives this stage, until `stop`."""
+        folder = Path(self._config.model)
+        if not folder.is_dir():
+            raise ModelNotFound(
+                f"Stage {self._config.stage_id} on {self._config.machine} finds no folder {self._config.model!r}.",
+                cure="NOODLE_MODEL of a stage is the folder that the coordinator's model store made.",
+            )
+        self._say("measuring", "this machine's speed with this model")
+        self._report = measured_report(
+            self._config, self._stage.boot_id, folder, lambda done: self._say("measuring", progress=done)
+        )
+        self._say("waiting", "for a plan")
+        while not self.stopping.is_set():
+            plan = self._newest_plan()
+            if plan is not None and plan.version > self._stage.plan_version:
+                self._follow(plan, folder)
+            self.stopping.wait(PLAN_POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Say goodbye: what this stage said of itself is taken back."""
+        self.stopping.set()
+        self._beat_now.set()
+        try:
+            self._queue.forget_stage(self._config.stage_id)
+        except QueueUnavailable as error:
+            log.warning("could not say goodbye: %s", error)
+
+    def _newest_plan(self) -> Plan | None:
+        try:
+            return self._queue.plan()
+        except QueueUnavailable as error:
+            log.debug("no plan read: %s", error)
+            return None
+
+    def _follow(self, plan: Plan, folder: Path) -> None:
+        """Load this stage's range of a plan; a failure is said, not fatal: the next plan may fit."""
+        index = plan.index_of(self._config.stage_id)
+        if index is None:
+            self._stage.become(plan.version, None)
+            self._say("waiting", f"plan {plan.version} gives this stage no layers")
+            return
+        if self._report is not None and plan.model_digest != self._report.model_digest:
+            self._stage.become(plan.version, None)
+            self._say("failed", f"plan {plan.version} is for other weights than those in {folder}")
+            return
+        mine = plan.stages[index]
+        layers = f"layers {mine.start_layer} to {mine.end_layer - 1}"
+        self._say("loading", layers)
+        try:
+            role = load_role(self._config, self._stage, plan, index, folder, lambda done: self._say(progress=done))
+        except NoodleError as error:
+            log.exception("plan %d can not be loaded", plan.version)
+            self._stage.become(plan.version, None)
+            self._say("failed", str(error))
+            return
+        self._stage.become(plan.version, role)
+        kv_bytes = self._stage.kv_budget_bytes
+        with self._lock:
+            self._state = msgspec.structs.replace(
+                self._state,
+                phase="ready",
+                detail=layers,
+                progress=1.0,
+                ready_version=plan.version,
+                kv_budget_bytes=kv_bytes,
+                kv_bytes_per_token=role.model_slice.kv_bytes_per_token,
+                weight_bytes=role.model_slice.weight_bytes,
+            )
+        self._beat_now.set()
+        log.info("ready for plan %d: %s, %d bytes of weights", plan.version, layers, role.model_slice.weight_bytes)
+
+    def _say(self, phase: StagePhase | None = None, detail: str | None = None, progress: float = 0.0) -> None:
+        with self._lock:
+            changed = phase is not None and phase != self._state.phase
+            self._state = msgspec.structs.replace(
+                self._state,
+                phase=phase or self._state.phase,
+                detail=self._state.detail if detail is None else detail,
+                progress=progress,
+                ready_version=0 if changed else self._state.ready_version,
+            )
+        if changed:
+            self._beat_now.set()
+
+
+def new_boot_id() -> str:
+    """Names this process, and with it the KV cache that lives and dies with it."""
+    return uuid.uuid4().hex

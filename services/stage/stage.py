@@ -1,0 +1,157 @@
+"""One stage put together: its loop, its doors and the plan it is in; the routes and the lifecycle act on this."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+
+from noodle import __version__
+from noodle.config import StageConfig
+from noodle.errors import NotReady
+from noodle.metrics import StageMetrics
+from noodle.model_files import model_digest
+from noodle.plan import MachineReport, Plan
+from services.stage.transport import Chain, HopServer, Inbox, NextStageLink, ResultsOutlet
+from services.stage.worker import Role, Worker
+
+if TYPE_CHECKING:
+    from services.stage.model_slice import TransformersSlice
+
+log = logging.getLogger(__name__)
+
+KV_SHARE_OF_FREE_BYTES = 0.5  # unless NOODLE_KV_BYTES says otherwise
+INSTALL_TIMEOUT_SECONDS = 120.0  # the worker finishes the step in progress first
+
+
+class Stage:
+    """Holds what lives as long as the process; `become` changes what it computes."""
+
+    def __init__(self, config: StageConfig, boot_id: str, registry: CollectorRegistry) -> None:
+        self.config, self.boot_id = config, boot_id
+        self.metrics = StageMetrics(registry)
+        self.inbox = Inbox()
+        self.chain = Chain(config.stage_id, boot_id)
+        self.results = ResultsOutlet()
+        self.hops = HopServer(
+            config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
+        )
+        self.worker = Worker(config.stage_id, self.inbox, self.results, self.metrics)
+        self.kv_budget_bytes = 0
+        self.plan_version = 0  # of the newest plan this stage has acted on
+        self._role: Role | None = None
+        self._link: NextStageLink | None = None
+
+    @property
+    def role(self) -> Role | None:
+        """What this stage computes, None until it has loaded a plan."""
+        return self._role
+
+    def ready_role(self, plan_version: int) -> Role:
+        """The role in this plan version; raises NotReady naming what this stage is ready for."""
+        role = self._role
+        if role is None or role.plan.version != plan_version:
+            ready_for = f"plan {role.plan.version}" if role else "no plan yet"
+            raise NotReady(
+                f"Stage {self.config.stage_id} on {self.config.machine} is ready for {ready_for}, not {plan_version}.",
+                retry_after_seconds=1,
+            )
+        return role
+
+    def kv_bytes_held(self) -> int:
+        """Bytes of KV rows held now."""
+        role = self._role
+        return role.model_slice.kv_bytes_held() if role else 0
+
+    def become(self, plan_version: int, role: Role | None) -> None:
+        """Compute this role from now on, after the step in progress; the old slice's memory is free on return."""
+        self._role = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        self.chain.set_own(0, False, "loading")
+        if role is not None and role.index + 1 < len(role.plan.stages):
+            self._link = NextStageLink(role.plan, role.index, self.config.cluster_token, self.chain)
+            role.next_stage = self._link
+        installed = threading.Event()
+        self.worker.install(role, installed.set)
+        if not installed.wait(INSTALL_TIMEOUT_SECONDS):
+            raise TimeoutError(f"the worker did not take plan {plan_version} in {INSTALL_TIMEOUT_SECONDS:.0f} seconds")
+        self._role = role
+        self.plan_version = plan_version
+        if role is not None and self._link is None:
+            self.chain.set_own(plan_version, True)
+
+    def close(self) -> None:
+        """Close every long-lived connection and end the loop."""
+        self.hops.close()
+        self.results.close()
+        if self._link is not None:
+            self._link.close()
+        self.worker.stop()
+
+
+def load_role(
+    config: StageConfig, stage: Stage, plan: Plan, index: int, folder: Path, progress: Callable[[float], None]
+) -> Role:
+    """Load the layers that the plan gives this stage; the old ones are dropped first when both do not fit."""
+    from services.stage.device import choose_device, free_memory_bytes
+    from services.stage.slice_loading import load_slice
+
+    mine = plan.stages[index]
+    device = choose_device(config.device)
+    if stage.role is not None and free_memory_bytes(device).value < 2 * mine.weight_bytes:
+        log.info("old and new layers do not fit side by side: dropping the old ones first")
+        stage.become(plan.version, None)
+    model_slice: TransformersSlice = load_slice(
+        folder,
+        mine.start_layer,
+        mine.end_layer,
+        device=device,
+        dtype=mine.dtype,
+        context_length=plan.context_length,
+        progress=lambda done, total: progress(done / max(total, 1)),
+    )
+    free_bytes = free_memory_bytes(device).value
+    stage.kv_budget_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))
+    model_slice.limit_kv_bytes(stage.kv_budget_bytes)
+    return Role(plan, index, model_slice, None)
+
+
+def measured_report(
+    config: StageConfig, boot_id: str, folder: Path, progress: Callable[[float], None]
+) -> MachineReport:
+    """What this machine can do for this model, measured with the real code or read from an earlier measurement."""
+    from services.stage.device import choose_device, choose_dtype, free_memory_bytes
+    from services.stage.measure import measure_machine
+
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    digest = model_digest(folder)
+    seconds = measure_machine(folder, digest, device, dtype.value, config.threads, config.cache_dir, progress)
+    return MachineReport(
+        stage_id=config.stage_id,
+        machine=config.machine,
+        url=config.advertise_url,
+        boot_id=boot_id,
+        noodle_version=__version__,
+        model_digest=digest,
+        device=device.type,
+        device_name=seconds.device_name,
+        dtype=dtype.value,
+        threads=seconds.threads,
+        free_bytes=free_memory_bytes(device).value,
+        decode_layer_seconds=seconds.decode_layer_seconds,
+        prefill_layer_seconds_per_token=seconds.prefill_layer_seconds_per_token,
+        head_decode_seconds=seconds.head_decode_seconds,
+        source="measured",
+    )
+
+
+def _stages_here(plan: Plan, index: int) -> int:
+    """How many stages of the plan share this one's machine, and so its memory."""
+    return sum(stage.machine == plan.stages[index].machine for stage in plan.stages)
