@@ -12,6 +12,7 @@ NoodleError
 │   │   └── ContextTooLong     400, prompt + max_tokens over the context
 │   ├── NotAuthenticated       401
 │   ├── NotFound               404
+│   │   └── UnknownModel       404, names the models served
 │   ├── MethodNotAllowed       405
 │   ├── Conflict               409
 │   ├── BodyTooLarge           413
@@ -119,6 +120,12 @@ class NotFound(RequestError):
 
     http_status = 404
     code = "not_found"
+
+
+class UnknownModel(NotFound):
+    """Raised when a request asks for a model that this cluster does not serve."""
+
+    code = "model_not_found"
 
 
 class MethodNotAllowed(RequestError):
