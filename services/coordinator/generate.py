@@ -1,0 +1,417 @@
+"""THE loop: a request becomes a session, sessions become steps, results become tokens. Start reading here.
+
+    HTTP thread: submit() -> Generation         loop thread: next_step() -> pipeline.send()
+    HTTP thread: Generation.next()  <-  token   loop thread: result -> scheduler.apply() -> Generation
+
+The other loop is services/stage/worker.py. This one knows sessions, steps and the pipeline's two connections, but
+neither text nor routes.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from noodle.errors import GenerationFailed, InvalidRequest, LinkLost, NoodleError, NotReady, TooManyRequests
+from noodle.messages import LiveSessions, SamplingParameters, StepResult
+from noodle.metrics import CoordinatorMetrics
+from noodle.plan import Plan
+from noodle.work_queue import RequestRecord
+from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
+from services.coordinator.recorder import Recorder
+from services.coordinator.scheduler import FinishReason, Limits, NewToken, Scheduler, Session
+
+log = logging.getLogger(__name__)
+
+LIVE_SESSIONS_SECONDS = 1.0  # how often every stage is told which sessions live
+TICK_SECONDS = 0.25  # how late a deadline may be noticed
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; `finish_reason` is set on the last."""
+
+    token_id: int
+    logprob: float | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What the loop needs of a request; everything was checked before."""
+
+    prompt_token_ids: list[int]
+    maximum_new_tokens: int
+    sampling: SamplingParameters
+    end_token_ids: frozenset[int]
+    stop: tuple[str, ...] = ()
+    want_logprob: bool = False
+
+
+class Generation:
+    """A request in progress, as its HTTP thread sees it."""
+
+    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self._cancel = cancel
+        # Bounded by the tokens the request may generate, and one word at the end.
+        self._tokens: queue.SimpleQueue[Token | NoodleError] = queue.SimpleQueue()
+
+    def next(self, timeout_seconds: float) -> Token | None:
+        """The next token, None when none comes in time; raises what ended the request early."""
+        try:
+            item = self._tokens.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return None
+        if isinstance(item, NoodleError):
+            raise item
+        return item
+
+    def cancel(self) -> None:
+        """End the request on every stage; harmless when it has ended."""
+        self._cancel(self.request_id)
+
+    def put(self, item: Token | NoodleError) -> None:
+        """For the loop: hand one token or the error that ends the request to the HTTP thread."""
+        self._tokens.put(item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancelled:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Activate:
+    plan: Plan
+    limits: Limits
+    coordinator_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StandBy:
+    error: NoodleError
+
+
+_Event = PipelineEvent | _Submitted | _Cancelled | _Activate | _StandBy
+
+
+@dataclass(slots=True)
+class _Open:
+    """The books of one open request."""
+
+    generation: Generation
+    arrived_at: float
+    last_token_at: float | None = None
+
+
+@dataclass(slots=True)
+class LoopState:
+    """What the loop does now, for /health."""
+
+    plan: Plan | None = None
+    up: bool = False
+    detail: str = "no plan is active"
+    down_since: float | None = None
+    boot_ids: tuple[str, ...] = field(default=())
+
+
+class GenerationLoop:
+    """Computes all requests; `run` is its thread, everything else may be called from any."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        recorder: Recorder,
+        metrics: CoordinatorMetrics,
+        make_pipeline: Callable[[Plan, int, Callable[[PipelineEvent], None]], Pipeline],
+        *,
+        maximum_open: int,
+        recovery_seconds: float,
+    ) -> None:
+        self._scheduler, self._recorder, self._metrics = scheduler, recorder, metrics
+        self._make_pipeline = make_pipeline
+        self._maximum_open, self._recovery_seconds = maximum_open, recovery_seconds
+        # Unbounded by itself; its writers are bounded: open requests, and results of at most the steps in flight.
+        self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
+        self._open: dict[str, _Open] = {}
+        self._open_lock = threading.Lock()
+        self._pipeline: Pipeline | None = None
+        self._pending: _Activate | None = None
+        self._next_live = 0.0
+        self._next_tick = 0.0
+        self.state = LoopState()
+
+    # called by HTTP threads
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Take a request in; raises NotReady, TooManyRequests, InvalidRequest (it can never fit) or QueueUnavailable."""
+        limits = self._scheduler.limits
+        if limits is None or not self.state.up:
+            raise NotReady(f"The cluster is not ready: {self.state.detail}.", retry_after_seconds=2)
+        needed = len(request.prompt_token_ids) + request.maximum_new_tokens
+        if needed > limits.kv_tokens:
+            raise InvalidRequest(
+                f"The request needs KV rows for {needed} tokens; the tightest stage has room for {limits.kv_tokens}.",
+                cure="Ask for fewer tokens, or give the stages more memory (NOODLE_KV_BYTES).",
+            )
+        request_id = uuid.uuid4().hex
+        generation = Generation(request_id, self._cancel)
+        with self._open_lock:
+            if len(self._open) >= self._maximum_open:
+                raise TooManyRequests(
+                    f"{len(self._open)} requests are open, which is the limit.", retry_after_seconds=2
+                )
+            self._open[request_id] = _Open(generation, time.monotonic())
+        try:
+            self._recorder.begin(_record_of(request_id, request))
+        except NoodleError:
+            with self._open_lock:
+                self._open.pop(request_id, None)
+            raise
+        session = Session(
+            request_id,
+            list(request.prompt_token_ids),
+            len(request.prompt_token_ids),
+            request.maximum_new_tokens,
+            request.sampling,
+            request.end_token_ids,
+            request.want_logprob,
+        )
+        self._events.put(_Submitted(session))
+        return generation
+
+    def _cancel(self, request_id: str) -> None:
+        self._events.put(_Cancelled(request_id))
+
+    # called by the thread that leads
+
+    def activate(self, plan: Plan, limits: Limits, coordinator_epoch: int) -> None:
+        """Compute by this plan as soon as the steps in flight are back."""
+        self._events.put(_Activate(plan, limits, coordinator_epoch))
+
+    def stand_by(self, error: NoodleError) -> None:
+        """Another coordinator leads: end every open request with this error and compute nothing."""
+        self._events.put(_StandBy(error))
+
+    def stop(self) -> None:
+        """End the loop; open requests end with an error."""
+        self._events.put(None)
+
+    # the loop
+
+    def run(self) -> None:
+        """Take events and send steps until `stop`."""
+        while True:
+            try:
+                event = self._events.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                event = _NOTHING
+            if event is None:
+                self._end_all(NotReady("The coordinator is stopping.", retry_after_seconds=5))
+                self._close_pipeline()
+                return
+            self._handle(event)
+            self._send_steps()
+            now = time.monotonic()
+            if now >= self._next_tick:
+                self._next_tick = now + TICK_SECONDS
+                self._tick(now)
+
+    def _handle(self, event: _Event) -> None:
+        if isinstance(event, ResultArrived):
+            self._take_result(event.result)
+        elif isinstance(event, _Submitted):
+            self._scheduler.add(event.session)
+        elif isinstance(event, _Cancelled):
+            self._end(event.request_id, "cancelled", None)
+        elif isinstance(event, PipelineUp):
+            self._pipeline_is_up(event)
+        elif isinstance(event, PipelineDown):
+            self._pipeline_is_down(event.plan_version, event.reason)
+        elif isinstance(event, _Activate):
+            self._pending = event
+        elif isinstance(event, _StandBy):
+            self._stand_by(event.error)
+
+    def _send_steps(self) -> None:
+        """Hand every step that can be formed to the pipeline."""
+        if self._pending is not None and (self._scheduler.steps_in_flight == 0 or not self.state.up):
+            self._switch(self._pending)
+        if not self.state.up or self._pending is not None or self._pipeline is None:
+            return
+        while (flight := self._scheduler.next_step(time.monotonic())) is not None:
+            try:
+                self._pipeline.send(flight.step, flight.body)
+            except LinkLost as error:  # the step stays in flight and is sent again when the pipeline is back
+                self._pipeline_is_down(flight.step.plan_version, str(error))
+                return
+
+    def _take_result(self, result: StepResult) -> None:
+        """Hand new tokens to their requests, and count where the step's time went."""
+        now = time.monotonic()
+        flight, tokens, fatal = self._scheduler.apply(result)
+        if flight is None:
+            return
+        ended: list[str] = []
+        for token in tokens:
+            self._deliver(token, now)
+            if token.finish_reason is not None:
+                ended.append(token.session.session_id)
+        for request_id in ended:
+            self._end(request_id, "finished", None)
+        for session, refusal in fatal:
+            message = f"Stage {refusal.stage_id} refused a step of this request: {refusal.message} ({refusal.reason})."
+            self._end(session.session_id, "failed", GenerationFailed(message))
+        computed = 0.0
+        for timing in result.timings:
+            computed += timing.computed_seconds
+            self._metrics.stage_computed.labels(str(timing.stage_id)).observe(timing.computed_seconds)
+            self._metrics.stage_waited.labels(str(timing.stage_id)).observe(timing.waited_seconds)
+        self._metrics.overhead.observe(max(0.0, now - flight.sent_at - computed))
+
+    def _deliver(self, new: NewToken, now: float) -> None:
+        books = self._open.get(new.session.session_id)
+        if books is None:
+            return
+        books.generation.put(Token(new.token_id, new.logprob, new.finish_reason))
+        self._recorder.token(new.session.session_id, new.token_id)
+        self._metrics.generated_tokens.inc()
+        if books.last_token_at is None:
+            self._metrics.time_to_first_token.observe(now - books.arrived_at)
+        else:
+            self._metrics.inter_token.observe(now - books.last_token_at)
+        books.last_token_at = now
+
+    def _end(self, request_id: str, outcome: str, error: NoodleError | None) -> None:
+        """Close a request's books and free its KV rows everywhere; harmless when it has ended."""
+        with self._open_lock:
+            books = self._open.pop(request_id, None)
+        if books is None:
+            return
+        if error is not None:
+            books.generation.put(error)
+        self._metrics.requests.labels(outcome).inc()
+        self._recorder.end(request_id)
+        if self._scheduler.remove(request_id):
+            self._tell_live_sessions([request_id])
+
+    def _end_all(self, error: NoodleError) -> None:
+        for request_id in list(self._open):
+            self._end(request_id, "failed", error)
+
+    def _tell_live_sessions(self, released: list[str]) -> None:
+        """Tell every stage which sessions live; a stage that is away frees them by their silence."""
+        if self._pipeline is None or self._scheduler.limits is None or not self.state.up:
+            return
+        live = LiveSessions(
+            self._scheduler.limits.plan_version,
+            self._scheduler.coordinator_epoch,
+            [session.session_id for session in self._scheduler.running],
+            released,
+        )
+        try:
+            self._pipeline.send(live)
+        except LinkLost as error:
+            self._pipeline_is_down(self._scheduler.limits.plan_version, str(error))
+
+    # the pipeline comes and goes (design D2)
+
+    def _pipeline_is_up(self, event: PipelineUp) -> None:
+        state = self.state
+        if state.plan is None or event.plan_version != state.plan.version:
+            return
+        same_caches = state.boot_ids == event.boot_ids
+        state.up, state.detail, state.down_since, state.boot_ids = True, "ready", None, event.boot_ids
+        log.info("the pipeline stands: %d stages, plan %d", len(event.boot_ids), event.plan_version)
+        if not same_caches:
+            self._replay("stage_restarted")
+            return
+        for flight in self._scheduler.to_send_again():
+            if self._pipeline is not None:
+                try:
+                    self._pipeline.send(flight.step, flight.body)
+                except LinkLost as error:
+                    self._pipeline_is_down(event.plan_version, str(error))
+                    return
+
+    def _pipeline_is_down(self, plan_version: int, reason: str) -> None:
+        state = self.state
+        if state.plan is None or plan_version != state.plan.version or not state.up:
+            return
+        state.up, state.detail, state.down_since = False, reason, time.monotonic()
+        log.warning("the pipeline is broken: %s", reason)
+
+    def _replay(self, reason: str) -> None:
+        replayed = self._scheduler.replay_all()
+        if replayed:
+            self._metrics.replays.labels(reason).inc(len(replayed))
+            log.info("%d sessions are prefilled again: %s", len(replayed), reason)
+
+    def _switch(self, activate: _Activate) -> None:
+        """Let the new plan take over; every session begins anew in it."""
+        self._pending = None
+        self._close_pipeline()
+        down_since = self.state.down_since or time.monotonic()
+        self.state = LoopState(activate.plan, False, "connecting to the stages", down_since)
+        self._scheduler.limits = activate.limits
+        self._scheduler.coordinator_epoch = activate.coordinator_epoch
+        self._replay("new_plan")
+        self._pipeline = self._make_pipeline(activate.plan, activate.coordinator_epoch, self._events.put)
+        log.info("plan %d is active, coordinator epoch %d", activate.plan.version, activate.coordinator_epoch)
+
+    def _stand_by(self, error: NoodleError) -> None:
+        self._end_all(error)
+        self._close_pipeline()
+        self._scheduler.limits = None
+        self._pending = None
+        self.state = LoopState(detail=str(error))
+
+    def _close_pipeline(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+
+    def _tick(self, now: float) -> None:
+        self._metrics.running.set(len(self._scheduler.running))
+        self._metrics.waiting.set(self._scheduler.waiting_count)
+        if self.state.up:
+            for session in self._scheduler.overdue(now):
+                self._end(
+                    session.session_id,
+                    "failed",
+                    GenerationFailed("The request's steps were lost too often.", cure="See the stages' logs."),
+                )
+            if now >= self._next_live:
+                self._next_live = now + LIVE_SESSIONS_SECONDS
+                self._tell_live_sessions([])
+        elif self.state.down_since is not None and now - self.state.down_since > self._recovery_seconds and self._open:
+            reason = f"The pipeline was broken for {self._recovery_seconds:.0f} seconds: {self.state.detail}."
+            self._end_all(GenerationFailed(reason, cure="See `noodle status`; send the request again."))
+
+
+_NOTHING = _Cancelled("")  # a tick: nothing happened
+
+
+def _record_of(request_id: str, request: GenerationRequest) -> RequestRecord:
+    return RequestRecord(
+        request_id,
+        request.prompt_token_ids,
+        request.maximum_new_tokens,
+        request.sampling.temperature,
+        request.sampling.top_p,
+        request.sampling.top_k,
+        request.sampling.seed,
+        list(request.stop),
+        not request.end_token_ids,
+    )

@@ -1,0 +1,99 @@
+"""Keeps every open request in Valkey, tokens in batches by a thread of its own, never in a token's way.
+
+What is not written yet is at most what the open requests may generate; after Valkey was away all of it is written anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from noodle.errors import QueueUnavailable
+from noodle.work_queue import RequestRecord, WorkQueue
+
+log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 0.25
+
+
+class Recorder:
+    """Records requests; `run` is its thread."""
+
+    def __init__(self, work_queue: WorkQueue) -> None:
+        self._queue = work_queue
+        self._lock = threading.Lock()
+        self._live: dict[str, tuple[RequestRecord, list[int]]] = {}
+        self._unwritten: dict[str, int] = {}  # by request, how many of its tokens Valkey has not been told
+        self._ended: list[str] = []
+        self._wake = threading.Event()
+        self._stopping = False
+
+    def begin(self, record: RequestRecord) -> None:
+        """Record a request before it is computed; raises QueueUnavailable, and then it must not be."""
+        self._queue.record_request(record)
+        with self._lock:
+            self._live[record.request_id] = (record, [])
+
+    def token(self, request_id: str, token_id: int) -> None:
+        """Note one more token; returns at once."""
+        with self._lock:
+            if request_id in self._live:
+                self._live[request_id][1].append(token_id)
+                self._unwritten[request_id] = self._unwritten.get(request_id, 0) + 1
+
+    def end(self, request_id: str) -> None:
+        """Note that a request has ended; its record goes."""
+        with self._lock:
+            if self._live.pop(request_id, None) is not None:
+                self._unwritten.pop(request_id, None)
+                self._ended.append(request_id)
+        self._wake.set()
+
+    def run(self) -> None:
+        """Write what is new until `stop`; through Valkey's absences it keeps all and writes all when it is back."""
+        away = False
+        while True:
+            self._wake.wait(FLUSH_SECONDS)
+            self._wake.clear()
+            stopping = self._stopping
+            try:
+                if away:
+                    self._queue.ping()
+                    self._write_all()
+                    log.info("Valkey is back: %d open requests written again", len(self._live))
+                    away = False
+                self._write_new()
+            except QueueUnavailable as error:
+                if not away:
+                    log.warning("requests go on unrecorded: %s", error)
+                away = True
+            if stopping:
+                return
+
+    def stop(self) -> None:
+        """Write once more and end the thread."""
+        self._stopping = True
+        self._wake.set()
+
+    def _write_new(self) -> None:
+        with self._lock:
+            batches = {name: self._live[name][1][-count:] for name, count in self._unwritten.items()}
+            self._unwritten.clear()
+            ended, self._ended = self._ended, []
+        try:
+            if batches:
+                self._queue.record_tokens(batches)
+            while ended:
+                self._queue.forget_request(ended[-1])
+                ended.pop()
+        except QueueUnavailable:
+            with self._lock:
+                self._ended = ended + self._ended
+            raise
+
+    def _write_all(self) -> None:
+        with self._lock:
+            live = [(record, list(token_ids)) for record, token_ids in self._live.values()]
+            self._unwritten.clear()
+        for record, token_ids in live:
+            self._queue.record_request(record, token_ids)

@@ -1,0 +1,295 @@
+"""Forms steps out of the sessions that want tokens, and keeps the books of what is in flight; pure, time is given.
+
+Each step takes the decode tokens of running sessions that are not in flight and chunks of prompts, within a token
+budget; KV rows are promised to a session for its whole length when it is admitted, so that no stage can run out.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from noodle.messages import SamplingParameters, SpanRefusal, Step, StepResult, StepSpan
+
+FinishReason = Literal["eos", "length"]
+
+# A step that takes this many times its prediction, and never less than the floor, counts as lost.
+DEADLINE_FACTOR = 20.0
+DEADLINE_FLOOR_SECONDS = 8.0
+GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that the gap is told first
+MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is the request that is at fault
+REPLAYED_REASONS = frozenset({"position_gap", "too_many_early"})  # refusals that a replay cures
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One sequence being generated. `token_ids` are the prompt and everything generated, and are never lost."""
+
+    session_id: str
+    token_ids: list[int]
+    prompt_length: int
+    maximum_new_tokens: int
+    sampling: SamplingParameters
+    end_token_ids: frozenset[int]  # empty when the end of text is ignored
+    want_logprob: bool = False
+    epoch: int = 1
+    sent: int = 0  # tokens that steps of this epoch have taken
+    in_flight: int = 0  # spans of this epoch that have not come back
+    replays: int = 0  # since the last new token
+
+    @property
+    def reserve_tokens(self) -> int:
+        """KV rows it will need at most."""
+        return self.prompt_length + self.maximum_new_tokens
+
+    @property
+    def wants_decode(self) -> bool:
+        """Whether exactly its newest token is to be computed next."""
+        return self.in_flight == 0 and self.sent == len(self.token_ids) - 1 and self.sent > 0
+
+    @property
+    def wants_prefill(self) -> bool:
+        """Whether known tokens are still to be computed; a lone last token of a replay counts too."""
+        return self.sent < len(self.token_ids) and not (self.sent > 0 and self.sent == len(self.token_ids) - 1)
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A step on its way: kept whole, so that it can be sent again after a cut connection."""
+
+    step: Step
+    body: bytes
+    sent_at: float
+    deadline: float
+    sessions: dict[str, int] = field(default_factory=dict)  # session id to epoch, of spans that are not back
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """One more token of a session, and whether it was the last."""
+
+    session: Session
+    token_id: int
+    logprob: float | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the active plan allows."""
+
+    plan_version: int
+    stage_count: int
+    kv_tokens: int  # that fit on the tightest stage
+    decode_seconds: float  # predicted for one token through the pipeline
+    prefill_seconds_per_token: float
+
+
+class Scheduler:
+    """Sessions waiting and running, steps in flight."""
+
+    def __init__(self, step_tokens: int, maximum_running: int) -> None:
+        self._step_tokens, self._maximum_running = step_tokens, maximum_running
+        self._waiting: deque[Session] = deque()
+        self._running: dict[str, Session] = {}
+        self._in_flight: dict[int, InFlight] = {}
+        self._next_step_id = 1
+        self._promised_tokens = 0
+        self.limits: Limits | None = None
+        self.coordinator_epoch = 0
+
+    @property
+    def running(self) -> list[Session]:
+        """Sessions that may hold KV rows."""
+        return list(self._running.values())
+
+    @property
+    def waiting_count(self) -> int:
+        """Sessions without a place yet."""
+        return len(self._waiting)
+
+    @property
+    def steps_in_flight(self) -> int:
+        """Steps that are not wholly answered."""
+        return len(self._in_flight)
+
+    def add(self, session: Session) -> None:
+        """Put a session at the end of the line."""
+        self._waiting.append(session)
+
+    def remove(self, session_id: str) -> bool:
+        """Forget a session wherever it is; True when stages may hold KV rows of it."""
+        session = self._running.pop(session_id, None)
+        if session is None:
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.session_id != session_id)
+            return False
+        self._promised_tokens -= session.reserve_tokens
+        for step_id, flight in list(self._in_flight.items()):
+            flight.sessions.pop(session_id, None)
+            if not flight.sessions:
+                del self._in_flight[step_id]
+        return True
+
+    def all_sessions(self) -> list[Session]:
+        """Running first, then waiting in their order."""
+        return [*self._running.values(), *self._waiting]
+
+    def next_step(self, now: float) -> InFlight | None:
+        """The next step to send, None when nothing wants to be computed or enough is on its way."""
+        if self.limits is None or len(self._in_flight) >= self.limits.stage_count:
+            return None
+        self._admit(self.limits)
+        chosen = self._choose(self.limits)
+        if not chosen:
+            return None
+        spans: list[StepSpan] = []
+        token_ids = array("i")
+        for session, count in chosen:
+            first, end = session.sent, session.sent + count
+            token_ids.extend(session.token_ids[first:end])
+            asks = end == len(session.token_ids)
+            spans.append(
+                StepSpan(
+                    session.session_id,
+                    session.epoch,
+                    first,
+                    count,
+                    session.reserve_tokens,
+                    session.sampling if asks else None,
+                    session.want_logprob and asks,
+                )
+            )
+            session.sent = end
+            session.in_flight += 1
+        step = Step(
+            self._next_step_id,
+            self.limits.plan_version,
+            self.coordinator_epoch,
+            "int32",
+            [len(token_ids)],
+            spans,
+            GAP_SECONDS,
+        )
+        self._next_step_id += 1
+        flight = InFlight(step, token_ids.tobytes(), now, now + self._deadline_seconds(len(token_ids), self.limits))
+        flight.sessions = {span.session_id: span.session_epoch for span in spans}
+        self._in_flight[step.step_id] = flight
+        return flight
+
+    def apply(self, result: StepResult) -> tuple[InFlight | None, list[NewToken], list[tuple[Session, SpanRefusal]]]:
+        """Take what came back: the step, new tokens, and refusals that no replay cures. Old news is ignored."""
+        flight = self._in_flight.get(result.step_id)
+        if flight is None or result.coordinator_epoch != self.coordinator_epoch:
+            return None, [], []
+        tokens: list[NewToken] = []
+        fatal: list[tuple[Session, SpanRefusal]] = []
+        for span in result.spans:
+            session = self._settle(flight, span.session_id, span.session_epoch)
+            if session is None:
+                continue
+            session.in_flight -= 1
+            if span.token_id is not None and span.first_position + span.token_count == len(session.token_ids):
+                tokens.append(self._append(session, span.token_id, span.logprob))
+        for refusal in result.refusals:
+            session = self._settle(flight, refusal.session_id, refusal.session_epoch)
+            if session is None:
+                continue
+            if refusal.reason in REPLAYED_REASONS and session.replays < MAXIMUM_REPLAYS:
+                self._restart(session)
+            else:
+                fatal.append((session, refusal))
+        if not flight.sessions:
+            self._in_flight.pop(result.step_id, None)
+        return flight, tokens, fatal
+
+    def to_send_again(self) -> list[InFlight]:
+        """All steps in flight in their order: the connection was cut, the caches are still there."""
+        return [self._in_flight[step_id] for step_id in sorted(self._in_flight)]
+
+    def replay_all(self) -> list[Session]:
+        """Begin every running session anew in its next epoch: some KV cache is gone. Returns them."""
+        self._in_flight.clear()
+        for session in self._running.values():
+            self._restart(session)
+        return self.running
+
+    def overdue(self, now: float) -> list[Session]:
+        """Sessions whose step did not come back in time; each begins anew, or is returned when it did too often."""
+        hopeless: list[Session] = []
+        for step_id, flight in list(self._in_flight.items()):
+            if flight.deadline > now:
+                continue
+            del self._in_flight[step_id]
+            for session_id, epoch in flight.sessions.items():
+                session = self._running.get(session_id)
+                if session is None or session.epoch != epoch:
+                    continue
+                if session.replays >= MAXIMUM_REPLAYS:
+                    hopeless.append(session)
+                else:
+                    self._restart(session)
+        return hopeless
+
+    def _settle(self, flight: InFlight, session_id: str, epoch: int) -> Session | None:
+        """The session of a span that came back for the first time and in its newest epoch."""
+        if flight.sessions.get(session_id) != epoch:
+            return None
+        del flight.sessions[session_id]
+        session = self._running.get(session_id)
+        return session if session is not None and session.epoch == epoch else None
+
+    def _append(self, session: Session, token_id: int, logprob: float | None) -> NewToken:
+        session.token_ids.append(token_id)
+        session.replays = 0
+        reason: FinishReason | None = None
+        if token_id in session.end_token_ids:
+            reason = "eos"
+        elif len(session.token_ids) - session.prompt_length >= session.maximum_new_tokens:
+            reason = "length"
+        return NewToken(session, token_id, logprob, reason)
+
+    def _restart(self, session: Session) -> None:
+        session.epoch += 1
+        session.sent = 0
+        session.in_flight = 0
+        session.replays += 1
+
+    def _admit(self, limits: Limits) -> None:
+        """First come, first served, as long as every stage can hold the rows."""
+        while self._waiting and len(self._running) < self._maximum_running:
+            needed = self._waiting[0].reserve_tokens
+            if self._running and self._promised_tokens + needed > limits.kv_tokens:
+                return
+            session = self._waiting.popleft()
+            self._promised_tokens += needed
+            self._running[session.session_id] = session
+
+    def _choose(self, limits: Limits) -> list[tuple[Session, int]]:
+        """Sessions and how many of their tokens: decode first, spread over the stages, then prompts in order."""
+        budget = self._step_tokens
+        most_decodes = min(budget, math.ceil(len(self._running) / limits.stage_count))
+        chosen: list[tuple[Session, int]] = []
+        for session in self._running.values():
+            if len(chosen) >= most_decodes:
+                break
+            if session.wants_decode:
+                chosen.append((session, 1))
+        budget -= len(chosen)
+        for session in self._running.values():
+            if budget <= 0:
+                break
+            if session.wants_prefill:
+                count = min(budget, len(session.token_ids) - session.sent)
+                chosen.append((session, count))
+                budget -= count
+        for session, _ in chosen:  # whoever was served goes to the end of the line
+            self._running[session.session_id] = self._running.pop(session.session_id)
+        return chosen
+
+    def _deadline_seconds(self, tokens: int, limits: Limits) -> float:
+        predicted = limits.decode_seconds + tokens * limits.prefill_seconds_per_token
+        ahead = len(self._in_flight) + 1
+        return max(DEADLINE_FLOOR_SECONDS, DEADLINE_FACTOR * predicted * ahead)
