@@ -155,7 +155,7 @@ class GenerationLoop:
     # called by HTTP threads
 
     def submit(self, request: GenerationRequest) -> Generation:
-        """Take a request in; raises NotReady, TooManyRequests, InvalidRequest (it can never fit) or QueueUnavailable."""
+        """Take a request in; raises NotReady, TooManyRequests, QueueUnavailable, or InvalidRequest when it can never fit."""
         limits = self._scheduler.limits
         if limits is None or not self.state.up:
             raise NotReady(f"The cluster is not ready: {self.state.detail}.", retry_after_seconds=2)
@@ -337,7 +337,7 @@ class GenerationLoop:
         if not same_caches:
             self._replay("stage_restarted")
             return
-        for flight in self._scheduler.to_send_again():
+        for flight in self._scheduler.to_send_again(time.monotonic()):
             if self._pipeline is not None:
                 try:
                     self._pipeline.send(flight.step, flight.body)

@@ -205,9 +205,13 @@ class Scheduler:
             self._in_flight.pop(result.step_id, None)
         return flight, tokens, fatal
 
-    def to_send_again(self) -> list[InFlight]:
-        """All steps in flight in their order: the connection was cut, the caches are still there."""
-        return [self._in_flight[step_id] for step_id in sorted(self._in_flight)]
+    def to_send_again(self, now: float) -> list[InFlight]:
+        """All steps in flight in their order, with their time begun anew: the connection was cut, the caches stand."""
+        flights = [self._in_flight[step_id] for step_id in sorted(self._in_flight)]
+        for flight in flights:
+            flight.deadline += now - flight.sent_at
+            flight.sent_at = now
+        return flights
 
     def replay_all(self) -> list[Session]:
         """Begin every running session anew in its next epoch: some KV cache is gone. Returns them."""

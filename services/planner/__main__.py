@@ -1,0 +1,8 @@
+"""Runs the planner: `python -m services.planner`, told everything by its environment."""
+
+from noodle.config import planner_config, process_environment
+from noodle.web import run_service
+from services.planner.app import PlannerService
+
+if __name__ == "__main__":
+    run_service("planner", lambda: PlannerService(planner_config(process_environment())))

@@ -1,0 +1,109 @@
+"""The planner's loop: waits for the stages, cuts the model by what they measured, writes the plan.
+
+A stage that falls silent keeps its layers: it may come back. Knows no request.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from noodle.config import PlannerConfig
+from noodle.errors import ModelNotFound, NoodleError, QueueUnavailable
+from noodle.plan import MachineReport, ModelShape, Plan, PlannerState
+from noodle.work_queue import WorkQueue
+from services.planner.model_shape import read_model_shape
+from services.planner.partition import partition
+from services.planner.prediction import HopCost
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.3
+PLANNED_KV_TOKENS = 4096  # rows every stage must have room for, or the context where that is shorter
+ASSUMED_HOP = HopCost(0.001, "assumed")  # until links are measured
+
+
+class Planning:
+    """`run` is its thread; `state` and `plan` are for the routes."""
+
+    def __init__(self, config: PlannerConfig, work_queue: WorkQueue) -> None:
+        self._config, self._queue = config, work_queue
+        self.state = PlannerState("starting", "reading the model's shape")
+        self.shape: ModelShape | None = None
+        self.plan: Plan | None = None
+        self.reports: list[MachineReport] = []
+        self.stopping = threading.Event()
+
+    def read_shape(self) -> None:
+        """Read the model's shape; raises StartError when noodle can not run it."""
+        folder = Path(self._config.model)
+        if not folder.is_dir():
+            raise ModelNotFound(
+                f"The planner finds no folder {self._config.model!r}.",
+                cure="NOODLE_MODEL of the planner is the folder that the coordinator's model store made.",
+            )
+        self.shape = read_model_shape(folder, self._config.context_length)
+
+    def run(self) -> None:
+        """Look at the machines again and again until `stopping`; goes on through Valkey's absences."""
+        away = False
+        while not self.stopping.is_set():
+            try:
+                self._look()
+                self._queue.put_planner_state(self.state)
+                away = False
+            except QueueUnavailable as error:
+                if not away:
+                    log.warning("can not look at the machines: %s", error)
+                away = True
+            self.stopping.wait(LOOK_SECONDS)
+
+    def _look(self) -> None:
+        assert self.shape is not None  # noqa: S101  # read_shape comes first, or the process has ended
+        self.reports = self._queue.reports()
+        self.plan = self._queue.plan()
+        chosen = self.reports[: self._config.stage_count]
+        if self.plan is not None and still_holds(self.plan, self.shape, chosen, self._config):
+            self.state = PlannerState("planned", self.plan.reason, self.plan.version)
+            return
+        if len(chosen) < self._config.stage_count:
+            self.state = PlannerState("waiting", self._missing(chosen))
+            return
+        try:
+            plan = partition(
+                self.shape,
+                chosen,
+                self._config.split,
+                version=0,
+                kv_tokens=min(PLANNED_KV_TOKENS, self.shape.context_length),
+                hop=ASSUMED_HOP,
+            )
+        except NoodleError as error:
+            if self.state.phase != "failed":
+                log.error("no plan is possible: %s", error)
+            self.state = PlannerState("failed", str(error))
+            return
+        self.plan = msgspec.structs.replace(plan, version=self._queue.next_plan_version())
+        self._queue.put_plan(self.plan)
+        self.state = PlannerState("planned", self.plan.reason, self.plan.version)
+        log.info("plan %d: %s", self.plan.version, self.plan.reason)
+
+    def _missing(self, chosen: Sequence[MachineReport]) -> str:
+        known = ", ".join(f"stage {report.stage_id} on {report.machine}" for report in chosen)
+        return f"{len(chosen)} of {self._config.stage_count} stages have measured their machine ({known or 'none yet'})"
+
+
+def still_holds(plan: Plan, shape: ModelShape, reports: Sequence[MachineReport], config: PlannerConfig) -> bool:
+    """Whether an existing plan suits these settings and no reporting stage contradicts it; absent ones do not."""
+    if (plan.model_digest, plan.context_length) != (shape.digest, shape.context_length):
+        return False
+    if len(plan.stages) != config.stage_count:
+        return False
+    if config.split is not None and config.split != tuple(s.end_layer - s.start_layer for s in plan.stages):
+        return False
+    places = {stage.stage_id: (stage.url, stage.dtype, stage.machine) for stage in plan.stages}
+    return all(places.get(report.stage_id) == (report.url, report.dtype, report.machine) for report in reports)
