@@ -155,7 +155,7 @@ class GenerationLoop:
     # called by HTTP threads
 
     def submit(self, request: GenerationRequest) -> Generation:
-        """Take a request in; raises NotReady, TooManyRequests, QueueUnavailable, or InvalidRequest when it can never fit."""
+        """Take a request in; raises NotReady, TooManyRequests, QueueUnavailable; InvalidRequest if it can never fit."""
         limits = self._scheduler.limits
         if limits is None or not self.state.up:
             raise NotReady(f"The cluster is not ready: {self.state.detail}.", retry_after_seconds=2)

@@ -84,6 +84,7 @@ class Limits:
     plan_version: int
     stage_count: int
     kv_tokens: int  # that fit on the tightest stage
+    context_length: int
     decode_seconds: float  # predicted for one token through the pipeline
     prefill_seconds_per_token: float
 

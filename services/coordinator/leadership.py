@@ -1,0 +1,164 @@
+"""Who leads, and by which plan: keeps the lease, watches for plans, activates one when every stage is ready.
+
+One coordinator leads by a lease in Valkey; its epoch is in every step, and stages refuse older ones (design D14).
+While Valkey is away the leader goes on: nobody else can take the lead then.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from dataclasses import dataclass, field
+
+from noodle.errors import NotReady, QueueUnavailable
+from noodle.plan import Plan, PlannerState, StageState
+from noodle.work_queue import WorkQueue
+from services.coordinator.generate import GenerationLoop
+from services.coordinator.scheduler import Limits
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+RENEW_SECONDS = 1.0  # the lease lasts five
+# A prompt's token costs this share of a decode token until it is measured on the pipeline; it only scales deadlines.
+ASSUMED_PREFILL_SHARE = 0.5
+
+
+@dataclass(slots=True)
+class ClusterView:
+    """What was last seen in Valkey, for /health."""
+
+    queue_error: str = ""
+    leader: str = ""
+    planner: PlannerState | None = None
+    plan: Plan | None = None
+    stages: dict[int, StageState] = field(default_factory=dict)
+
+
+class Leadership:
+    """`run` is its thread."""
+
+    def __init__(self, machine: str, work_queue: WorkQueue, loop: GenerationLoop) -> None:
+        self._name = f"{machine}/{uuid.uuid4().hex[:8]}"
+        self._queue, self._loop = work_queue, loop
+        self._epoch: int | None = None
+        self._active_version = 0
+        self.view = ClusterView()
+        self.stopping = threading.Event()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this coordinator holds the lease."""
+        return self._epoch is not None
+
+    def run(self) -> None:
+        """Look at Valkey until `stopping`."""
+        looks = 0
+        while not self.stopping.is_set():
+            try:
+                if looks % max(1, int(RENEW_SECONDS / LOOK_SECONDS)) == 0 or self._epoch is None:
+                    self._keep_lead()
+                self._look()
+                if self.view.queue_error:
+                    log.info("Valkey answers again")
+                self.view.queue_error = ""
+            except QueueUnavailable as error:
+                if not self.view.queue_error:
+                    log.warning("%s", error)
+                self.view.queue_error = str(error)
+            looks += 1
+            self.stopping.wait(LOOK_SECONDS)
+
+    def stop(self) -> None:
+        """Give the lead away at once."""
+        self.stopping.set()
+        try:
+            if self._epoch is not None:
+                self._queue.end_lease(self._name)
+        except QueueUnavailable as error:
+            log.warning("the lease could not be given back: %s", error)
+
+    def _keep_lead(self) -> None:
+        if self._epoch is not None and self._queue.renew_lease(self._name):
+            return
+        lost = self._epoch is not None
+        self._epoch = self._queue.take_lease(self._name)
+        self._active_version = 0  # activate anew under the new epoch
+        if self._epoch is not None:
+            log.info("this coordinator leads, epoch %d", self._epoch)
+            self.view.leader = self._name
+            return
+        self.view.leader = self._queue.leader() or ""
+        if lost:
+            log.warning("another coordinator leads: %s", self.view.leader)
+            self._loop.stand_by(
+                NotReady(f"The coordinator {self.view.leader} leads now.", cure="Send requests to that one.")
+            )
+
+    def _look(self) -> None:
+        self.view.planner = self._queue.planner_state()
+        plan = self._queue.plan()
+        self.view.plan = plan
+        self.view.stages = self._queue.stage_states()
+        if self._epoch is None or plan is None or plan.version <= self._active_version:
+            return
+        states = [self.view.stages.get(stage.stage_id) for stage in plan.stages]
+        ready = [state for state in states if state is not None and state.ready_version == plan.version]
+        if len(ready) == len(plan.stages):
+            self._active_version = plan.version
+            self._loop.activate(plan, limits_of(plan, ready), self._epoch)
+
+
+def limits_of(plan: Plan, states: list[StageState]) -> Limits:
+    """What the plan allows, the tightest stage deciding about KV rows."""
+    decode_seconds = sum(stage.decode_seconds for stage in plan.stages)
+    kv_tokens = min(state.kv_budget_bytes // max(1, state.kv_bytes_per_token) for state in states)
+    return Limits(
+        plan.version,
+        len(plan.stages),
+        kv_tokens,
+        plan.context_length,
+        decode_seconds,
+        decode_seconds * ASSUMED_PREFILL_SHARE,
+    )
+
+
+def waiting_for(view: ClusterView, leads: bool, loop_detail: str, up: bool) -> list[str]:
+    """What stands between now and ready, in the order in which it has to happen; empty when nothing does."""
+    if up:
+        return []
+    if view.queue_error:
+        return [view.queue_error]
+    if not leads:
+        return [f"the coordinator {view.leader or 'that led'} to give up the lead"]
+    if view.planner is None:
+        return ["the planner to answer"]
+    if view.plan is None or view.planner.phase in ("waiting", "failed", "starting"):
+        stages = [_stage_in_words(state) for state in sorted(view.stages.values(), key=lambda state: state.stage_id)]
+        return [f"the plan: {view.planner.detail}", *stages]
+    late = []
+    for stage in view.plan.stages:
+        state = view.stages.get(stage.stage_id)
+        if state is None:
+            late.append(f"stage {stage.stage_id} on {stage.machine} to answer")
+        elif state.ready_version != view.plan.version:
+            late.append(_stage_in_words(state))
+    return late or [loop_detail]
+
+
+def progress_of(view: ClusterView, up: bool) -> float:
+    """How far the start is, 0 to 1: half of it is measuring, half loading."""
+    if up:
+        return 1.0
+    if not view.stages:
+        return 0.0
+    done = {"starting": 0.0, "measuring": 0.1, "waiting": 0.5, "loading": 0.5, "ready": 1.0, "failed": 0.0}
+    span = {"measuring": 0.4, "loading": 0.5}
+    parts = [done[state.phase] + span.get(state.phase, 0.0) * state.progress for state in view.stages.values()]
+    return min(0.99, sum(parts) / len(parts))
+
+
+def _stage_in_words(state: StageState) -> str:
+    progress = f" ({state.progress:.0%})" if state.phase in ("loading", "measuring") else ""
+    return f"stage {state.stage_id} on {state.machine}: {state.phase} {state.detail}{progress}"
