@@ -1,0 +1,215 @@
+import random
+
+from noodle.messages import SamplingParameters, SpanRefusal, SpanResult, StepResult
+from services.coordinator.scheduler import MAXIMUM_REPLAYS, Limits, Scheduler, Session
+
+END = 2
+
+
+def a_scheduler(stages=2, step_tokens=8, kv_tokens=10_000, maximum_running=16):
+    scheduler = Scheduler(step_tokens, maximum_running)
+    scheduler.limits = Limits(1, stages, kv_tokens, 1000, 0.01, 0.001)
+    scheduler.coordinator_epoch = 1
+    return scheduler
+
+
+def a_session(name="a", prompt=5, new=4, end=(END,)):
+    return Session(name, list(range(10, 10 + prompt)), prompt, new, SamplingParameters(), frozenset(end))
+
+
+def answer(flight, token_id=7, only=None):
+    """What the stages would send back, each asked-for token being `token_id`."""
+    spans = [
+        SpanResult(s.session_id, s.session_epoch, s.first_position, s.token_count, token_id if s.sampling else None)
+        for s in flight.step.spans
+        if only is None or s.session_id in only
+    ]
+    return StepResult(flight.step.step_id, 1, flight.step.coordinator_epoch, spans, [], [])
+
+
+def refusal(flight, reason):
+    s = flight.step.spans[0]
+    refused = SpanRefusal(s.session_id, s.session_epoch, s.first_position, 0, reason, "because")
+    return StepResult(flight.step.step_id, 1, 1, [], [refused], [])
+
+
+def test_a_prompt_goes_in_chunks_of_the_budget_and_only_the_last_asks_for_a_token():
+    scheduler = a_scheduler(step_tokens=3)
+    scheduler.add(a_session(prompt=7))
+    first, second = scheduler.next_step(0), scheduler.next_step(0)
+    assert scheduler.next_step(0) is None  # two stages, two steps on their way
+    assert [f.step.spans[0].first_position for f in (first, second)] == [0, 3]
+    scheduler.apply(answer(first))
+    scheduler.apply(answer(second))
+    last = scheduler.next_step(0)
+    assert (last.step.spans[0].first_position, last.step.spans[0].token_count) == (6, 1)
+    assert [bool(f.step.spans[0].sampling) for f in (first, second, last)] == [False, False, True]
+
+
+def test_each_result_lets_the_next_token_go():
+    scheduler = a_scheduler()
+    session = a_session(new=3)
+    scheduler.add(session)
+    for expected in ("no", "no", "length"):
+        _, (token,), _ = scheduler.apply(answer(scheduler.next_step(0)))
+        assert (token.finish_reason or "no") == expected
+    assert session.token_ids[5:] == [7, 7, 7]
+
+
+def test_the_end_of_text_ends_a_session():
+    scheduler = a_scheduler()
+    scheduler.add(a_session())
+    _, (token,), _ = scheduler.apply(answer(scheduler.next_step(0), END))
+    assert token.finish_reason == "eos"
+
+
+def test_decoding_sessions_are_spread_over_the_stages():
+    scheduler = a_scheduler(stages=2, step_tokens=100)
+    for name in "abcd":
+        scheduler.add(a_session(name))
+    scheduler.apply(answer(scheduler.next_step(0)))
+    first, second = scheduler.next_step(0), scheduler.next_step(0)
+    names = [{span.session_id for span in flight.step.spans} for flight in (first, second)]
+    assert [len(group) for group in names] == [2, 2]
+    assert names[0] | names[1] == set("abcd")
+
+
+def test_decode_does_not_wait_for_a_long_prompt():
+    scheduler = a_scheduler(stages=1, step_tokens=8)
+    scheduler.add(a_session("short"))
+    scheduler.apply(answer(scheduler.next_step(0)))
+    scheduler.add(a_session("long", prompt=50))
+    flight = scheduler.next_step(0)
+    assert [(span.session_id, span.token_count) for span in flight.step.spans] == [("short", 1), ("long", 7)]
+
+
+def test_a_session_waits_until_its_kv_rows_are_free():
+    scheduler = a_scheduler(kv_tokens=20)
+    scheduler.add(a_session("a", new=10))
+    scheduler.add(a_session("b", new=10))
+    flight = scheduler.next_step(0)
+    assert [span.session_id for span in flight.step.spans] == ["a"]
+    assert scheduler.waiting_count == 1
+    assert scheduler.remove("a")
+    assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["b"]
+
+
+def test_a_result_that_comes_twice_counts_once():
+    scheduler = a_scheduler()
+    session = a_session()
+    scheduler.add(session)
+    flight = scheduler.next_step(0)
+    scheduler.apply(answer(flight))
+    assert scheduler.apply(answer(flight)) == (None, [], [])
+    assert len(session.token_ids) == 6
+
+
+def test_a_replay_prefills_all_known_tokens_in_a_new_epoch_and_ignores_the_old_one():
+    scheduler = a_scheduler(step_tokens=100)
+    session = a_session()
+    scheduler.add(session)
+    scheduler.apply(answer(scheduler.next_step(0)))
+    old = scheduler.next_step(0)
+    scheduler.replay_all()
+    flight = scheduler.next_step(0)
+    span = flight.step.spans[0]
+    assert (span.session_epoch, span.first_position, span.token_count) == (2, 0, 6)
+    assert scheduler.apply(answer(old, 99)) == (None, [], [])
+    scheduler.apply(answer(flight, 8))
+    assert session.token_ids[5:] == [7, 8]
+
+
+def test_a_position_gap_is_cured_by_a_replay_and_another_refusal_ends_the_session():
+    scheduler = a_scheduler()
+    scheduler.add(a_session())
+    _, _, fatal = scheduler.apply(refusal(scheduler.next_step(0), "position_gap"))
+    assert fatal == []
+    flight = scheduler.next_step(0)
+    assert flight.step.spans[0].session_epoch == 2
+    _, _, fatal = scheduler.apply(refusal(flight, "computation_failed"))
+    assert [session.session_id for session, _ in fatal] == ["a"]
+
+
+def test_a_session_that_gets_nowhere_is_given_up_and_not_tried_for_ever():
+    scheduler = a_scheduler()
+    scheduler.add(a_session())
+    for _ in range(MAXIMUM_REPLAYS):
+        assert scheduler.apply(refusal(scheduler.next_step(0), "position_gap"))[2] == []
+    assert len(scheduler.apply(refusal(scheduler.next_step(0), "position_gap"))[2]) == 1
+
+
+def test_a_step_that_does_not_come_back_in_time_is_replayed():
+    scheduler = a_scheduler()
+    scheduler.add(a_session())
+    flight = scheduler.next_step(0.0)
+    assert scheduler.overdue(flight.deadline - 0.1) == []
+    assert scheduler.steps_in_flight == 1
+    assert scheduler.overdue(flight.deadline) == []
+    assert scheduler.next_step(0).step.spans[0].session_epoch == 2
+
+
+def test_a_removed_session_does_not_hold_its_step_back():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    for name in "ab":
+        scheduler.add(a_session(name))
+    flight = scheduler.next_step(0)
+    scheduler.remove("a")
+    assert scheduler.steps_in_flight == 1
+    scheduler.apply(answer(flight))
+    assert scheduler.steps_in_flight == 0
+
+
+def test_after_a_cut_the_same_steps_go_again_in_their_order():
+    scheduler = a_scheduler(step_tokens=3)
+    scheduler.add(a_session(prompt=6))
+    flights = [scheduler.next_step(0), scheduler.next_step(0)]
+    assert scheduler.to_send_again(5.0) == flights
+    assert all(flight.sent_at == 5.0 for flight in flights)
+
+
+def test_in_a_random_life_no_token_is_lost_or_doubled():
+    """Random answers, partial answers, refusals, lost steps, replays and cancellations: each session still gets
+    exactly its tokens in order, each the successor of what was known."""
+    chance = random.Random(11)
+    scheduler = a_scheduler(stages=3, step_tokens=16, maximum_running=5)
+    sessions = [a_session(f"s{i}", chance.randrange(1, 20), chance.randrange(1, 9), ()) for i in range(30)]
+    for session in sessions:
+        scheduler.add(session)
+    flights, finished, now = [], set(), 0.0
+    for _ in range(20_000):
+        now += 0.01
+        if (flight := scheduler.next_step(now)) is not None:
+            flights.append(flight)
+        if flights and chance.random() < 0.7:
+            flight = chance.choice(flights[-6:])
+            spans = []
+            for span in flight.step.spans:
+                known = span.first_position + span.token_count
+                spans.append(
+                    SpanResult(span.session_id, span.session_epoch, span.first_position, span.token_count,
+                               1000 + known if span.sampling else None)
+                )  # fmt: skip
+            if chance.random() < 0.3:
+                spans = spans[: chance.randrange(len(spans) + 1)]
+            _, tokens, fatal = scheduler.apply(StepResult(flight.step.step_id, 1, 1, spans, [], []))
+            assert fatal == []
+            for token in tokens:
+                assert token.token_id == 1000 + len(token.session.token_ids) - 1
+                if token.finish_reason:
+                    finished.add(token.session.session_id)
+                    scheduler.remove(token.session.session_id)
+        if chance.random() < 0.004:
+            scheduler.replay_all()
+            for session in scheduler.running:
+                session.replays = 0
+        if chance.random() < 0.01:
+            for session in scheduler.overdue(now + 100):
+                session.replays = 0
+        if len(finished) == len(sessions):
+            break
+    assert len(finished) == len(sessions)
+    for session in sessions:
+        generated = session.token_ids[session.prompt_length :]
+        assert generated == [1000 + position for position in range(session.prompt_length, len(session.token_ids))]
+        assert len(generated) == session.maximum_new_tokens
+    assert scheduler.steps_in_flight == 0
