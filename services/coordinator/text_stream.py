@@ -1,0 +1,216 @@
+"""Turns token ids into text as they come: whole characters, and nothing of a stop string; knows no model and no request.
+
+Both halves are state machines without a clock: `Detokenizer` makes text of tokens, `StopStrings` cuts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+REPLACEMENT_CHARACTER = "\ufffd"
+MAXIMUM_BYTES_IN_DOUBT = 3  # an unfinished UTF-8 character has at most three of its four bytes
+MAXIMUM_WINDOW_TOKENS = 32
+CONTEXT_TOKENS = 8  # of the prompt: enough for a character and for what a decoder does to the first word
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """Text that is final, and whether a stop string has ended it."""
+
+    text: str
+    finished: bool = False
+
+
+class TextStream:
+    """The text of one answer: push its tokens one by one, release what comes back, finish at the end.
+
+    `tokenizer_decode(ids, skip_special_tokens)` makes text of token ids. `context_ids` are the prompt's ids when the
+    answer continues the prompt's text: sentencepiece vocabularies drop the space before a text's first word, so
+    that "The sky is" would go on with "blue" and not with " blue".
+    """
+
+    def __init__(
+        self,
+        tokenizer_decode: Callable[[list[int], bool], str],
+        stop: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
+        context_ids: Sequence[int] = (),
+    ) -> None:
+        self._detokenizer = Detokenizer(lambda ids: tokenizer_decode(ids, skip_special_tokens), context_ids)
+        self._stop_strings = StopStrings(stop)
+        self.consumed_tokens = 0  # pushed up to and with the one that completed a stop string
+
+    @property
+    def finished(self) -> bool:
+        """Whether a stop string has come; nothing may be pushed after it."""
+        return self._stop_strings.found
+
+    def push(self, token_id: int) -> TextDelta:
+        """Take the next token; the text may be empty while characters or a possible stop string are held back."""
+        if self.finished:
+            raise ValueError("a token was pushed after the stop string")
+        self.consumed_tokens += 1
+        return self._released(self._detokenizer.push(token_id))
+
+    def finish(self) -> TextDelta:
+        """What was held back, now that no token follows; a character that stayed incomplete comes out as U+FFFD."""
+        if self.finished:
+            return TextDelta("", finished=True)
+        delta = self._released(self._detokenizer.finish())
+        return delta if delta.finished else TextDelta(delta.text + self._stop_strings.finish())
+
+    def _released(self, text: str) -> TextDelta:
+        released = self._stop_strings.push(text)
+        return TextDelta(released, finished=self.finished)
+
+
+class Detokenizer:
+    """Text of a growing list of tokens, at a cost per token that does not grow with it.
+
+    Only a window of the last tokens is decoded: it starts where the text was known to be whole, one token or more
+    before the newest, so that what a decoder does to the first token of a text (dropping its space) happens to one
+    whose text is out already. All texts together are the decoded whole, with one exception: sentencepiece decoders
+    turn a whole run of byte tokens into U+FFFD when one of its bytes is wrong; here the characters before that byte
+    are out by then, and only the rest of the run becomes U+FFFD.
+    """
+
+    def __init__(self, decode: Decode, context_ids: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._window = list(context_ids[-CONTEXT_TOKENS:])
+        self._text = decode(self._window) if self._window else ""
+        self._shown = self._text  # what of it is out
+        self._whole_tokens = 0 if self._text.endswith(REPLACEMENT_CHARACTER) else len(self._window)
+
+    def push(self, token_id: int) -> str:
+        """The text that this token makes final."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text == self._text and not self._decode([token_id, token_id]):
+            self._window.pop()  # special, or outside the vocabulary: it never has text
+            return ""
+        self._text = text
+        in_doubt = self._characters_in_doubt()
+        fresh = self._take(len(text) - in_doubt)
+        self._shorten_window(text_is_whole=in_doubt == 0)
+        return fresh
+
+    def finish(self) -> str:
+        """The rest, whatever it is."""
+        return self._take(len(self._text))
+
+    def _characters_in_doubt(self) -> int:
+        """How many characters at the end may become another one when more bytes come.
+
+        A byte-level decoder shows an unfinished character as one U+FFFD. A sentencepiece decoder shows one for each
+        byte of the whole run, but of its tokens, a byte each, at most three are the unfinished character.
+        """
+        trailing = len(self._text) - len(self._text.rstrip(REPLACEMENT_CHARACTER))
+        if len(self._window) - self._whole_tokens > MAXIMUM_BYTES_IN_DOUBT:
+            return min(trailing, 1)
+        return trailing
+
+    def _take(self, end: int) -> str:
+        """The text before `end` that is not out yet."""
+        if end <= len(self._shown):
+            return ""
+        if not self._text.startswith(self._shown):
+            kept_back = len(self._text) - end
+            self._leave_a_spoiled_run()
+            end = len(self._text) - kept_back
+        fresh = self._text[len(self._shown) : end]
+        self._shown = self._text[:end]
+        return fresh
+
+    def _leave_a_spoiled_run(self) -> None:
+        """Begin the window behind what is out, because its text now reads differently."""
+        if self._whole_tokens:
+            self._window = self._window[self._whole_tokens :]
+            self._text = self._decode(self._window)
+            self._shown = ""
+            self._whole_tokens = 0
+        else:
+            self._shown = commonprefix([self._shown, self._text])
+
+    def _shorten_window(self, text_is_whole: bool) -> None:
+        """Start the window at the last whole text, or by force where none comes for long; what is out stays out."""
+        must_shorten = len(self._window) > MAXIMUM_WINDOW_TOKENS
+        start = MAXIMUM_WINDOW_TOKENS // 2 if must_shorten else self._whole_tokens if text_is_whole else 0
+        text = self._decode(self._window[start:]) if start else ""
+        if text or must_shorten:
+            kept_back = len(self._text) - len(self._shown)
+            self._window = self._window[start:]
+            self._text = text
+            self._shown = text[: max(0, len(text) - kept_back)]
+            self._whole_tokens = max(0, self._whole_tokens - start)
+        if text_is_whole:
+            self._whole_tokens = len(self._window)
+
+
+class StopStrings:
+    """Lets text through up to the first place where a stop string is complete; of two there, the longer one counts.
+
+    What could be the beginning of one is held back. It costs the same for each character, whatever came before.
+    """
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._borders = [_borders(text) for text in stop]
+        self._matched = [0] * len(stop)  # characters of each stop string that the text so far ends with
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What of the text so far is surely not part of a stop string; after one is found, nothing comes any more."""
+        if not self._stop:
+            return text
+        if self.found:
+            return ""
+        for index, character in enumerate(text):
+            longest = self._match(character)
+            if longest:
+                self.found = True
+                released = (self._held + text[: index + 1])[:-longest]
+                self._held = ""
+                return released
+        self._held += text
+        hold = max(self._matched)
+        released = self._held[: len(self._held) - hold]
+        self._held = self._held[len(self._held) - hold :]
+        return released
+
+    def finish(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _match(self, character: str) -> int:
+        """Advance every stop string by one character; the length of the longest that is complete, or 0."""
+        longest = 0
+        for number, stop in enumerate(self._stop):
+            matched = self._matched[number]
+            while matched and stop[matched] != character:
+                matched = self._borders[number][matched - 1]
+            if stop[matched] == character:
+                matched += 1
+            if matched == len(stop):
+                longest = max(longest, matched)
+                matched = self._borders[number][matched - 1]
+            self._matched[number] = matched
+        return longest
+
+
+def _borders(text: str) -> list[int]:
+    """For each beginning of the text, the length of its longest proper beginning that it also ends with (KMP)."""
+    borders = [0] * len(text)
+    length = 0
+    for index in range(1, len(text)):
+        while length and text[index] != text[length]:
+            length = borders[length - 1]
+        if text[index] == text[length]:
+            length += 1
+        borders[index] = length
+    return borders
