@@ -1,0 +1,8 @@
+"""The noodle command as a module: `python -m services.cli`."""
+
+import sys
+
+from services.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The command line's HTTP: JSON there and back, and streams of server-sent events; errors become plain words.
+
+Knows HTTP and OpenAI's error object, not what is asked for. No proxy is used: the addresses are of the home network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+from collections.abc import Generator
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from noodle.errors import LinkLost, NoodleError, NotAuthenticated, NotReady, RequestTimedOut
+
+HEALTH_SECONDS = 2.0  # /health answers at once, or its process is in trouble
+ANSWER_SECONDS = 600.0  # for an answer that comes whole, after everything was computed
+STREAM_SILENCE_SECONDS = 60.0  # a stream says something each second, if only a comment
+MAXIMUM_ANSWER_BYTES = 64 << 20
+MAXIMUM_LINE_BYTES = 8 << 20
+
+# what reaches us when the other side is not there, went away, or answers something that is not HTTP
+TROUBLES = (OSError, http.client.HTTPException)
+
+
+def get_json(url: str, credential: str = "", timeout_seconds: float = HEALTH_SECONDS) -> tuple[int, dict[str, Any]]:
+    """Status and JSON object of a GET, whatever the status; raises NoodleError when nothing (sensible) answers."""
+    connection, response = _request("GET", url, None, credential, timeout_seconds)
+    with contextlib.closing(connection):
+        return response.status, _json_object(url, _read(url, response))
+
+
+def post_json(url: str, body: object, credential: str = "", timeout_seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
+    """JSON object that answers a POST; raises NoodleError in the server's own words when it refuses."""
+    connection, response = _request("POST", url, body, credential, timeout_seconds)
+    with contextlib.closing(connection):
+        content = _read(url, response)
+        if response.status >= 400:
+            _raise_refusal(url, response, content)
+        return _json_object(url, content)
+
+
+def post_for_events(url: str, body: object, credential: str = "") -> Generator[str, None, None]:
+    """The data of each server-sent event that answers a POST; closing the iterator closes the connection.
+
+    Raises NoodleError when the server refuses, falls silent or breaks off in the middle of an event.
+    """
+    connection, response = _request("POST", url, body, credential, STREAM_SILENCE_SECONDS)
+    with contextlib.closing(connection):
+        if response.status >= 400:
+            _raise_refusal(url, response, _read(url, response))
+        data: list[str] = []
+        while line := _read_line(url, response):
+            text = line.decode("utf-8", errors="replace").rstrip("\r\n")
+            if text.startswith("data:"):
+                data.append(text.removeprefix("data:").removeprefix(" "))
+            elif not text and data:
+                yield "\n".join(data)
+                data = []
+        if data:
+            raise LinkLost(f"{url} broke off in the middle of an event.", cure="See `noodle status` and the logs.")
+
+
+def _request(
+    method: str, url: str, body: object, credential: str, timeout_seconds: float
+) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise NoodleError(f"{url!r} is not an http:// URL.", cure="Write it as http://192.168.1.101:8080.")
+    headers = {"Accept": "application/json, text/event-stream"}
+    if credential:
+        headers["Authorization"] = f"Bearer {credential}"
+    content = None
+    if body is not None:
+        content = json.dumps(body).encode()
+        headers["Content-Type"] = "application/json"
+    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_seconds)
+    try:
+        connection.request(method, parts.path or "/", content, headers)
+        return connection, connection.getresponse()
+    except TROUBLES as error:
+        connection.close()
+        _raise_trouble(url, error, timeout_seconds)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _read(url: str, response: http.client.HTTPResponse) -> bytes:
+    try:
+        content = response.read(MAXIMUM_ANSWER_BYTES + 1)
+    except TROUBLES as error:
+        _raise_trouble(url, error, ANSWER_SECONDS)
+    if len(content) > MAXIMUM_ANSWER_BYTES:
+        raise NoodleError(f"{url} answered with more than {MAXIMUM_ANSWER_BYTES} bytes.")
+    return content
+
+
+def _read_line(url: str, response: http.client.HTTPResponse) -> bytes:
+    try:
+        line = response.readline(MAXIMUM_LINE_BYTES + 1)
+    except TROUBLES as error:
+        _raise_trouble(url, error, STREAM_SILENCE_SECONDS)
+    if len(line) > MAXIMUM_LINE_BYTES:
+        raise NoodleError(f"{url} sent a line of more than {MAXIMUM_LINE_BYTES} bytes.")
+    return line
+
+
+def _json_object(url: str, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise NoodleError(
+            f"{url} answered, but not with a JSON object: another program listens there.",
+            cure="Look at NOODLE_COORDINATOR_URL, or choose another port with NOODLE_COORDINATOR_PORT.",
+        )
+    return value
+
+
+def _raise_trouble(url: str, error: Exception, timeout_seconds: float) -> NoReturn:
+    parts = urlsplit(url)
+    where = f"{parts.scheme}://{parts.netloc}"
+    if isinstance(error, ConnectionRefusedError):
+        raise NotReady(f"Nothing answers at {where}.", cure="Start noodle with `noodle up`.") from error
+    if isinstance(error, TimeoutError):
+        raise RequestTimedOut(
+            f"{where} gave no answer for {timeout_seconds:.0f} seconds.", cure="See `noodle status` and the logs."
+        ) from error
+    if isinstance(error, socket.gaierror):
+        raise NoodleError(
+            f"The name {parts.hostname!r} is not known here.", cure="Use the machine's IP address."
+        ) from error
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise LinkLost(f"The connection to {where} broke: {reason}.", cure="See `noodle status` and the logs.") from error
+
+
+def _raise_refusal(url: str, response: http.client.HTTPResponse, content: bytes) -> NoReturn:
+    """Raise what the server's error object says."""
+    try:
+        message = str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = f"{url} answered {response.status} {response.reason}."
+    if response.status == 401:
+        raise NotAuthenticated(message, cure="Give the key with --key or NOODLE_API_KEY.")
+    if response.status == 503:
+        seconds = response.headers.get("Retry-After", "")
+        raise NotReady(
+            message, cure=f"Try again in {seconds} s; `noodle status` says what is missing." if seconds else ""
+        )
+    raise NoodleError(message)
+
+
+def error_in(event: dict[str, Any]) -> NoodleError | None:
+    """The error that an event of a stream carries, if it does."""
+    error = event.get("error")
+    if error is None:
+        return None
+    return NoodleError(str(error.get("message", error)) if isinstance(error, dict) else str(error))

@@ -1,0 +1,178 @@
+"""The noodle command: its options, and which file does what; every error ends here, as one line and its cure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from noodle import __version__
+from noodle.config import command_config, process_environment
+from noodle.errors import NoodleError
+
+INTERRUPTED_EXIT_CODE = 130  # what shells give for a command ended by Ctrl-C
+ERROR_EXIT_CODE = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives its exit code (2 after a wrong option, from argparse)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except NoodleError as error:
+        print(f"noodle: {error.message}", file=sys.stderr)
+        if error.cure:
+            print(f"  {error.cure}", file=sys.stderr)
+        return ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; nothing is left to say, nor to whom
+        return ERROR_EXIT_CODE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="noodle", description="One language model, cut by layers over the machines of a home network."
+    )
+    parser.add_argument("--version", action="version", version=f"noodle {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    up = commands.add_parser("up", help="start everything on this machine and keep it running")
+    up.add_argument("--stages", type=_at_least(1), help="stages the model is cut into (NOODLE_STAGES, 2)")
+    up.add_argument("--model", help="the default's name, a hub id, a folder or a .gguf file (NOODLE_MODEL)")
+    up.add_argument("--split", help="layers per stage, as 10,2; by measured speed unless given (NOODLE_SPLIT)")
+    up.add_argument("--detach", action="store_true", help="return when it is ready, and go on in the background")
+    up.add_argument("--report-to", type=int, help=argparse.SUPPRESS)  # services/cli/detach.py
+    up.set_defaults(run=_up)
+
+    down = commands.add_parser("down", help="stop what `noodle up` started")
+    down.set_defaults(run=_down)
+
+    status = commands.add_parser("status", help="what runs, where, and how it does")
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    status.add_argument("--url", help="the coordinator to ask (the running one, or NOODLE_COORDINATOR_URL)")
+    status.set_defaults(run=_status)
+
+    generate = commands.add_parser("generate", help="generate text and stream it to the terminal")
+    generate.add_argument("prompt", help="the text to go on from or to answer; - reads standard input")
+    generate.add_argument("--max-new-tokens", type=_at_least(1), help="at most so many tokens")
+    generate.add_argument("--temperature", type=_from_to(0.0, 100.0), help="0 always takes the likeliest token")
+    generate.add_argument("--top-p", type=_from_to(0.0, 1.0), help="only the likeliest tokens of this much probability")
+    generate.add_argument("--seed", type=_at_least(0), help="the same seed draws the same text")
+    shape = generate.add_mutually_exclusive_group()
+    shape.add_argument("--chat", action="store_false", dest="raw", help="as a question, by the model's chat template")
+    shape.add_argument("--raw", action="store_true", help="as text to go on from, without a chat template")
+    _add_target(generate)
+    generate.set_defaults(run=_generate, raw=False)
+
+    verify = commands.add_parser("verify", help="compare the cluster's tokens with the unsplit model's")
+    verify.add_argument("--prompts", type=_at_least(1), help="how many of the built-in prompts (all)")
+    verify.add_argument("--new-tokens", type=_at_least(1), default=64, help="tokens per prompt (64)")
+    verify.add_argument("--json", action="store_true", help="as one JSON object")
+    _add_target(verify)
+    verify.set_defaults(run=_verify)
+
+    convert = commands.add_parser("convert", help="make a folder that noodle reads out of a .gguf file (needs torch)")
+    convert.add_argument("file", help="the .gguf file")
+    convert.add_argument("folder", help="the folder to write")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", help="the coordinator to ask (the running one, or NOODLE_COORDINATOR_URL)")
+    parser.add_argument("--key", help="the API key (NOODLE_API_KEY)")
+
+
+def _at_least(minimum: int) -> type[int]:
+    def whole(text: str) -> int:
+        number = int(text)
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return number
+
+    whole.__name__ = "whole number"  # argparse names it in "invalid whole number value"
+    return whole  # type: ignore[return-value]  # argparse takes any callable
+
+
+def _from_to(minimum: float, maximum: float) -> type[float]:
+    def number(text: str) -> float:
+        value = float(text)
+        if not minimum <= value <= maximum:  # also not a number
+            raise argparse.ArgumentTypeError(f"{text} is not from {minimum:g} to {maximum:g}")
+        return value
+
+    return number  # type: ignore[return-value]  # argparse takes any callable
+
+
+# each command imports its own part, so that `noodle --help` is there at once and Windows imports what it can
+
+
+def _up(options: argparse.Namespace) -> int:
+    from services.cli.detach import report_to, start_detached
+    from services.cli.progress import open_progress
+    from services.cli.up import already_running, run, wanted_from
+
+    environment = process_environment()
+    if options.report_to is not None:
+        config, wanted = wanted_from(environment, options.stages, options.model, options.split)
+        return report_to(
+            options.report_to,
+            lambda progress, on_ready: run(config, wanted, environment, progress, is_detached=True, on_ready=on_ready),
+        )
+    config, wanted = wanted_from(environment, options.stages, options.model, options.split)
+    progress = open_progress()
+    try:
+        if already_running(config, progress):
+            return 0
+        if not options.detach:
+            return run(config, wanted, environment, progress)
+        arguments = ["--stages", str(wanted.stage_count), "--model", wanted.model]
+        return start_detached(arguments + (["--split", wanted.split] if wanted.split else []), environment, progress)
+    finally:
+        progress.close()
+
+
+def _down(_options: argparse.Namespace) -> int:
+    from services.cli.down import down
+
+    return down(command_config(process_environment()))
+
+
+def _status(options: argparse.Namespace) -> int:
+    from services.cli.status import status
+
+    return status(command_config(process_environment()), options.url, as_json=options.json)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from services.cli.generate import generate
+    from services.cli.target import find_target
+
+    target = find_target(command_config(process_environment()), options.url, options.key)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    parameters = {
+        "max_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+    given = {name: value for name, value in parameters.items() if value is not None}
+    return generate(target, prompt, given, raw=options.raw)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from services.cli.target import find_target
+    from services.cli.verify import verify
+
+    environment = process_environment()
+    config = command_config(environment)
+    target = find_target(config, options.url, options.key)
+    return verify(target, config, environment, options.prompts, options.new_tokens, as_json=options.json)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from services.cli.convert import convert
+
+    return convert(options.file, options.folder, process_environment())

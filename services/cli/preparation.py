@@ -1,0 +1,125 @@
+"""Runs the model store as a process and shows what it reports; knows its lines, not how a model is made."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Literal
+
+import msgspec
+from msgspec import Struct
+
+from noodle.errors import StartError
+from services.cli.cluster import python_module
+from services.cli.processes import Signals, end_group, exit_code_without_reaping, last_lines, start_child
+from services.cli.progress import Progress
+
+STOP_SECONDS = 10.0  # for the model store to remove what is half made, after SIGTERM
+SILENCE_SECONDS = 60.0  # between two looks at a store that says nothing
+ROW = "model"
+
+
+class StoreProgress(Struct, frozen=True):
+    """What the model store does now; a total of 0 is unknown."""
+
+    activity: Literal["download", "convert", "wait"]
+    detail: str
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+class StoreError(Struct, frozen=True):
+    """Why there is no model."""
+
+    message: str
+    cure: str = ""
+
+
+class StoreLine(Struct, frozen=True):
+    """One line of the model store's output: exactly one of the three is there."""
+
+    progress: StoreProgress | None = None
+    error: StoreError | None = None
+    folder: str = ""
+    name: str = ""
+
+
+class PreparedModel(Struct, frozen=True):
+    """A folder that every service can read, and what the model is called."""
+
+    folder: Path
+    name: str
+
+
+class Interrupted(Exception):  # not a fault: somebody asked for the end
+    """Raised when a stop was asked for before everything was ready."""
+
+
+def prepare_model(
+    model: str, cache_dir: Path, environment: Mapping[str, str], log_path: Path, signals: Signals, progress: Progress
+) -> PreparedModel:
+    """Fetch and convert the model unless that was done before; raises StartError or Interrupted."""
+    arguments = ("--model", model, "--cache-dir", str(cache_dir), "--json")
+    with log_path.open("ab") as log:
+        process = start_child(
+            python_module("services.coordinator.model_store", *arguments), environment, subprocess.PIPE, errors=log
+        )
+    assert process.stdout is not None  # noqa: S101  # it was asked for one line above
+    progress.show(ROW, f"{model}: looking")
+    try:
+        prepared = _follow(process.stdout, signals, progress)
+    finally:
+        _end(process, signals)
+        progress.finish(ROW, "")
+    if prepared is None:
+        lines = "\n".join(last_lines(log_path, 5))
+        raise StartError(f"Preparing the model {model} ended with exit code {process.returncode}.", cure=lines)
+    return prepared
+
+
+def _follow(output: IO[bytes], signals: Signals, progress: Progress) -> PreparedModel | None:
+    """Show each line until the last; None when the output ended without a result."""
+    rest = b""
+    while not signals.stop_requested:
+        if not signals.wait(SILENCE_SECONDS, [output]):
+            continue
+        part = os.read(output.fileno(), 65536)
+        if not part:
+            return None
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            said = msgspec.json.decode(line, type=StoreLine)
+            if said.error is not None:
+                raise StartError(said.error.message, cure=said.error.cure)
+            if said.folder:
+                return PreparedModel(Path(said.folder), said.name)
+            if said.progress is not None:
+                _show(said.progress, progress)
+    raise Interrupted
+
+
+def _show(said: StoreProgress, progress: Progress) -> None:
+    text = f"{said.activity}: {said.detail}"
+    if not said.bytes_total:
+        progress.show(ROW, text)
+        return
+    size = f"{said.bytes_done / 1e6:.0f} of {said.bytes_total / 1e6:.0f} MB"
+    progress.show(ROW, f"{text}, {size}", min(1.0, said.bytes_done / said.bytes_total))
+
+
+def _end(process: subprocess.Popen[bytes], signals: Signals) -> None:
+    """Leave no model store behind; one that is still at work clears up first, and a second Ctrl-C hurries it."""
+    requests_before = signals.stop_requests
+    if signals.stop_requested:
+        end_group(process, signal.SIGTERM)
+    for _ in range(2 * int(STOP_SECONDS)):
+        if exit_code_without_reaping(process) is not None or signals.stop_requests > requests_before:
+            break
+        signals.wait(0.5)
+    end_group(process, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
