@@ -1,0 +1,8 @@
+"""Runs the coordinator: `python -m services.coordinator`, told everything by its environment."""
+
+from noodle.config import coordinator_config, process_environment
+from noodle.web import run_service
+from services.coordinator.service import CoordinatorService
+
+if __name__ == "__main__":
+    run_service("coordinator", lambda: CoordinatorService(coordinator_config(process_environment())))

@@ -1,0 +1,114 @@
+"""The coordinator put together: model files, tokenizer, loop, lead and records; the routes act on this."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from noodle.config import CoordinatorConfig
+from noodle.errors import NotReady, StartError
+from noodle.metrics import CoordinatorMetrics
+from noodle.model_files import read_config
+from noodle.work_queue import WorkQueue
+from services.coordinator.answer import Answer
+from services.coordinator.event_streams import Started, now_seconds
+from services.coordinator.generate import GenerationLoop, GenerationRequest
+from services.coordinator.leadership import Leadership, progress_of, waiting_for
+from services.coordinator.model_progress import Progress
+from services.coordinator.model_store import prepare_model
+from services.coordinator.openai_request import ServedModel
+from services.coordinator.parameters import GenerationParameters, fit_into_context
+from services.coordinator.pipeline import Pipeline
+from services.coordinator.recorder import Recorder
+from services.coordinator.scheduler import Scheduler
+from services.coordinator.text_stream import TextStream
+from services.coordinator.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What the coordinator knows of the model: its text side and its name."""
+
+    folder: Path
+    served: ServedModel
+    tokenizer: Tokenizer
+
+
+class Engine:
+    """Everything behind the routes."""
+
+    def __init__(self, config: CoordinatorConfig, metrics: CoordinatorMetrics) -> None:
+        self._config = config
+        self.metrics = metrics
+        work_queue = WorkQueue(config.valkey_url, config.valkey_password)
+        self.recorder = Recorder(work_queue)
+        self.loop = GenerationLoop(
+            Scheduler(config.step_tokens, config.maximum_open_requests),
+            self.recorder,
+            metrics,
+            lambda plan, epoch, tell: Pipeline(plan, epoch, config.cluster_token, tell),
+            maximum_open=config.maximum_open_requests + config.maximum_waiting_requests,
+            recovery_seconds=config.recovery_seconds,
+        )
+        self.leadership = Leadership(config.machine, work_queue, self.loop)
+        self.loaded: LoadedModel | None = None
+        self.detail = "the tokenizer to load"
+        self.failure = ""
+
+    def load(self) -> None:
+        """Fetch the model's files if need be and load its tokenizer; a failure ends the start."""
+        try:
+            prepared = prepare_model(
+                self._config.model,
+                self._config.cache_dir,
+                lambda progress: self._say(f"{progress.phase}: {progress.detail}"),
+            )
+            tokenizer = Tokenizer(prepared.folder)
+            vocabulary_size = int(read_config(prepared.folder)["vocab_size"])
+        except StartError as error:
+            self.failure = str(error)
+            raise
+        served = ServedModel((prepared.name,), vocabulary_size, now_seconds())
+        self.loaded = LoadedModel(prepared.folder, served, tokenizer)
+        log.info("serving %s from %s", prepared.name, prepared.folder)
+
+    def ready_model(self) -> LoadedModel:
+        """The model's text side; raises NotReady with progress while anything is missing."""
+        loaded = self.loaded
+        if loaded is None or not self.loop.state.up:
+            view, state = self.leadership.view, self.loop.state
+            waits = waiting_for(view, self.leadership.leads, state.detail, state.up) or [self.detail]
+            raise NotReady(
+                f"The cluster is not ready ({progress_of(view, False):.0%}): waiting for {'; '.join(waits)}.",
+                retry_after_seconds=2,
+            )
+        return loaded
+
+    def start(self, token_ids: list[int], parameters: GenerationParameters, prompt_name: str) -> Started:
+        """Send a checked request on its way; raises what still refuses it before the first byte."""
+        model = self.ready_model()
+        plan = self.loop.state.plan
+        context_length = plan.context_length if plan else 0
+        parameters = fit_into_context(
+            parameters, prompt_tokens=len(token_ids), context_length=context_length, prompt_name=prompt_name
+        )
+        end_token_ids = frozenset() if parameters.ignore_eos else frozenset(model.tokenizer.eos_token_ids)
+        generation = self.loop.submit(
+            GenerationRequest(
+                token_ids,
+                parameters.max_new_tokens,
+                parameters.sampling,
+                end_token_ids,
+                parameters.stop,
+                parameters.logprobs,
+            )
+        )
+        self.metrics.prompt_tokens.inc(len(token_ids))
+        text_stream = TextStream(model.tokenizer.decode, parameters.stop)
+        return Started(Answer(generation, text_stream), parameters, len(token_ids), token_ids)
+
+    def _say(self, progress: Progress) -> None:
+        self.detail = progress.text()

@@ -1,0 +1,45 @@
+"""The coordinator behind gunicorn: its threads, and the order in which they stop."""
+
+from __future__ import annotations
+
+from flask import Flask
+from prometheus_client import CollectorRegistry
+
+from noodle.config import CoordinatorConfig
+from noodle.metrics import CoordinatorMetrics
+from noodle.web import Service, start_loop
+from services.coordinator.app import create_app
+from services.coordinator.engine import Engine
+
+SPARE_THREADS = 32  # beside the requests: /health, /metrics and those who get a 4xx
+
+
+class CoordinatorService(Service):
+    """Engine and routes."""
+
+    name = "coordinator"
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self._config = config
+        self.bind = config.bind
+        self.log_format = config.log_format
+        self.threads = config.maximum_open_requests + config.maximum_waiting_requests + SPARE_THREADS
+
+    def create_app(self) -> Flask:
+        """Wire engine and routes; the model is fetched and loaded by a thread of its own."""
+        registry = CollectorRegistry()
+        self._engine = Engine(self._config, CoordinatorMetrics(registry))
+        return create_app(self._config, self._engine, registry)
+
+    def start(self) -> None:
+        """Start the loop, the lead, the recorder, and load the model's text side."""
+        start_loop("generate", self._engine.loop.run, self.name)
+        start_loop("recorder", self._engine.recorder.run, self.name)
+        start_loop("leadership", self._engine.leadership.run, self.name)
+        start_loop("model", self._engine.load, self.name)
+
+    def stop(self) -> None:
+        """End open requests with an error that says so, give the lead away, write the last records."""
+        self._engine.loop.stop()
+        self._engine.leadership.stop()
+        self._engine.recorder.stop()
