@@ -76,7 +76,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
         loaded = engine.ready_model()
         asked = parse_chat(json_body(config.maximum_body_bytes), loaded.served)
         prompt = loaded.tokenizer.apply_chat_template(list(asked.messages))
-        token_ids = loaded.tokenizer.encode(prompt, add_special_tokens=False)
+        token_ids = engine.token_ids(prompt, add_special_tokens=False)
         shape = event_streams.CHAT
         return openai(shape, openai_format.new_chat_id(), token_ids, asked.parameters, "messages")
 
@@ -85,7 +85,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
         require_client()
         loaded = engine.ready_model()
         asked = parse_completion(json_body(config.maximum_body_bytes), loaded.served)
-        token_ids = loaded.tokenizer.prompt_ids(asked.prompt)
+        token_ids = engine.token_ids(asked.prompt)
         shape = event_streams.COMPLETION
         return openai(shape, openai_format.new_completion_id(), token_ids, asked.parameters, "prompt")
 
@@ -118,7 +118,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
         model = engine.ready_model()
         body = json_body(config.maximum_body_bytes)
         asked = generate_format.parse_generate(body, vocabulary_size=model.served.vocabulary_size, stream=stream)
-        token_ids = model.tokenizer.prompt_ids(asked.prompt)
+        token_ids = engine.token_ids(asked.prompt)
         started = engine.start(token_ids, asked.parameters, "inputs")
         prompt_text = model.tokenizer.decode(token_ids) if asked.return_full_text else ""
         if stream:

@@ -61,11 +61,7 @@ class Engine:
     def load(self) -> None:
         """Fetch the model's files if need be and load its tokenizer; a failure ends the start."""
         try:
-            prepared = prepare_model(
-                self._config.model,
-                self._config.cache_dir,
-                lambda progress: self._say(f"{progress.phase}: {progress.detail}"),
-            )
+            prepared = prepare_model(self._config.model, self._config.cache_dir, self._say)
             tokenizer = Tokenizer(prepared.folder)
             vocabulary_size = int(read_config(prepared.folder)["vocab_size"])
         except StartError as error:
@@ -87,13 +83,25 @@ class Engine:
             )
         return loaded
 
+    def token_ids(self, prompt: str | tuple[int, ...], *, add_special_tokens: bool = True) -> list[int]:
+        """A prompt as token ids; a text that can not fit into the context is refused before it is tokenised."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        return self.ready_model().tokenizer.encode(prompt, add_special_tokens, self.context_length)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest session that the active plan promises."""
+        plan = self.loop.state.plan
+        if plan is None:
+            raise NotReady("No plan is active.", retry_after_seconds=2)
+        return plan.context_length
+
     def start(self, token_ids: list[int], parameters: GenerationParameters, prompt_name: str) -> Started:
         """Send a checked request on its way; raises what still refuses it before the first byte."""
         model = self.ready_model()
-        plan = self.loop.state.plan
-        context_length = plan.context_length if plan else 0
         parameters = fit_into_context(
-            parameters, prompt_tokens=len(token_ids), context_length=context_length, prompt_name=prompt_name
+            parameters, prompt_tokens=len(token_ids), context_length=self.context_length, prompt_name=prompt_name
         )
         end_token_ids = frozenset() if parameters.ignore_eos else frozenset(model.tokenizer.eos_token_ids)
         generation = self.loop.submit(
@@ -107,7 +115,7 @@ class Engine:
             )
         )
         self.metrics.prompt_tokens.inc(len(token_ids))
-        text_stream = TextStream(model.tokenizer.decode, parameters.stop)
+        text_stream = TextStream(model.tokenizer.decode, parameters.stop, context_ids=token_ids)
         return Started(Answer(generation, text_stream), parameters, len(token_ids), token_ids)
 
     def _say(self, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""Turns token ids into text as they come: whole characters, and nothing of a stop string; knows no model and no request.
+"""Turns token ids into text as they come: whole characters, nothing of a stop string; knows no model and no request.
 
 Both halves are state machines without a clock: `Detokenizer` makes text of tokens, `StopStrings` cuts it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 REPLACEMENT_CHARACTER = "\ufffd"
 MAXIMUM_BYTES_IN_DOUBT = 3  # an unfinished UTF-8 character has at most three of its four bytes
@@ -94,13 +93,13 @@ class Detokenizer:
             return ""
         self._text = text
         in_doubt = self._characters_in_doubt()
-        fresh = self._take(len(text) - in_doubt)
+        fresh = self._take(in_doubt)
         self._shorten_window(text_is_whole=in_doubt == 0)
         return fresh
 
     def finish(self) -> str:
         """The rest, whatever it is."""
-        return self._take(len(self._text))
+        return self._take(0)
 
     def _characters_in_doubt(self) -> int:
         """How many characters at the end may become another one when more bytes come.
@@ -113,16 +112,15 @@ class Detokenizer:
             return min(trailing, 1)
         return trailing
 
-    def _take(self, end: int) -> str:
-        """The text before `end` that is not out yet."""
-        if end <= len(self._shown):
-            return ""
-        if not self._text.startswith(self._shown):
-            kept_back = len(self._text) - end
+    def _take(self, in_doubt: int) -> str:
+        """The text before the characters in doubt that is not out yet."""
+        end = len(self._text) - in_doubt
+        if not self._text.startswith(self._shown) and (not in_doubt or end >= len(self._shown)):
             self._leave_a_spoiled_run()
-            end = len(self._text) - kept_back
+            end = len(self._text) - in_doubt
         fresh = self._text[len(self._shown) : end]
-        self._shown = self._text[:end]
+        if fresh:
+            self._shown = self._text[:end]
         return fresh
 
     def _leave_a_spoiled_run(self) -> None:
@@ -133,7 +131,7 @@ class Detokenizer:
             self._shown = ""
             self._whole_tokens = 0
         else:
-            self._shown = commonprefix([self._shown, self._text])
+            self._shown = self._text[: len(self._shown.rstrip(REPLACEMENT_CHARACTER))]
 
     def _shorten_window(self, text_is_whole: bool) -> None:
         """Start the window at the last whole text, or by force where none comes for long; what is out stays out."""

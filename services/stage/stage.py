@@ -118,7 +118,7 @@ def load_role(
     )
     free_bytes = free_memory_bytes(device).value
     stage.kv_budget_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))
-    model_slice.limit_kv_bytes(stage.kv_budget_bytes)
+    model_slice.set_kv_budget(stage.kv_budget_bytes)
     return Role(plan, index, model_slice, None)
 
 
