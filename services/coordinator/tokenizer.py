@@ -1,0 +1,199 @@
+"""Text to token ids and back, and a model's chat template; knows the files of a model folder, no torch, no requests.
+
+It reads what transformers reads (tokenizer.json, tokenizer_config.json, chat_template.jinja and their older relatives)
+and gives the same ids and the same prompts; tests hold it to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tokenizers
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
+
+from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from services.coordinator.chat_template import ChatTemplate, read_chat_template
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+MINIMUM_LONGEST_TOKEN = 16  # characters; a vocabulary of single bytes still reads texts as people write them
+
+
+class Tokenizer:
+    """One model's tokenizer; threads may share it.
+
+    `eos_token_ids` end a generation. `vocabulary_size` counts the rows of the model's embedding: every id of a prompt
+    lies below it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelNotFound when the folder's tokenizer is missing or can not be read."""
+        self._tokenizer = _load(folder / "tokenizer.json")
+        settings = _read_settings(folder)
+        config = read_json(folder / "config.json")
+        self._special_tokens = _named_tokens(settings)
+        _add_tokens(self._tokenizer, settings, self._special_tokens)
+        _apply_bos_and_eos(self._tokenizer, settings, self._special_tokens)
+        # a prompt is refused when it is too long, never cut
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._longest_token = max(MINIMUM_LONGEST_TOKEN, max(map(len, vocabulary), default=0))
+        self.vocabulary_size = _vocabulary_size(config) or max(vocabulary.values(), default=-1) + 1
+        self.eos_token_ids = self._read_eos_ids(folder, config)
+        self._chat_template: ChatTemplate | None = read_chat_template(folder, settings)
+
+    def encode(self, text: str, add_special_tokens: bool, context_length: int) -> list[int]:
+        """Token ids of a text, with the model's BOS and EOS if asked for; a chat's prompt has its own already.
+
+        Raises ContextTooLong before any work when the text can not fit into `context_length` tokens, even if each were
+        the vocabulary's longest, and InvalidRequest for a token that the model has no embedding for.
+        """
+        maximum_characters = context_length * self._longest_token
+        if len(text) > maximum_characters:
+            raise ContextTooLong(
+                f"The prompt has {len(text)} characters, but this model's context of {context_length} tokens "
+                f"holds at most {maximum_characters}.",
+                cure="Shorten the prompt.",
+            )
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if ids and max(ids) >= self.vocabulary_size:
+            token = self._tokenizer.id_to_token(max(ids))
+            raise InvalidRequest(f"The prompt holds {token!r}, for which this model has no embedding.")
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; ids outside the vocabulary have none, bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation; to be encoded without adding special tokens.
+
+        Raises InvalidRequest when the model has no template, or the template refuses these messages.
+        """
+        if self._chat_template is None:
+            raise InvalidRequest(
+                "This model has no chat template, so it can not answer messages.",
+                cure="Send the whole prompt to /v1/completions.",
+                param="messages",
+            )
+        return self._chat_template.render(messages, self._special_tokens, add_generation_prompt)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is one of the model's marks (BOS, end of turn) and not text."""
+        return token_id in self._special_ids
+
+    def _read_eos_ids(self, folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
+        """The ends that generation_config.json names, else config.json, and the tokenizer's own in any case."""
+        named = _ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+        if not named:
+            named = _ids(config.get("eos_token_id")) or _ids(_text_config(config).get("eos_token_id"))
+        own = self._tokenizer.token_to_id(self._special_tokens.get("eos_token", ""))
+        return frozenset(named if own is None else [*named, own])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, an empty one when the file is missing; raises ModelNotFound for a broken one."""
+    try:
+        value = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelNotFound(f"{path} can not be read: {error}.", cure="Download the model again.") from error
+    if not isinstance(value, dict):
+        raise ModelNotFound(f"{path} is not a JSON object.", cure="Download the model again.")
+    return value
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelNotFound(
+            f"{path} can not be read: {error.strerror}.",
+            cure="The folder needs a tokenizer.json; transformers writes one with save_pretrained().",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ModelNotFound(f"{path} is not UTF-8.", cure="Download the model again.") from error
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more specific
+        raise ModelNotFound(
+            f"{path} is not a tokenizer this version of the tokenizers library reads: {error}.",
+            cure="Download the model again.",
+        ) from error
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; the older special_tokens_map.json counts where the newer file lists no added tokens."""
+    settings = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" in settings:
+        return settings
+    return {**settings, **read_json(folder / "special_tokens_map.json")}
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ... as texts; a setting may hold the text or an object around it."""
+    named: dict[str, str] = {}
+    for name in NAMED_TOKENS:
+        value = settings.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            named[name] = text
+    return named
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Add the tokens that tokenizer_config.json lists beyond tokenizer.json, and mark the named ones as special.
+
+    A named token that is in no vocabulary stays out: its id would lie beyond the model's embedding.
+    """
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = settings.get("added_tokens_decoder")
+    entries = sorted(listed.items(), key=lambda item: int(item[0])) if isinstance(listed, dict) else []
+    for _, entry in entries:
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if isinstance(content, str) and content not in known:
+            flags = {name: bool(entry[name]) for name in ADDED_TOKEN_FLAGS if name in entry}
+            tokenizer.add_tokens([AddedToken(content, **flags)])
+            known.add(content)
+    for text in named.values():
+        if text not in known and tokenizer.token_to_id(text) is not None:
+            tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+            known.add(text)
+
+
+def _apply_bos_and_eos(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Where the settings say which of BOS and EOS are added, they win over tokenizer.json, as in transformers."""
+    if "add_bos_token" not in settings and "add_eos_token" not in settings:
+        return
+    parts: list[str] = ["$A:0"]
+    special: list[tuple[str, int]] = []
+    for setting, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
+        token_id = tokenizer.token_to_id(named.get(name, ""))
+        if settings.get(setting) and token_id is not None:
+            parts.insert(0 if name == "bos_token" else len(parts), f"{named[name]}:0")
+            special.append((named[name], token_id))
+    tokenizer.post_processor = TemplateProcessing(single=" ".join(parts), special_tokens=special)
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
+def _vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    size = config.get("vocab_size", _text_config(config).get("vocab_size"))
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
