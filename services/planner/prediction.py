@@ -1,0 +1,72 @@
+"""Predicts from measured layer seconds how fast a plan will be; knows numbers only, and where each comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from noodle.plan import MachineReport, Source, StageAssignment
+
+
+@dataclass(frozen=True, slots=True)
+class HopCost:
+    """What one hop costs a decode step, one way."""
+
+    seconds: float
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a plan should do; compared with what happens."""
+
+    stage_seconds: tuple[float, ...]  # of one decode token, in pipeline order
+    token_seconds: float  # one token of a single session: every stage and every hop, one after the other
+    steady_token_seconds: float  # between two tokens when every stage has work: the slowest stage
+    prefill_tokens_per_second: float  # of a long prompt in chunks, all stages at work: the slowest stage
+    source: Source  # of the weakest number in it
+
+
+def stage_decode_seconds(machine: MachineReport, layer_count: int, *, is_last: bool) -> float:
+    """Seconds one stage computes on one token."""
+    return layer_count * machine.decode_layer_seconds + (machine.head_decode_seconds if is_last else 0.0)
+
+
+def predict(stages: Sequence[StageAssignment], machines: Mapping[int, MachineReport], hop: HopCost) -> Prediction:
+    """The prediction for `stages` in pipeline order; `machines` by stage id.
+
+    A token makes one hop more than there are stages: into the first one, between them, and back to the coordinator.
+    """
+    layer_counts = [stage.end_layer - stage.start_layer for stage in stages]
+    reports = [machines[stage.stage_id] for stage in stages]
+    last = len(stages) - 1
+    stage_seconds = tuple(
+        stage_decode_seconds(report, count, is_last=index == last)
+        for index, (report, count) in enumerate(zip(reports, layer_counts, strict=True))
+    )
+    slowest_prefill = max(
+        report.prefill_layer_seconds_per_token * count for report, count in zip(reports, layer_counts, strict=True)
+    )
+    return Prediction(
+        stage_seconds=stage_seconds,
+        token_seconds=sum(stage_seconds) + hop.seconds * (len(stages) + 1),
+        steady_token_seconds=max(stage_seconds),
+        prefill_tokens_per_second=1 / slowest_prefill,
+        source=_weakest([hop.source, *(report.source for report in reports)]),
+    )
+
+
+def in_words(prediction: Prediction) -> str:
+    """The prediction as one clause for Plan.reason."""
+    slowest = max(range(len(prediction.stage_seconds)), key=lambda index: prediction.stage_seconds[index])
+    return (
+        f"{1 / prediction.token_seconds:.1f} tokens/s for one session and "
+        f"{prediction.prefill_tokens_per_second:.0f} of prompt predicted from {prediction.source} numbers, "
+        f"slowest is stage {slowest + 1} of {len(prediction.stage_seconds)} "
+        f"with {prediction.steady_token_seconds * 1000:.1f} ms a token"
+    )
+
+
+def _weakest(sources: Sequence[Source]) -> Source:
+    order: tuple[Source, ...] = ("assumed", "configured", "measured")
+    return next(source for source in order if source in sources)
