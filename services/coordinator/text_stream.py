@@ -73,8 +73,9 @@ class Detokenizer:
     Only a window of the last tokens is decoded: it starts where the text was known to be whole, one token or more
     before the newest, so that what a decoder does to the first token of a text (dropping its space) happens to one
     whose text is out already. All texts together are the decoded whole, with one exception: sentencepiece decoders
-    turn a whole run of byte tokens into U+FFFD when one of its bytes is wrong; here the characters before that byte
-    are out by then, and only the rest of the run becomes U+FFFD.
+    turn a whole run of byte tokens into U+FFFD, one for each, when one of its bytes is wrong. Here the characters
+    before that byte are out by then and stay; and U+FFFD itself, written as bytes several times in a row, looks the
+    same and comes out once for each byte.
     """
 
     def __init__(self, decode: Decode, context_ids: Sequence[int] = ()) -> None:
