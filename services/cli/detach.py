@@ -12,10 +12,9 @@ import msgspec
 
 from noodle.errors import NoodleError, StartError
 from services.cli.cluster import python_module
-from services.cli.processes import Signals
+from services.cli.processes import Signals, lines_of
 from services.cli.progress import Finished, NotStarted, PipeProgress, Progress, Said, Shown, Started, StartEvent
 
-SILENCE_SECONDS = 60.0  # between two looks at a background process that says nothing
 REPORT_OPTION = "--report-to"  # of `noodle up`, for this file only: the number of the pipe's descriptor
 
 
@@ -52,23 +51,12 @@ def _follow(
     output: IO[bytes], process: subprocess.Popen[bytes], signals: Signals, progress: Progress
 ) -> Started | NotStarted | None:
     """Show what it reports until its last word, or None when it ended without one."""
-    rest = b""
-    told_to_stop = False
-    while True:
-        if signals.stop_requested and not told_to_stop:
-            told_to_stop = True
-            process.send_signal(signal.SIGTERM)
-        if not signals.wait(SILENCE_SECONDS, [output]):
-            continue
-        part = os.read(output.fileno(), 65536)
-        if not part:
-            return None
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            event = msgspec.json.decode(line, type=StartEvent)
-            if isinstance(event, Started | NotStarted):
-                return event
-            _show(event, progress)
+    for line in lines_of(output, signals, lambda: process.send_signal(signal.SIGTERM)):
+        event: StartEvent = msgspec.json.decode(line, type=StartEvent)
+        if isinstance(event, Started | NotStarted):
+            return event
+        _show(event, progress)
+    return None
 
 
 def _show(event: Shown | Finished | Said, progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -14,11 +14,10 @@ from msgspec import Struct
 
 from noodle.errors import StartError
 from services.cli.cluster import python_module
-from services.cli.processes import Signals, end_group, exit_code_without_reaping, last_lines, start_child
+from services.cli.processes import Signals, end_group, exit_code_without_reaping, last_lines, lines_of, start_child
 from services.cli.progress import Progress
 
 STOP_SECONDS = 10.0  # for the model store to remove what is half made, after SIGTERM
-SILENCE_SECONDS = 60.0  # between two looks at a store that says nothing
 ROW = "model"
 
 
@@ -54,16 +53,21 @@ class PreparedModel(Struct, frozen=True):
     name: str
 
 
-class Interrupted(Exception):  # not a fault: somebody asked for the end
-    """Raised when a stop was asked for before everything was ready."""
-
-
 def prepare_model(
-    model: str, cache_dir: Path, environment: Mapping[str, str], log_path: Path, signals: Signals, progress: Progress
+    model: str,
+    cache_dir: Path,
+    environment: Mapping[str, str],
+    log_path: Path | None,
+    signals: Signals,
+    progress: Progress,
 ) -> PreparedModel:
-    """Fetch and convert the model unless that was done before; raises StartError or Interrupted."""
+    """Fetch and convert the model unless that was done before; raises StartError or Interrupted.
+
+    What the store says beside its reports goes to `log_path`, or to standard error without one.
+    """
     arguments = ("--model", model, "--cache-dir", str(cache_dir), "--json")
-    with log_path.open("ab") as log:
+    with contextlib.ExitStack() as stack:
+        log = None if log_path is None else stack.enter_context(log_path.open("ab"))
         process = start_child(
             python_module("services.coordinator.model_store", *arguments), environment, subprocess.PIPE, errors=log
         )
@@ -75,30 +79,22 @@ def prepare_model(
         _end(process, signals)
         progress.finish(ROW, "")
     if prepared is None:
-        lines = "\n".join(last_lines(log_path, 5))
+        lines = "\n".join(last_lines(log_path, 5)) if log_path else "Its last words stand above."
         raise StartError(f"Preparing the model {model} ended with exit code {process.returncode}.", cure=lines)
     return prepared
 
 
 def _follow(output: IO[bytes], signals: Signals, progress: Progress) -> PreparedModel | None:
     """Show each line until the last; None when the output ended without a result."""
-    rest = b""
-    while not signals.stop_requested:
-        if not signals.wait(SILENCE_SECONDS, [output]):
-            continue
-        part = os.read(output.fileno(), 65536)
-        if not part:
-            return None
-        *lines, rest = (rest + part).split(b"\n")
-        for line in lines:
-            said = msgspec.json.decode(line, type=StoreLine)
-            if said.error is not None:
-                raise StartError(said.error.message, cure=said.error.cure)
-            if said.folder:
-                return PreparedModel(Path(said.folder), said.name)
-            if said.progress is not None:
-                _show(said.progress, progress)
-    raise Interrupted
+    for line in lines_of(output, signals):
+        said = msgspec.json.decode(line, type=StoreLine)
+        if said.error is not None:
+            raise StartError(said.error.message, cure=said.error.cure)
+        if said.folder:
+            return PreparedModel(Path(said.folder), said.name)
+        if said.progress is not None:
+            _show(said.progress, progress)
+    return None
 
 
 def _show(said: StoreProgress, progress: Progress) -> None:

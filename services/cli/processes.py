@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -24,6 +24,7 @@ from msgspec import Struct
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 LOOK_AGAIN_SECONDS = 0.05  # between two looks at processes that are not our children: nothing reports their end
+SILENCE_SECONDS = 60.0  # between two looks at a pipe that nothing comes from
 STATE_FIELD, SESSION_FIELD, START_FIELD = 0, 3, 19  # of /proc/<pid>/stat, counted from the field after the name
 
 
@@ -153,7 +154,7 @@ def start_child(
     output: IO[Any] | int,
     *,
     standard_input: IO[Any] | int = subprocess.DEVNULL,
-    errors: IO[Any] | int = subprocess.STDOUT,
+    errors: IO[Any] | int | None = subprocess.STDOUT,
 ) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own (a terminal's Ctrl-C is ours to hand on) that ends when this one does.
 
@@ -203,10 +204,14 @@ def last_lines(path: Path, count: int, maximum_bytes: int = 16_384) -> list[str]
         return []
 
 
+class Interrupted(Exception):  # not a fault: somebody asked for the end
+    """Raised when a stop was asked for before the work was done."""
+
+
 class Signals:
     """Turns SIGINT, SIGTERM, SIGHUP and SIGCHLD into something one thread can wait for, with files beside them.
 
-    While it is open, Ctrl-C raises nothing: `stop_requests` counts, and every wait returns at once.
+    While it is open, Ctrl-C raises nothing: `stop_requests` counts it, and the wait that it meets returns at once.
     """
 
     HANDLED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD")  # by name: Windows has not all of them
@@ -253,6 +258,32 @@ class Signals:
             while self._receiver.recv(1024):
                 continue
         return [file for file in files if file in readable]
+
+
+def _interrupt() -> None:
+    raise Interrupted
+
+
+def lines_of(
+    output: IO[bytes], signals: Signals, on_stop: Callable[[], None] = _interrupt
+) -> Generator[bytes, None, None]:
+    """Each whole line of a pipe as it comes, until its other end is closed.
+
+    `on_stop` is called once when a stop is asked for meanwhile; it raises Interrupted unless given.
+    """
+    rest = b""
+    is_told = False
+    while True:
+        if signals.stop_requested and not is_told:
+            is_told = True
+            on_stop()
+        if not signals.wait(SILENCE_SECONDS, [output]):
+            continue
+        part = os.read(output.fileno(), 65536)
+        if not part:
+            return
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
 
 
 def usable_cores() -> int:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 from noodle.errors import StartError
 from services.cli.health import Health, ask_health
-from services.cli.preparation import Interrupted
-from services.cli.processes import LOOK_AGAIN_SECONDS, Signals
+from services.cli.processes import LOOK_AGAIN_SECONDS, Interrupted, Signals
 from services.cli.progress import Progress
 from services.cli.supervisor import Ended, ServiceSpec, Supervisor
 

@@ -10,11 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from noodle.config import CommandConfig
-from noodle.errors import NoodleError
 from services.cli.health import Health, ask_health
-from services.cli.http_client import get_json
 from services.cli.processes import proportional_set_bytes, session_members
-from services.cli.run_state import RunRecord, ServiceRecord
+from services.cli.run_state import ServiceRecord
 from services.cli.target import Target, find_target
 
 NOT_RUNNING_EXIT_CODE = 1
@@ -42,7 +40,7 @@ def _seen(target: Target, coordinator: Health) -> dict[str, Any]:
     """Everything that is known, as plain values."""
     record = target.record
     rows = [_local_row(service, target.token) for service in record.services] if record else _remote_rows(coordinator)
-    layers = _layers(record, coordinator, target.token)
+    layers = _layers(coordinator)
     for row in rows:
         row.update(layers.get(str(row["name"]), {}))
     return {
@@ -91,24 +89,12 @@ def _remote_rows(coordinator: Health) -> list[dict[str, Any]]:
     ]
 
 
-def _layers(record: RunRecord | None, coordinator: Health, token: str) -> dict[str, dict[str, Any]]:
-    """Machine, layers and dtype of each stage, from the coordinator, or from the planner where it does not say."""
-    stages = coordinator.answer.get("stages") or []
-    if record is not None and not any("start_layer" in stage for stage in stages if isinstance(stage, dict)):
-        planner = next((service for service in record.services if service.name == "planner"), None)
-        try:
-            plan = get_json(f"http://127.0.0.1:{planner.port}/plan", token)[1].get("plan") if planner else None
-        except NoodleError:  # it is starting, or was just started again; its row says so
-            plan = None
-        stages = (plan or {}).get("stages", [])
+def _layers(coordinator: Health) -> dict[str, dict[str, Any]]:
+    """Machine, layers and dtype of each stage, as the coordinator sees them."""
     return {
-        f"stage-{stage['stage_id']}": {
-            "machine": stage.get("machine"),
-            "layers": [stage["start_layer"], stage["end_layer"]],
-            "dtype": stage.get("dtype"),
-        }
-        for stage in stages
-        if isinstance(stage, dict) and "start_layer" in stage and "stage_id" in stage
+        f"stage-{stage.get('stage_id')}": {name: stage.get(name) for name in ("machine", "layers", "dtype")}
+        for stage in coordinator.answer.get("stages") or []
+        if isinstance(stage, dict)
     }
 
 

@@ -23,8 +23,8 @@ from services.cli.cluster import (
     service_specs,
     valkey_spec,
 )
-from services.cli.preparation import Interrupted, PreparedModel, prepare_model
-from services.cli.processes import Signals, end_leftovers, identify, wait_until
+from services.cli.preparation import PreparedModel, prepare_model
+from services.cli.processes import Interrupted, Signals, end_leftovers, identify, wait_until
 from services.cli.progress import Progress
 from services.cli.readiness import is_ready_again, tell, wait_until_ready
 from services.cli.readiness import wait_until as wait_while_supervised

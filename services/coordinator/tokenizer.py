@@ -12,13 +12,14 @@ from typing import Any
 
 import msgspec
 import tokenizers
-from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
+from tokenizers import AddedToken, decoders
+from tokenizers.pre_tokenizers import Metaspace
 
 from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound
 from services.coordinator.chat_template import ChatTemplate, read_chat_template
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LLAMA_TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MINIMUM_LONGEST_TOKEN = 16  # characters; a vocabulary of single bytes still reads texts as people write them
 
@@ -35,9 +36,9 @@ class Tokenizer:
         self._tokenizer = _load(folder / "tokenizer.json")
         settings = _read_settings(folder)
         config = read_json(folder / "config.json")
+        _cut_like_llama(self._tokenizer, settings, config)
         self._special_tokens = _named_tokens(settings)
         _add_tokens(self._tokenizer, settings, self._special_tokens)
-        _apply_bos_and_eos(self._tokenizer, settings, self._special_tokens)
         # a prompt is refused when it is too long, never cut
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -170,18 +171,20 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], na
             known.add(text)
 
 
-def _apply_bos_and_eos(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Where the settings say which of BOS and EOS are added, they win over tokenizer.json, as in transformers."""
-    if "add_bos_token" not in settings and "add_eos_token" not in settings:
+def _cut_like_llama(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Put ▁ in front of the text's first word only, not of each word behind a special token, as transformers 5 does.
+
+    The files of sentencepiece llamas say the older thing; `legacy` in tokenizer_config.json asks for it.
+    """
+    of_llama = config.get("model_type") == "llama" and settings.get("tokenizer_class") in LLAMA_TOKENIZER_CLASSES
+    if not of_llama or not getattr(tokenizer.model, "byte_fallback", False):
         return
-    parts: list[str] = ["$A:0"]
-    special: list[tuple[str, int]] = []
-    for setting, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-        token_id = tokenizer.token_to_id(named.get(name, ""))
-        if settings.get(setting) and token_id is not None:
-            parts.insert(0 if name == "bos_token" else len(parts), f"{named[name]}:0")
-            special.append((named[name], token_id))
-    tokenizer.post_processor = TemplateProcessing(single=" ".join(parts), special_tokens=special)
+    prefix = settings.get("add_prefix_space")
+    scheme = "never" if prefix is False else "always" if settings.get("legacy") else "first"
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps if prefix is False else [*steps, decoders.Strip(content=" ", left=1)])
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from noodle.web import Service, has_token, install_error_handlers, json_response
 from noodle.work_queue import WorkQueue
 from services.stage.lifecycle import Lifecycle, new_boot_id
 from services.stage.stage import Stage
-from services.stage.transport import maximum_frame_bytes
+from services.stage.transport import maximum_frame_bytes, unbuffered_read
 
 STAGE_THREADS = 32  # one hop, one reader of results, and room for /health, /metrics and strangers who get a 401
 STREAM_TYPE = "application/octet-stream"
@@ -50,7 +50,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         require_token(config.cluster_token)
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
         frames = stage.hops.serve(
-            request.environ["wsgi.input"].read,
+            unbuffered_read(request.environ["wsgi.input"]),
             request.environ["gunicorn.socket"],
             maximum_frame_bytes(role.plan.hidden_size),
         )

@@ -47,7 +47,6 @@ FAMILIES: dict[str, Family] = {
     "helium": PLAIN,
     "hunyuan_v1_dense": PLAIN,
     "llama": PLAIN,
-    "llama4_text": PLAIN,
     "minicpm3": PLAIN,
     "ministral": PLAIN,
     "mistral": PLAIN,

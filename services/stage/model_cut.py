@@ -35,7 +35,8 @@ class _NoPositions(torch.nn.Module):
 
 def base_model_of(model: Any) -> Any:
     """The module that holds the layers: a CausalLM without its head."""
-    return getattr(model, model.base_model_prefix)
+    base = getattr(model, model.base_model_prefix, None)
+    return model.model if base is None else base
 
 
 def cut_class(config: Any, start_layer: int, end_layer: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from services.stage.kv_cache import SessionRows
 
@@ -54,9 +54,11 @@ class StepSpans:
 
 
 def register() -> None:
-    """Make `noodle` an attention implementation of transformers; doing it again changes nothing."""
+    """Make `noodle` an attention implementation of transformers; doing it again changes nothing.
+
+    No mask function is registered with it, and so transformers builds no mask: who attends to what is in the spans.
+    """
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
 
 
 def attach(model: torch.nn.Module, step_spans: StepSpans) -> None:
@@ -64,10 +66,6 @@ def attach(model: torch.nn.Module, step_spans: StepSpans) -> None:
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             setattr(module, _ATTRIBUTE, step_spans)
-
-
-def _no_mask(*_arguments: Any, **_options: Any) -> None:
-    """Transformers builds no mask: who attends to what follows from the spans."""
 
 
 def packed_attention(

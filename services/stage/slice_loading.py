@@ -14,6 +14,8 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from noodle.errors import ModelNotFound, PlanDoesNotFit, UnsupportedModel
 from services.stage import packed_attention
@@ -239,43 +241,47 @@ def _silence_transformers() -> None:
 def _state_of_slice(
     model: Any, weights: WeightFiles, counter: ReadCounter, start_layer: int, end_layer: int
 ) -> dict[str, LazyTensor]:
-    """The tensors a cut model computes with, by the keys they have in it; files of no use to it are not opened."""
+    """The tensors a cut model computes with, by the keys they have in it; files of no use to it are not opened.
+
+    Keys of its layers are renumbered from 0; what they become beyond that is transformers' to say, and so is which
+    of the other keys belong to which of the model's tensors.
+    """
     in_layers = re.compile(rf"^((?:.+\.)?{re.escape(layer_list_name(model))}\.)(\d+)(\..+)$")
-    wanted_ends = {_last_names(key): key for key in model.state_dict() if not in_layers.match(key)}
+    wanted = set(model.state_dict())
+    tied = model.tied_keys_of_whole_model
+    name_in_model = _names_in_model(model, wanted | set(tied.values()))
     state: dict[str, LazyTensor] = {}
     for key in weights.file_by_key:
         match = in_layers.match(key)
         if match is None:
-            if _last_names(key) in wanted_ends:
+            if name_in_model(key) in wanted:
                 state[key] = weights.lazy(key, counter)
         elif start_layer <= int(match[2]) < end_layer:
             state[f"{match[1]}{int(match[2]) - start_layer}{match[3]}"] = weights.lazy(key, counter)
     if start_layer > 0:
-        _take_embeddings_as_head(model, weights, counter, wanted_ends, state)
+        # where a model ties its head to its embeddings, the last stage reads the embeddings as its own head
+        present = {name_in_model(key) for key in state}
+        heads = {source: target for target, source in tied.items() if target in wanted and target not in present}
+        for key in weights.file_by_key:
+            head = heads.get(name_in_model(key))
+            if head is not None:
+                state[head] = weights.lazy(key, counter)
     counter.total_bytes = sum(tensor.nbytes for tensor in state.values())
     return state
 
 
-def _take_embeddings_as_head(
-    model: Any,
-    weights: WeightFiles,
-    counter: ReadCounter,
-    wanted_ends: dict[str, str],
-    state: dict[str, LazyTensor],
-) -> None:
-    """Where a model ties its head to its embeddings, the last stage reads the embedding tensor as its own head."""
-    present_ends = {_last_names(key) for key in state}
-    for head_key, embedding_key in model.tied_keys_of_whole_model.items():
-        if _last_names(head_key) not in wanted_ends or _last_names(head_key) in present_ends:
-            continue
-        for key in weights.file_by_key:
-            if _last_names(key) == _last_names(embedding_key):
-                state[head_key] = weights.lazy(key, counter)
+def _names_in_model(model: Any, known: set[str]) -> Callable[[str], str]:
+    """How transformers' loader renames a checkpoint's key for this model."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_name = dict.fromkeys(known, True)
 
+    def name_in_model(key: str) -> str:
+        renamed, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, by_name)
+        return str(renamed)
 
-def _last_names(key: str) -> str:
-    """`embed_tokens.weight` of `model.embed_tokens.weight`: checkpoints differ in what stands before."""
-    return ".".join(key.split(".")[-2:])
+    return name_in_model
 
 
 def _check_loading(loading: dict[str, Any], model_type: str, folder: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from noodle.errors import FrameTooLarge, LinkLost, WireError
 from noodle.hop import KEEP_ALIVE_SECONDS, SILENCE_SECONDS, HopConnection
@@ -126,6 +127,17 @@ class Chain:
 def maximum_frame_bytes(hidden_size: int) -> int:
     """The largest frame that a plan with this hidden size can need."""
     return MAXIMUM_HEADER_BYTES + MAXIMUM_STEP_TOKENS * hidden_size * max(ITEM_BYTES.values())
+
+
+def unbuffered_read(body: Any) -> Callable[[int], bytes]:
+    """How to read a streamed body frame by frame.
+
+    gunicorn's `wsgi.input` fetches at least 1,024 bytes at a time, so it would hold a small frame back until the next
+    ones fill them up; its chunk reader below gives what is asked for and no more (docs/adr/0003).
+    """
+    reader = getattr(body, "reader", body)
+    read: Callable[[int], bytes] = reader.read
+    return read
 
 
 class HopServer:
