@@ -29,8 +29,9 @@ def decode_object(body: bytes) -> JsonObject:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8: {error.reason} in a text.") from error
     except msgspec.MsgspecError as error:
+        problem = str(error).removeprefix("JSON is malformed: ")
         raise InvalidRequest(
-            f"The body is not valid JSON: {error}.", cure=f"{len(body)} bytes came; send one JSON object."
+            f"The body is not valid JSON: {problem}.", cure=f"{len(body)} bytes came; send one JSON object."
         ) from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"The body is {json_type(value)}, not a JSON object.")
