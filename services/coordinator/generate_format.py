@@ -1,8 +1,8 @@
 """The shapes of /generate and /generate_stream, as text-generation-inference has them; knows no HTTP, no generation.
 
 A request that asks for no temperature, top_p, top_k or do_sample is greedy; with any of them it samples, at
-temperature 1 unless told otherwise. `max_new_tokens` is 100 unless told otherwise, or what is left of the context if that is less.
-`details` adds each token's log-probability, as the cluster computed it, to the details that every answer has.
+temperature 1 unless told otherwise. `max_new_tokens` is 100 unless told otherwise, or what is left of the context if
+that is less. `details` adds each token's log-probability, as the cluster computed it, to the details of every answer.
 """
 
 from __future__ import annotations

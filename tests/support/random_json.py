@@ -12,7 +12,8 @@ SCALARS: list[Any] = [
     10**30, -(10**200),
     0.0, -0.0, 0.5, 1.0, 1.5, 2.0, 100.0, -1.5, 1e300, -1e300, 5e-324, "", "a", "user", "tool", "text", "\u0000", "😀",
     "x" * 2000, "noodle", "auto", "none", [], {}, [[]], [1, 2], ["a"], ["a", ""], [["a"]], [1, "a"], [True],
-    [1.5], [None], [{}], {"type": "text"}, {"type": "text", "text": "hi"}, {"include_usage": True}, {"role": "user", "content": "hi"},
+    [1.5], [None], [{}], {"type": "text"}, {"type": "text", "text": "hi"},
+    {"include_usage": True}, {"role": "user", "content": "hi"},
 ]  # fmt: skip
 
 
