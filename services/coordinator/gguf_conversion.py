@@ -157,7 +157,7 @@ class GgufModel:
             "num_key_value_heads": self._count("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "max_position_embeddings": self._count("context_length"),
-            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": _shortest(self._number("attention.layer_norm_rms_epsilon")),
             "rope_parameters": self._rope_parameters(head_dim),
             "attention_bias": False,
             "mlp_bias": False,
@@ -186,7 +186,7 @@ class GgufModel:
 
     def _rope_parameters(self, head_dim: int) -> dict[str, Any]:
         # files older than the key were all made with 10000, as the format's own description says
-        theta = self._number("rope.freq_base", 10000.0)
+        theta = _shortest(self._number("rope.freq_base", 10000.0))
         kind = self.metadata.get("llama.rope.scaling.type", "none")
         factors = self._tensors.get(ROPE_FACTORS_NAME)
         if factors is not None:
@@ -268,6 +268,11 @@ class GgufModel:
         for tensor in self.tensors:
             by_dtype[tensor.dtype] += tensor.byte_count
         return CONFIG_DTYPES[max(by_dtype, key=lambda dtype: by_dtype[dtype])]
+
+
+def _shortest(value: float) -> float:
+    """1e-05 for the float32 that a GGUF keeps of it; the float32 it stands for stays the same."""
+    return float(str(np.float32(value)))
 
 
 def llama3_rope_parameters(factors: npt.NDArray[np.float64], theta: float, head_dim: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from services.coordinator.model_download import (
 from services.coordinator.model_hub import fetch_from_hub, is_hub_id
 from services.coordinator.model_progress import Progress, ReportProgress, at_intervals
 
-# a part of every folder's name: raised when the converter writes something else for the same file
+# raised when the converter writes something else for the same file: older folders are then made again
 CONVERSION_VERSION = 1
 MANIFEST_NAME = "noodle_manifest.json"
 WEIGHT_SUFFIXES = (".safetensors",)
@@ -57,8 +57,9 @@ class Manifest(msgspec.Struct, frozen=True):
     """Written last into a converted folder; a folder without it is half-written."""
 
     source: str
+    conversion_version: int
     files: dict[str, StoredFile]
-    weights_sha256: str = ""
+    weights_sha256: str
 
 
 def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> PreparedModel:
@@ -142,7 +143,7 @@ def _models_dir(cache_dir: Path) -> Path:
 
 
 def _folder_name(name: str, digest: str) -> str:
-    return f"{name}-{digest[:12]}-v{CONVERSION_VERSION}"
+    return f"{name}-{digest[:12]}"
 
 
 def _converted_once(folder: Path, source: str, fetch: Callable[[Path], Path], progress: ReportProgress) -> None:
@@ -187,7 +188,7 @@ def _convert(gguf_path: Path, folder: Path, source: str, progress: ReportProgres
         model, folder, lambda done: report(Progress("convert", "writing safetensors", done, total_bytes))
     )
     files = {path.name: StoredFile(path.stat().st_size, sampled_digest(path)) for path in sorted(folder.iterdir())}
-    manifest = Manifest(source, files, weights_sha256)
+    manifest = Manifest(source, CONVERSION_VERSION, files, weights_sha256)
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
 
 
@@ -195,7 +196,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether every file stands as it was written: its size, and its content as far as samples tell."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
-        return all(
+        return manifest.conversion_version == CONVERSION_VERSION and all(
             (folder / name).stat().st_size == stored.byte_count and sampled_digest(folder / name) == stored.digest
             for name, stored in manifest.files.items()
         )
