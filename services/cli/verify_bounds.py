@@ -1,0 +1,100 @@
+"""What "equal to the unsplit model" means for each number format (design D3); values in, a verdict out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from msgspec import Struct
+
+from noodle.errors import UnsupportedModel
+
+
+class Difference(Struct, frozen=True):
+    """A place where the cluster's token is not the reference's likeliest one."""
+
+    index: int  # among the new tokens of its prompt, from 0
+    token_id: int
+    best_token_id: int
+    logit_gap: float  # from the reference's best logit down to that of the cluster's token; never negative
+    two_best_gap: float  # between the reference's two best logits; at most logit_gap
+
+
+class PromptResult(Struct, frozen=True):
+    """One prompt: the cluster's tokens, fed to the unsplit model."""
+
+    prompt_tokens: int
+    tokens: int
+    largest_logprob_error: float
+    differences: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far a cluster may be from the unsplit model."""
+
+    largest_logprob_error: float
+    top1_agreement: float  # share of tokens that are the reference's likeliest
+    largest_tie_gap: float | None = None  # a token that differs must be this near to the best; None: it may differ
+
+
+# In float32 two ways of computing the same sum differ by 2e-4 in the largest logit (measured); a token may differ
+# only where the two best are closer than that would explain, and TOKENS_PER_TIE says how often that may happen.
+# float16 and bfloat16 are set by what their rounding should give; they are to be confirmed on real cards.
+BOUNDS = {
+    "float32": Bound(1e-3, 0.0, largest_tie_gap=1e-3),
+    "float16": Bound(0.05, 0.95),
+    "bfloat16": Bound(0.3, 0.90),
+}
+TOKENS_PER_TIE = 1000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the bound holds, and each way in which it does not."""
+
+    dtype: str
+    tokens: int
+    top1_agreement: float
+    largest_logprob_error: float
+    broken: tuple[str, ...]
+
+
+def loosest(dtypes: Sequence[str]) -> str:
+    """The format whose rounding decides in a cluster of several; raises UnsupportedModel for one without a bound."""
+    order = list(BOUNDS)
+    for dtype in dtypes:
+        if dtype not in BOUNDS:
+            raise UnsupportedModel(f"`noodle verify` has no bound for {dtype}.", cure=f"It has them for {order}.")
+    return max(dtypes, key=order.index)
+
+
+def judge(dtype: str, results: Sequence[PromptResult]) -> Verdict:
+    """Hold all prompts to the bound of their format."""
+    bound = BOUNDS[dtype]
+    tokens = sum(result.tokens for result in results)
+    differences = [difference for result in results for difference in result.differences]
+    agreement = 1 - len(differences) / tokens if tokens else 0.0
+    error = max((result.largest_logprob_error for result in results), default=0.0)
+    broken = []
+    if not tokens:
+        broken.append("nothing was generated")
+    if not error <= bound.largest_logprob_error:  # not a number is not within it either
+        broken.append(f"a log-probability is {error:.2g} off, the bound is {bound.largest_logprob_error:g}")
+    if agreement < bound.top1_agreement:
+        broken.append(f"{agreement:.1%} of the tokens are the likeliest, the bound is {bound.top1_agreement:.0%}")
+    if bound.largest_tie_gap is not None:
+        broken += _broken_ties(differences, tokens, bound.largest_tie_gap)
+    return Verdict(dtype, tokens, agreement, error, tuple(broken))
+
+
+def _broken_ties(differences: Sequence[Difference], tokens: int, largest_gap: float) -> list[str]:
+    far = [each for each in differences if not each.logit_gap < largest_gap]
+    allowed = max(1, tokens // TOKENS_PER_TIE)
+    broken = []
+    if far:
+        worst = max(each.logit_gap for each in far)
+        broken.append(f"{len(far)} tokens differ by more than rounding (a logit gap of {worst:.2g})")
+    if len(differences) > allowed:
+        broken.append(f"{len(differences)} tokens differ, {allowed} in {tokens} may")
+    return broken
