@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, StartError, UnsupportedModel
-from noodle.model_files import sampled_digest
+from noodle.model_files import missing_weight_files, sampled_digest
 from services.coordinator.gguf_conversion import GgufModel, write_model_folder
 from services.coordinator.model_download import (
     DEFAULT_GGUF_SHA256,
@@ -33,7 +33,6 @@ from services.coordinator.model_progress import Progress, ReportProgress, at_int
 # raised when the converter writes something else for the same file: older folders are then made again
 CONVERSION_VERSION = 1
 MANIFEST_NAME = "noodle_manifest.json"
-WEIGHT_SUFFIXES = (".safetensors",)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SPARE_DISK_BYTES = 64 << 20  # left free after a conversion: tokenizer, manifest, and room for logs
 
@@ -99,7 +98,12 @@ def check_model_folder(folder: Path) -> None:
             cure="Name the folder that holds config.json, the tokenizer and *.safetensors.",
         )
     names = sorted(entry.name for entry in folder.iterdir())
-    if any(name.endswith(WEIGHT_SUFFIXES) for name in names):
+    if any(name.endswith(".safetensors") for name in names):
+        if missing := missing_weight_files(folder):
+            raise ModelNotFound(
+                f"{folder} lacks {len(missing)} of the weight files that its index names, the first is {missing[0]}.",
+                cure="Fetch the model's *.safetensors files into it again.",
+            )
         return
     pickled = next((name for name in names if name.endswith(PICKLE_SUFFIXES)), None)
     if pickled is not None:
