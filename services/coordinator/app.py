@@ -96,7 +96,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
         parameters: GenerationParameters,
         prompt_name: str,
     ) -> Response:
-        started = engine.start(token_ids, parameters, prompt_name)
+        started = engine.start(token_ids, parameters, prompt_name, goes_on=shape is event_streams.COMPLETION)
         model = engine.ready_model()
         head = openai_format.AnswerHead(
             answer_id, model.served.names[0], event_streams.now_seconds(), parameters.seed, parameters.include_usage

@@ -97,8 +97,13 @@ class Engine:
             raise NotReady("No plan is active.", retry_after_seconds=2)
         return plan.context_length
 
-    def start(self, token_ids: list[int], parameters: GenerationParameters, prompt_name: str) -> Started:
-        """Send a checked request on its way; raises what still refuses it before the first byte."""
+    def start(
+        self, token_ids: list[int], parameters: GenerationParameters, prompt_name: str, *, goes_on: bool = True
+    ) -> Started:
+        """Send a checked request on its way; raises what still refuses it before the first byte.
+
+        `goes_on` says that the answer continues the prompt's own text, and does not begin one of its own as in a chat.
+        """
         model = self.ready_model()
         parameters = fit_into_context(
             parameters, prompt_tokens=len(token_ids), context_length=self.context_length, prompt_name=prompt_name
@@ -115,7 +120,7 @@ class Engine:
             )
         )
         self.metrics.prompt_tokens.inc(len(token_ids))
-        text_stream = TextStream(model.tokenizer.decode, parameters.stop, context_ids=token_ids)
+        text_stream = TextStream(model.tokenizer.decode, parameters.stop, context_ids=token_ids if goes_on else ())
         return Started(Answer(generation, text_stream), parameters, len(token_ids), token_ids)
 
     def _say(self, progress: Progress) -> None:

@@ -1,0 +1,43 @@
+"""The heart: on the real model, through the whole system, the split changes nothing (design D3)."""
+
+import pytest
+
+from tests.support.cluster import running_cluster
+from tests.support.equality import assert_equal_or_tied
+from tests.support.prompts import PROMPTS
+from tests.support.real_model import real_model_folder
+from tests.support.whole_model import WholeModel
+
+NEW_TOKENS = 64
+PROMPTS_IN_CI = PROMPTS[::4]  # 5 of the 20; all of them in `make measure`
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return WholeModel(real_model_folder())
+
+
+@pytest.fixture(scope="module")
+def drawn_texts():
+    """Texts with temperature and seed, by number of stages; filled by the tests below."""
+    return {}
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_greedy_tokens_equal_those_of_the_unsplit_model(stages, whole, drawn_texts, tmp_path):
+    with running_cluster(tmp_path / "state", real_model_folder(), stages) as cluster:
+        tied = 0
+        for prompt in PROMPTS_IN_CI:
+            answer = cluster.generate(prompt, max_new_tokens=NEW_TOKENS, details=True)
+            token_ids = [token["id"] for token in answer["details"]["tokens"]]
+            prompt_ids = answer["details"]["prompt_token_ids"]
+            assert answer["details"]["prompt_tokens"] == len(prompt_ids)
+            tied += assert_equal_or_tied(whole, prompt_ids, token_ids, NEW_TOKENS)
+        assert tied <= 1
+        drawn_texts[stages] = [
+            cluster.generate(prompt, max_new_tokens=32, temperature=0.8, top_p=0.95, seed=1234)["generated_text"]
+            for prompt in PROMPTS_IN_CI[:3]
+        ]
+    assert len(set(map(tuple, drawn_texts.values()))) == 1

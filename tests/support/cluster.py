@@ -1,0 +1,177 @@
+"""A whole noodle for a test: `noodle up` on free ports with a state folder of its own, taken down at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+READY_SECONDS = 180.0
+DOWN_SECONDS = 60.0
+ANSWER_SECONDS = 120.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Consecutive ports that nobody listens on now, below the range that outgoing connections take."""
+    start = 20_000 + (os.getpid() * 37 + time.monotonic_ns() // 1000) % 10_000
+    for first in [*range(start, 31_000, count), *range(20_000, start, count)]:
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    probe = stack.enter_context(socket.socket())
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return list(range(first, first + count))
+    raise AssertionError("no free ports")
+
+
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Return what `condition` returns as soon as it is true; fails by name when it does not become true in time."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"in {seconds:.0f} seconds not: {what}"
+        time.sleep(0.05)  # the interval of looking, not a wait for something to be over
+    return value
+
+
+class Cluster:
+    """One running `noodle up`."""
+
+    def __init__(self, state_dir: Path, model: Path | str, stages: int, **variables: str) -> None:
+        self.state_dir, self.stages = state_dir, stages
+        coordinator, planner, valkey, first_stage, *_ = free_ports(3 + stages)
+        self.port = coordinator
+        self.url = f"http://127.0.0.1:{coordinator}"
+        self.stage_ports = [first_stage + index for index in range(stages)]
+        self.valkey_port = valkey
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("NOODLE_")}
+        cache = {"NOODLE_CACHE_DIR": os.environ["NOODLE_CACHE_DIR"]} if "NOODLE_CACHE_DIR" in os.environ else {}
+        self.environment = {
+            **kept,
+            **cache,
+            "NOODLE_STATE_DIR": str(state_dir),
+            "NOODLE_COORDINATOR_PORT": str(coordinator),
+            "NOODLE_PLANNER_PORT": str(planner),
+            "NOODLE_VALKEY_PORT": str(valkey),
+            "NOODLE_FIRST_STAGE_PORT": str(first_stage),
+            "NOODLE_COORDINATOR_URL": self.url,
+            "NOODLE_MODEL": str(model),
+            "NOODLE_STAGES": str(stages),
+            "NOODLE_THREADS": "1",
+            **variables,
+        }
+        self.output_path = state_dir.with_name(state_dir.name + ".log")
+
+    def start(self) -> Cluster:
+        """Start it and wait until it is ready."""
+        with self.output_path.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.cli", "up"], env=self.environment, stdout=output, stderr=output
+            )
+        try:
+            wait_until(self.is_ready, READY_SECONDS, "ready")
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def is_ready(self) -> bool:
+        """Whether the coordinator says so; fails with its output when `noodle up` has ended."""
+        assert self.process.poll() is None, self.output_path.read_text(encoding="utf-8")
+        try:
+            return bool(self.get("/health")[1].get("status") == "ready")
+        except OSError:
+            return False
+
+    def stop(self) -> None:
+        """Take it down; fails when it does not go."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(DOWN_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    @property
+    def token(self) -> str:
+        """The cluster token."""
+        return (self.state_dir / "run" / "cluster_token").read_text(encoding="utf-8").strip()
+
+    def service_pid(self, name: str) -> int:
+        """The process of a service as `noodle status` knows it: gunicorn's master, or Valkey itself."""
+        record = json.loads((self.state_dir / "run" / "run.json").read_bytes())
+        return int(next(s["process"]["pid"] for s in record["services"] if s["name"] == name))
+
+    def worker_pid(self, name: str) -> int:
+        """The process of a service that computes: the only child of gunicorn's master."""
+        master = self.service_pid(name)
+        children = Path(f"/proc/{master}/task/{master}/children").read_text(encoding="ascii").split()
+        assert len(children) == 1, children
+        return int(children[0])
+
+    def get(self, path: str, token: str = "") -> tuple[int, Any]:
+        """Status and decoded answer of a GET on the coordinator."""
+        return request(self.port, "GET", path, token=token)
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+        """Status and decoded answer of a POST on the coordinator; a body of bytes goes as it is."""
+        return request(self.port, "POST", path, body, **headers)
+
+    def generate(self, prompt: str | list[int], **parameters: Any) -> dict[str, Any]:
+        """A whole answer of /generate, which must succeed."""
+        status, answer = self.post("/generate", {"inputs": prompt, "parameters": parameters})
+        assert status == 200, answer
+        return dict(answer)
+
+    def stage_states(self) -> list[dict[str, Any]]:
+        """What every stage itself says of itself now."""
+        states = []
+        for port in self.stage_ports:
+            status, answer = request(port, "GET", "/health", token=self.token)
+            assert status == 200, answer
+            states.append(answer["state"])
+        return states
+
+    def kv_bytes_held(self) -> int:
+        """Of all stages together."""
+        return sum(int(state["kv_bytes_held"]) for state in self.stage_states())
+
+
+def request(port: int, method: str, path: str, body: Any = None, *, token: str = "", **headers: str) -> tuple[int, Any]:
+    """One HTTP request on loopback; the answer is decoded when it is JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    if token:
+        sent["Authorization"] = f"Bearer {token}"
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    if data is not None:
+        sent.setdefault("Content-Type", "application/json")
+    try:
+        connection.request(method, path, data, sent)
+        response = connection.getresponse()
+        answer = response.read()
+        is_json = (response.getheader("Content-Type") or "").startswith("application/json")
+        return response.status, json.loads(answer) if is_json else answer
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def running_cluster(state_dir: Path, model: Path | str, stages: int, **variables: str) -> Iterator[Cluster]:
+    """A cluster that is ready, and gone afterwards."""
+    cluster = Cluster(state_dir, model, stages, **variables).start()
+    try:
+        yield cluster
+    finally:
+        cluster.stop()

@@ -1,0 +1,48 @@
+"""The unsplit model on transformers' own path, as the reference for everything that noodle computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class WholeModel:
+    """transformers' generate() and logits, in float32 on one thread."""
+
+    def __init__(self, folder: Path, threads: int = 1) -> None:
+        import torch
+        import transformers
+
+        transformers.logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        self.model = model.eval()
+        self.model.generation_config.do_sample = False
+        for name in ("temperature", "top_p", "top_k"):
+            setattr(self.model.generation_config, name, None)
+
+    def generate(self, prompt_ids: Sequence[int], new_tokens: int, *, ignore_end: bool = False) -> list[int]:
+        """Greedy token ids after the prompt."""
+        torch = self._torch
+        ids = torch.tensor([list(prompt_ids)])
+        ends = {"eos_token_id": None} if ignore_end else {}
+        with torch.inference_mode():
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                **ends,
+            )
+        return [int(token) for token in output[0, len(prompt_ids) :]]
+
+    def best_two_gap(self, token_ids: Sequence[int]) -> float:
+        """How far the two best logits after these tokens are apart."""
+        torch = self._torch
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0, -1]
+        best, second = torch.topk(logits, 2).values.tolist()
+        return float(best - second)
