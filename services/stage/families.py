@@ -91,6 +91,11 @@ def check_supported(config: Mapping[str, Any]) -> None:
             f"the weights of this {model_type} model are quantized ({method}), which noodle does not compute with.",
             cure="Take the model's float32, float16 or bfloat16 version.",
         )
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModel(
+            f"this {model_type} model attends to later tokens too, so it can not generate token by token.",
+            cure="Choose a generative model.",
+        )
     for rotary_type in _rotary_types(config):
         if rotary_type == "dynamic":
             raise UnsupportedModel(

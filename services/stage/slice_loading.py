@@ -1,160 +1,26 @@
-"""Reads the tensors of one slice, and no others, from a folder of safetensors; knows files and keys, not steps."""
+"""Makes a slice from a model folder, reading its own tensors and no others; knows keys and families, not steps."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from noodle.errors import ModelNotFound, PlanDoesNotFit, UnsupportedModel
+from noodle.errors import ModelNotFound, PlanDoesNotFit
 from services.stage import packed_attention
 from services.stage.families import check_supported
 from services.stage.model_cut import cut_class, layer_list_name
 from services.stage.model_slice import TransformersSlice
 from services.stage.rotary import fix_rotary
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-# by safetensors' names; anything else is one byte or less
-_STORED_ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-}
-
-Progress = Callable[[int, int], None]
-
-
-def ignore_progress(_done_bytes: int, _total_bytes: int) -> None:
-    """For callers that show nothing."""
-
-
-@dataclass
-class ReadCounter:
-    """Bytes of tensors read from disk so far, told to `progress` with their expected sum."""
-
-    progress: Progress = ignore_progress
-    bytes_read: int = 0
-    total_bytes: int = 0
-
-    def add(self, read_bytes: int) -> None:
-        """Count a tensor that was read."""
-        self.bytes_read += read_bytes
-        self.progress(self.bytes_read, max(self.total_bytes, self.bytes_read))
-
-
-class LazyTensor:
-    """A tensor still on disk, in the form transformers' loader asks for: `tensor[...]` reads it."""
-
-    def __init__(self, file: Any, key: str, path: Path, counter: ReadCounter) -> None:
-        self._slice = file.get_slice(key)
-        self.nbytes = math.prod(self.get_shape()) * _STORED_ITEM_BYTES.get(self.get_dtype(), 1)
-        self._key = key
-        self._path = path
-        self._counter = counter
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        try:
-            tensor: torch.Tensor = self._slice[index]
-        except (SafetensorError, OSError) as error:
-            raise ModelNotFound(
-                f"tensor {self._key} can not be read from {self._path}: {error}.",
-                cure="The file is damaged or cut short: fetch it again.",
-            ) from error
-        self._counter.add(tensor.nbytes)
-        return tensor
-
-    def get_shape(self) -> list[int]:
-        """Shape, from the file's header."""
-        return list(self._slice.get_shape())
-
-    def get_dtype(self) -> str:
-        """Dtype by safetensors' name, from the file's header."""
-        return str(self._slice.get_dtype())
-
-
-@dataclass
-class WeightFiles:
-    """All tensors of a folder by key, none read yet."""
-
-    folder: Path
-    file_by_key: dict[str, Path]
-    _open_files: dict[Path, Any] = field(default_factory=dict)
-
-    def lazy(self, key: str, counter: ReadCounter) -> LazyTensor:
-        """One tensor, to be read later; raises ModelNotFound when its file does not hold it."""
-        path = self.file_by_key[key]
-        file = self._open_files.get(path)
-        if file is None:
-            file = self._open_files[path] = open_weights(path)
-        try:
-            return LazyTensor(file, key, path, counter)
-        except SafetensorError as error:
-            raise ModelNotFound(
-                f"{self.folder / INDEX_FILE} says that {path.name} holds {key}, but it does not.",
-                cure="Index and weights are not of the same model: fetch the folder again.",
-            ) from error
-
-
-def open_weights(path: Path) -> Any:
-    """A safetensors file whose header is read and whole; tensors come by reads, never mapped pages.
-
-    Mapped pages would count as this process's memory beside the tensors copied from them.
-    """
-    if not path.is_file():
-        raise ModelNotFound(f"{path.parent} lacks {path.name}, which its index names.", cure="Fetch the missing file.")
-    try:
-        return safe_open(path, framework="pt", device="cpu", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise ModelNotFound(
-            f"{path} is not a whole safetensors file: {error}.", cure="It is damaged or cut short: fetch it again."
-        ) from error
-
-
-def find_weights(folder: Path) -> WeightFiles:
-    """The tensors of a model folder by key, from its index or its one file."""
-    if not folder.is_dir():
-        raise ModelNotFound(f"{folder} is not a folder.", cure="Set NOODLE_MODEL to a model folder or a model's name.")
-    index_path, single_path = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index_path.is_file():
-        try:
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            file_by_key = {str(key): folder / Path(name).name for key, name in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ModelNotFound(
-                f"{index_path} is not an index of weights: {error!r}.", cure="Fetch it again."
-            ) from error
-        return WeightFiles(folder, file_by_key)
-    if single_path.is_file():
-        return WeightFiles(folder, dict.fromkeys(open_weights(single_path).keys(), single_path))
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    if pickles:
-        raise UnsupportedModel(
-            f"{folder} holds its weights as pickle only ({', '.join(pickles[:3])}), and unpickling runs whatever code "
-            "is in the file.",
-            cure="Take the model's safetensors version, or convert it where you trust the file.",
-        )
-    raise ModelNotFound(f"{folder} holds no weights.", cure=f"It needs {SINGLE_FILE}, or {INDEX_FILE} and its files.")
+from services.stage.weight_files import LazyTensor, Progress, ReadCounter, WeightFiles, ignore_progress
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -190,7 +56,7 @@ def load_slice(
     Raises ModelNotFound, UnsupportedModel, or PlanDoesNotFit for layers that the model has not.
     """
     read_config(folder)
-    weights = find_weights(folder)
+    weights = WeightFiles(folder)
     packed_attention.register()
     _silence_transformers()
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -204,7 +70,7 @@ def load_slice(
     model_class = cut_class(config, start_layer, end_layer)
     with torch.device("meta"):
         described = model_class(_copy(config))
-    state = _state_of_slice(described, weights, counter, start_layer, end_layer)
+    state = _state_of_slice(described, weights, counter, getattr(torch, dtype), start_layer, end_layer)
     model, loading = model_class.from_pretrained(
         None,
         config=config,
@@ -239,7 +105,7 @@ def _silence_transformers() -> None:
 
 
 def _state_of_slice(
-    model: Any, weights: WeightFiles, counter: ReadCounter, start_layer: int, end_layer: int
+    model: Any, weights: WeightFiles, counter: ReadCounter, dtype: torch.dtype, start_layer: int, end_layer: int
 ) -> dict[str, LazyTensor]:
     """The tensors a cut model computes with, by the keys they have in it; files of no use to it are not opened.
 
@@ -255,9 +121,9 @@ def _state_of_slice(
         match = in_layers.match(key)
         if match is None:
             if name_in_model(key) in wanted:
-                state[key] = weights.lazy(key, counter)
+                state[key] = weights.lazy(key, counter, dtype)
         elif start_layer <= int(match[2]) < end_layer:
-            state[f"{match[1]}{int(match[2]) - start_layer}{match[3]}"] = weights.lazy(key, counter)
+            state[f"{match[1]}{int(match[2]) - start_layer}{match[3]}"] = weights.lazy(key, counter, dtype)
     if start_layer > 0:
         # where a model ties its head to its embeddings, the last stage reads the embeddings as its own head
         present = {name_in_model(key) for key in state}
@@ -265,7 +131,7 @@ def _state_of_slice(
         for key in weights.file_by_key:
             head = heads.get(name_in_model(key))
             if head is not None:
-                state[head] = weights.lazy(key, counter)
+                state[head] = weights.lazy(key, counter, dtype)
     counter.total_bytes = sum(tensor.nbytes for tensor in state.values())
     return state
 
