@@ -1,0 +1,179 @@
+"""Where a stage computes, in which number format, and how much memory is free there; each answer with its reason.
+
+The few calls to CUDA stand behind `torch.cuda`, which is handed in, so that this can be tried without a card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from noodle.errors import ConfigurationError
+
+DTYPES = ("float32", "float16", "bfloat16")
+NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A value and why it is that."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """Bytes that a slice and its KV rows may take, and where the number comes from."""
+
+    free_bytes: int
+    source: str
+
+
+def choose_device(wanted: str, torch: Any) -> Choice:
+    """`cpu` or `cuda` for "auto", "cpu" or "cuda".
+
+    Raises ConfigurationError when a card is asked for and missing, or there is one that this torch can not compute on.
+    """
+    if wanted == "cpu":
+        return Choice("cpu", "configured")
+    if not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise ConfigurationError(
+                "NOODLE_DEVICE=cuda, but torch finds no CUDA device.",
+                cure="Use the image of Dockerfile.gpu with the NVIDIA container toolkit, or set NOODLE_DEVICE=cpu.",
+            )
+        return Choice("cpu", "no CUDA device is there")
+    capability: tuple[int, int] = torch.cuda.get_device_capability()
+    kernels: list[str] = torch.cuda.get_arch_list()
+    if not _has_kernels_for(capability, kernels):
+        raise ConfigurationError(
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, but this torch "
+            f"{torch.__version__} was built for {', '.join(kernels) or 'no card'}.",
+            cure="Use the image of Dockerfile.gpu (torch 2.14.1 from the cu126 index is the last one for Pascal), or "
+            "set NOODLE_DEVICE=cpu.",
+        )
+    reason = "configured" if wanted == "cuda" else "a CUDA device is there that this torch has kernels for"
+    return Choice("cuda", reason)
+
+
+def choose_dtype(wanted: str, device: str, torch: Any) -> Choice:
+    """float32, float16 or bfloat16 for "auto" or one of these; bfloat16 only where a card has it itself."""
+    if device != "cuda":
+        if wanted != "auto":
+            return Choice(wanted, "configured")
+        return Choice("float32", "a CPU, where it is exact")
+    # by default torch also counts emulation, which is slower than float32
+    has_bfloat16 = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if wanted == "bfloat16" and not has_bfloat16:
+        raise ConfigurationError(
+            f"NOODLE_DTYPE=bfloat16, but {torch.cuda.get_device_name()} only emulates it.",
+            cure="Set NOODLE_DTYPE=float16, or leave it at auto.",
+        )
+    if wanted != "auto":
+        return Choice(wanted, "configured")
+    if has_bfloat16:
+        return Choice("bfloat16", "this card computes with it natively")
+    return Choice("float16", "this card has no bfloat16; float16 halves the memory and sums are kept in float32")
+
+
+def device_name(device: str, torch: Any) -> str:
+    """What the device calls itself."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return "CPU"  # not Linux: the name is for people and for the measurements' key only
+    return "CPU"
+
+
+def free_memory(
+    device: str, torch: Any, *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> FreeMemory:
+    """Free bytes of the memory that a slice on `device` lives in.
+
+    On a CPU what the system can still give, or what the container's limit leaves if that is less.
+    """
+    if device == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info()
+        return FreeMemory(int(free_bytes), "the card's driver")
+    candidates = [FreeMemory(_available_bytes(proc / "meminfo"), "MemAvailable of the system")]
+    candidates += _cgroup_headroom(cgroup)
+    return min(candidates, key=lambda memory: memory.free_bytes)
+
+
+def free_memory_bytes(device: str, torch: Any) -> int:
+    """Free bytes of the memory that a slice on `device` lives in."""
+    return free_memory(device, torch).free_bytes
+
+
+def _has_kernels_for(capability: tuple[int, int], kernels: Iterable[str]) -> bool:
+    """Whether binary code or PTX in the list runs on a card.
+
+    Binary code runs on cards of its major version from its own minor one up, PTX on every later card.
+    """
+    major, minor = capability
+    for kernel in kernels:
+        kind, _, number = kernel.partition("_")
+        digits = number.rstrip("abcdefghijklmnopqrstuvwxyz")
+        if not digits.isdigit():
+            continue
+        built = (int(digits[:-1] or 0), int(digits[-1]))
+        is_specific = digits != number  # as sm_90a: for that card alone
+        if kind == "sm" and built[0] == major and built[1] <= minor and (not is_specific or built[1] == minor):
+            return True
+        if kind == "compute" and built <= (major, minor) and not is_specific:
+            return True
+    return False
+
+
+def _available_bytes(meminfo: Path) -> int:
+    for line in meminfo.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigurationError(
+        f"{meminfo} does not say how much memory is available.", cure="Run the stage on Linux, or in its container."
+    )
+
+
+def _cgroup_headroom(cgroup: Path) -> list[FreeMemory]:
+    """What the container's memory limit leaves, by cgroup version 2 or 1; empty when there is no limit.
+
+    Pages of files count as used there, but the system takes them back: those not in use are added again.
+    """
+    headroom = []
+    for version, folder, limit_name, used_name, inactive_name in (
+        ("2", cgroup, "memory.max", "memory.current", "inactive_file"),
+        ("1", cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit_bytes = _number_in(folder / limit_name)
+        used_bytes = _number_in(folder / used_name)
+        if limit_bytes is None or used_bytes is None or limit_bytes >= NO_LIMIT_BYTES:
+            continue
+        reclaimable_bytes = _named_number_in(folder / "memory.stat", inactive_name)
+        free_bytes = max(0, limit_bytes - used_bytes + reclaimable_bytes)
+        headroom.append(FreeMemory(free_bytes, f"the container's memory limit (cgroup v{version})"))
+    return headroom
+
+
+def _number_in(path: Path) -> int | None:
+    """The number a file holds; None when it is not there or says `max`."""
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="ascii").strip()
+    return int(text) if text.isdigit() else None
+
+
+def _named_number_in(path: Path, name: str) -> int:
+    if not path.is_file():
+        return 0
+    for line in path.read_text(encoding="ascii").splitlines():
+        key, _, number = line.partition(" ")
+        if key == name:
+            return int(number)
+    return 0
