@@ -49,6 +49,21 @@ def wait_until_ready(
 
     Raises StartError with the words of a service that can not start, Interrupted when a stop was asked for.
     """
+    try:
+        return _wait_until_ready(specs, token, supervisor, signals, progress, changed)
+    finally:
+        for spec in specs:
+            progress.finish(spec.name, "")
+
+
+def _wait_until_ready(
+    specs: Sequence[ServiceSpec],
+    token: str,
+    supervisor: Supervisor,
+    signals: Signals,
+    progress: Progress,
+    changed: Callable[[], None],
+) -> Health:
     last_seen: dict[str, Health] = {}
     changed_seconds = time.monotonic()
     while True:
@@ -68,8 +83,6 @@ def wait_until_ready(
                 last_seen[spec.name] = health
                 changed_seconds = time.monotonic()
             if spec.name == "coordinator" and health.status == "ready":
-                for each in specs:
-                    progress.finish(each.name, "")
                 return health
             _show(spec.name, health, progress)
         if time.monotonic() - changed_seconds > STALLED_SECONDS:

@@ -148,7 +148,6 @@ class Up:
         killed: list[str] = []
         try:
             self._record()
-            self._progress.close()
             if was_running:
                 self._progress.say("Stopping.")
         finally:  # also when the terminal that this is said to has gone
