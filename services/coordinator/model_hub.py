@@ -6,15 +6,19 @@ a running cluster; another state of the repository is asked for by its revision.
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
 
 from noodle.errors import ModelNotFound, StartError, UnsupportedModel
-from noodle.model_files import INDEX_NAME, missing_weight_files
+from noodle.model_files import INDEX_NAME
 from services.coordinator.model_progress import Progress, ReportProgress
 
 LIST_TIMEOUT_SECONDS = 20  # for the list of files; the download itself has huggingface_hub's own timeouts
@@ -37,15 +41,15 @@ def is_hub_id(model: str) -> bool:
 
 def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Path:
     """The folder with the files of `org/name[@revision]`; raises ModelNotFound or UnsupportedModel."""
-    # here and not above: the hub's client takes half a second to import, and only hub ids need it
+    repository, _, revision = model.partition("@")
+    hub_dir = cache_dir / "hub"
+    before = _fetched_before(model, hub_dir)
+    if before is not None:
+        return before
+    # here and not above: the hub's client takes half a second to import, and only a download needs it
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of all its network errors
 
-    repository, _, revision = model.partition("@")
-    hub_dir = cache_dir / "hub"
-    cached = _cached_folder(repository, revision, hub_dir)
-    if cached is not None:
-        return cached
     progress(Progress("download", f"asking the hub for {model}"))
     try:
         info = HfApi().model_info(
@@ -61,11 +65,13 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Pat
                 cure="Free some disk space, or set NOODLE_CACHE_DIR to a folder on another disk.",
             )
         with _reported(hub_dir, model, total_bytes, progress):
-            return Path(
+            folder = Path(
                 snapshot_download(
                     repository, revision=revision or None, cache_dir=hub_dir, allow_patterns=sorted(sizes)
                 )
             )
+        _remember(model, hub_dir, folder)
+        return folder
     # OSError: no connection, no space, offline mode and the hub's cache errors all derive from it
     except (HTTPError, OSError) as error:
         raise _explained(model, error) from error
@@ -92,18 +98,35 @@ def wanted_files(sizes: dict[str, int], model: str) -> dict[str, int]:
     return wanted
 
 
-def _cached_folder(repository: str, revision: str, hub_dir: Path) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError
+class _Fetched(msgspec.Struct, frozen=True):
+    """Where an earlier download lies, below the hub's folder in our cache; written when it was whole."""
 
+    snapshot: str
+    sizes: dict[str, int]
+
+
+def _record_path(model: str, hub_dir: Path) -> Path:
+    return hub_dir / f"{quote(model, safe='@')}.json"
+
+
+def _fetched_before(model: str, hub_dir: Path) -> Path | None:
+    """The folder of an earlier download, if every file still stands there in full length."""
     try:
-        folder = Path(
-            snapshot_download(repository, revision=revision or None, cache_dir=hub_dir, local_files_only=True)
-        )
-    except (OSError, EntryNotFoundError):
+        fetched = msgspec.json.decode(_record_path(model, hub_dir).read_bytes(), type=_Fetched)
+        folder = hub_dir / fetched.snapshot
+        whole = all((folder / name).stat().st_size == size for name, size in fetched.sizes.items())
+    except (OSError, msgspec.DecodeError):
         return None
-    whole = (folder / "config.json").is_file() and not missing_weight_files(folder)
     return folder if whole else None
+
+
+def _remember(model: str, hub_dir: Path, folder: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    fetched = _Fetched(str(folder.resolve().relative_to(hub_dir.resolve())), sizes)
+    path = _record_path(model, hub_dir)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_bytes(msgspec.json.encode(fetched))
+    unfinished.replace(path)
 
 
 @contextmanager
