@@ -70,19 +70,31 @@ def load_slice(
     model_class = cut_class(config, start_layer, end_layer)
     with torch.device("meta"):
         described = model_class(_copy(config))
-    state = _state_of_slice(described, weights, counter, getattr(torch, dtype), start_layer, end_layer)
-    model, loading = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=getattr(torch, dtype),
-        attn_implementation=packed_attention.IMPLEMENTATION,
-        output_loading_info=True,
-        local_files_only=True,
-    )
-    _check_loading(loading, config.model_type, folder)
-    fix_rotary(model, context_length)
-    model.requires_grad_(False).to(device)
+    in_layers = re.compile(rf"^((?:.+\.)?{re.escape(layer_list_name(described))}\.)(\d+)(\..+)$")
+    state = _state_of_slice(described, in_layers, weights, counter, getattr(torch, dtype), start_layer, end_layer)
+    try:
+        model, loading = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=getattr(torch, dtype),
+            attn_implementation=packed_attention.IMPLEMENTATION,
+            ignore_mismatched_sizes=True,  # refused by _check_loading, with the file's names
+            output_loading_info=True,
+            local_files_only=True,
+        )
+        _check_loading(loading, in_layers, start_layer, config.model_type, folder)
+        fix_rotary(model, context_length)
+        model.requires_grad_(False).to(device)
+    except torch.OutOfMemoryError as error:
+        raise PlanDoesNotFit(
+            f"{device} has not the memory for layers {start_layer} to {end_layer} ({counter.total_bytes} bytes).",
+            cure="Give this stage fewer layers (NOODLE_SPLIT), or free memory on its machine.",
+        ) from error
+    except RuntimeError as error:
+        raise ModelNotFound(
+            f"the weights in {folder} can not be loaded: {error}.", cure="Fetch the folder again."
+        ) from error
     return TransformersSlice(
         model,
         start_layer=start_layer,
@@ -105,14 +117,19 @@ def _silence_transformers() -> None:
 
 
 def _state_of_slice(
-    model: Any, weights: WeightFiles, counter: ReadCounter, dtype: torch.dtype, start_layer: int, end_layer: int
+    model: Any,
+    in_layers: re.Pattern[str],
+    weights: WeightFiles,
+    counter: ReadCounter,
+    dtype: torch.dtype,
+    start_layer: int,
+    end_layer: int,
 ) -> dict[str, LazyTensor]:
     """The tensors a cut model computes with, by the keys they have in it; files of no use to it are not opened.
 
     Keys of its layers are renumbered from 0; what they become beyond that is transformers' to say, and so is which
     of the other keys belong to which of the model's tensors.
     """
-    in_layers = re.compile(rf"^((?:.+\.)?{re.escape(layer_list_name(model))}\.)(\d+)(\..+)$")
     wanted = set(model.state_dict())
     tied = model.tied_keys_of_whole_model
     name_in_model = _names_in_model(model, wanted | set(tied.values()))
@@ -150,10 +167,21 @@ def _names_in_model(model: Any, known: set[str]) -> Callable[[str], str]:
     return name_in_model
 
 
-def _check_loading(loading: dict[str, Any], model_type: str, folder: Path) -> None:
-    if loading["missing_keys"]:
-        names = sorted(loading["missing_keys"])
-        raise ModelNotFound(
-            f"{folder} lacks {len(names)} tensors that a {model_type} model needs: {', '.join(names[:3])}.",
-            cure="Config and weights are not of the same model, or files are missing: fetch the folder again.",
-        )
+def _check_loading(
+    loading: dict[str, Any], in_layers: re.Pattern[str], start_layer: int, model_type: str, folder: Path
+) -> None:
+    """Refuse weights that transformers would have filled up at random or left out with a warning."""
+    problems = {
+        "lack": loading["missing_keys"],
+        "hold in another shape": {str(key) for key, *_ in loading["mismatched_keys"]},
+        # outside the layers they are other stages' business
+        "hold beside those": {key for key in loading["unexpected_keys"] if in_layers.match(key)},
+    }
+    for problem, keys in problems.items():
+        if keys:
+            first = in_layers.sub(lambda match: f"{match[1]}{int(match[2]) + start_layer}{match[3]}", min(keys))
+            raise ModelNotFound(
+                f"the weights in {folder} are not those of its {model_type} config: they {problem} {len(keys)} of this "
+                f"slice's tensors, as {first}.",
+                cure="Fetch the folder again, and see that config and weights are of the same model.",
+            )

@@ -1,0 +1,223 @@
+"""Seconds that a layer and the head of this model take on this machine, by the real code; kept in a file.
+
+Two stages on one machine measure one after the other, and the second finds the first's numbers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from noodle.errors import StartError
+from noodle.messages import SamplingParameters
+from noodle.plan import Source
+from noodle.wire import WireTensor
+from services.stage.model_slice import to_wire
+from services.stage.sampler import sample
+from services.stage.slice_interface import PackedBatch, Span
+from services.stage.slice_loading import load_slice
+
+FILE_NAME = "measurements.json"
+LOCK_NAME = "measurements.lock"
+LOCK_TIMEOUT_SECONDS = 300.0  # several other stages may measure before this one
+LOCK_POLL_SECONDS = 0.1
+CONTEXT_TOKENS = 128  # rows a decode token attends to here, and tokens of a prefill chunk
+FURTHER_LAYERS = 2  # beside the one that every slice has
+MINIMUM_ROUNDS = 3
+MAXIMUM_ROUNDS = 21
+BUDGET_SECONDS = 1.0  # for the rounds of each of the quantities, once the minimum is done
+CACHE_BYTES = 128 << 20  # written between rounds: a slice's layers come from memory, not from the processor's cache
+SAMPLING = SamplingParameters(temperature=0.8, top_p=0.95)
+
+MeasureProgress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSeconds:
+    """What the planner needs of a machine's speed, for one model, device and dtype."""
+
+    decode_layer_seconds: float  # one layer, one token
+    prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
+    head_decode_seconds: float  # head and sampling of one row
+    source: Source = "measured"
+
+
+@dataclass(frozen=True, slots=True)
+class MeasurementKey:
+    """What the numbers hold for; another of any of these is measured again."""
+
+    model_digest: str
+    device: str
+    device_name: str
+    dtype: str
+    threads: int
+    noodle_version: str
+
+    def __str__(self) -> str:
+        return " | ".join(str(part) for part in asdict(self).values())
+
+
+def measure_machine(
+    folder: Path,
+    layer_count: int,
+    context_length: int,
+    key: MeasurementKey,
+    cache_dir: Path,
+    progress: MeasureProgress,
+) -> MeasuredSeconds:
+    """The numbers of this machine for the model in `folder`, from the file in `cache_dir` or measured now.
+
+    Takes a few seconds when measured. `progress` gets the part done, 0 to 1, and what is being done.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    path = cache_dir / FILE_NAME
+    with _one_at_a_time(cache_dir / LOCK_NAME, progress):
+        kept = _read_kept(path)
+        known = _measurement_in(kept, str(key))
+        if known is not None:
+            progress(1.0, "measured before")
+            return known
+        measured = _measure(folder, layer_count, context_length, key, progress)
+        kept[str(key)] = asdict(measured)
+        _write_kept(path, kept)
+    progress(1.0, "measured")
+    return measured
+
+
+def _measure(
+    folder: Path, layer_count: int, context_length: int, key: MeasurementKey, progress: MeasureProgress
+) -> MeasuredSeconds:
+    """By what further layers add to a step of one layer: what a step costs beside its layers is no layer's time."""
+    further = min(FURTHER_LAYERS, layer_count - 1)
+    start = (layer_count - 1 - further) // 2
+    steps: list[tuple[float, float]] = []  # decode and prefill seconds, of one layer and of one and the further ones
+    for end in sorted({start + 1, start + 1 + further}):
+        progress(0.3 * len(steps), f"measuring {end - start} of the model's layers")
+        timer = _SliceTimer(folder, start, end, context_length, key)
+        decode_seconds = timer.median_seconds(1, first_position=CONTEXT_TOKENS)
+        steps.append((decode_seconds, timer.median_seconds(CONTEXT_TOKENS, first_position=0)))
+        del timer
+    progress(0.6, "measuring the head")
+    timer = _SliceTimer(folder, layer_count - 1, layer_count, context_length, key)
+    with_head_seconds = timer.median_seconds(1, first_position=CONTEXT_TOKENS, sampled=True)
+    without_head_seconds = timer.median_seconds(1, first_position=CONTEXT_TOKENS)
+    decode_layer_seconds, prefill_layer_seconds = (
+        _seconds_per_layer([step[quantity] for step in steps], further) for quantity in (0, 1)
+    )
+    return MeasuredSeconds(
+        decode_layer_seconds=decode_layer_seconds,
+        prefill_layer_seconds_per_token=prefill_layer_seconds / CONTEXT_TOKENS,
+        head_decode_seconds=max(with_head_seconds - without_head_seconds, 0.0),
+    )
+
+
+def _seconds_per_layer(seconds: list[float], further_layers: int) -> float:
+    """From a step of one layer and, where the model has more, one with further layers.
+
+    Never less than an even share of the longer step by half: a disturbed first step must not make layers free.
+    """
+    if len(seconds) == 1:
+        return seconds[0]
+    return max((seconds[1] - seconds[0]) / further_layers, seconds[1] / (further_layers + 1) / 2)
+
+
+class _SliceTimer:
+    """Steps of one session through a slice, timed."""
+
+    def __init__(self, folder: Path, start: int, end: int, context_length: int, key: MeasurementKey) -> None:
+        self._slice = load_slice(folder, start, end, device=key.device, dtype=key.dtype, context_length=context_length)
+        self._random = np.random.default_rng(0)
+        self._unused = np.zeros(CACHE_BYTES, np.uint8) if key.device == "cpu" else None
+        self._step(CONTEXT_TOKENS, first_position=0, sampled=False)  # also the rows that decode attends to
+
+    def median_seconds(self, tokens: int, *, first_position: int, sampled: bool = False) -> float:
+        """Seconds of a step of so many tokens of one session; the rows are computed again each time."""
+        seconds: list[float] = []
+        end = time.monotonic() + BUDGET_SECONDS
+        while len(seconds) < MINIMUM_ROUNDS or (len(seconds) < MAXIMUM_ROUNDS and time.monotonic() < end):
+            if self._unused is not None:
+                self._unused += 1
+            seconds.append(self._step(tokens, first_position=first_position, sampled=sampled))
+        return statistics.median(seconds)
+
+    def _step(self, tokens: int, *, first_position: int, sampled: bool) -> float:
+        span = Span("measurement", first_position, tokens, CONTEXT_TOKENS + 1)
+        rows = np.array([tokens - 1] if sampled else [], np.int64)
+        if self._slice.is_first:
+            ids = self._random.integers(0, self._slice.vocab_size, tokens)
+            batch = PackedBatch((span,), rows, token_ids=ids)
+        else:
+            batch = PackedBatch((span,), rows, hidden_states=self._hidden_states(tokens))
+        start = time.perf_counter()
+        output = self._slice.forward(batch)
+        if sampled and output.logits is not None:
+            sample(output.logits[0], SAMPLING, first_position, False)
+        return time.perf_counter() - start
+
+    def _hidden_states(self, tokens: int) -> WireTensor:
+        import torch
+
+        values = self._random.standard_normal((tokens, self._slice.hidden_size), np.float32)
+        return to_wire(torch.from_numpy(values).to(getattr(torch, self._slice.dtype)))
+
+
+@contextmanager
+def _one_at_a_time(path: Path, progress: MeasureProgress) -> Iterator[None]:
+    """Holds the machine's measuring lock; the system frees it when the process ends."""
+    end = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > end:
+                    raise StartError(
+                        f"another stage has been measuring this machine for {LOCK_TIMEOUT_SECONDS:.0f} seconds "
+                        f"({path} is locked).",
+                        cure="Look for a stage that hangs, stop it, and start this one again.",
+                    ) from error
+                progress(0.0, "waiting for another stage on this machine to measure")
+                threading.Event().wait(LOCK_POLL_SECONDS)
+        yield
+
+
+def _read_kept(path: Path) -> dict[str, Any]:
+    """The file's measurements; none when it is not there or damaged, for they can be made again."""
+    if not path.is_file():
+        return {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _measurement_in(kept: dict[str, Any], key: str) -> MeasuredSeconds | None:
+    entry = kept.get(key)
+    if not isinstance(entry, dict):
+        return None
+    try:
+        measured = msgspec.convert(entry, MeasuredSeconds)
+    except msgspec.ValidationError:
+        return None  # damaged, or written by hand: it can be measured again
+    seconds = (measured.decode_layer_seconds, measured.prefill_layer_seconds_per_token)
+    return measured if min(seconds) > 0 and measured.head_decode_seconds >= 0 else None
+
+
+def _write_kept(path: Path, kept: dict[str, Any]) -> None:
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+    beside.replace(path)
