@@ -98,9 +98,10 @@ def tell(end: Ended, progress: Progress) -> None:
         progress.say(f"    {line}")
 
 
-def is_ready_again(coordinator_url: str, token: str) -> bool:
-    """Whether requests are answered (again)."""
-    return ask_health(coordinator_url, token).status == "ready"
+def are_ready(specs: Sequence[ServiceSpec], supervisor: Supervisor, token: str) -> bool:
+    """Whether every service runs and says ready."""
+    all_run = all(record.phase == "running" for record in supervisor.records())
+    return all_run and all(ask_health(spec.port, token).status == "ready" for spec in specs)
 
 
 def _show(name: str, health: Health, progress: Progress) -> None:

@@ -5,6 +5,7 @@ One `noodle up` at a time per state folder: it holds a lock on the run folder, w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -46,7 +47,7 @@ class RunRecord(Struct, frozen=True):
 class RunFolder:
     """The paths inside a run folder, and the lock on it when it was acquired."""
 
-    def __init__(self, path: Path, lock_descriptor: int | None = None, *, made_state_dir: bool = False) -> None:
+    def __init__(self, path: Path, lock_descriptor: int | None = None) -> None:
         self.path = path
         self.record_path = path / "run.json"
         self.token_path = path / "cluster_token"
@@ -54,7 +55,6 @@ class RunFolder:
         self.valkey_dir = path / "valkey"
         self.logs_dir = path / "logs"
         self._lock_descriptor = lock_descriptor
-        self._made_state_dir = made_state_dir
 
     def log_path(self, name: str) -> Path:
         """Where a service's output goes."""
@@ -80,9 +80,9 @@ class RunFolder:
                 entry.unlink()
 
     def remove(self) -> None:
-        """Remove the folder and give the lock back."""
+        """Remove the folder, the state folder when nothing else is in it, and give the lock back."""
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._made_state_dir and not any(self.path.parent.iterdir()):
+        with contextlib.suppress(OSError):  # something else is kept there, or it is a mount
             self.path.parent.rmdir()
         self.release()
 
@@ -106,7 +106,6 @@ def acquire(state_dir: Path) -> RunFolder | None:
     import fcntl  # not on Windows, where this file is imported but never gets here
 
     path = run_folder_path(state_dir)
-    made_state_dir = not state_dir.exists()
     while True:
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -124,7 +123,7 @@ def acquire(state_dir: Path) -> RunFolder | None:
             os.close(descriptor)
             return None
         if _is_still(path, descriptor):
-            return RunFolder(path, descriptor, made_state_dir=made_state_dir)
+            return RunFolder(path, descriptor)
         os.close(descriptor)  # its last holder removed it while this one took the lock
 
 

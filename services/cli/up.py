@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from noodle.config import CommandConfig, command_config
@@ -26,7 +26,7 @@ from services.cli.cluster import (
 from services.cli.preparation import PreparedModel, prepare_model
 from services.cli.processes import Interrupted, Signals, end_leftovers, identify, wait_until
 from services.cli.progress import Progress
-from services.cli.readiness import is_ready_again, tell, wait_until_ready
+from services.cli.readiness import are_ready, tell, wait_until_ready
 from services.cli.readiness import wait_until as wait_while_supervised
 from services.cli.run_state import RunFolder, RunPhase, RunRecord, acquire, running, write_private
 from services.cli.supervisor import ServiceSpec, Supervisor
@@ -86,6 +86,7 @@ class Up:
         self._phase: RunPhase = "starting"
         self._model: PreparedModel | None = None
         self._token = ""
+        self._specs: Sequence[ServiceSpec] = ()
 
     def start(self) -> None:
         """Bring everything up; returns when requests are answered. Raises StartError or Interrupted."""
@@ -111,11 +112,13 @@ class Up:
         )
         self._record()
         self._start_queue(binary, password)
-        specs = service_specs(self._wanted, self._config, common, self._model.folder)
-        for spec in specs:
+        self._specs = service_specs(self._wanted, self._config, common, self._model.folder)
+        for spec in self._specs:
             self._add(spec)
         self._record()
-        health = wait_until_ready(specs, self._token, self._supervisor, self._signals, self._progress, self._record)
+        health = wait_until_ready(
+            self._specs, self._token, self._supervisor, self._signals, self._progress, self._record
+        )
         self._phase = "running"
         self._record()
         served_name = str(health.answer.get("model") or self._model.name)
@@ -135,7 +138,7 @@ class Up:
             if ended or started:
                 waits_for_readiness = True
                 self._record()
-            if waits_for_readiness and is_ready_again(self._wanted.coordinator_url, self._token):
+            if waits_for_readiness and are_ready(self._specs, self._supervisor, self._token):
                 waits_for_readiness = False
                 self._progress.say("Everything is ready again.")
             self._supervisor.limit_logs()
@@ -183,7 +186,7 @@ class Up:
             ended = end_leftovers(children, LEFTOVER_GRACE_SECONDS)
             self._progress.say(
                 f"An earlier `noodle up` (pid {record.supervisor.pid}) was killed"
-                + (f"; ended {len(ended)} processes it left." if ended else "; cleared what it left.")
+                + (f"; ended what it left running: {len(ended)}." if ended else "; cleared what it left.")
             )
         self._folder.empty()
 
