@@ -16,13 +16,13 @@ from noodle.config import StageConfig
 from noodle.errors import ModelNotFound, NoodleError, QueueUnavailable
 from noodle.plan import MachineReport, Plan, StagePhase, StageState
 from noodle.work_queue import WorkQueue
-from services.stage.stage import Stage, load_role, measured_report
+from services.stage.computing import load_role, measured_report
+from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 PLAN_POLL_SECONDS = 0.2
-FREE_BYTES_SHARE = 0.5  # of free memory that KV rows may take unless NOODLE_KV_BYTES says otherwise
 
 
 class Lifecycle:
@@ -72,9 +72,8 @@ class Lifecycle:
                 f"Stage {self._config.stage_id} on {self._config.machine} finds no folder {self._config.model!r}.",
                 cure="NOODLE_MODEL of a stage is the folder that the coordinator's model store made.",
             )
-        self._say("measuring", "this machine's speed with this model")
         self._report = measured_report(
-            self._config, self._stage.boot_id, folder, lambda done: self._say("measuring", progress=done)
+            self._config, self._stage.boot_id, folder, lambda done, what: self._say("measuring", what, done)
         )
         self._say("waiting", "for a plan")
         while not self.stopping.is_set():
@@ -106,7 +105,7 @@ class Lifecycle:
             self._stage.become(plan.version, None)
             self._say("waiting", f"plan {plan.version} gives this stage no layers")
             return
-        if self._report is not None and plan.model_digest != self._report.model_digest:
+        if self._report is None or plan.model_digest != self._report.model_digest:
             self._stage.become(plan.version, None)
             self._say("failed", f"plan {plan.version} is for other weights than those in {folder}")
             return
@@ -114,7 +113,9 @@ class Lifecycle:
         layers = f"layers {mine.start_layer} to {mine.end_layer - 1}"
         self._say("loading", layers)
         try:
-            role = load_role(self._config, self._stage, plan, index, folder, lambda done: self._say(progress=done))
+            role = load_role(
+                self._config, self._stage, self._report, plan, folder, lambda done: self._say(progress=done)
+            )
         except NoodleError as error:
             log.exception("plan %d can not be loaded", plan.version)
             self._stage.become(plan.version, None)

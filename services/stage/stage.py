@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from noodle import __version__
 from noodle.config import StageConfig
 from noodle.errors import NotReady
 from noodle.metrics import StageMetrics
-from noodle.model_files import model_digest
-from noodle.plan import MachineReport, Plan
 from services.stage.transport import Chain, HopServer, Inbox, NextStageLink, ResultsOutlet
 from services.stage.worker import Role, Worker
 
-if TYPE_CHECKING:
-    from services.stage.model_slice import TransformersSlice
-
-log = logging.getLogger(__name__)
-
-KV_SHARE_OF_FREE_BYTES = 0.5  # unless NOODLE_KV_BYTES says otherwise
 INSTALL_TIMEOUT_SECONDS = 120.0  # the worker finishes the step in progress first
 
 
@@ -93,65 +80,3 @@ class Stage:
         if self._link is not None:
             self._link.close()
         self.worker.stop()
-
-
-def load_role(
-    config: StageConfig, stage: Stage, plan: Plan, index: int, folder: Path, progress: Callable[[float], None]
-) -> Role:
-    """Load the layers that the plan gives this stage; the old ones are dropped first when both do not fit."""
-    from services.stage.device import choose_device, free_memory_bytes
-    from services.stage.slice_loading import load_slice
-
-    mine = plan.stages[index]
-    device = choose_device(config.device)
-    if stage.role is not None and free_memory_bytes(device).value < 2 * mine.weight_bytes:
-        log.info("old and new layers do not fit side by side: dropping the old ones first")
-        stage.become(plan.version, None)
-    model_slice: TransformersSlice = load_slice(
-        folder,
-        mine.start_layer,
-        mine.end_layer,
-        device=device,
-        dtype=mine.dtype,
-        context_length=plan.context_length,
-        progress=lambda done, total: progress(done / max(total, 1)),
-    )
-    free_bytes = free_memory_bytes(device).value
-    stage.kv_budget_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))
-    model_slice.set_kv_budget(stage.kv_budget_bytes)
-    return Role(plan, index, model_slice, None)
-
-
-def measured_report(
-    config: StageConfig, boot_id: str, folder: Path, progress: Callable[[float], None]
-) -> MachineReport:
-    """What this machine can do for this model, measured with the real code or read from an earlier measurement."""
-    from services.stage.device import choose_device, choose_dtype, free_memory_bytes
-    from services.stage.measure import measure_machine
-
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    digest = model_digest(folder)
-    seconds = measure_machine(folder, digest, device, dtype.value, config.threads, config.cache_dir, progress)
-    return MachineReport(
-        stage_id=config.stage_id,
-        machine=config.machine,
-        url=config.advertise_url,
-        boot_id=boot_id,
-        noodle_version=__version__,
-        model_digest=digest,
-        device=device.type,
-        device_name=seconds.device_name,
-        dtype=dtype.value,
-        threads=seconds.threads,
-        free_bytes=free_memory_bytes(device).value,
-        decode_layer_seconds=seconds.decode_layer_seconds,
-        prefill_layer_seconds_per_token=seconds.prefill_layer_seconds_per_token,
-        head_decode_seconds=seconds.head_decode_seconds,
-        source="measured",
-    )
-
-
-def _stages_here(plan: Plan, index: int) -> int:
-    """How many stages of the plan share this one's machine, and so its memory."""
-    return sum(stage.machine == plan.stages[index].machine for stage in plan.stages)

@@ -27,6 +27,7 @@ CONNECT_TIMEOUT_SECONDS = 3.0
 SEND_TIMEOUT_SECONDS = 15.0  # back-pressure this long is a loss
 MAXIMUM_ANSWER_BYTES = 32 << 20  # of a frame from a stage back to its caller: no activations among them
 MAXIMUM_REFUSAL_BYTES = 64 << 10
+SMALL_FRAME_BYTES = 64 << 10  # below it, one copy and one system call are cheaper than three calls
 
 PLAN_VERSION_HEADER = "X-Noodle-Plan-Version"
 COORDINATOR_EPOCH_HEADER = "X-Noodle-Coordinator-Epoch"
@@ -48,6 +49,7 @@ class _FrameStream:
         self._on_lost = on_lost
         self._lost = threading.Event()
         self._losing = threading.Lock()
+        self._socket: socket.socket | None = None  # for writing: the same connection with a timeout of its own
         parts = urlsplit(url)
         self._connection = http.client.HTTPConnection(
             parts.hostname or "", parts.port or 80, timeout=CONNECT_TIMEOUT_SECONDS
@@ -59,7 +61,6 @@ class _FrameStream:
         try:
             connection.connect()
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A second object for the same connection: reading and writing have timeouts of their own.
             self._socket = connection.sock.dup()
             self._socket.settimeout(SEND_TIMEOUT_SECONDS)
             connection.putrequest(method, path, skip_accept_encoding=True)
@@ -73,10 +74,10 @@ class _FrameStream:
                 raise LinkLost(f"{self.url} refused {path} with {answer.status}: {_message_of(refusal)}")
             connection.sock.settimeout(SILENCE_SECONDS)
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
+            self.close()
             raise LinkLost(f"{self.url} can not be reached: {_reason(error)}.") from error
         except LinkLost:
-            connection.close()
+            self.close()
             raise
         self._answer = answer
         threading.Thread(target=self._read, name=f"read {path}", daemon=True).start()
@@ -105,11 +106,12 @@ class _FrameStream:
         self._shut()
 
     def _shut(self) -> None:
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            log.debug("%s was already closed", self.url)
-        self._socket.close()
+        if self._socket is not None:
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                log.debug("%s was already closed", self.url)
+            self._socket.close()
         self._connection.close()
 
 
@@ -133,14 +135,17 @@ class HopConnection(_FrameStream):
         head, body = encode_frame(header, body)
         body_bytes = body.nbytes if isinstance(body, memoryview) else len(body)
         start = b"%x\r\n" % (len(head) + body_bytes) + head
+        connection = self._socket
+        if connection is None:
+            raise LinkLost(f"{self.url} is not open.")
         try:
             with self._writing:
-                if body_bytes < 65536:  # one system call for a small frame
-                    self._socket.sendall(b"".join((start, body, b"\r\n")))
+                if body_bytes < SMALL_FRAME_BYTES:
+                    connection.sendall(b"".join((start, body, b"\r\n")))
                 else:
-                    self._socket.sendall(start)
-                    self._socket.sendall(body)
-                    self._socket.sendall(b"\r\n")
+                    connection.sendall(start)
+                    connection.sendall(body)
+                    connection.sendall(b"\r\n")
                 self._last_sent = time.monotonic()
         except OSError as error:
             self._lose(_reason(error))

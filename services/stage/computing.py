@@ -1,0 +1,108 @@
+"""Where the stage meets torch: measures its machine and loads its layers, all in the lifecycle's thread.
+
+torch and transformers take seconds to import, so they are imported when first needed: /health answers before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from noodle import __version__
+from noodle.config import StageConfig
+from noodle.model_files import model_digest, read_config
+from noodle.plan import MachineReport, Plan
+from services.stage.stage import Stage
+from services.stage.worker import Role
+
+log = logging.getLogger(__name__)
+
+KV_SHARE_OF_FREE_BYTES = 0.5  # unless NOODLE_KV_BYTES says otherwise
+
+Progress = Callable[[float, str], None]
+
+
+def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: Progress) -> MachineReport:
+    """What this machine can do for this model, measured with the real code or read from an earlier measurement."""
+    progress(0.0, "starting torch")
+    import torch
+    from transformers import AutoConfig
+
+    from services.stage.device import choose_device, choose_dtype, device_name, free_memory
+    from services.stage.families import check_supported
+    from services.stage.measure import MeasurementKey, measure_machine
+
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    device = choose_device(config.device, torch)
+    dtype = choose_dtype(config.dtype, device.value, torch)
+    memory = free_memory(device.value, torch)
+    log.info("computing on %s (%s) in %s (%s)", device.value, device.reason, dtype.value, dtype.reason)
+    log.info("%d threads, %d bytes free (%s)", threads, memory.free_bytes, memory.source)
+    check_supported(read_config(folder))
+    model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    name = device_name(device.value, torch)
+    digest = model_digest(folder)
+    key = MeasurementKey(digest, device.value, name, dtype.value, threads, __version__)
+    context_length = int(model.max_position_embeddings)
+    seconds = measure_machine(folder, model.num_hidden_layers, context_length, key, config.cache_dir, progress)
+    return MachineReport(
+        stage_id=config.stage_id,
+        machine=config.machine,
+        url=config.advertise_url,
+        boot_id=boot_id,
+        noodle_version=__version__,
+        model_digest=digest,
+        device=device.value,
+        device_name=name,
+        dtype=dtype.value,
+        threads=threads,
+        free_bytes=memory.free_bytes,
+        decode_layer_seconds=seconds.decode_layer_seconds,
+        prefill_layer_seconds_per_token=seconds.prefill_layer_seconds_per_token,
+        head_decode_seconds=seconds.head_decode_seconds,
+        source=seconds.source,
+    )
+
+
+def load_role(
+    config: StageConfig,
+    stage: Stage,
+    report: MachineReport,
+    plan: Plan,
+    folder: Path,
+    progress: Callable[[float], None],
+) -> Role:
+    """Load the layers that the plan gives this stage; the old ones are dropped first when both do not fit."""
+    import torch
+
+    from services.stage.device import free_memory_bytes
+    from services.stage.slice_loading import load_slice
+
+    index = plan.index_of(config.stage_id)
+    if index is None:
+        raise ValueError(f"plan {plan.version} gives stage {config.stage_id} no layers")
+    mine = plan.stages[index]
+    if stage.role is not None and free_memory_bytes(report.device, torch) < 2 * mine.weight_bytes:
+        log.info("old and new layers do not fit side by side: the old ones go first")
+        stage.become(0, None)
+    model_slice = load_slice(
+        folder,
+        mine.start_layer,
+        mine.end_layer,
+        device=report.device,
+        dtype=mine.dtype,
+        context_length=plan.context_length,
+        progress=lambda done, total: progress(done / max(total, 1)),
+    )
+    free_bytes = free_memory_bytes(report.device, torch)
+    stage.kv_budget_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))
+    model_slice.set_kv_budget(stage.kv_budget_bytes)
+    return Role(plan, index, model_slice, None)
+
+
+def _stages_here(plan: Plan, index: int) -> int:
+    """How many stages of the plan share this one's machine, and so its memory."""
+    return sum(stage.machine == plan.stages[index].machine for stage in plan.stages)
