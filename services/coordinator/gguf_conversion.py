@@ -1,31 +1,27 @@
 """Turns a llama-architecture GGUF file into a safetensors folder with numpy alone; knows no torch and no cache.
 
-Quantized tensors become float32: the exact values the quantized ones stand for, and what transformers makes of the same
-file, so that every comparison is with the same numbers. Tensors stored as F16 or BF16 keep their bits.
+What it can not carry over exactly it refuses by name: nothing in the file is left out without a word.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
-from gguf.quants import dequantize
+from gguf import GGUFReader, ReaderTensor
 
 from noodle.errors import UnsupportedModel
 from services.coordinator.gguf_tokenizer import generation_ids, write_tokenizer
+from services.coordinator.gguf_weights import ITEM_BYTES, StoredTensor, stored_dtype, write_weights
 
 CONVERTED_ARCHITECTURE = "llama"
 CONVERT_CURE = "Convert it where torch is installed: noodle convert FILE FOLDER"
 WEIGHTS_NAME = "model.safetensors"
-CHUNK_ITEMS = 4 << 20  # weight items dequantized at once: bounds memory at some 50 MB beside one q or k tensor
 
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -67,25 +63,7 @@ KNOWN_KEYS = {
     "expert_used_count",
     "tensor_data_layout",
 }
-SAFETENSORS_DTYPES = {GGMLQuantizationType.F16: "F16", GGMLQuantizationType.BF16: "BF16"}
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor as it will stand in the safetensors file."""
-
-    name: str
-    dtype: str  # of safetensors: F32, F16 or BF16
-    shape: tuple[int, ...]
-    source: ReaderTensor
-    rotary_heads: int  # heads whose rows must be put back in transformers' order; 0 for all but q and k
-
-    @property
-    def byte_count(self) -> int:
-        """Bytes in the safetensors file."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class GgufModel:
@@ -241,7 +219,7 @@ class GgufModel:
             "attn_q": self.config["num_attention_heads"],
             "attn_k": self.config["num_key_value_heads"],
         }.get(kind, 0)
-        dtype = SAFETENSORS_DTYPES.get(tensor.tensor_type, "F32")
+        dtype = stored_dtype(tensor)
         return StoredTensor(f"{name}.weight", dtype, shape, tensor, rotary_heads)
 
     def _expected_shape(self, kind: str) -> tuple[int, ...]:
@@ -309,57 +287,4 @@ def write_model_folder(model: GgufModel, folder: Path, progress: Callable[[int],
     config = json.dumps(model.config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
     write_tokenizer(model.metadata, folder, model.config["max_position_embeddings"])
-    return _write_weights(model, folder / WEIGHTS_NAME, progress)
-
-
-def _write_weights(model: GgufModel, path: Path, progress: Callable[[int], None]) -> str:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in model.tensors:
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.byte_count],
-        }
-        offset += tensor.byte_count
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8 bytes
-    digest = hashlib.sha256()
-    written = 0
-    with path.open("wb") as file:
-        for block in (len(encoded).to_bytes(8, "little"), encoded):
-            file.write(block)
-            digest.update(block)
-        for tensor in model.tensors:
-            for array in _converted_chunks(tensor):
-                file.write(array.data)
-                digest.update(array.data)
-                written += array.nbytes
-                progress(written)
-    if written != offset:
-        raise AssertionError(f"{path}: {written} bytes of weights written, {offset} announced in the header")
-    return digest.hexdigest()
-
-
-def _converted_chunks(tensor: StoredTensor) -> Iterator[npt.NDArray[Any]]:
-    """The tensor's items in order, as contiguous arrays of its stored dtype."""
-    data = tensor.source.data
-    if tensor.rotary_heads:
-        yield np.ascontiguousarray(_undo_rotary_permutation(_items(tensor, data), tensor.rotary_heads))
-        return
-    rows_at_once = max(1, CHUNK_ITEMS // tensor.shape[-1])
-    for start in range(0, data.shape[0], rows_at_once if data.ndim > 1 else data.shape[0]):
-        yield np.ascontiguousarray(_items(tensor, data[start : start + rows_at_once] if data.ndim > 1 else data))
-
-
-def _items(tensor: StoredTensor, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    if tensor.dtype != "F32":
-        return data.view(np.uint16)  # the bits as they are; numpy has no bfloat16
-    items: npt.NDArray[np.float32] = dequantize(data, tensor.source.tensor_type).astype(np.float32, copy=False)
-    return items
-
-
-def _undo_rotary_permutation(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """GGUF interleaves the two halves that transformers rotates; put [head, pair, half] back to [head, half, pair]."""
-    pairs = rows.shape[0] // heads // 2
-    return rows.reshape(heads, pairs, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+    return write_weights(model.tensors, folder / WEIGHTS_NAME, progress)
