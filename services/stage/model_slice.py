@@ -58,14 +58,16 @@ class TransformersSlice:
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
         """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
+        total_tokens = sum(span.token_count for span in batch.spans)
+        inputs = self._inputs(batch, total_tokens)
         attention_spans = self._attention_spans(batch.spans)
         self._step_spans.spans = attention_spans
         try:
             with torch.inference_mode():
-                output = self._compute(batch, attention_spans[-1].end)
+                output = self._compute(inputs, batch)
         except torch.OutOfMemoryError as error:
             raise GenerationFailed(
-                f"{self._device} ran out of memory in a step of {attention_spans[-1].end} tokens.",
+                f"{self._device} ran out of memory in a step of {total_tokens} tokens.",
                 cure="Give this stage fewer layers (NOODLE_SPLIT), less KV cache (NOODLE_KV_BYTES) or smaller steps "
                 "(NOODLE_STEP_TOKENS).",
             ) from error
@@ -106,8 +108,7 @@ class TransformersSlice:
             raise
         return attention_spans
 
-    def _compute(self, batch: PackedBatch, total_tokens: int) -> SliceOutput:
-        inputs = self._inputs(batch, total_tokens)
+    def _compute(self, inputs: dict[str, Any], batch: PackedBatch) -> SliceOutput:
         inputs["position_ids"] = self._position_ids(batch.spans)
         inputs["use_cache"] = False
         if self.is_last and len(batch.logits_rows):
