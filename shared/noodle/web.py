@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 START_REFUSED_EXIT_CODE = 3  # gunicorn's own code for a worker that can not boot: its master ends with it
 GRACE_SECONDS = 10  # from SIGTERM until open requests are cut
+DRAINED_BYTES = 64 << 20
 KEEP_CONNECTION_SECONDS = 75  # idle connections between services
 
 
@@ -255,8 +256,21 @@ def json_body(maximum_bytes: int) -> bytes:
         raise UnsupportedMediaType(
             f"The body is {request.mimetype or 'of no declared type'}.", cure="Send Content-Type: application/json."
         )
-    request.max_content_length = maximum_bytes
+    if (request.content_length or 0) > maximum_bytes:
+        drain_body(request.content_length or 0)
+        raise BodyTooLarge(
+            f"The body is {request.content_length} bytes, {request.path} takes {maximum_bytes} at most.",
+            cure="Send less, or raise NOODLE_MAX_BODY_BYTES.",
+        )
+    request.max_content_length = maximum_bytes  # also for a chunked body, whose length nobody announced
     return request.get_data(cache=False)
+
+
+def drain_body(announced_bytes: int) -> None:
+    """Read a refused body away, up to DRAINED_BYTES: a client that still sends does not read its answer."""
+    left = min(announced_bytes, DRAINED_BYTES)
+    while left > 0 and (part := request.environ["wsgi.input"].read(min(left, 1 << 16))):
+        left -= len(part)
 
 
 def server_sent_event(value: Any, event: str = "") -> bytes:
