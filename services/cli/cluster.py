@@ -167,7 +167,11 @@ def service_specs(
         "NOODLE_STAGES": str(wanted.stage_count),
         "NOODLE_SPLIT": wanted.split,
     }
-    coordinator = shared | {"NOODLE_COORDINATOR_BIND": f"{LOOPBACK}:{wanted.coordinator_port}"}
+    # the coordinator calls the model by the name the operator gave; it finds the same folder in the cache
+    coordinator = shared | {
+        "NOODLE_MODEL": wanted.model,
+        "NOODLE_COORDINATOR_BIND": f"{LOOPBACK}:{wanted.coordinator_port}",
+    }
     specs = [
         ServiceSpec("planner", python_module(f"{services}.planner"), planner, wanted.planner_port, PLANNER_RANK),
     ]

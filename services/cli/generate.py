@@ -23,6 +23,7 @@ class Told:
 
     completion_tokens: int = 0
     prompt_tokens: int = 0
+    has_text: bool = False
     is_finished: bool = False
 
 
@@ -40,9 +41,12 @@ def generate(target: Target, prompt: str, parameters: Mapping[str, Any], *, raw:
                 if data == STREAM_END:
                     told.is_finished = True
                     break
-                write(_text_of(json.loads(data), told))
+                text = _text_of(json.loads(data), told)
+                told.has_text = told.has_text or bool(text)
+                write(text)
     finally:
-        write("\n")  # the shell's prompt begins on a line of its own, also after Ctrl-C
+        if told.has_text:
+            write("\n")  # what comes next begins on a line of its own, also after Ctrl-C
     if not told.is_finished:
         raise LinkLost("The answer broke off.", cure="See `noodle status` and the logs.")
     if sys.stderr.isatty():
