@@ -27,7 +27,8 @@ class _NoPositions(torch.nn.Module):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.zero = torch.zeros(1, dtype=dtype, device="cpu")  # no buffer: it is nothing to be loaded
+        # no dimensions, so that it may be added on any device; no buffer, for it is nothing to be loaded
+        self.zero = torch.zeros((), dtype=dtype, device="cpu")
 
     def forward(self, *_arguments: Any, **_options: Any) -> torch.Tensor:
         return self.zero
