@@ -12,7 +12,7 @@ LOCK := $(VENV)/bin/uv pip compile pyproject.toml --extra control --extra stage 
 	--custom-compile-command "make lock" --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test check measure lock clean
+.PHONY: help setup setup-dev run test lint check measure lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,10 +27,12 @@ run: setup ## set up, then start noodle on this machine (Ctrl-C stops it)
 test: setup-dev ## run all tests
 	$(VENV)/bin/python -m pytest
 
-check: setup-dev ## lint, format, types, unit and contract tests: what a change must pass
+lint: setup-dev ## lint, format, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+check: lint ## lint, format, types, unit and contract tests: what a change must pass
 	$(VENV)/bin/python -m pytest tests/unit tests/contract
 
 measure: setup-dev ## measure, and write the tables into docs/measurements.md
