@@ -73,7 +73,7 @@ def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> Prep
     path = Path(model).expanduser()
     if path.is_dir():
         check_model_folder(path)
-        return PreparedModel(path.resolve(), path.resolve().name)
+        return PreparedModel(path.resolve(), served_name(path.resolve()))
     if path.suffix.lower() == ".gguf":
         return _gguf_file(path, cache_dir, progress)
     if path.exists():
@@ -88,6 +88,15 @@ def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> Prep
         f"There is no folder or file {model!r}.",
         cure=f"Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name), or {DEFAULT_MODEL_NAME}.",
     )
+
+
+def served_name(folder: Path) -> str:
+    """What clients call the model in a folder: its own name also where the store or the hub named the folder."""
+    if (folder / MANIFEST_NAME).is_file():
+        return folder.name.rpartition("-")[0]  # behind it stands the digest
+    if folder.parent.name == "snapshots":  # .../models--org--name/snapshots/revision
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def check_model_folder(folder: Path) -> None:

@@ -1,0 +1,116 @@
+"""What dies, and what must then not happen: nothing hangs, no token is lost, and the next request works."""
+
+import http.client
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from tests.support.cluster import running_cluster, wait_until
+
+pytestmark = pytest.mark.timeout(300)
+OPEN_REQUEST_SECONDS = 30.0  # three times what an open request may take to end or go on
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_folder, tmp_path_factory):
+    state = tmp_path_factory.mktemp("failures") / "state"
+    with running_cluster(state, tiny_folder, 2, NOODLE_STEP_TOKENS="16") as running:
+        yield running
+
+
+class OpenRequests:
+    """Requests that run while something dies."""
+
+    def __init__(self, cluster, count=4, new_tokens=200):
+        self.answers = {}
+        parameters = {"max_new_tokens": new_tokens, "ignore_eos": True}
+
+        def ask(index):
+            body = {"inputs": f"request {index}", "parameters": parameters}
+            try:
+                self.answers[index] = cluster.post("/generate", body)
+            except (OSError, http.client.HTTPException) as error:  # the coordinator itself died
+                self.answers[index] = (599, {"error": {"message": repr(error)}})
+
+        self.threads = [threading.Thread(target=ask, args=(index,)) for index in range(count)]
+        for thread in self.threads:
+            thread.start()
+        wait_until(lambda: all(state["sessions"] for state in cluster.stage_states()), 10, "the requests run")
+
+    def ended(self):
+        """Their answers; fails when one of them hangs."""
+        end = time.monotonic() + OPEN_REQUEST_SECONDS
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
+            assert not thread.is_alive(), "an open request hangs"
+        return [self.answers[index] for index in sorted(self.answers)]
+
+
+def answers_again(cluster):
+    def answers():
+        return cluster.post("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 2}})[0] == 200
+
+    wait_until(answers, 60, "the next request works")
+
+
+def check_whole_or_told(answers, expected):
+    """Each request went on with exactly its own tokens, or ended with an error that says what happened."""
+    for index, (status, answer) in enumerate(answers):
+        if status == 200:
+            assert answer["generated_text"] == expected[index]
+        else:
+            assert status >= 500
+            assert answer["error"]["message"]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_stage_ends_no_request_without_a_word_and_comes_back(cluster, stage):
+    expected = [
+        cluster.generate(f"request {index}", max_new_tokens=200, ignore_eos=True)["generated_text"]
+        for index in range(4)
+    ]
+    requests = OpenRequests(cluster)
+    os.kill(cluster.worker_pid(f"stage-{stage}"), signal.SIGKILL)
+    check_whole_or_told(requests.ended(), expected)
+    answers_again(cluster)
+    wait_until(lambda: cluster.kv_bytes_held() == 0, 15, "no KV rows are left")
+
+
+def test_a_stage_that_stops_moving_is_noticed(cluster):
+    requests = OpenRequests(cluster)
+    frozen = cluster.worker_pid("stage-1")
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        answers = requests.ended()
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    assert all(status >= 500 for status, _ in answers)
+    answers_again(cluster)
+
+
+def test_a_killed_valkey_stops_no_running_request_and_comes_back(cluster):
+    requests = OpenRequests(cluster)
+    os.kill(cluster.service_pid("valkey"), signal.SIGKILL)
+    assert [status for status, _ in requests.ended()] == [200] * 4
+    answers_again(cluster)
+
+
+def test_a_killed_coordinator_comes_back_and_leaves_no_rows(cluster):
+    requests = OpenRequests(cluster)
+    os.kill(cluster.worker_pid("coordinator"), signal.SIGKILL)
+    assert [status for status, _ in requests.ended()] == [599] * 4
+    answers_again(cluster)
+    wait_until(lambda: cluster.kv_bytes_held() == 0, 15, "no KV rows are left")
+
+
+def test_too_many_requests_are_told_to_come_again(tiny_folder, tmp_path):
+    limits = {"NOODLE_MAX_OPEN_REQUESTS": "1", "NOODLE_MAX_WAITING_REQUESTS": "1"}
+    with running_cluster(tmp_path / "state", tiny_folder, 1, **limits) as cluster:
+        requests = OpenRequests(cluster, count=6)
+        answers = requests.ended()
+        assert sorted({status for status, _ in answers}) == [200, 429]
+        refused = next(answer for status, answer in answers if status == 429)
+        assert refused["error"]["code"] == "rate_limit_exceeded"
