@@ -263,9 +263,10 @@ class GenerationLoop:
         flight, tokens, fatal = self._scheduler.apply(result)
         if flight is None:
             return
+        computed_seconds = sum(timing.computed_seconds for timing in result.timings)
         ended: list[str] = []
         for token in tokens:
-            self._deliver(token, now)
+            self._deliver(token, now, computed_seconds)
             if token.finish_reason is not None:
                 ended.append(token.session.session_id)
         for request_id in ended:
@@ -273,14 +274,11 @@ class GenerationLoop:
         for session, refusal in fatal:
             message = f"Stage {refusal.stage_id} refused a step of this request: {refusal.message} ({refusal.reason})."
             self._end(session.session_id, "failed", GenerationFailed(message))
-        computed = 0.0
         for timing in result.timings:
-            computed += timing.computed_seconds
             self._metrics.stage_computed.labels(str(timing.stage_id)).observe(timing.computed_seconds)
             self._metrics.stage_waited.labels(str(timing.stage_id)).observe(timing.waited_seconds)
-        self._metrics.overhead.observe(max(0.0, now - flight.sent_at - computed))
 
-    def _deliver(self, new: NewToken, now: float) -> None:
+    def _deliver(self, new: NewToken, now: float, computed_seconds: float) -> None:
         books = self._open.get(new.session.session_id)
         if books is None:
             return
@@ -291,6 +289,7 @@ class GenerationLoop:
             self._metrics.time_to_first_token.observe(now - books.arrived_at)
         else:
             self._metrics.inter_token.observe(now - books.last_token_at)
+            self._metrics.token_overhead.observe(max(0.0, now - books.last_token_at - computed_seconds))
         books.last_token_at = now
 
     def _end(self, request_id: str, outcome: str, error: NoodleError | None) -> None:

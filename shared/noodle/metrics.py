@@ -9,6 +9,7 @@ from noodle.web import require_token
 
 TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
 REQUEST_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+OVERHEAD_SECONDS = (0.0005, 0.00075, 0.001, 0.00125, 0.0015, 0.00175, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 1)
 STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -33,10 +34,10 @@ class CoordinatorMetrics:
             buckets=TOKEN_SECONDS,
             registry=registry,
         )
-        self.overhead = Histogram(
-            "noodle_step_overhead_seconds",
-            "Of a step's trip, what no stage computed.",
-            buckets=STEP_SECONDS,
+        self.token_overhead = Histogram(
+            "noodle_token_overhead_seconds",
+            "Between two tokens of a request, what no stage computed for the second.",
+            buckets=OVERHEAD_SECONDS,
             registry=registry,
         )
         self.replays = Counter("noodle_session_replays", "KV caches prefilled again.", ["reason"], registry=registry)
