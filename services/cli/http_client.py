@@ -28,14 +28,14 @@ TROUBLES = (OSError, http.client.HTTPException)
 def get_json(url: str, credential: str = "", timeout_seconds: float = HEALTH_SECONDS) -> tuple[int, dict[str, Any]]:
     """Status and JSON object of a GET, whatever the status; raises NoodleError when nothing (sensible) answers."""
     connection, response = _request("GET", url, None, credential, timeout_seconds)
-    with contextlib.closing(connection):
+    with contextlib.closing(connection), contextlib.closing(response):
         return response.status, _json_object(url, _read(url, response))
 
 
 def post_json(url: str, body: object, credential: str = "", timeout_seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
     """JSON object that answers a POST; raises NoodleError in the server's own words when it refuses."""
     connection, response = _request("POST", url, body, credential, timeout_seconds)
-    with contextlib.closing(connection):
+    with contextlib.closing(connection), contextlib.closing(response):
         content = _read(url, response)
         if response.status >= 400:
             _raise_refusal(url, response, content)
@@ -48,7 +48,7 @@ def post_for_events(url: str, body: object, credential: str = "") -> Generator[s
     Raises NoodleError when the server refuses, falls silent or breaks off in the middle of an event.
     """
     connection, response = _request("POST", url, body, credential, STREAM_SILENCE_SECONDS)
-    with contextlib.closing(connection):
+    with contextlib.closing(connection), contextlib.closing(response):
         if response.status >= 400:
             _raise_refusal(url, response, _read(url, response))
         data: list[str] = []
