@@ -1,0 +1,67 @@
+"""Sections of docs/measurements.md: each is replaced as a whole by the newest run of its measurement."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PATH = Path(__file__).parents[2] / "docs" / "measurements.md"
+
+
+@dataclass
+class Section:
+    """One measurement: its name, what it must show, and what came out."""
+
+    name: str
+    title: str
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, text: str = "") -> None:
+        """Add a line, and show it at once to whoever waits."""
+        self.lines.append(text)
+        print(text, flush=True)
+
+    def table(self, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Add a table."""
+        self.say()
+        self.say("| " + " | ".join(heads) + " |")
+        self.say("|" + " --- |" * len(heads))
+        for row in rows:
+            self.say("| " + " | ".join(str(cell) for cell in row) + " |")
+        self.say()
+
+    def write(self) -> None:
+        """Put the section into the document, in the place of its older self."""
+        when = datetime.datetime.now(datetime.UTC).date().isoformat()
+        conditions = f"{when}, {machine()}, `python -m tests.measure {self.name}`"
+        text = "\n".join([f"## {self.title}", "", conditions, "", *self.lines]).rstrip() + "\n"
+        text = re.sub(r"\n{3,}", "\n\n", text)
+        block = f"<!-- {self.name} -->\n{text}<!-- end {self.name} -->\n"
+        document = PATH.read_text(encoding="utf-8")
+        pattern = re.compile(rf"<!-- {self.name} -->\n.*?<!-- end {self.name} -->\n", re.S)
+        if pattern.search(document):
+            document = pattern.sub(lambda _: block, document)
+        else:
+            document = document.rstrip() + "\n\n" + block
+        PATH.write_text(document, encoding="utf-8")
+
+
+def machine() -> str:
+    """Cores and processor, for the conditions of a figure."""
+    cpu = platform.processor() or "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return f"{len(os.sched_getaffinity(0))} cores of {cpu}"
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median and the two ends."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
