@@ -13,28 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.cluster import free_ports
+
 ROOT = Path(__file__).parents[2]
 FAKE_SERVICES = Path(__file__).parent / "fake_services"
 WAIT_SECONDS = 30.0
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on now."""
-    for first in range(20_000 + os.getpid() % 20_000, 60_000, count):
-        probes = []
-        try:
-            for port in range(first, first + count):
-                probe = socket.socket()
-                probes.append(probe)
-                probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        else:
-            return first
-        finally:
-            for probe in probes:
-                probe.close()
-    raise RuntimeError("no free ports")
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -54,7 +37,7 @@ class UpRuns:
         self.orders.mkdir()
         self.state_dir = folder / "state"
         self.run_dir = self.state_dir / "run"
-        self.first_port = free_ports(12)
+        self.first_port = free_ports(12)[0]
         self.coordinator_port = self.first_port
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("NOODLE_")}
         self.environment = inherited | {
