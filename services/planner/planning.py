@@ -14,6 +14,8 @@ import msgspec
 
 from noodle.config import PlannerConfig
 from noodle.errors import ModelNotFound, NoodleError, QueueUnavailable
+from noodle.families import check_supported
+from noodle.model_files import read_config
 from noodle.plan import MachineReport, ModelShape, Plan, PlannerState
 from noodle.work_queue import WorkQueue
 from services.planner.model_shape import read_model_shape
@@ -46,6 +48,7 @@ class Planning:
                 f"The planner finds no folder {self._config.model!r}.",
                 cure="NOODLE_MODEL of the planner is the folder that the coordinator's model store made.",
             )
+        check_supported(read_config(folder))
         self.shape = read_model_shape(folder, self._config.context_length)
 
     def run(self) -> None:

@@ -30,8 +30,8 @@ def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: P
     import torch
     from transformers import AutoConfig
 
+    from noodle.families import check_supported
     from services.stage.device import choose_device, choose_dtype, device_name, free_memory
-    from services.stage.families import check_supported
     from services.stage.measure import MeasurementKey, measure_machine
 
     threads = config.threads or len(os.sched_getaffinity(0))

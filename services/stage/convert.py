@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, StartError, UnsupportedModel
-from services.stage.families import check_supported
+from noodle.families import check_supported
 
 DTYPES = ("float32", "float16", "bfloat16")
 # byte-level tokenizers whose text is cut by transformers' default (GPT-2's) expression

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from noodle.errors import UnsupportedModel
-from services.stage.families import FAMILIES
+from noodle.families import FAMILIES
 
 
 class _HandsOn(torch.nn.Module):

@@ -15,8 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from noodle.errors import ModelNotFound, PlanDoesNotFit
+from noodle.families import check_supported
 from services.stage import packed_attention
-from services.stage.families import check_supported
 from services.stage.model_cut import cut_class, layer_list_name
 from services.stage.model_slice import TransformersSlice
 from services.stage.rotary import fix_rotary

@@ -161,7 +161,8 @@ class Worker:
             message = str(error) if known else f"{type(error).__name__}: {error}"
             self._sessions.failed(step.spans)
             self._release([span.session_id for span in step.spans])
-            self._refuse(role, step, step.spans, "computation_failed", f"On stage {self._stage_id}: {message}"[:1900])
+            reason = error.reason if isinstance(error, StepRefused) else "computation_failed"
+            self._refuse(role, step, step.spans, reason, message)
             return
         finished = time.monotonic()
         timing = StageTiming(self._stage_id, started - arrived_at, finished - started, self._sent_seconds)

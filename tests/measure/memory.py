@@ -1,4 +1,4 @@
-"""Memory of each stage against its own weights: proportional set size, steady and at its highest."""
+"""Memory of each stage against its own weights: proportional set size without files, steady and at its highest."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ sys.stdin.read()
 
 
 def proportional_bytes(process: int) -> int:
-    """Pss of a process, 0 when it is gone."""
+    """Pss_Anon of a process, 0 when it is gone; pages of files (torch's libraries) are others' too."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:")), 0)
 
 
 def empty_stage_bytes() -> int:
@@ -66,9 +66,9 @@ def measure() -> Section:
     section = Section("memory", "Memory of a stage")
     empty = empty_stage_bytes()
     section.say(
-        "Two stages of SmolLM2-135M-Instruct in float32; Pss of each worker process, at its highest from the start "
+        "Two stages of SmolLM2-135M-Instruct in float32; Pss_Anon of each worker process, at its highest from start "
         "through loading and a request of 400 tokens, and steady after it. An empty stage (torch, transformers and "
-        f"noodle imported, no weights) takes {empty / 1e6:.0f} MB. Allowed: weights × 1.15 and an empty stage."
+        f"noodle imported, no weights) takes {empty / 1e6:.0f} MB. Allowed: weights times 1.15 and an empty stage."
     )
     with tempfile.TemporaryDirectory() as scratch:
         cluster = Cluster(Path(scratch) / "s", real_model_folder(), 2)

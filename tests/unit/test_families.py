@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from noodle.errors import UnsupportedModel
-from services.stage.families import FAMILIES, check_supported
+from noodle.families import FAMILIES, check_supported
 from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
 from tests.tiny_model import make_tiny_model
 
