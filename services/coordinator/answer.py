@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from services.coordinator.generate import Generation
+from services.coordinator.generation import Generation
 from services.coordinator.parameters import FinishReason
 from services.coordinator.text_stream import TextStream
 

@@ -13,7 +13,8 @@ from noodle.model_files import read_config
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
 from services.coordinator.event_streams import Started, now_seconds
-from services.coordinator.generate import GenerationLoop, GenerationRequest
+from services.coordinator.generate import GenerationLoop
+from services.coordinator.generation import GenerationRequest
 from services.coordinator.leadership import Leadership, progress_of, waiting_for
 from services.coordinator.model_progress import Progress
 from services.coordinator.model_store import prepare_model

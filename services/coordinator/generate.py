@@ -18,67 +18,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from noodle.errors import GenerationFailed, InvalidRequest, LinkLost, NoodleError, NotReady, TooManyRequests
-from noodle.messages import LiveSessions, SamplingParameters, StepResult
+from noodle.messages import LiveSessions, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan
-from noodle.work_queue import RequestRecord
+from services.coordinator.generation import Generation, GenerationRequest, Token, record_of
 from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.recorder import Recorder
-from services.coordinator.scheduler import FinishReason, Limits, NewToken, Scheduler, Session
+from services.coordinator.scheduler import Limits, NewToken, Scheduler, Session
 
 log = logging.getLogger(__name__)
 
 LIVE_SESSIONS_SECONDS = 1.0  # how often every stage is told which sessions live
 TICK_SECONDS = 0.25  # how late a deadline may be noticed
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token; `finish_reason` is set on the last."""
-
-    token_id: int
-    logprob: float | None
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """What the loop needs of a request; everything was checked before."""
-
-    prompt_token_ids: list[int]
-    maximum_new_tokens: int
-    sampling: SamplingParameters
-    end_token_ids: frozenset[int]
-    stop: tuple[str, ...] = ()
-    want_logprob: bool = False
-
-
-class Generation:
-    """A request in progress, as its HTTP thread sees it."""
-
-    def __init__(self, request_id: str, cancel: Callable[[str], None]) -> None:
-        self.request_id = request_id
-        self._cancel = cancel
-        # Bounded by the tokens the request may generate, and one word at the end.
-        self._tokens: queue.SimpleQueue[Token | NoodleError] = queue.SimpleQueue()
-
-    def next(self, timeout_seconds: float) -> Token | None:
-        """The next token, None when none comes in time; raises what ended the request early."""
-        try:
-            item = self._tokens.get(timeout=timeout_seconds)
-        except queue.Empty:
-            return None
-        if isinstance(item, NoodleError):
-            raise item
-        return item
-
-    def cancel(self) -> None:
-        """End the request on every stage; harmless when it has ended."""
-        self._cancel(self.request_id)
-
-    def put(self, item: Token | NoodleError) -> None:
-        """For the loop: hand one token or the error that ends the request to the HTTP thread."""
-        self._tokens.put(item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +125,7 @@ class GenerationLoop:
                 )
             self._open[request_id] = _Open(generation, time.monotonic())
         try:
-            self._recorder.begin(_record_of(request_id, request))
+            self._recorder.begin(record_of(request_id, request))
         except NoodleError:
             with self._open_lock:
                 self._open.pop(request_id, None)
@@ -263,6 +214,7 @@ class GenerationLoop:
         flight, tokens, fatal = self._scheduler.apply(result)
         if flight is None:
             return
+        self._send_steps()  # the stages first: text, books and counts have time while they compute
         computed_seconds = sum(timing.computed_seconds for timing in result.timings)
         ended: list[str] = []
         for token in tokens:
@@ -400,17 +352,3 @@ class GenerationLoop:
 
 
 _NOTHING = _Cancelled("")  # a tick: nothing happened
-
-
-def _record_of(request_id: str, request: GenerationRequest) -> RequestRecord:
-    return RequestRecord(
-        request_id,
-        request.prompt_token_ids,
-        request.maximum_new_tokens,
-        request.sampling.temperature,
-        request.sampling.top_p,
-        request.sampling.top_k,
-        request.sampling.seed,
-        list(request.stop),
-        not request.end_token_ids,
-    )

@@ -39,6 +39,7 @@ class Session:
     sent: int = 0  # tokens that steps of this epoch have taken
     in_flight: int = 0  # spans of this epoch that have not come back
     replays: int = 0  # since the last new token
+    finished: bool = False  # it has its last token and only waits to be removed
 
     @property
     def reserve_tokens(self) -> int:
@@ -48,12 +49,13 @@ class Session:
     @property
     def wants_decode(self) -> bool:
         """Whether exactly its newest token is to be computed next."""
-        return self.in_flight == 0 and self.sent == len(self.token_ids) - 1 and self.sent > 0
+        return not self.finished and self.in_flight == 0 and self.sent == len(self.token_ids) - 1 and self.sent > 0
 
     @property
     def wants_prefill(self) -> bool:
         """Whether known tokens are still to be computed; a lone last token of a replay counts too."""
-        return self.sent < len(self.token_ids) and not (self.sent > 0 and self.sent == len(self.token_ids) - 1)
+        left = len(self.token_ids) - self.sent
+        return not self.finished and left > 0 and not (self.sent > 0 and left == 1)
 
 
 @dataclass(slots=True)
@@ -254,6 +256,7 @@ class Scheduler:
             reason = "eos"
         elif len(session.token_ids) - session.prompt_length >= session.maximum_new_tokens:
             reason = "length"
+        session.finished = reason is not None
         return NewToken(session, token_id, logprob, reason)
 
     def _restart(self, session: Session) -> None:

@@ -1,15 +1,6 @@
 import pytest
 
 from tests.support.cluster import running_cluster
-from tests.tiny_model import tiny_llama_folder
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """A random llama of 6 layers with a tokenizer, small enough to start in seconds."""
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    tiny_llama_folder(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
