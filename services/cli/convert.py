@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from services.cli.cluster import python_module
 
 
-def convert(file: str, folder: str, environment: Mapping[str, str]) -> int:
+def convert(file: str, folder: str, dtype: str | None, environment: Mapping[str, str]) -> int:
     """Run the converter on this terminal; gives its exit code."""
-    return subprocess.run(
-        python_module("services.stage.convert", file, folder), env=dict(environment), check=False
-    ).returncode
+    options = ("--dtype", dtype) if dtype else ()
+    arguments = python_module("services.stage.convert", file, folder, *options)
+    return subprocess.run(arguments, env=dict(environment), check=False).returncode

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="make a folder that noodle reads out of a .gguf file (needs torch)")
     convert.add_argument("file", help="the .gguf file")
     convert.add_argument("folder", help="the folder to write")
+    convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the written weights (float32)")
     convert.set_defaults(run=_convert)
     return parser
 
@@ -175,4 +176,4 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from services.cli.convert import convert
 
-    return convert(options.file, options.folder, process_environment())
+    return convert(options.file, options.folder, options.dtype, process_environment())

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 LINE_INTERVAL_SECONDS = 1.0  # without a terminal: at most one line of progress in this time
 REDRAW_INTERVAL_SECONDS = 0.1
@@ -79,13 +80,15 @@ class TerminalProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = RichProgress(
-            TextColumn("{task.description}"),
+            # the text gives way first: on a narrow terminal the bar says more than the end of a sentence
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             console=console,
             auto_refresh=False,
             transient=True,
+            expand=True,
         )
         self._rows: dict[str, TaskID] = {}
         self._drawn_seconds = 0.0

@@ -101,7 +101,7 @@ def _layers(coordinator: Health) -> dict[str, dict[str, Any]]:
 def _print(seen: dict[str, Any]) -> None:
     console = Console(file=sys.stdout)
     head = f"{seen['model'] or 'noodle'} at {seen['url']}: {seen['status']}"
-    print(head + (f" ({seen['detail']})" if seen["detail"] else ""))
+    print(head + (f" ({seen['detail']})" if seen["detail"] not in ("", seen["status"]) else ""))
     if seen["pid"]:
         print(f"`noodle up` is {seen['phase']}, pid {seen['pid']}.")
     table = Table(box=None, pad_edge=False)

@@ -158,6 +158,15 @@ def test_detach_returns_when_ready_and_down_ends_it(runs: UpRuns) -> None:
     assert runs.noodle("down").stdout == "noodle is not running.\n"
 
 
+def test_ctrl_c_before_a_background_start_is_ready_takes_it_back(runs: UpRuns) -> None:
+    runs.order("coordinator.health", json.dumps({"status": "starting", "detail": "waiting for stage 0"}))
+    process = runs.start("--detach")
+    wait_for(lambda: runs.starts("coordinator"), "the coordinator")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert runs.nothing_is_left()
+
+
 def test_a_start_that_fails_in_the_background_says_why(runs: UpRuns) -> None:
     runs.order("stage-1.exit", "3\nnoodle stage: Layer 3 does not fit. Take a smaller model.")
     up = runs.noodle("up", "--detach")
