@@ -154,7 +154,7 @@ def valkey_spec(wanted: Wanted, binary: Path, configuration: Path) -> ServiceSpe
 
 
 def service_specs(
-    wanted: Wanted, config: CommandConfig, common: Mapping[str, str], model_folder: Path, services: str = "services"
+    wanted: Wanted, config: CommandConfig, common: Mapping[str, str], model_folder: Path
 ) -> Sequence[ServiceSpec]:
     """Planner, stages and coordinator, in the order they are started in."""
     shared = dict(common) | {
@@ -173,7 +173,7 @@ def service_specs(
         "NOODLE_COORDINATOR_BIND": f"{LOOPBACK}:{wanted.coordinator_port}",
     }
     specs = [
-        ServiceSpec("planner", python_module(f"{services}.planner"), planner, wanted.planner_port, PLANNER_RANK),
+        ServiceSpec("planner", python_module("services.planner"), planner, wanted.planner_port, PLANNER_RANK),
     ]
     for index, port in enumerate(wanted.stage_ports):
         stage = shared | {
@@ -182,7 +182,7 @@ def service_specs(
             "NOODLE_ADVERTISE_URL": f"http://{LOOPBACK}:{port}",
             "NOODLE_THREADS": str(threads),
         }
-        specs.append(ServiceSpec(f"stage-{index}", python_module(f"{services}.stage"), stage, port, STAGE_RANK))
-    arguments = python_module(f"{services}.coordinator")
+        specs.append(ServiceSpec(f"stage-{index}", python_module("services.stage"), stage, port, STAGE_RANK))
+    arguments = python_module("services.coordinator")
     specs.append(ServiceSpec("coordinator", arguments, coordinator, wanted.coordinator_port, COORDINATOR_RANK))
     return specs
