@@ -97,8 +97,10 @@ class GenerationLoop:
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}
         self._open_lock = threading.Lock()
+        self._ended = threading.Condition(self._open_lock)
         self._pipeline: Pipeline | None = None
         self._pending: _Activate | None = None
+        self._draining = False
         self._next_live = 0.0
         self._next_tick = 0.0
         self.state = LoopState()
@@ -108,6 +110,8 @@ class GenerationLoop:
     def submit(self, request: GenerationRequest) -> Generation:
         """Take a request in; raises NotReady, TooManyRequests, QueueUnavailable; InvalidRequest if it can never fit."""
         limits = self._scheduler.limits
+        if self._draining:
+            raise NotReady("The coordinator is stopping.", retry_after_seconds=5)
         if limits is None or not self.state.up:
             raise NotReady(f"The cluster is not ready: {self.state.detail}.", retry_after_seconds=2)
         needed = len(request.prompt_token_ids) + request.maximum_new_tokens
@@ -154,6 +158,12 @@ class GenerationLoop:
     def stand_by(self, error: NoodleError) -> None:
         """Another coordinator leads: end every open request with this error and compute nothing."""
         self._events.put(_StandBy(error))
+
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests, and return when the open ones have ended or the time is over."""
+        self._draining = True
+        with self._ended:
+            self._ended.wait_for(lambda: not self._open, seconds)
 
     def stop(self) -> None:
         """End the loop; open requests end with an error."""
@@ -248,6 +258,7 @@ class GenerationLoop:
         """Close a request's books and free its KV rows everywhere; harmless when it has ended."""
         with self._open_lock:
             books = self._open.pop(request_id, None)
+            self._ended.notify_all()
         if books is None:
             return
         if error is not None:

@@ -11,6 +11,7 @@ from noodle.web import Service, start_loop
 from services.coordinator.app import create_app
 from services.coordinator.engine import Engine
 
+DRAIN_SECONDS = 5.0  # what open requests get to finish; gunicorn cuts after twice as long
 SPARE_THREADS = 32  # beside the requests: /health, /metrics and those who get a 4xx
 
 
@@ -39,7 +40,8 @@ class CoordinatorService(Service):
         start_loop("model", self._engine.load, self.name)
 
     def stop(self) -> None:
-        """End open requests with an error that says so, give the lead away, write the last records."""
+        """Let open requests finish, end those that can not, give the lead away, write the last records."""
+        self._engine.loop.drain(DRAIN_SECONDS)
         self._engine.loop.stop()
         self._engine.leadership.stop()
         self._engine.recorder.stop()

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from noodle.config import PlannerConfig
-from noodle.errors import ModelNotFound, NoodleError, QueueUnavailable
+from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
 from noodle.families import check_supported
 from noodle.model_files import read_config
 from noodle.plan import MachineReport, ModelShape, Plan, PlannerState
@@ -49,7 +49,9 @@ class Planning:
                 cure="NOODLE_MODEL of the planner is the folder that the coordinator's model store made.",
             )
         check_supported(read_config(folder))
-        self.shape = read_model_shape(folder, self._config.context_length)
+        shape = read_model_shape(folder, self._config.context_length)
+        check_wishes(shape, self._config)
+        self.shape = shape
 
     def run(self) -> None:
         """Look at the machines again and again until `stopping`; goes on through Valkey's absences."""
@@ -98,6 +100,21 @@ class Planning:
     def _missing(self, chosen: Sequence[MachineReport]) -> str:
         known = ", ".join(f"stage {report.stage_id} on {report.machine}" for report in chosen)
         return f"{len(chosen)} of {self._config.stage_count} stages have measured their machine ({known or 'none yet'})"
+
+
+def check_wishes(shape: ModelShape, config: PlannerConfig) -> None:
+    """Raise ConfigurationError for wishes that no machine could fulfil, before any machine is measured."""
+    if config.stage_count > shape.layer_count:
+        raise ConfigurationError(
+            f"{config.stage_count} stages were asked for, but the model has {shape.layer_count} layers.",
+            cure=f"Ask for at most {shape.layer_count} stages.",
+        )
+    if config.split is not None and sum(config.split) != shape.layer_count:
+        raise ConfigurationError(
+            f"NOODLE_SPLIT={','.join(map(str, config.split))} adds up to {sum(config.split)} layers, "
+            f"but the model has {shape.layer_count}.",
+            cure="Change the split so that it adds up.",
+        )
 
 
 def still_holds(plan: Plan, shape: ModelShape, reports: Sequence[MachineReport], config: PlannerConfig) -> bool:
