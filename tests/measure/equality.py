@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tests.measure.report import Section
 from tests.support.cluster import running_cluster
@@ -14,6 +17,15 @@ from tests.support.whole_model import WholeModel
 
 NEW_TOKENS = 64
 STAGES = (1, 2, 3, 5)
+AT_ONCE = 4  # so that steps hold tokens of several sessions, as in use
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "details": True}
+DRAWN: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "temperature": 0.8, "top_p": 0.95, "seed": 1234}
+
+
+def at_once(ask: Callable[[str], Any]) -> list[Any]:
+    """The answers for all prompts in their order, a few asked for at the same time."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(ask, PROMPTS))
 
 
 def measure() -> Section:
@@ -23,7 +35,7 @@ def measure() -> Section:
     whole = WholeModel(folder)
     section.say(
         f"SmolLM2-135M-Instruct, float32, {len(PROMPTS)} prompts, {NEW_TOKENS} new tokens, greedy, against "
-        "transformers' `generate()`; drawn: temperature 0.8, top_p 0.95, seed 1234, against one stage."
+        f"transformers' `generate()`, {AT_ONCE} requests at once; drawn: temperature 0.8, top_p 0.95, seed 1234, against one stage."
     )
     rows: list[list[object]] = []
     drawn: dict[int, list[str]] = {}
@@ -31,19 +43,12 @@ def measure() -> Section:
         tied = tokens = 0
         lengths = []
         with tempfile.TemporaryDirectory() as scratch, running_cluster(Path(scratch) / "s", folder, stages) as cluster:
-            for prompt in PROMPTS:
-                answer = cluster.generate(prompt, max_new_tokens=NEW_TOKENS, details=True)
-                details = answer["details"]
+            for details in at_once(lambda prompt: cluster.generate(prompt, **GREEDY)["details"]):
                 got = [token["id"] for token in details["tokens"]]
                 tied += assert_equal_or_tied(whole, details["prompt_token_ids"], got, NEW_TOKENS)
                 tokens += len(got)
                 lengths.append(details["prompt_tokens"])
-            drawn[stages] = [
-                cluster.generate(prompt, max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=0.95, seed=1234)[
-                    "generated_text"
-                ]
-                for prompt in PROMPTS
-            ]
+            drawn[stages] = at_once(lambda prompt: cluster.generate(prompt, **DRAWN)["generated_text"])
         same = sum(left == right for left, right in zip(drawn[STAGES[0]], drawn[stages], strict=True))
         rows.append([stages, f"{len(PROMPTS) - tied} of {len(PROMPTS)}", tied, tokens, f"{same} of {len(PROMPTS)}"])
     section.say(f"The prompts have {min(lengths)} to {max(lengths)} tokens.")

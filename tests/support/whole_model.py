@@ -16,6 +16,7 @@ class WholeModel:
         transformers.logging.disable_progress_bar()
         torch.set_num_threads(threads)
         self._torch = torch
+        self._generated: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         self.model = model.eval()
@@ -38,6 +39,13 @@ class WholeModel:
                 **ends,
             )
         return [int(token) for token in output[0, len(prompt_ids) :]]
+
+    def generate_once(self, prompt_ids: tuple[int, ...], new_tokens: int) -> list[int]:
+        """As `generate`, computed once for each prompt."""
+        key = (prompt_ids, new_tokens)
+        if key not in self._generated:
+            self._generated[key] = self.generate(prompt_ids, new_tokens)
+        return self._generated[key]
 
     def best_two_gap(self, token_ids: Sequence[int]) -> float:
         """How far the two best logits after these tokens are apart."""
