@@ -35,7 +35,8 @@ def measure() -> Section:
     whole = WholeModel(folder)
     section.say(
         f"SmolLM2-135M-Instruct, float32, {len(PROMPTS)} prompts, {NEW_TOKENS} new tokens, greedy, against "
-        f"transformers' `generate()`, {AT_ONCE} requests at once; drawn: temperature 0.8, top_p 0.95, seed 1234, against one stage."
+        f"transformers' `generate()`, {AT_ONCE} requests at once; drawn: temperature 0.8, top_p 0.95, seed 1234, "
+        "against one stage."
     )
     rows: list[list[object]] = []
     drawn: dict[int, list[str]] = {}
