@@ -1,6 +1,7 @@
 """Keeps every open request in Valkey, tokens in batches by a thread of its own, never in a token's way.
 
-What is not written yet is at most what the open requests may generate; after Valkey was away all of it is written anew.
+What is not written yet is at most what the open requests may generate. After Valkey was away, or came back as another
+process in between, all open requests are written anew: it may have lost its last second.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Recorder:
         self._live: dict[str, tuple[RequestRecord, list[int]]] = {}
         self._unwritten: dict[str, int] = {}  # by request, how many of its tokens Valkey has not been told
         self._ended: list[str] = []
+        self._server_id = ""  # of the Valkey that has all of it
         self._wake = threading.Event()
         self._stopping = False
 
@@ -57,12 +59,10 @@ class Recorder:
             self._wake.clear()
             stopping = self._stopping
             try:
-                if away:
-                    self._queue.ping()
-                    self._write_all()
-                    log.info("Valkey is back: %d open requests written again", len(self._live))
-                    away = False
                 self._write_new()
+                if away:
+                    log.info("Valkey is back")
+                away = False
             except QueueUnavailable as error:
                 if not away:
                     log.warning("requests go on unrecorded: %s", error)
@@ -80,15 +80,24 @@ class Recorder:
             batches = {name: self._live[name][1][-count:] for name, count in self._unwritten.items()}
             self._unwritten.clear()
             ended, self._ended = self._ended, []
+            nothing = not (batches or ended)
+        if nothing:
+            return
         try:
-            if batches:
+            server_id = self._queue.server_id()
+            if server_id != self._server_id:
+                self._write_all()
+                self._server_id = server_id
+            elif batches:
                 self._queue.record_tokens(batches)
             while ended:
                 self._queue.forget_request(ended[-1])
                 ended.pop()
         except QueueUnavailable:
+            self._server_id = ""  # so that all is written when it is back
             with self._lock:
                 self._ended = ended + self._ended
+                self._unwritten = dict.fromkeys(self._live, 0)
             raise
 
     def _write_all(self) -> None:

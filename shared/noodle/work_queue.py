@@ -65,10 +65,10 @@ class WorkQueue:
             retry=None,  # waiting and trying again is the caller's, who knows what hangs on it
         )
 
-    def ping(self) -> None:
-        """Return when Valkey answers."""
+    def server_id(self) -> str:
+        """Names the running server: another one after a restart, which may have lost its last second."""
         with self._told():
-            self._redis.ping()
+            return str(self._redis.info("server")["run_id"])
 
     # plans and machines
 
