@@ -50,11 +50,16 @@ class _Activate:
 
 
 @dataclass(frozen=True, slots=True)
+class _LimitsChanged:
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
 class _StandBy:
     error: NoodleError
 
 
-_Event = PipelineEvent | _Submitted | _Cancelled | _Activate | _StandBy
+_Event = PipelineEvent | _Submitted | _Cancelled | _Activate | _LimitsChanged | _StandBy
 
 
 @dataclass(slots=True)
@@ -155,6 +160,10 @@ class GenerationLoop:
         """Compute by this plan as soon as the steps in flight are back."""
         self._events.put(_Activate(plan, limits, coordinator_epoch))
 
+    def limits_changed(self, limits: Limits) -> None:
+        """A stage came back with more or less room for KV rows under the same plan."""
+        self._events.put(_LimitsChanged(limits))
+
     def stand_by(self, error: NoodleError) -> None:
         """Another coordinator leads: end every open request with this error and compute nothing."""
         self._events.put(_StandBy(error))
@@ -202,6 +211,9 @@ class GenerationLoop:
             self._pipeline_is_down(event.plan_version, event.reason)
         elif isinstance(event, _Activate):
             self._pending = event
+        elif isinstance(event, _LimitsChanged):
+            if self._scheduler.limits and self._scheduler.limits.plan_version == event.limits.plan_version:
+                self._scheduler.limits = event.limits
         elif isinstance(event, _StandBy):
             self._stand_by(event.error)
 

@@ -44,6 +44,7 @@ class Leadership:
         self._queue, self._loop = work_queue, loop
         self._epoch: int | None = None
         self._active_version = 0
+        self._limits: Limits | None = None
         self.view = ClusterView()
         self.stopping = threading.Event()
 
@@ -101,13 +102,19 @@ class Leadership:
         plan = self._queue.plan()
         self.view.plan = plan
         self.view.stages = self._queue.stage_states()
-        if self._epoch is None or plan is None or plan.version <= self._active_version:
+        if self._epoch is None or plan is None:
             return
         states = [self.view.stages.get(stage.stage_id) for stage in plan.stages]
         ready = [state for state in states if state is not None and state.ready_version == plan.version]
-        if len(ready) == len(plan.stages):
+        if len(ready) < len(plan.stages):
+            return
+        limits = limits_of(plan, ready)
+        if plan.version > self._active_version:
             self._active_version = plan.version
-            self._loop.activate(plan, limits_of(plan, ready), self._epoch)
+            self._loop.activate(plan, limits, self._epoch)
+        elif limits != self._limits:
+            self._loop.limits_changed(limits)
+        self._limits = limits
 
 
 def limits_of(plan: Plan, states: list[StageState]) -> Limits:

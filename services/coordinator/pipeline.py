@@ -14,6 +14,7 @@ from noodle.errors import LinkLost
 from noodle.hop import HopConnection, ResultsConnection
 from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, StepResult
 from noodle.plan import Plan
+from noodle.web import start_loop
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._lost = threading.Event()
         self._closed = threading.Event()
-        threading.Thread(target=self._keep_open, name="pipeline", daemon=True).start()
+        start_loop("pipeline", self._keep_open, "coordinator")
 
     def send(self, message: HopMessage, body: bytes = b"") -> None:
         """Send one frame to stage 0; raises LinkLost when it is not there."""

@@ -13,6 +13,7 @@ import msgspec
 from noodle.messages import SpanRefusal, Step, StepSpan
 
 MAXIMUM_EARLY_SPANS = 16  # of one session
+MAXIMUM_EARLY_BYTES = 64 << 20  # of all sessions
 UNLISTED_SECONDS = 5.0  # a session that the coordinator no longer lists is freed after this long
 
 
@@ -77,14 +78,14 @@ class SessionTable:
                 session = self._sessions[span.session_id] = StageSession(span.session_epoch, listed_at=now)
             if span.first_position <= session.length:
                 admission.compute.append(index)
-            elif len(session.early) < MAXIMUM_EARLY_SPANS:
+            elif len(session.early) < MAXIMUM_EARLY_SPANS and self._early_bytes() + rows.nbytes <= MAXIMUM_EARLY_BYTES:
                 alone = msgspec.structs.replace(
                     step, spans=[span], shape=[span.token_count, *step.shape[1:]], refusals=[]
                 )
                 session.early[span.first_position] = EarlySpan(alone, memoryview(bytes(rows)), now + step.gap_seconds)
             else:
                 admission.refusals.append(
-                    self._refusal(span, "too_many_early", f"{MAXIMUM_EARLY_SPANS} spans of this session wait already.")
+                    self._refusal(span, "too_many_early", "Too many spans wait for earlier tokens already.")
                 )
         return admission
 
@@ -130,6 +131,9 @@ class SessionTable:
                     gaps.append((early.step, self._refusal(early.step.spans[0], "position_gap", message)))
         unlisted = [name for name, session in self._sessions.items() if now - session.listed_at > UNLISTED_SECONDS]
         return gaps, self.release(unlisted)
+
+    def _early_bytes(self) -> int:
+        return sum(early.body.nbytes for session in self._sessions.values() for early in session.early.values())
 
     def _refusal(self, span: StepSpan, reason: str, message: str) -> SpanRefusal:
         return SpanRefusal(span.session_id, span.session_epoch, span.first_position, self._stage_id, reason, message)

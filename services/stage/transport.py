@@ -20,6 +20,7 @@ from noodle.errors import FrameTooLarge, LinkLost, WireError
 from noodle.hop import KEEP_ALIVE_SECONDS, SILENCE_SECONDS, HopConnection
 from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, LiveSessions, Step, StepResult
 from noodle.plan import Plan
+from noodle.web import start_loop
 from noodle.wire import ITEM_BYTES, MAXIMUM_HEADER_BYTES, MAXIMUM_STEP_TOKENS, encode_frame, read_frame
 
 log = logging.getLogger(__name__)
@@ -163,16 +164,21 @@ class HopServer:
         )
         reader.start()
         seen = -1
-        while True:
-            yield _frame(KeepAlive(self._chain.links()))
-            seen = self._chain.wait(seen, KEEP_ALIVE_SECONDS)
-            if not reader.is_alive():
-                last_word = refused.get()
-                if last_word is not None:
-                    yield _frame(last_word)
-                return
-            if self._closed or mine != self._current:
-                return
+        try:
+            while not self._closed and mine == self._current:
+                yield _frame(KeepAlive(self._chain.links()))
+                seen = self._chain.wait(seen, KEEP_ALIVE_SECONDS)
+                if not reader.is_alive():
+                    last_word = refused.get()
+                    if last_word is not None:
+                        yield _frame(last_word)
+                    return
+        finally:
+            # gunicorn reads the rest of a body away after the answer: never while the reader still does
+            if reader.is_alive():
+                with contextlib.suppress(OSError):  # the other end may have closed it first
+                    connection.shutdown(socket.SHUT_RDWR)
+                reader.join(SILENCE_SECONDS)
 
     def close(self) -> None:
         """End the connection; the reader ends with its socket."""
@@ -270,7 +276,7 @@ class NextStageLink:
         self._connection: HopConnection | None = None
         self._lost = threading.Event()
         self._closed = threading.Event()
-        threading.Thread(target=self._keep_open, name="next stage", daemon=True).start()
+        start_loop("next stage", self._keep_open, "stage")
 
     def send(self, message: HopMessage, body: bytes | memoryview = b"") -> bool:
         """Send one frame on; False when the next stage is not there: the coordinator hears it from the chain."""

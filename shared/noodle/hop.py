@@ -90,6 +90,9 @@ class _FrameStream:
         except (OSError, http.client.HTTPException, WireError, ValueError, AttributeError) as error:
             # ValueError and AttributeError: http.client's file was closed under the read by close()
             self._lose(_reason(error))
+        except Exception as error:  # whoever was told failed: the owner hears of it, and the connection begins anew
+            log.exception("a message from %s could not be taken", self.url)
+            self._lose(f"a message could not be taken: {type(error).__name__}")
 
     def _lose(self, reason: str) -> None:
         """Say once, and only if nobody closed it on purpose, that the connection is gone."""

@@ -43,6 +43,9 @@ def measure() -> Section:
         cluster.process.wait(60)
         rows = [[what, f"{at:.1f}"] for what, at in marks]
         section.table(["fresh clone: `make run`", "seconds since its start"], rows)
+        sizes = [(clone / ".venv", "`.venv`"), (Path(scratch) / "cache", "the cache of models and measurements")]
+        section.say(" and ".join(f"{what} takes {disk_bytes(path) / 1e9:.1f} GB" for path, what in sizes) + ".")
+        section.say()
         shutil.rmtree(clone)
     with tempfile.TemporaryDirectory() as scratch:
         cluster = Cluster(Path(scratch) / "state", real_model_folder(), 2)
@@ -59,6 +62,12 @@ def measure() -> Section:
         if re.match(r"\d\d:\d\d:\d\d ", line):
             section.say(f"    {line[:100]}")
     return section
+
+
+def disk_bytes(folder: Path) -> int:
+    """What a folder takes on disk."""
+    done = subprocess.run(["du", "-sk", folder], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[0]) * 1024
 
 
 def watch(cluster: Cluster, clone: Path, started: float) -> list[tuple[str, float]]:
