@@ -16,7 +16,15 @@ from noodle import __version__
 from noodle.config import CoordinatorConfig
 from noodle.errors import NotAuthenticated
 from noodle.metrics import install_metrics_route
-from noodle.web import client_has_gone, has_token, install_error_handlers, json_body, json_response, require_token
+from noodle.web import (
+    client_has_gone,
+    has_token,
+    install_error_handlers,
+    json_body,
+    json_response,
+    let_in,
+    require_token,
+)
 from services.coordinator import event_streams, generate_format, openai_format
 from services.coordinator.engine import Engine
 from services.coordinator.leadership import progress_of, waiting_for
@@ -52,6 +60,8 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
                 f"The request is for {request.host[:80]!r}, not for this machine.",
                 cure="Use http://127.0.0.1, or set NOODLE_API_KEY.",
             )
+        else:
+            let_in()
 
     @app.get("/health")
     def health() -> Response:

@@ -13,7 +13,15 @@ from noodle.config import StageConfig
 from noodle.errors import Conflict, InvalidRequest
 from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
 from noodle.metrics import install_metrics_route
-from noodle.web import Service, has_token, install_error_handlers, json_response, require_token, start_loop
+from noodle.web import (
+    Service,
+    has_token,
+    install_error_handlers,
+    json_response,
+    require_token,
+    start_loop,
+    streaming_connection,
+)
 from noodle.work_queue import WorkQueue
 from services.stage.lifecycle import Lifecycle, new_boot_id
 from services.stage.stage import Stage
@@ -51,7 +59,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
         frames = stage.hops.serve(
             unbuffered_read(request.environ["wsgi.input"]),
-            request.environ["gunicorn.socket"],
+            streaming_connection(),
             maximum_frame_bytes(role.plan.hidden_size),
         )
         return _stream(frames)
@@ -65,7 +73,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         epoch = _whole_number(COORDINATOR_EPOCH_HEADER)
         if epoch < stage.worker.coordinator_epoch:
             raise Conflict(f"Coordinator epoch {epoch} is over: {stage.worker.coordinator_epoch} leads.")
-        return _stream(stage.results.serve(request.environ["gunicorn.socket"]))
+        return _stream(stage.results.serve(streaming_connection()))
 
     return app
 

@@ -14,6 +14,7 @@ NoodleError
 │   ├── NotFound               404
 │   │   └── UnknownModel       404, names the models served
 │   ├── MethodNotAllowed       405
+│   ├── RequestTooSlow         408
 │   ├── Conflict               409
 │   ├── BodyTooLarge           413
 │   ├── UnsupportedMediaType   415
@@ -133,6 +134,13 @@ class MethodNotAllowed(RequestError):
 
     http_status = 405
     code = "method_not_allowed"
+
+
+class RequestTooSlow(RequestError):
+    """Raised when the head or body of a request did not come in its time."""
+
+    http_status = 408
+    code = "request_too_slow"
 
 
 class Conflict(RequestError):

@@ -9,7 +9,6 @@ import hmac
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import sys
@@ -19,9 +18,11 @@ from typing import Any, NoReturn
 
 import msgspec
 from flask import Flask, Response, request
+from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException
 
 from noodle.config import Address
+from noodle.connection import ClientConnection
 from noodle.errors import (
     BodyTooLarge,
     InvalidRequest,
@@ -30,6 +31,7 @@ from noodle.errors import (
     NotAuthenticated,
     NotFound,
     PortInUse,
+    RequestTooSlow,
     StartError,
     UnsupportedMediaType,
 )
@@ -39,8 +41,11 @@ log = logging.getLogger(__name__)
 
 START_REFUSED_EXIT_CODE = 3  # gunicorn's own code for a worker that can not boot: its master ends with it
 GRACE_SECONDS = 10  # from SIGTERM until open requests are cut
-DRAINED_BYTES = 64 << 20
 KEEP_CONNECTION_SECONDS = 75  # idle connections between services
+WAITING_CONNECTIONS = 512  # that have no thread: a head to come, nothing to ask, an answer to be read
+HEAD_LINE_BYTES = 4094  # of a request's first line
+HEAD_FIELDS = 64
+HEAD_FIELD_BYTES = 8190
 
 
 class Service:
@@ -73,9 +78,12 @@ def serve(service: Service) -> None:
             settings = {
                 "bind": [str(service.bind)],
                 "workers": 1,
-                "worker_class": "gthread",
+                "worker_class": "noodle.doors.DoorWorker",
                 "threads": service.threads,
-                "worker_connections": service.threads + 512,
+                "worker_connections": service.threads + WAITING_CONNECTIONS,
+                "limit_request_line": HEAD_LINE_BYTES,
+                "limit_request_fields": HEAD_FIELDS,
+                "limit_request_field_size": HEAD_FIELD_BYTES,
                 "preload_app": False,  # CUDA and threads do not survive a fork
                 "timeout": 0,  # it watches the main loop only, and a long native call is no fault
                 "graceful_timeout": GRACE_SECONDS,
@@ -222,10 +230,16 @@ def bearer_token() -> str:
 
 
 def has_token(*accepted: str) -> bool:
-    """Whether this request carries one of the accepted, non-empty secrets; takes the same time for every wrong one."""
+    """Whether this request carries one of the accepted, non-empty secrets; takes the same time for every wrong one.
+
+    One that does is let in: its body is waited for, and its connection may be kept.
+    """
     given = bearer_token().encode()
     matches = [hmac.compare_digest(given, secret.encode()) for secret in accepted if secret]
-    return any(matches)
+    if not any(matches):
+        return False
+    let_in()
+    return True
 
 
 def require_token(*accepted: str) -> None:
@@ -236,18 +250,29 @@ def require_token(*accepted: str) -> None:
         )
 
 
+def let_in() -> None:
+    """Say that whoever sent this request is no stranger; until then nothing of its body is waited for."""
+    if (connection := _connection()) is not None:
+        connection.let_in()
+
+
+def streaming_connection() -> ClientConnection:
+    """This request's connection, for a body or an answer without an end: its caller sets what silence it bears."""
+    connection: ClientConnection = request.environ["gunicorn.socket"]
+    connection.stream()
+    return connection
+
+
 def client_has_gone() -> bool:
-    """Whether the client of this request closed its connection; costs one system call and takes no bytes."""
-    connection: socket.socket | None = request.environ.get("gunicorn.socket")
-    if connection is None:  # not under gunicorn: Flask's test client never leaves
-        return False
-    try:
-        readable, _, _ = select.select([connection], [], [], 0)
-        return bool(readable) and connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except (OSError, ValueError):
-        return True
+    """Whether the client of this request closed its connection; one that only has nothing more to send has not."""
+    connection = _connection()
+    takes_continue = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+    return connection is not None and connection.has_gone(takes_continue=takes_continue)
+
+
+def _connection() -> ClientConnection | None:
+    """None when not under gunicorn: Flask's test client sends all at once and never leaves."""
+    return request.environ.get("gunicorn.socket")
 
 
 def json_body(maximum_bytes: int) -> bytes:
@@ -256,21 +281,35 @@ def json_body(maximum_bytes: int) -> bytes:
         raise UnsupportedMediaType(
             f"The body is {request.mimetype or 'of no declared type'}.", cure="Send Content-Type: application/json."
         )
-    if (request.content_length or 0) > maximum_bytes:
-        drain_body(request.content_length or 0)
+    announced_bytes = request.content_length
+    body = b"" if (announced_bytes or 0) > maximum_bytes else _received(maximum_bytes + 1)
+    if max(len(body), announced_bytes or 0) > maximum_bytes:
+        size = f"{announced_bytes}" if announced_bytes else f"more than {maximum_bytes}"
         raise BodyTooLarge(
-            f"The body is {request.content_length} bytes, {request.path} takes {maximum_bytes} at most.",
+            f"The body is {size} bytes, {request.path} takes {maximum_bytes} at most.",
             cure="Send less, or raise NOODLE_MAX_BODY_BYTES.",
         )
-    request.max_content_length = maximum_bytes  # also for a chunked body, whose length nobody announced
-    return request.get_data(cache=False)
+    if announced_bytes is not None and len(body) < announced_bytes:
+        raise _logged(InvalidRequest(f"The body ended after {len(body)} of the {announced_bytes} bytes announced."))
+    return body
 
 
-def drain_body(announced_bytes: int) -> None:
-    """Read a refused body away, up to DRAINED_BYTES: a client that still sends does not read its answer."""
-    left = min(announced_bytes, DRAINED_BYTES)
-    while left > 0 and (part := request.environ["wsgi.input"].read(min(left, 1 << 16))):
-        left -= len(part)
+def _received(maximum_bytes: int) -> bytes:
+    """So much of the body, or all of it; not by werkzeug, which makes every failure of the connection one error."""
+    try:
+        body: bytes = request.environ["wsgi.input"].read(maximum_bytes)
+    except ParseException as error:
+        raise _logged(InvalidRequest(f"The body's chunks are malformed: {error}.")) from error
+    except TimeoutError as error:
+        raise _logged(RequestTooSlow("The body did not come in time.", cure="Send it faster, or less.")) from error
+    except OSError as error:
+        raise _logged(InvalidRequest("The body was cut off.")) from error
+    return body
+
+
+def _logged(error: NoodleError) -> NoodleError:
+    log.info("%s %s from %s: %s", request.method, request.path, request.remote_addr, error)
+    return error
 
 
 def server_sent_event(value: Any, event: str = "") -> bytes:
