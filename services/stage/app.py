@@ -110,9 +110,7 @@ class StageService(Service):
 
 
 def _stream(frames: Iterator[bytes]) -> Response:
-    response = Response(frames, mimetype=STREAM_TYPE, direct_passthrough=True)
-    response.headers["Connection"] = "close"
-    return response
+    return Response(frames, mimetype=STREAM_TYPE, direct_passthrough=True)
 
 
 def _whole_number(header: str) -> int:
