@@ -250,7 +250,7 @@ def client_has_gone() -> bool:
         return True
 
 
-def json_body(maximum_bytes: int) -> bytes:
+def json_body(maximum_bytes: int, cure: str = "Send less, or raise NOODLE_MAX_BODY_BYTES.") -> bytes:
     """The request's body, which must say that it is JSON (a browser can not send that across sites unasked)."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType(
@@ -260,7 +260,7 @@ def json_body(maximum_bytes: int) -> bytes:
         drain_body(request.content_length or 0)
         raise BodyTooLarge(
             f"The body is {request.content_length} bytes, {request.path} takes {maximum_bytes} at most.",
-            cure="Send less, or raise NOODLE_MAX_BODY_BYTES.",
+            cure=cure,
         )
     request.max_content_length = maximum_bytes  # also for a chunked body, whose length nobody announced
     return request.get_data(cache=False)
