@@ -69,7 +69,18 @@ def test_bench_measures_both_sides_prints_draws_and_keeps(cluster: Cluster, tmp_
 
 
 def test_bench_without_a_control_needs_no_model_here(cluster: Cluster, tmp_path: Path) -> None:
-    arguments = ("--streams", "2", "--prompt-tokens", "8", "--new-tokens", "1", "--pairs", "1", "--no-control", "--json")
+    arguments = (
+        "--streams",
+        "2",
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "1",
+        "--pairs",
+        "1",
+        "--no-control",
+        "--json",
+    )
     done = noodle(cluster, "bench", *arguments, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
