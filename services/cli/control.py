@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,5 +88,6 @@ def cores_of_stages(record: RunRecord | None) -> tuple[int, ...]:
             leader = service.process.pid
             workers = [pid for pid in session_members(leader) if pid != leader]  # gunicorn's master computes nothing
             for pid in workers or [leader]:
-                cores |= os.sched_getaffinity(pid)
+                with contextlib.suppress(ProcessLookupError):  # it is just being started again
+                    cores |= os.sched_getaffinity(pid)
     return tuple(sorted(cores))
