@@ -100,25 +100,31 @@ def _draw_device(device: DeviceProfile, decode: Axes, prefill: Axes, threads: Ax
 
 
 def _draw_threads(device: DeviceProfile, axes: Axes) -> None:
-    """How a decode and a prefill of one session speed up; on a card the CPU's threads decide little."""
-    decode, prefill = decode_alone(device), prefill_alone(device)
+    """How a decode and a prefill of one session speed up; empty where one number of threads was measured."""
     by_threads = sorted(device.threads, key=lambda each: each.threads)
+    decode, prefill = decode_alone(device), prefill_alone(device)
     decodes = {
-        each.threads: point.layer_seconds * 1e3
+        each.threads: point.layer_seconds
         for each in by_threads
         for point in each.decode
         if decode is not None and (point.sessions, point.kv_tokens) == (1, decode.kv_tokens)
     }
     prefills = {
-        each.threads: point.layer_seconds / point.chunk_tokens * 1e3
+        each.threads: point.layer_seconds
         for each in by_threads
         for point in each.prefill
         if prefill is not None and (point.sessions, point.chunk_tokens) == (1, prefill.chunk_tokens)
     }
-    for index, (label, times) in enumerate((("decode", decodes), ("prefill, a token", prefills))):
-        if times:
-            axes.plot(list(times), list(times.values()), "o-", color=_colour(2 * index), label=label)
-    _label(axes, f"One session over threads\n{device.device}", "threads", "ms a layer", sorted({*decodes, *prefills}))
+    if len(device.threads) < 2:
+        axes.set_axis_off()
+        return
+    for index, (label, seconds) in enumerate((("decode", decodes), ("prefill", prefills))):
+        if seconds:
+            fewest = next(iter(seconds.values()))
+            speeds = [fewest / each for each in seconds.values()]
+            axes.plot(list(seconds), speeds, "o-", color=_colour(2 * index), label=label)
+    title = f"Speed of one session over threads\n{device.device}, {device.dtype}"
+    _label(axes, title, "threads", "times the fewest threads' speed", sorted({*decodes, *prefills}))
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
@@ -147,7 +153,7 @@ def _label(axes: Axes, title: str, x_label: str, y_label: str, ticks: Sequence[f
         axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)  # room for the legend above the lines
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, framealpha=0.8)
