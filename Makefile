@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUNTIME_STAMP := $(VENV)/.noodle-runtime
 DEV_STAMP := $(VENV)/.noodle-dev
 UV_VERSION := 0.13.9
-LOCK := $(VENV)/bin/uv pip compile pyproject.toml --extra control --extra stage --extra up \
+LOCK := $(VENV)/bin/uv pip compile pyproject.toml --extra control --extra stage --extra up --extra plots \
 	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command "make lock" --quiet
 

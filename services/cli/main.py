@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from noodle import __version__
 from noodle.config import command_config, process_environment
-from noodle.errors import NoodleError
+from noodle.errors import ConfigurationError, NoodleError
 
+if TYPE_CHECKING:
+    from msgspec import Struct
+
+    from noodle.reports import ReportKind
+    from services.cli.target import Target
+
+ReportT = TypeVar("ReportT", bound="Struct")
 INTERRUPTED_EXIT_CODE = 130  # what shells give for a command ended by Ctrl-C
 ERROR_EXIT_CODE = 1
 
@@ -73,6 +82,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(verify)
     verify.set_defaults(run=_verify)
 
+    bench = commands.add_parser("bench", help="time the cluster against the unsplit model on this machine, in turn")
+    bench.add_argument("--streams", type=_counts, help="how many at once, as 1,2,4,8 (the default)")
+    bench.add_argument("--prompt-tokens", type=_at_least(1), help="of each stream (128)")
+    bench.add_argument("--new-tokens", type=_at_least(1), help="of each stream, past any end of text (64)")
+    bench.add_argument("--pairs", type=_at_least(1), help="runs of each side for each number of streams (5)")
+    bench.add_argument("--no-control", action="store_true", default=None, help="time the cluster alone")
+    _add_report_options(bench)
+    _add_target(bench)
+    bench.set_defaults(run=_bench)
+
+    profile = commands.add_parser("profile", help="time this machine's layers, embedding and head for the model")
+    profile.add_argument("--quick", action="store_true", default=None, help="fewer points and rounds")
+    _add_report_options(profile)
+    _add_target(profile)
+    profile.set_defaults(run=_profile)
+
     convert = commands.add_parser("convert", help="make a folder that noodle reads out of a .gguf file (needs torch)")
     convert.add_argument("file", help="the .gguf file")
     convert.add_argument("folder", help="the folder to write")
@@ -84,6 +109,21 @@ def _parser() -> argparse.ArgumentParser:
 def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="the coordinator to ask (the running one, or NOODLE_COORDINATOR_URL)")
     parser.add_argument("--key", help="the API key (NOODLE_API_KEY)")
+
+
+def _add_report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", help="folder for the JSON file and the plot (the current one)")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--list", action="store_true", help="what the coordinator has kept; nothing is measured")
+    kept.add_argument("--show", metavar="ID", help="one of these; nothing is measured")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = tuple(int(part) for part in text.split(","))
+    if min(counts) < 1 or len(set(counts)) < len(counts):
+        raise argparse.ArgumentTypeError(f"{text} is not a list of different numbers, as 1,2,4,8")
+    return counts
 
 
 def _at_least(minimum: int) -> type[int]:
@@ -171,6 +211,73 @@ def _verify(options: argparse.Namespace) -> int:
     config = command_config(environment)
     target = find_target(config, options.url, options.key)
     return verify(target, config, environment, options.prompts, options.new_tokens, as_json=options.json)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from services.cli.bench import BenchWish, bench
+    from services.cli.bench_report import BenchReport
+    from services.cli.bench_table import print_report
+    from services.cli.target import find_target
+
+    environment = process_environment()
+    config = command_config(environment)
+    target = find_target(config, options.url, options.key)
+    if _shows_kept(options, ("streams", "prompt_tokens", "new_tokens", "pairs", "no_control", "output")):
+        return _show_kept(options, target, "bench", BenchReport, print_report)
+    wish = BenchWish(
+        streams=options.streams or (1, 2, 4, 8),
+        prompt_tokens=options.prompt_tokens or 128,
+        new_tokens=options.new_tokens or 64,
+        pairs=options.pairs or 5,
+        with_control=not options.no_control,
+    )
+    return bench(target, config, environment, wish, Path(options.output or "."), as_json=options.json)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from services.cli.profile import profile
+    from services.cli.profile_report import ProfileReport
+    from services.cli.profile_table import print_report
+    from services.cli.target import find_target
+
+    environment = process_environment()
+    config = command_config(environment)
+    target = find_target(config, options.url, options.key)
+    if _shows_kept(options, ("quick", "output")):
+        return _show_kept(options, target, "profile", ProfileReport, print_report)
+    output = Path(options.output or ".")
+    return profile(target, config, environment, output, is_quick=bool(options.quick), as_json=options.json)
+
+
+def _shows_kept(options: argparse.Namespace, of_measuring: Sequence[str]) -> bool:
+    """Whether kept reports are asked for; raises ConfigurationError beside an option that would do nothing then."""
+    if not options.list and options.show is None:
+        return False
+    given = [f"--{name.replace('_', '-')}" for name in of_measuring if getattr(options, name) is not None]
+    if given:
+        raise ConfigurationError(
+            f"{given[0]} is for measuring, and --list and --show measure nothing.", cure="Leave one of them out."
+        )
+    return True
+
+
+def _show_kept(
+    options: argparse.Namespace,
+    target: Target,
+    kind: ReportKind,
+    report_type: type[ReportT],
+    print_report: Callable[[ReportT], None],
+) -> int:
+    from services.cli.reports import list_reports, print_json, read_report
+
+    if options.list:
+        return list_reports(target, kind, as_json=options.json)
+    report = read_report(target, options.show, report_type)
+    if options.json:
+        print_json(report)
+    else:
+        print_report(report)
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -12,10 +13,12 @@ from typing import IO, Literal
 import msgspec
 from msgspec import Struct
 
-from noodle.errors import StartError
+from noodle.config import CommandConfig
+from noodle.errors import ConfigurationError, StartError
 from services.cli.cluster import python_module
 from services.cli.processes import Signals, end_group, exit_code_without_reaping, last_lines, lines_of, start_child
 from services.cli.progress import Progress
+from services.cli.target import Target
 
 STOP_SECONDS = 10.0  # for the model store to remove what is half made, after SIGTERM
 ROW = "model"
@@ -47,7 +50,7 @@ class StoreLine(Struct, frozen=True):
 
 
 class PreparedModel(Struct, frozen=True):
-    """A folder that every service can read, and what the model is called."""
+    """A folder that every service can read, and what the model is called; empty when `noodle up` prepared it."""
 
     folder: Path
     name: str
@@ -82,6 +85,21 @@ def prepare_model(
         lines = "\n".join(last_lines(log_path, 5)) if log_path else "Its last words stand above."
         raise StartError(f"Preparing the model {model} ended with exit code {process.returncode}.", cure=lines)
     return prepared
+
+
+def find_model(
+    target: Target, config: CommandConfig, environment: Mapping[str, str], signals: Signals, progress: Progress
+) -> PreparedModel:
+    """The unsplit model: what the `noodle up` of this machine prepared, or what NOODLE_MODEL names here."""
+    if target.record is not None and target.record.model_folder:
+        return PreparedModel(Path(target.record.model_folder), "")
+    return prepare_model(config.model, config.cache_dir, environment, None, signals, progress)
+
+
+def refuse_without_torch(what: str, cure: str) -> None:
+    """Raise ConfigurationError before anything is fetched when the processes that compute would find no torch."""
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigurationError(f"{what} needs torch, which is not installed here.", cure=cure)
 
 
 def _follow(output: IO[bytes], signals: Signals, progress: Progress) -> PreparedModel | None:

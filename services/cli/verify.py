@@ -26,7 +26,7 @@ from noodle.errors import GenerationFailed, NoodleError, NotReady, StartError
 from services.cli.cluster import python_module
 from services.cli.health import ask_health
 from services.cli.http_client import post_json
-from services.cli.preparation import StoreError, prepare_model
+from services.cli.preparation import StoreError, find_model
 from services.cli.processes import Interrupted, Signals, end_group, lines_of, start_child
 from services.cli.progress import Progress, open_progress
 from services.cli.target import Target
@@ -74,7 +74,7 @@ def verify(
     try:
         answers = ask_all(target, prompts, new_tokens, progress)
         with Signals() as signals:
-            folder = _model_folder(target, config, environment, signals, progress)
+            folder = find_model(target, config, environment, signals, progress).folder
             context_length = int(health.answer.get("context_length") or 0)
             results = compare(folder, dtype, context_length, answers, environment, signals, progress)
     except Interrupted:
@@ -189,15 +189,6 @@ def _follow(output: IO[bytes], count: int, signals: Signals, progress: Progress)
         if said.compared is not None:
             progress.show("compare", f"unsplit model: {said.compared} of {count} prompts", said.compared / count)
     raise GenerationFailed("The unsplit model's process ended without a result.", cure="Its last words stand above.")
-
-
-def _model_folder(
-    target: Target, config: CommandConfig, environment: Mapping[str, str], signals: Signals, progress: Progress
-) -> Path:
-    """Where the unsplit model is: what `noodle up` prepared, or what NOODLE_MODEL names here."""
-    if target.record is not None and target.record.model_folder:
-        return Path(target.record.model_folder)
-    return prepare_model(config.model, config.cache_dir, environment, None, signals, progress).folder
 
 
 def _refuse_other_tokenization(answers: Sequence[Answer], results: Sequence[PromptResult]) -> None:

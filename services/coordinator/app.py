@@ -30,6 +30,7 @@ from services.coordinator.engine import Engine
 from services.coordinator.leadership import progress_of, waiting_for
 from services.coordinator.openai_request import parse_chat, parse_completion
 from services.coordinator.parameters import GenerationParameters
+from services.coordinator.reports import install_report_routes
 
 CLIENT_CLOSED_STATUS = 499  # nobody reads it; it is for the log
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -62,6 +63,8 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
             )
         else:
             let_in()
+
+    install_report_routes(app, config.reports_dir, require_client)
 
     @app.get("/health")
     def health() -> Response:
@@ -198,6 +201,9 @@ def stages_of(engine: Engine) -> list[dict[str, Any]]:
             "detail": state.detail,
             "progress": state.progress,
             "machine": state.machine,
+            "device": state.device,
+            "device_name": state.device_name,
+            "threads": state.threads,
             "weight_bytes": state.weight_bytes,
             "kv_bytes_held": state.kv_bytes_held,
             "kv_budget_bytes": state.kv_budget_bytes,

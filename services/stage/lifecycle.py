@@ -75,6 +75,13 @@ class Lifecycle:
         self._report = measured_report(
             self._config, self._stage.boot_id, folder, lambda done, what: self._say("measuring", what, done)
         )
+        with self._lock:
+            self._state = msgspec.structs.replace(
+                self._state,
+                device=self._report.device,
+                device_name=self._report.device_name,
+                threads=self._report.threads,
+            )
         self._say("waiting", "for a plan")
         while not self.stopping.is_set():
             plan = self._newest_plan()

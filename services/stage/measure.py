@@ -18,16 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from noodle.errors import StartError
-from noodle.messages import SamplingParameters
 from noodle.plan import Source
-from noodle.wire import WireTensor
-from services.stage.model_slice import to_wire
-from services.stage.sampler import sample
-from services.stage.slice_interface import PackedBatch, Span
-from services.stage.slice_loading import load_slice
+from services.stage.slice_timing import SliceTimer
 
 FILE_NAME = "measurements.json"
 LOCK_NAME = "measurements.lock"
@@ -38,8 +32,6 @@ FURTHER_LAYERS = 2  # beside the one that every slice has
 MINIMUM_ROUNDS = 3
 MAXIMUM_ROUNDS = 21
 BUDGET_SECONDS = 1.0  # for the rounds of each of the quantities, once the minimum is done
-CACHE_BYTES = 128 << 20  # written between rounds: a slice's layers come from memory, not from the processor's cache
-SAMPLING = SamplingParameters(temperature=0.8, top_p=0.95)
 
 MeasureProgress = Callable[[float, str], None]
 
@@ -83,7 +75,7 @@ def measure_machine(
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / FILE_NAME
-    with _one_at_a_time(cache_dir / LOCK_NAME, progress):
+    with one_at_a_time(cache_dir / LOCK_NAME, progress):
         kept = _read_kept(path)
         known = _measurement_in(kept, str(key))
         if known is not None:
@@ -102,19 +94,33 @@ def _measure(
     """By what further layers add to a step of one layer: what a step costs beside its layers is no layer's time."""
     further = min(FURTHER_LAYERS, layer_count - 1)
     start = (layer_count - 1 - further) // 2
+
+    def timer_of(first: int, end: int) -> SliceTimer:
+        timer = SliceTimer(
+            folder,
+            first,
+            end,
+            device=key.device,
+            dtype=key.dtype,
+            context_length=context_length,
+            reserve_tokens=CONTEXT_TOKENS + 1,
+        )
+        timer.step_seconds(1, CONTEXT_TOKENS, first_position=0)  # warm-up, and the rows that decode attends to
+        return timer
+
     steps: list[tuple[float, float]] = []  # decode and prefill seconds, of one layer and of one and the further ones
     for end in sorted({start + 1, start + 1 + further}):
         progress(0.3 * len(steps), f"measuring {end - start} of the model's layers")
-        timer = _SliceTimer(folder, start, end, context_length, key)
-        decode_seconds = timer.median_seconds(1, first_position=CONTEXT_TOKENS)
-        steps.append((decode_seconds, timer.median_seconds(CONTEXT_TOKENS, first_position=0)))
+        timer = timer_of(start, end)
+        decode_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS)
+        steps.append((decode_seconds, _median_seconds(timer, CONTEXT_TOKENS, first_position=0)))
         del timer
     progress(0.6, "measuring the head")
-    timer = _SliceTimer(folder, layer_count - 1, layer_count, context_length, key)
-    with_head_seconds = timer.median_seconds(1, first_position=CONTEXT_TOKENS, sampled=True)
-    without_head_seconds = timer.median_seconds(1, first_position=CONTEXT_TOKENS)
+    timer = timer_of(layer_count - 1, layer_count)
+    with_head_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS, sampled=True)
+    without_head_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS)
     decode_layer_seconds, prefill_layer_seconds = (
-        _seconds_per_layer([step[quantity] for step in steps], further) for quantity in (0, 1)
+        seconds_per_layer([step[quantity] for step in steps], further) for quantity in (0, 1)
     )
     return MeasuredSeconds(
         decode_layer_seconds=decode_layer_seconds,
@@ -123,7 +129,7 @@ def _measure(
     )
 
 
-def _seconds_per_layer(seconds: list[float], further_layers: int) -> float:
+def seconds_per_layer(seconds: list[float], further_layers: int) -> float:
     """From a step of one layer and, where the model has more, one with further layers.
 
     Never less than an even share of the longer step by half: a disturbed first step must not make layers free.
@@ -133,48 +139,17 @@ def _seconds_per_layer(seconds: list[float], further_layers: int) -> float:
     return max((seconds[1] - seconds[0]) / further_layers, seconds[1] / (further_layers + 1) / 2)
 
 
-class _SliceTimer:
-    """Steps of one session through a slice, timed."""
-
-    def __init__(self, folder: Path, start: int, end: int, context_length: int, key: MeasurementKey) -> None:
-        self._slice = load_slice(folder, start, end, device=key.device, dtype=key.dtype, context_length=context_length)
-        self._random = np.random.default_rng(0)
-        self._unused = np.zeros(CACHE_BYTES, np.uint8) if key.device == "cpu" else None
-        self._step(CONTEXT_TOKENS, first_position=0, sampled=False)  # also the rows that decode attends to
-
-    def median_seconds(self, tokens: int, *, first_position: int, sampled: bool = False) -> float:
-        """Seconds of a step of so many tokens of one session; the rows are computed again each time."""
-        seconds: list[float] = []
-        end = time.monotonic() + BUDGET_SECONDS
-        while len(seconds) < MINIMUM_ROUNDS or (len(seconds) < MAXIMUM_ROUNDS and time.monotonic() < end):
-            if self._unused is not None:
-                self._unused += 1
-            seconds.append(self._step(tokens, first_position=first_position, sampled=sampled))
-        return statistics.median(seconds)
-
-    def _step(self, tokens: int, *, first_position: int, sampled: bool) -> float:
-        span = Span("measurement", first_position, tokens, CONTEXT_TOKENS + 1)
-        rows = np.array([tokens - 1] if sampled else [], np.int64)
-        if self._slice.is_first:
-            ids = self._random.integers(0, self._slice.vocab_size, tokens)
-            batch = PackedBatch((span,), rows, token_ids=ids)
-        else:
-            batch = PackedBatch((span,), rows, hidden_states=self._hidden_states(tokens))
-        start = time.perf_counter()
-        output = self._slice.forward(batch)
-        if sampled and output.logits is not None:
-            sample(output.logits[0], SAMPLING, first_position, False)
-        return time.perf_counter() - start
-
-    def _hidden_states(self, tokens: int) -> WireTensor:
-        import torch
-
-        values = self._random.standard_normal((tokens, self._slice.hidden_size), np.float32)
-        return to_wire(torch.from_numpy(values).to(getattr(torch, self._slice.dtype)))
+def _median_seconds(timer: SliceTimer, tokens: int, *, first_position: int, sampled: bool = False) -> float:
+    """Seconds of a step of so many tokens of one session; the rows are computed again each time."""
+    seconds: list[float] = []
+    end = time.monotonic() + BUDGET_SECONDS
+    while len(seconds) < MINIMUM_ROUNDS or (len(seconds) < MAXIMUM_ROUNDS and time.monotonic() < end):
+        seconds.append(timer.step_seconds(1, tokens, first_position=first_position, sampled=sampled))
+    return statistics.median(seconds)
 
 
 @contextmanager
-def _one_at_a_time(path: Path, progress: MeasureProgress) -> Iterator[None]:
+def one_at_a_time(path: Path, progress: MeasureProgress) -> Iterator[None]:
     """Holds the machine's measuring lock; the system frees it when the process ends."""
     end = time.monotonic() + LOCK_TIMEOUT_SECONDS
     with path.open("w") as file:

@@ -81,6 +81,15 @@ class TransformersSlice:
         """Free the KV rows of a session; one that it does not hold is fine."""
         self._cache.release(session_id)
 
+    def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
+        """Let a session that holds rows have `tokens` of them, not computed: to measure steps far into a context."""
+        rows = self._cache.open(session_id, tokens)
+        with torch.inference_mode():
+            for layer in rows.keys:
+                rows.keys[layer][:, :, :tokens].normal_()
+                rows.values[layer][:, :, :tokens].normal_()
+        rows.length = max(rows.length, tokens)
+
     def kv_bytes_held(self) -> int:
         """Bytes allocated for KV rows of all sessions now."""
         return self._cache.bytes_held()

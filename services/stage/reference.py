@@ -108,29 +108,41 @@ def _difference(index: int, answered: Answered, best: torch.return_types.topk, g
     )
 
 
+def load_whole_model(folder: Path, dtype: str, context_length: int, device: str = "cpu") -> Any:
+    """transformers' own unsplit model, ready to compute; raises ModelNotFound when the folder can not be loaded."""
+    import torch
+    import transformers
+
+    from services.stage.rotary import fix_rotary
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"The unsplit model can not be loaded from {folder}: {error}") from error
+    fix_rotary(model, context_length)
+    return model.eval().to(device)
+
+
 def _load(question: Question) -> tuple[Any, Any]:
     try:
-        import torch
+        import torch  # noqa: F401  # looked for here, so that its absence is said before anything is loaded
         import transformers
     except ImportError as error:
         raise ConfigurationError(
             "Comparing needs torch and transformers, which are not installed here.",
             cure="Run `noodle verify` where a stage is installed (`make setup`, or noodle's extra `stage`).",
         ) from error
-    from services.stage.rotary import fix_rotary
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     folder = Path(question.folder)
+    model = load_whole_model(folder, question.dtype, question.context_length)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, question.dtype), local_files_only=True, trust_remote_code=False
-        )
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"The unsplit model can not be loaded from {folder}: {error}") from error
-    fix_rotary(model, question.context_length)
-    return model.eval(), tokenizer
+        raise ModelNotFound(f"The tokenizer can not be loaded from {folder}: {error}") from error
+    return model, tokenizer
 
 
 def _say(value: object) -> None:

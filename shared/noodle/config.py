@@ -143,6 +143,7 @@ VARIABLES: tuple[Variable, ...] = (
     # where things are kept
     Variable("NOODLE_CACHE_DIR", "~/.cache/noodle", _path, "converted models and measurements; safe to delete"),
     Variable("NOODLE_STATE_DIR", "~/.local/state/noodle", _path, "what a running `noodle up` keeps, gone after it"),
+    Variable("NOODLE_REPORTS_DIR", "~/.local/share/noodle/reports", _path, "reports that the coordinator keeps"),
     Variable("NOODLE_LOG_FORMAT", "pretty", _one_of("pretty", "json"), "how log lines are written"),
     # ports of `noodle up`
     Variable("NOODLE_COORDINATOR_PORT", "8080", _whole(1, 65535), "`noodle up`: port of the coordinator"),
@@ -228,6 +229,7 @@ class CoordinatorConfig(ServiceConfig):
     maximum_body_bytes: int
     step_tokens: int
     recovery_seconds: float
+    reports_dir: Path
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,11 @@ class CommandConfig:
     coordinator_url: str
     api_key: str
     cluster_token: str
+    machine: str
     threads: int
+    device: str
+    dtype: str
+    step_tokens: int
 
 
 def _service_values(values: Mapping[str, Any], bind_name: str) -> dict[str, Any]:
@@ -301,6 +307,7 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
         maximum_body_bytes=values["NOODLE_MAX_BODY_BYTES"],
         step_tokens=values["NOODLE_STEP_TOKENS"],
         recovery_seconds=values["NOODLE_RECOVERY_SECONDS"],
+        reports_dir=values["NOODLE_REPORTS_DIR"],
     )
 
 
@@ -361,7 +368,11 @@ def command_config(environment: Mapping[str, str]) -> CommandConfig:
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
         api_key=_secret(values, "NOODLE_API_KEY"),
         cluster_token=_secret(values, "NOODLE_CLUSTER_TOKEN"),
+        machine=_machine_name(values),
         threads=values["NOODLE_THREADS"],
+        device=values["NOODLE_DEVICE"],
+        dtype=values["NOODLE_DTYPE"],
+        step_tokens=values["NOODLE_STEP_TOKENS"],
     )
 
 

@@ -98,6 +98,9 @@ class StageState(Struct, frozen=True):
     kv_bytes_held: int = 0
     sessions: int = 0
     weight_bytes: int = 0
+    device: str = ""  # "cpu" or "cuda"; this and the next two once it has measured
+    device_name: str = ""
+    threads: int = 0
 
 
 class PlannerState(Struct, frozen=True):

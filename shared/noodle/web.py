@@ -275,7 +275,7 @@ def _connection() -> ClientConnection | None:
     return request.environ.get("gunicorn.socket")
 
 
-def json_body(maximum_bytes: int) -> bytes:
+def json_body(maximum_bytes: int, cure: str = "Send less, or raise NOODLE_MAX_BODY_BYTES.") -> bytes:
     """The request's body, which must say that it is JSON (a browser can not send that across sites unasked)."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType(
@@ -287,7 +287,7 @@ def json_body(maximum_bytes: int) -> bytes:
         size = f"{announced_bytes}" if announced_bytes else f"more than {maximum_bytes}"
         raise BodyTooLarge(
             f"The body is {size} bytes, {request.path} takes {maximum_bytes} at most.",
-            cure="Send less, or raise NOODLE_MAX_BODY_BYTES.",
+            cure=cure,
         )
     if announced_bytes is not None and len(body) < announced_bytes:
         raise _logged(InvalidRequest(f"The body ended after {len(body)} of the {announced_bytes} bytes announced."))

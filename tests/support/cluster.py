@@ -60,6 +60,7 @@ class Cluster:
             **kept,
             **cache,
             "NOODLE_STATE_DIR": str(state_dir),
+            "NOODLE_REPORTS_DIR": str(state_dir.with_name(state_dir.name + ".reports")),
             "NOODLE_COORDINATOR_PORT": str(coordinator),
             "NOODLE_PLANNER_PORT": str(planner),
             "NOODLE_VALKEY_PORT": str(valkey),

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from services.stage import measure
+from services.stage import measure, slice_timing
 from services.stage.measure import FILE_NAME, LOCK_NAME, MeasuredSeconds, MeasurementKey, measure_machine
 from tests.tiny_model import make_tiny_model
 
@@ -24,7 +24,7 @@ def quick(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(measure, "MAXIMUM_ROUNDS", 3)
-    monkeypatch.setattr(measure, "CACHE_BYTES", 1 << 16)
+    monkeypatch.setattr(slice_timing, "CACHE_BYTES", 1 << 16)
     yield
     torch.set_num_threads(before)
 
