@@ -15,6 +15,7 @@ from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
 from noodle.metrics import install_metrics_route
 from noodle.web import Service, has_token, install_error_handlers, json_response, require_token, start_loop
 from noodle.work_queue import WorkQueue
+from services.stage.guide_routes import guide_routes
 from services.stage.lifecycle import Lifecycle, new_boot_id
 from services.stage.stage import Stage
 from services.stage.transport import maximum_frame_bytes, unbuffered_read
@@ -67,6 +68,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
             raise Conflict(f"Coordinator epoch {epoch} is over: {stage.worker.coordinator_epoch} leads.")
         return _stream(stage.results.serve(request.environ["gunicorn.socket"]))
 
+    app.register_blueprint(guide_routes(config, stage, lifecycle))
     return app
 
 
