@@ -250,7 +250,7 @@ def _refusal(error: Exception, name: str = "") -> InvalidRequest:
 
 def _nested(raw: msgspec.Raw, name: str, item: type) -> tuple[Any, int]:
     """A list of numbers, or lists of them, and how deep it is nested; booleans and texts are no numbers."""
-    start = bytes(raw[:64]).translate(None, b" \t\r\n")
+    start = bytes(memoryview(raw)[:64]).translate(None, b" \t\r\n")
     depth = len(start) - len(start.lstrip(b"["))
     if not 1 <= depth <= len(_NESTED[item]):
         raise InvalidRequest(
