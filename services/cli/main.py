@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(verify)
     verify.set_defaults(run=_verify)
 
+    plan = commands.add_parser("plan", help="who gets which layers and why, with memory and predicted speed")
+    plan.add_argument("--nodes", metavar="FILE", help="for the machines listed in this JSON file (- is standard input)")
+    plan.add_argument("--json", action="store_true", help="as one JSON object")
+    _add_target(plan)
+    plan.set_defaults(run=_plan)
+
     convert = commands.add_parser("convert", help="make a folder that noodle reads out of a .gguf file (needs torch)")
     convert.add_argument("file", help="the .gguf file")
     convert.add_argument("folder", help="the folder to write")
@@ -171,6 +177,14 @@ def _verify(options: argparse.Namespace) -> int:
     config = command_config(environment)
     target = find_target(config, options.url, options.key)
     return verify(target, config, environment, options.prompts, options.new_tokens, as_json=options.json)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from services.cli.plan import plan
+    from services.cli.target import find_target
+
+    target = find_target(command_config(process_environment()), options.url, options.key)
+    return plan(target, options.nodes, as_json=options.json)
 
 
 def _convert(options: argparse.Namespace) -> int:

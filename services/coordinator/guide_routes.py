@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 
@@ -87,7 +88,7 @@ def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Call
     def logged_metrics() -> Response:
         require_client()
         asked = request.args.get("last", "100")
-        if not asked.isdecimal() or not asked.isascii() or not 1 <= int(asked[:6]) <= MAXIMUM_ENTRIES:
+        if not re.fullmatch(r"[0-9]{1,6}", asked) or not 1 <= int(asked) <= MAXIMUM_ENTRIES:
             raise InvalidRequest(f"last is {asked[:40]!r}, not a number from 1 to {MAXIMUM_ENTRIES}.", param="last")
         return json_response({"success": True, "entries": metrics_file.last(int(asked))})
 
@@ -111,4 +112,4 @@ def _stage_url(engine: Engine, stage_id: str) -> str:
 def _as_response(answer: Relayed) -> Response:
     """The other service's answer as it came, errors too; none of its other headers."""
     headers = {name: value for name in ANSWERED_HEADERS if (value := answer.headers.get(name))}
-    return Response(answer.body, answer.status, headers, mimetype=answer.headers.get("Content-Type"))
+    return Response(answer.body, answer.status, headers, content_type=answer.headers.get("Content-Type"))
