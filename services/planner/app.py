@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flask import Flask, Response
+from flask import Blueprint, Flask, Response
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
@@ -20,6 +20,7 @@ from noodle.web import (
     install_error_handlers,
     json_response,
     require_token,
+    say_success_is_false,
     start_loop,
 )
 from noodle.work_queue import WorkQueue
@@ -51,7 +52,10 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
         require_token(config.cluster_token)
         return json_response({"plan": planning.plan, "model": planning.shape, "machines": planning.reports})
 
-    @app.post("/plan/preview")
+    guide = Blueprint("guide", __name__)
+    say_success_is_false(guide)
+
+    @guide.post("/plan/preview")
     def plan_preview() -> Response:
         require_token(config.cluster_token)
         request = parse_plan_request(bounded_body(PREVIEW_BODY_BYTES))
@@ -61,6 +65,7 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
         status, answer = preview(request, planning.shape, machines, _split_for(machines, config), planning.plan)
         return json_response(answer, status)
 
+    app.register_blueprint(guide)
     return app
 
 

@@ -88,7 +88,7 @@ def _context_length(request: PlanRequest, shape: ModelShape) -> int:
 
 
 def _measured(report: MachineReport) -> Given:
-    return Given(report, {"free_bytes": "measured", "dtype": "configured", **dict.fromkeys(SPEEDS, report.source)})
+    return Given(report, {"free_bytes": "measured", "dtype": "measured", **dict.fromkeys(SPEEDS, report.source)})
 
 
 def _as_refusal(error: NoodleError) -> Unprocessable:
