@@ -88,6 +88,7 @@ class Takes:
 def parse_json(body: bytes, takes: Takes) -> ForwardRequest:
     """A JSON body; raises InvalidRequest for what is no such object, Unprocessable for what can not be computed."""
     fields: ForwardBody = _decoded(body, ForwardBody)
+    check_stage_id(fields.stage_id, takes.stage_id)
     tensor, rank = None, 2
     if fields.activations != _ABSENT and fields.token_ids != _ABSENT:
         raise InvalidRequest("Both activations and token_ids came.", cure="Send one of them.", param="token_ids")
@@ -123,6 +124,7 @@ def parse_raw(
 ) -> ForwardRequest:
     """A raw body, whose shape was checked by `parse_raw_header`."""
     fields = _from_query(query)
+    check_stage_id(fields.stage_id, takes.stage_id)
     if dtype == "int32":
         ids = checked_tensor(dtype, (math.prod(shape),), memoryview(body))
         _check_token_range(np.frombuffer(body, np.int32), takes)
@@ -197,7 +199,6 @@ def check_stage_id(asked: str | int | None, stage_id: int) -> None:
 
 
 def _request(fields: ForwardBody, tensor: WireTensor | None, rank: int, takes: Takes) -> ForwardRequest:
-    check_stage_id(fields.stage_id, takes.stage_id)
     session_id = str(fields.session_id)
     if not 1 <= len(session_id) <= 64 or not session_id.isprintable():
         raise InvalidRequest("session_id is not 1 to 64 printable characters.", param="session_id")
