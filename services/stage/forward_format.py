@@ -19,7 +19,7 @@ from noodle.errors import InvalidRequest, NotFound, Unprocessable
 from noodle.plan import Plan
 from noodle.wire import ITEM_BYTES, WireTensor, checked_tensor
 
-MAXIMUM_FORWARD_TOKENS = 512  # of one forward: a step of the served requests waits no longer for it than for another
+MAXIMUM_FORWARD_TOKENS = 512  # of one forward
 DTYPE_HEADER = "X-Noodle-Dtype"
 SHAPE_HEADER = "X-Noodle-Shape"
 RAW_TYPE = "application/octet-stream"
