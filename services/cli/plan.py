@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from noodle.errors import ConfigurationError, LinkLost, NoodleError
@@ -80,7 +81,7 @@ def _print_plan(seen: dict[str, Any]) -> None:
     for stage in seen["stages"]:
         sources = stage["sources"]
         table.add_row(
-            stage["node_id"],
+            escape(stage["node_id"]),
             str(stage["stage_id"]),
             stage["device_type"],
             f"{stage['dtype']} {MARKS[sources['dtype']]}",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from urllib.parse import urlencode
 
 from flask import Blueprint, Response, request
 
@@ -16,6 +18,7 @@ from services.coordinator.metrics_file import MAXIMUM_ENTRIES, MetricsFile, pars
 from services.coordinator.relay import Relayed, relay
 
 MAXIMUM_RELAYED_FORWARDS = 8  # in progress at once, each with a body in memory; more get 429
+MAXIMUM_RELAYED_PLANS = 4  # the planner computes each for up to seconds
 FORWARD_ANSWER_SECONDS = 100.0  # a stage gives up before: 30 s for its turn, 60 s for computing
 PLAN_ANSWER_SECONDS = 60.0
 FORWARD_BODY_BYTES = 8 << 20
@@ -32,22 +35,17 @@ def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Call
     routes = Blueprint("guide", __name__)
     say_success_is_false(routes)
     forwards = threading.BoundedSemaphore(MAXIMUM_RELAYED_FORWARDS)
+    plans = threading.BoundedSemaphore(MAXIMUM_RELAYED_PLANS)
     metrics_file = MetricsFile(config.metrics_file)
 
     @routes.post("/stage/<stage_id>/forward")
     def stage_forward(stage_id: str) -> Response:
         require_client()
         url = _stage_url(engine, stage_id)
-        if not forwards.acquire(blocking=False):
-            raise TooManyRequests(
-                f"{MAXIMUM_RELAYED_FORWARDS} forwards are in progress.",
-                cure="Send the next one when one of them is answered.",
-                retry_after_seconds=1,
-            )
-        try:
+        with _place(forwards, "forwards"):
             is_raw = request.mimetype == RAW_TYPE
             body = bounded_body(FORWARD_BODY_BYTES) if is_raw else json_body(FORWARD_BODY_BYTES)
-            query = request.query_string.decode("ascii", errors="replace")
+            query = urlencode(list(request.args.items(multi=True)))  # encoded anew: it came in any bytes
             headers = {name: value for name in SENT_HEADERS if (value := request.headers.get(name))}
             answer = relay(
                 f"Stage {stage_id}",
@@ -58,24 +56,24 @@ def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Call
                 config.cluster_token,
                 answer_seconds=FORWARD_ANSWER_SECONDS,
             )
-            return _as_response(answer)
-        finally:
-            forwards.release()
+        return _as_response(answer)
 
     @routes.post("/plan/generate")
     def plan_generate() -> Response:
         require_client()
-        body = json_body(PLAN_BODY_BYTES, "List fewer nodes.") if request.content_length else b""
+        is_asked = request.content_length or "Transfer-Encoding" in request.headers
+        body = json_body(PLAN_BODY_BYTES, "List fewer nodes.") if is_asked else b""
         headers = {"Content-Type": "application/json"}
-        answer = relay(
-            "The planner",
-            config.planner_url,
-            "/plan/preview",
-            body,
-            headers,
-            config.cluster_token,
-            answer_seconds=PLAN_ANSWER_SECONDS,
-        )
+        with _place(plans, "plans"):
+            answer = relay(
+                "The planner",
+                config.planner_url,
+                "/plan/preview",
+                body,
+                headers,
+                config.cluster_token,
+                answer_seconds=PLAN_ANSWER_SECONDS,
+            )
         return _as_response(answer)
 
     @routes.post("/log_metrics")
@@ -93,6 +91,21 @@ def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Call
         return json_response({"success": True, "entries": metrics_file.last(int(asked))})
 
     return routes
+
+
+@contextlib.contextmanager
+def _place(places: threading.BoundedSemaphore, what: str) -> Iterator[None]:
+    """One of the places for what other services compute, or 429: their answers must not take every thread here."""
+    if not places.acquire(blocking=False):
+        raise TooManyRequests(
+            f"As many {what} as may be are in progress.",
+            cure="Send the next one when one of them is answered.",
+            retry_after_seconds=1,
+        )
+    try:
+        yield
+    finally:
+        places.release()
 
 
 def _stage_url(engine: Engine, stage_id: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -26,6 +26,11 @@ ASSUMED_BYTES_PER_SECOND = {"cuda": 56e9, "cpu": 19e9}
 ASSUMED_OPERATIONS_PER_SECOND = {"cuda": 0.9e12, "cpu": 0.1e12}
 ASSUMED_LAYER_SECONDS = {"cuda": 0.0004, "cpu": 0.0003}  # of starting a layer's operations, whatever its size
 ASSUMED_DTYPES = {"cuda": "float16", "cpu": "float32"}
+
+
+Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Split = Annotated[tuple[Layers, ...], msgspec.Meta(min_length=1, max_length=MAXIMUM_NODES)]
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -81,8 +86,8 @@ def parse_plan_request(body: bytes) -> PlanRequest:
     known = {"available_nodes", "split", "context_length"}
     return PlanRequest(
         nodes,
-        _converted(fields.get("split"), tuple[int, ...] | None, "split"),
-        _converted(fields.get("context_length"), int | None, "context_length"),
+        _converted(fields.get("split"), Split | None, "split"),
+        _converted(fields.get("context_length"), Tokens | None, "context_length"),
         _named(sorted(fields.keys() - known)),
     )
 

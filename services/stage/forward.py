@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from noodle.errors import GenerationFailed, NotReady, RequestTimedOut, TooManyRequests, Unprocessable
 from noodle.messages import SamplingParameters
+from noodle.metrics import StageMetrics
 from noodle.wire import WireTensor
 from services.stage.forward_format import MAXIMUM_FORWARD_TOKENS, ForwardRequest, ForwardResult, all_finite
 from services.stage.sampler import sample
@@ -35,8 +36,8 @@ GREEDY = SamplingParameters()
 class Forwards:
     """Takes forwards from the routes' threads to the worker's."""
 
-    def __init__(self, stage_id: int, worker: Worker) -> None:
-        self._stage_id, self._worker = stage_id, worker
+    def __init__(self, stage_id: int, worker: Worker, metrics: StageMetrics) -> None:
+        self._stage_id, self._worker, self._metrics = stage_id, worker, metrics
         self._places = threading.BoundedSemaphore(MAXIMUM_WAITING_FORWARDS)
         self._turn = threading.Lock()
         self._piece_tokens = FIRST_PIECE_TOKENS
@@ -119,6 +120,7 @@ class Forwards:
                 model_slice.release(sessions.end(request.session_id))
         if not (is_last_piece and request.end):
             sessions.computed(request.session_id, length, time.monotonic())
+        self._metrics.forward_tokens.inc(piece.token_count)
         self._fit_pieces(time.monotonic() - started, piece.token_count)
         return result
 

@@ -29,7 +29,7 @@ class Stage:
             config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
         )
         self.worker = Worker(config.stage_id, self.inbox, self.results, self.metrics)
-        self.forwards = Forwards(config.stage_id, self.worker)
+        self.forwards = Forwards(config.stage_id, self.worker, self.metrics)
         self.kv_budget_bytes = 0  # of served requests
         self.plan_version = 0  # of the newest plan this stage has acted on
         self._role: Role | None = None

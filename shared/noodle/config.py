@@ -143,7 +143,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_RECOVERY_SECONDS", "10", _seconds, "how long an open request waits for a lost stage to return"),
     # where things are kept
     Variable("NOODLE_CACHE_DIR", "~/.cache/noodle", _path, "converted models and measurements; safe to delete"),
-    Variable("NOODLE_STATE_DIR", "~/.local/state/noodle", _path, "what a running `noodle up` keeps, gone after it"),
+    Variable("NOODLE_STATE_DIR", "~/.local/state/noodle", _path, "what a running `noodle up` keeps, and metrics.jsonl"),
     Variable("NOODLE_METRICS_FILE", "", _text, "file of POST /log_metrics; empty: metrics.jsonl in NOODLE_STATE_DIR"),
     Variable("NOODLE_LOG_FORMAT", "pretty", _one_of("pretty", "json"), "how log lines are written"),
     # ports of `noodle up`
