@@ -201,6 +201,7 @@ def test_what_can_not_be_computed_is_refused_by_name_and_keeps_nothing(rig, forw
         ("bfloat16", "1,64", np.full(64, 0xFF80, np.uint16).tobytes(), 422, "infinite"),
         ("int32", "1", bytes(4), 422, "not the first"),
     ],
+    ids=[f"case {number}" for number in range(13)],
 )
 def test_raw_bytes_are_distrusted(rig, dtype, shape, body, status, word):
     got, answer = Raw(rig.urls[1], rig.token).send_bytes({"session_id": "x"}, body, dtype, shape)
