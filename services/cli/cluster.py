@@ -20,6 +20,7 @@ LOOPBACK = "127.0.0.1"
 CHOSEN_BY_UP = (
     "NOODLE_COORDINATOR_BIND",
     "NOODLE_PLANNER_BIND",
+    "NOODLE_PLANNER_URL",
     "NOODLE_STAGE_BIND",
     "NOODLE_STAGE_ID",
     "NOODLE_ADVERTISE_URL",
@@ -171,6 +172,7 @@ def service_specs(
     coordinator = shared | {
         "NOODLE_MODEL": wanted.model,
         "NOODLE_COORDINATOR_BIND": f"{LOOPBACK}:{wanted.coordinator_port}",
+        "NOODLE_PLANNER_URL": f"http://{LOOPBACK}:{wanted.planner_port}",
     }
     specs = [
         ServiceSpec("planner", python_module("services.planner"), planner, wanted.planner_port, PLANNER_RANK),

@@ -42,6 +42,18 @@ def post_json(url: str, body: object, credential: str = "", timeout_seconds: flo
         return _json_object(url, content)
 
 
+def post_for_answer(
+    url: str, body: object, credential: str = "", timeout_seconds: float = ANSWER_SECONDS
+) -> tuple[int, dict[str, Any]]:
+    """As post_json, but a refusal as 422 comes back too: it carries more than its message."""
+    connection, response = _request("POST", url, body, credential, timeout_seconds)
+    with contextlib.closing(connection), contextlib.closing(response):
+        content = _read(url, response)
+        if response.status >= 400 and response.status != 422:
+            _raise_refusal(url, response, content)
+        return response.status, _json_object(url, content)
+
+
 def post_for_events(url: str, body: object, credential: str = "") -> Generator[str, None, None]:
     """The data of each server-sent event that answers a POST; closing the iterator closes the connection.
 

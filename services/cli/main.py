@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_report_options(profile)
     _add_target(profile)
     profile.set_defaults(run=_profile)
+    plan = commands.add_parser("plan", help="who gets which layers and why, with memory and predicted speed")
+    plan.add_argument("--nodes", metavar="FILE", help="for the machines listed in this JSON file (- is standard input)")
+    plan.add_argument("--json", action="store_true", help="as one JSON object")
+    _add_target(plan)
+    plan.set_defaults(run=_plan)
 
     convert = commands.add_parser("convert", help="make a folder that noodle reads out of a .gguf file (needs torch)")
     convert.add_argument("file", help="the .gguf file")
@@ -278,6 +283,14 @@ def _show_kept(
     else:
         print_report(report)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from services.cli.plan import plan
+    from services.cli.target import find_target
+
+    target = find_target(command_config(process_environment()), options.url, options.key)
+    return plan(target, options.nodes, as_json=options.json)
 
 
 def _convert(options: argparse.Namespace) -> int:

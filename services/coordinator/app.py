@@ -27,6 +27,7 @@ from noodle.web import (
 )
 from services.coordinator import event_streams, generate_format, openai_format
 from services.coordinator.engine import Engine
+from services.coordinator.guide_routes import guide_routes
 from services.coordinator.leadership import progress_of, waiting_for
 from services.coordinator.openai_request import parse_chat, parse_completion
 from services.coordinator.parameters import GenerationParameters
@@ -138,6 +139,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
             return event_stream(event_streams.generate_events(started, model.tokenizer, prompt_text))
         return whole(started, lambda: event_streams.generate_answer(started, model.tokenizer, prompt_text))
 
+    app.register_blueprint(guide_routes(config, engine, require_client))
     return app
 
 

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from flask import Flask, Response
+from flask import Blueprint, Flask, Response
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
 from noodle.config import PlannerConfig
+from noodle.errors import NotReady
 from noodle.metrics import install_metrics_route
-from noodle.web import Service, has_token, install_error_handlers, json_response, require_token, start_loop
+from noodle.plan import MachineReport
+from noodle.web import (
+    Service,
+    bounded_body,
+    has_token,
+    install_error_handlers,
+    json_response,
+    require_token,
+    say_success_is_false,
+    start_loop,
+)
 from noodle.work_queue import WorkQueue
+from services.planner.given_nodes import parse_plan_request
 from services.planner.planning import Planning
+from services.planner.preview import preview
 
 PLANNER_THREADS = 16
+PREVIEW_BODY_BYTES = 256 << 10
 
 
 def create_app(config: PlannerConfig, planning: Planning, registry: CollectorRegistry) -> Flask:
@@ -37,7 +52,26 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
         require_token(config.cluster_token)
         return json_response({"plan": planning.plan, "model": planning.shape, "machines": planning.reports})
 
+    guide = Blueprint("guide", __name__)
+    say_success_is_false(guide)
+
+    @guide.post("/plan/preview")
+    def plan_preview() -> Response:
+        require_token(config.cluster_token)
+        request = parse_plan_request(bounded_body(PREVIEW_BODY_BYTES))
+        if planning.shape is None:
+            raise NotReady("The planner still reads the model's shape.", retry_after_seconds=1)
+        machines = planning.reports if request.nodes is not None else planning.reports[: config.stage_count]
+        status, answer = preview(request, planning.shape, machines, _split_for(machines, config), planning.plan)
+        return json_response(answer, status)
+
+    app.register_blueprint(guide)
     return app
+
+
+def _split_for(machines: Sequence[MachineReport], config: PlannerConfig) -> tuple[int, ...] | None:
+    """NOODLE_SPLIT, as long as every stage it names is there."""
+    return config.split if len(machines) == config.stage_count else None
 
 
 class PlannerService(Service):

@@ -65,15 +65,20 @@ def shortage_bytes(problem: CutProblem) -> int:
     step = max(1, math.floor(all_bytes / 10_000))
     while enough - too_few > step:
         middle = (enough + too_few) // 2
-        allowed = _allowed_alone(problem, middle)
-        ends = _smallest_sum(allowed)
-        if ends is None:
-            too_few = middle
-        elif cut_fits(problem, ends, middle) or _smallest_sum_in_shared_memory(problem, allowed, middle) is not None:
+        if some_cut_fits(problem, middle):
             enough = middle
         else:
             too_few = middle
     return enough
+
+
+def some_cut_fits(problem: CutProblem, extra_bytes: float = 0.0) -> bool:
+    """Whether there is a cut that every memory holds, each being `extra_bytes` larger; cheaper than the best one."""
+    allowed = _allowed_alone(problem, extra_bytes)
+    ends = _smallest_sum(allowed)
+    if ends is None or cut_fits(problem, ends, extra_bytes):
+        return ends is not None
+    return _smallest_sum_in_shared_memory(problem, allowed, extra_bytes) is not None
 
 
 def held_bytes(problem: CutProblem, ends: Sequence[int]) -> list[float]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from noodle.errors import ConfigurationError, PlanDoesNotFit
+from noodle.errors import ConfigurationError, MemoryShort, PlanDoesNotFit
 from noodle.plan import MachineReport, ModelShape, Plan, StageAssignment
 from services.planner.cut_search import CutProblem, Matrix, best_cut, cut_fits, held_bytes, shortage_bytes
 from services.planner.prediction import HopCost, in_words, predict, stage_decode_seconds
@@ -35,12 +35,12 @@ def partition(
     """The plan for `machines` in stage order; `kv_tokens` are the KV rows every stage must have room for.
 
     `split` (layers per stage) is taken as it is, if it adds up and fits. Stages of one machine and device share its
-    memory, the smallest free_bytes that any of them reports. Raises PlanDoesNotFit, and ConfigurationError for a
-    split that means nothing.
+    memory, the smallest free_bytes that any of them reports. Raises PlanDoesNotFit (MemoryShort where that is why),
+    and ConfigurationError for a split that means nothing.
     """
     ordered = tuple(sorted(machines, key=lambda machine: machine.stage_id))
     _check_machines(shape, ordered)
-    problem = _cut_problem(shape, ordered, kv_tokens)
+    problem = cut_problem(shape, ordered, kv_tokens)
     if split is not None:
         _check_split(split, shape, ordered)
         ends = [int(end) for end in np.cumsum(split)]
@@ -124,7 +124,13 @@ def _weight_ratio(shape: ModelShape, machine: MachineReport) -> float:
     return (DTYPE_BYTES.get(machine.dtype) or QUANTIZED_BYTES[machine.dtype]) / shape.stored_item_bytes
 
 
-def _cut_problem(shape: ModelShape, machines: tuple[MachineReport, ...], kv_tokens: int) -> CutProblem:
+def kv_bytes_per_layer(shape: ModelShape, dtype: str, kv_tokens: int) -> int:
+    """K and V rows of so many tokens in one layer, in the dtype a machine computes in."""
+    return kv_tokens * shape.kv_items_per_token_per_layer * DTYPE_BYTES.get(dtype, QUANTIZED_KV_BYTES)
+
+
+def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens: int) -> CutProblem:
+    """Seconds and bytes of every slice on every machine, in stage order, and which of them share a memory."""
     count = shape.layer_count
     prefix_bytes = np.concatenate([[0], np.cumsum(np.asarray(shape.layer_bytes, dtype=np.float64))])
     layers = np.arange(count + 1)[None, :] - np.arange(count + 1)[:, None]  # [start, end] -> layers between
@@ -137,9 +143,8 @@ def _cut_problem(shape: ModelShape, machines: tuple[MachineReport, ...], kv_toke
         seconds.append(np.where(layers > 0, by_layers[np.maximum(layers, 0)], np.inf))
         weights = prefix_bytes[None, :] - prefix_bytes[:, None]
         weights += (shape.embedding_bytes if index == 0 else 0) + (shape.head_bytes if is_last else 0)
-        kv_item_bytes = DTYPE_BYTES.get(machine.dtype, QUANTIZED_KV_BYTES)
-        kv_bytes_per_layer = kv_tokens * shape.kv_items_per_token_per_layer * kv_item_bytes
-        memory_bytes.append(weights * _weight_ratio(shape, machine) + layers * kv_bytes_per_layer)
+        kv_bytes = kv_bytes_per_layer(shape, machine.dtype, kv_tokens)
+        memory_bytes.append(weights * _weight_ratio(shape, machine) + layers * kv_bytes)
         groups.setdefault((machine.machine, machine.device), []).append(index)
     memories = tuple(tuple(indices) for indices in groups.values())
     usable = tuple(USABLE_SHARE * min(machines[index].free_bytes for index in indices) for indices in memories)
@@ -175,7 +180,7 @@ def _does_not_fit(
     problem: CutProblem,
     kv_tokens: int,
     ends: Sequence[int] | None,
-) -> PlanDoesNotFit:
+) -> MemoryShort:
     """Says what is short: of the given cut on its tightest memory, else the least that would have to be freed."""
     if ends is not None:
         held = held_bytes(problem, ends)
@@ -200,4 +205,4 @@ def _does_not_fit(
             "Close other programs, add a stage on another machine, choose a smaller NOODLE_DTYPE, "
             "or a smaller NOODLE_CONTEXT_LENGTH."
         )
-    return PlanDoesNotFit(what, cure=cure)
+    return MemoryShort(what, cure=cure)

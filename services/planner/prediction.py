@@ -58,12 +58,11 @@ def predict(stages: Sequence[StageAssignment], machines: Mapping[int, MachineRep
 
 def in_words(prediction: Prediction) -> str:
     """The prediction as one clause for Plan.reason."""
-    slowest = max(range(len(prediction.stage_seconds)), key=lambda index: prediction.stage_seconds[index])
     return (
         f"{1 / prediction.token_seconds:.1f} tokens/s for one session and "
         f"{prediction.prefill_tokens_per_second:.0f} of prompt predicted from {prediction.source} numbers, "
-        f"slowest is stage {slowest + 1} of {len(prediction.stage_seconds)} "
-        f"with {prediction.steady_token_seconds * 1000:.1f} ms a token"
+        f"the slowest of {len(prediction.stage_seconds)} stages takes "
+        f"{prediction.steady_token_seconds * 1000:.1f} ms a token"
     )
 
 

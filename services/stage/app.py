@@ -23,6 +23,7 @@ from noodle.web import (
     streaming_connection,
 )
 from noodle.work_queue import WorkQueue
+from services.stage.guide_routes import guide_routes
 from services.stage.lifecycle import Lifecycle, new_boot_id
 from services.stage.stage import Stage
 from services.stage.transport import maximum_frame_bytes, unbuffered_read
@@ -75,6 +76,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
             raise Conflict(f"Coordinator epoch {epoch} is over: {stage.worker.coordinator_epoch} leads.")
         return _stream(stage.results.serve(streaming_connection()))
 
+    app.register_blueprint(guide_routes(config, stage, lifecycle))
     return app
 
 

@@ -14,6 +14,7 @@ from noodle import __version__
 from noodle.config import StageConfig
 from noodle.model_files import model_digest, read_config
 from noodle.plan import MachineReport, Plan
+from services.stage.forward_sessions import FORWARD_KV_BYTES, ForwardSessions
 from services.stage.stage import Stage
 from services.stage.worker import Role
 
@@ -99,8 +100,10 @@ def load_role(
     )
     free_bytes = free_memory_bytes(report.device, torch)
     stage.kv_budget_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))
-    model_slice.set_kv_budget(stage.kv_budget_bytes)
-    return Role(plan, index, model_slice, None)
+    forward_kv_bytes = min(FORWARD_KV_BYTES, stage.kv_budget_bytes)
+    model_slice.set_kv_budget(stage.kv_budget_bytes + forward_kv_bytes)  # what one of them takes the other never lacks
+    forwards = ForwardSessions(forward_kv_bytes, model_slice.kv_bytes_per_token, plan.context_length)
+    return Role(plan, index, model_slice, None, forwards)
 
 
 def _stages_here(plan: Plan, index: int) -> int:

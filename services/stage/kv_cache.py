@@ -1,7 +1,8 @@
 """KV rows by session and layer under a byte budget; knows tensors and sizes, neither models nor attention.
 
-A session's rows are allocated once, for as many tokens as it reserves, so that growing copies nothing. On a CPU the
-system commits those pages only as they are written.
+A session's rows are allocated once, for as many tokens as it reserves, so that a served request, which knows how many
+that is, copies nothing. A session that reserves more later gets larger rows, and what is computed is copied. On a CPU
+the system commits those pages only as they are written.
 """
 
 from __future__ import annotations
@@ -37,6 +38,18 @@ class SessionRows:
         values.narrow(2, first_position, tokens).copy_(value)
         return keys, values
 
+    def grow(self, reserve_tokens: int) -> None:
+        """Make room for more tokens; computed rows are kept. One layer after the other, so little is held twice."""
+        for rows_by_layer in (self.keys, self.values):
+            for layer, old in rows_by_layer.items():
+                _, kv_heads, held_tokens, head_dim = old.shape
+                rows = torch.empty(1, kv_heads, reserve_tokens, head_dim, dtype=old.dtype, device=old.device)
+                kept = min(self.length, held_tokens)
+                rows.narrow(2, 0, kept).copy_(old.narrow(2, 0, kept))
+                rows_by_layer[layer] = rows
+                self.bytes_held += rows.nbytes - old.nbytes
+        self.reserve_tokens = reserve_tokens
+
     def _allocate(self, rows_by_layer: dict[int, torch.Tensor], layer: int, like: torch.Tensor) -> torch.Tensor:
         _, kv_heads, _, head_dim = like.shape
         rows = torch.empty(1, kv_heads, self.reserve_tokens, head_dim, dtype=like.dtype, device=like.device)
@@ -55,14 +68,15 @@ class KvCache:
         self._reserved_tokens = 0
 
     def open(self, session_id: str, reserve_tokens: int) -> SessionRows:
-        """The rows of a session, reserved when it is new.
+        """The rows of a session, reserved when it is new or asks for more than before.
 
-        Raises StepRefused with reason `kv_budget` when the reservation would pass the budget; nothing is kept then.
+        Raises StepRefused with reason `kv_budget` when the reservation would pass the budget; nothing changes then.
         """
         rows = self._sessions.get(session_id)
-        if rows is not None:
+        more_tokens = reserve_tokens - (rows.reserve_tokens if rows else 0)
+        if rows is not None and more_tokens <= 0:
             return rows
-        wanted_bytes = (self._reserved_tokens + reserve_tokens) * self.bytes_per_token
+        wanted_bytes = (self._reserved_tokens + more_tokens) * self.bytes_per_token
         if self.budget_bytes is not None and wanted_bytes > self.budget_bytes:
             raise StepRefused(
                 f"session {session_id} reserves {reserve_tokens} tokens of KV cache "
@@ -71,9 +85,11 @@ class KvCache:
                 reason="kv_budget",
                 cure="Wait for other requests to end, ask for fewer tokens, or raise NOODLE_KV_BYTES on this stage.",
             )
-        rows = SessionRows(reserve_tokens)
-        self._sessions[session_id] = rows
-        self._reserved_tokens += reserve_tokens
+        if rows is None:
+            rows = self._sessions[session_id] = SessionRows(reserve_tokens)
+        else:
+            rows.grow(reserve_tokens)
+        self._reserved_tokens += more_tokens
         return rows
 
     def check_span(self, session_id: str, rows: SessionRows, first_position: int, token_count: int) -> None:

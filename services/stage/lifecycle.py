@@ -6,14 +6,18 @@ Knows Valkey, the weights and the plan; never a step.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
+import time
 import uuid
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from noodle.config import StageConfig
-from noodle.errors import ModelNotFound, NoodleError, QueueUnavailable
+from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
 from noodle.plan import MachineReport, Plan, StagePhase, StageState
 from noodle.work_queue import WorkQueue
 from services.stage.computing import load_role, measured_report
@@ -23,6 +27,7 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 PLAN_POLL_SECONDS = 0.2
+LOAD_SECONDS = 600.0  # for a range that is loaded by hand
 
 
 class Lifecycle:
@@ -34,6 +39,7 @@ class Lifecycle:
         self._state = StageState(config.stage_id, config.machine, stage.boot_id, "starting")
         self._report: MachineReport | None = None
         self._beat_now = threading.Event()
+        self._loads: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # asked for by hand
         self.stopping = threading.Event()
 
     @property
@@ -87,7 +93,43 @@ class Lifecycle:
             plan = self._newest_plan()
             if plan is not None and plan.version > self._stage.plan_version:
                 self._follow(plan, folder)
-            self.stopping.wait(PLAN_POLL_SECONDS)
+            self._load_by_hand(folder, PLAN_POLL_SECONDS)
+
+    def load_now(self, start_layer: int | None, end_layer: int | None, reload: bool) -> dict[str, Any]:
+        """Load this stage's range of the newest plan by hand, unless it is loaded; gives what it holds then.
+
+        Raises Conflict when there is no plan, when the plan gives this stage other layers than these (None: any), or
+        when they could not be loaded; NotReady while the machine is measured.
+        """
+        began = time.monotonic()
+        plan = self._planned(start_layer, end_layer)
+        if reload or self.state.ready_version != plan.version:
+            done: Future[None] = Future()
+            self._loads.put(done)
+            try:
+                done.result(LOAD_SECONDS)
+            except TimeoutError as error:
+                raise RequestTimedOut(
+                    f"Stage {self._config.stage_id} has not loaded in {LOAD_SECONDS:.0f} s ({self.state.detail}).",
+                    cure="See its /health.",
+                ) from error
+        state, role = self.state, self._stage.role
+        if role is None or state.ready_version < plan.version:
+            raise Conflict(
+                f"Stage {self._config.stage_id} could not load plan {plan.version}: {state.detail}.",
+                cure="See its log.",
+            )
+        mine = role.plan.stages[role.index]
+        return {
+            "stage_id": self._config.stage_id,
+            "machine": self._config.machine,
+            "layers": [mine.start_layer, mine.end_layer],
+            "plan_version": role.plan.version,
+            "dtype": mine.dtype,
+            "weight_bytes": state.weight_bytes,
+            "kv_budget_bytes": state.kv_budget_bytes,
+            "load_seconds": round(time.monotonic() - began, 3),
+        }
 
     def stop(self) -> None:
         """Say goodbye: what this stage said of itself is taken back."""
@@ -97,6 +139,50 @@ class Lifecycle:
             self._queue.forget_stage(self._config.stage_id)
         except QueueUnavailable as error:
             log.warning("could not say goodbye: %s", error)
+
+    def _planned(self, start_layer: int | None, end_layer: int | None) -> Plan:
+        """The newest plan, when it gives this stage these layers."""
+        stage_id = self._config.stage_id
+        if self._report is None:
+            raise NotReady(
+                f"Stage {stage_id} still measures its machine ({self.state.progress:.0%}).", retry_after_seconds=2
+            )
+        plan = self._queue.plan()
+        if plan is None:
+            raise Conflict(
+                f"There is no plan that says what stage {stage_id} is to load.",
+                cure="Start the planner and as many stages as NOODLE_STAGES says; /health of the planner says what it "
+                "waits for.",
+            )
+        index = plan.index_of(stage_id)
+        if index is None:
+            raise Conflict(f"Plan {plan.version} gives stage {stage_id} no layers.")
+        mine = plan.stages[index]
+        for asked, planned in ((start_layer, mine.start_layer), (end_layer, mine.end_layer)):
+            if asked is not None and asked != planned:
+                raise Conflict(
+                    f"Plan {plan.version} gives stage {stage_id} the layers [{mine.start_layer}, {mine.end_layer}), "
+                    f"not [{start_layer}, {end_layer}).",
+                    cure="Set NOODLE_SPLIT on the planner to cut otherwise, or leave the range out.",
+                )
+        return plan
+
+    def _load_by_hand(self, folder: Path, wait_seconds: float) -> None:
+        """Load the newest plan when somebody asks within this time; all who ask meanwhile get the same answer."""
+        asked: list[Future[None]] = []
+        try:
+            asked.append(self._loads.get(timeout=wait_seconds))
+            while True:
+                asked.append(self._loads.get_nowait())
+        except queue.Empty:
+            pass
+        if not asked:
+            return
+        plan = self._newest_plan()
+        if plan is not None:
+            self._follow(plan, folder)
+        for done in asked:
+            done.set_result(None)
 
     def _newest_plan(self) -> Plan | None:
         try:

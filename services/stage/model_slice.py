@@ -133,7 +133,8 @@ class TransformersSlice:
         if self.is_first and batch.token_ids is not None:
             return {"input_ids": torch.from_numpy(batch.token_ids).to(self._device)[None]}
         if batch.hidden_states is None:
-            raise WireError("a stage that is not the first computes with hidden states, and none came.")
+            wants = "token ids or input embeddings" if self.is_first else "hidden states"
+            raise WireError(f"layers from {self.start_layer} on compute with {wants}, and none came.")
         if batch.hidden_states.shape != (total_tokens, self.hidden_size):
             raise WireError(
                 f"hidden states of shape {list(batch.hidden_states.shape)} came for {total_tokens} tokens of "

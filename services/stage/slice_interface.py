@@ -18,12 +18,16 @@ class Span:
     session_id: str
     first_position: int  # position of the span's first token in its session
     token_count: int
-    reserve_tokens: int  # KV rows this session will ever need; allocated when it is first seen
+    reserve_tokens: int  # KV rows this session needs at most; more than before moves its rows to larger ones
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Tokens of several sessions for one forward pass: token ids on the first stage, hidden states on the others."""
+    """Tokens of several sessions for one forward pass: token ids on the first stage, hidden states on the others.
+
+    Hidden states on the first stage are input embeddings, taken where transformers takes its `inputs_embeds`: what a
+    family does to its embeddings before the first layer (positions, scaling) is still done to them.
+    """
 
     spans: tuple[Span, ...]
     # [rows] rows of the packed axis whose logits are asked for; empty off the last stage

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from noodle.config import StageConfig
 from noodle.errors import NotReady
 from noodle.metrics import StageMetrics
+from services.stage.forward import Forwards
 from services.stage.transport import Chain, HopServer, Inbox, NextStageLink, ResultsOutlet
 from services.stage.worker import Role, Worker
 
@@ -28,7 +29,8 @@ class Stage:
             config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
         )
         self.worker = Worker(config.stage_id, self.inbox, self.results, self.metrics)
-        self.kv_budget_bytes = 0
+        self.forwards = Forwards(config.stage_id, self.worker, self.metrics)
+        self.kv_budget_bytes = 0  # of served requests
         self.plan_version = 0  # of the newest plan this stage has acted on
         self._role: Role | None = None
         self._link: NextStageLink | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -29,6 +29,7 @@ from noodle.messages import (
 from noodle.metrics import StageMetrics
 from noodle.plan import Plan
 from noodle.wire import ITEM_BYTES, MAXIMUM_STEP_TOKENS, WireTensor, checked_tensor
+from services.stage.forward_sessions import ForwardSessions
 from services.stage.sampler import sample
 from services.stage.sessions import SessionTable
 from services.stage.slice_interface import ModelSlice, PackedBatch, Span
@@ -55,6 +56,7 @@ class Role:
     index: int
     model_slice: ModelSlice
     next_stage: Next | None  # None on the last stage
+    forwards: ForwardSessions = field(default_factory=lambda: ForwardSessions(0, 0, 0))  # by hand, none by default
 
     @property
     def expected_dtype(self) -> str:
@@ -110,6 +112,10 @@ class Worker:
             done()
 
         self._inbox.put(swap)
+
+    def between_steps(self, function: Callable[[Role | None], None]) -> None:
+        """Run a function on the loop's thread, with what it computes then; it must not raise."""
+        self._inbox.put(lambda: function(self._role))
 
     def _take(self, arrival: Arrival) -> None:
         if isinstance(arrival.message, Step):
@@ -287,6 +293,8 @@ class Worker:
         role = self._role
         if role is None:
             return
+        for name in role.forwards.expire(now):
+            role.model_slice.release(name)
         for step, refusal in gaps:
             self._count_refusals([refusal])
             self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[refusal]))

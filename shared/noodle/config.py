@@ -114,6 +114,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_STAGE_BIND", "127.0.0.1:8081", _address, "host:port this stage listens on"),
     Variable("NOODLE_ADVERTISE_URL", "", _url, "URL where others reach this stage; empty: the bind address"),
     Variable("NOODLE_VALKEY_URL", "redis://127.0.0.1:6379", _url, "URL of Valkey or Redis"),
+    Variable("NOODLE_PLANNER_URL", "http://127.0.0.1:8079", _url, "URL where the coordinator reaches the planner"),
     Variable("NOODLE_COORDINATOR_URL", "http://127.0.0.1:8080", _url, "URL the noodle command asks"),
     # locks
     Variable("NOODLE_CLUSTER_TOKEN", "", _text, "secret the machines share; or NOODLE_CLUSTER_TOKEN_FILE"),
@@ -142,8 +143,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_RECOVERY_SECONDS", "10", _seconds, "how long an open request waits for a lost stage to return"),
     # where things are kept
     Variable("NOODLE_CACHE_DIR", "~/.cache/noodle", _path, "converted models and measurements; safe to delete"),
-    Variable("NOODLE_STATE_DIR", "~/.local/state/noodle", _path, "what a running `noodle up` keeps, gone after it"),
     Variable("NOODLE_REPORTS_DIR", "~/.local/share/noodle/reports", _path, "reports that the coordinator keeps"),
+    Variable("NOODLE_STATE_DIR", "~/.local/state/noodle", _path, "what a running `noodle up` keeps, and metrics.jsonl"),
+    Variable("NOODLE_METRICS_FILE", "", _text, "file of POST /log_metrics; empty: metrics.jsonl in NOODLE_STATE_DIR"),
     Variable("NOODLE_LOG_FORMAT", "pretty", _one_of("pretty", "json"), "how log lines are written"),
     # ports of `noodle up`
     Variable("NOODLE_COORDINATOR_PORT", "8080", _whole(1, 65535), "`noodle up`: port of the coordinator"),
@@ -230,6 +232,8 @@ class CoordinatorConfig(ServiceConfig):
     step_tokens: int
     recovery_seconds: float
     reports_dir: Path
+    planner_url: str
+    metrics_file: Path
 
 
 @dataclass(frozen=True)
@@ -308,6 +312,8 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
         step_tokens=values["NOODLE_STEP_TOKENS"],
         recovery_seconds=values["NOODLE_RECOVERY_SECONDS"],
         reports_dir=values["NOODLE_REPORTS_DIR"],
+        planner_url=values["NOODLE_PLANNER_URL"],
+        metrics_file=_path(values["NOODLE_METRICS_FILE"] or str(values["NOODLE_STATE_DIR"] / "metrics.jsonl")),
     )
 
 

@@ -6,6 +6,7 @@ NoodleError
 │   ├── ModelNotFound          NOODLE_MODEL names nothing that can be read
 │   ├── UnsupportedModel       the model is there, but noodle does not run it
 │   ├── PlanDoesNotFit         the model and these machines do not go together
+│   │   └── MemoryShort        because of their memory
 │   └── PortInUse              another program listens where we want to
 ├── RequestError               the request is wrong; 4xx
 │   ├── InvalidRequest         400, names the parameter
@@ -82,6 +83,10 @@ class PlanDoesNotFit(StartError):
     """Raised when no assignment of layers to the machines is possible."""
 
     code = "plan_does_not_fit"
+
+
+class MemoryShort(PlanDoesNotFit):
+    """Raised when the machines' memory does not hold the model, however it is cut or as it was asked to be."""
 
 
 class PortInUse(StartError):

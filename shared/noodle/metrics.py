@@ -63,6 +63,9 @@ class StageMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.steps = Counter("noodle_stage_steps", "Steps computed.", registry=registry)
         self.tokens = Counter("noodle_stage_tokens", "Tokens computed.", registry=registry)
+        self.forward_tokens = Counter(
+            "noodle_stage_forward_tokens", "Tokens computed in forwards by hand.", registry=registry
+        )
         self.dropped_spans = Counter(
             "noodle_stage_dropped_spans", "Spans that were old or refused.", ["reason"], registry=registry
         )

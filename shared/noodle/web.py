@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import msgspec
-from flask import Flask, Response, request
+from flask import Blueprint, Flask, Response, request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException
 
@@ -171,9 +171,9 @@ def refuse_a_port_in_use(bind: Address, name: str) -> None:
             ) from error
 
 
-def error_response(error: NoodleError) -> Response:
-    """An error as OpenAI's error object, with Retry-After where waiting helps."""
-    response = json_response({"error": error_object(error)}, error.http_status)
+def error_response(error: NoodleError, **beside: Any) -> Response:
+    """An error as OpenAI's error object, with fields `beside` it, and Retry-After where waiting helps."""
+    response = json_response({**beside, "error": error_object(error)}, error.http_status)
     if error.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(error.retry_after_seconds)
     if error.http_status == 401:
@@ -189,6 +189,18 @@ def error_object(error: NoodleError) -> dict[str, Any]:
 def json_response(value: Any, status: int = 200) -> Response:
     """A JSON body made by msgspec, which also takes its structs."""
     return Response(msgspec.json.encode(value), status, mimetype="application/json")
+
+
+def say_success_is_false(routes: Blueprint) -> None:
+    """Errors of these routes carry `success: false` beside the error object, and are sent after the body was read."""
+
+    @routes.errorhandler(NoodleError)
+    def known(error: NoodleError) -> Response:
+        if error.http_status != 401:  # a stranger's body is not worth the time
+            drain_body(request.content_length or 0)
+        if error.http_status >= 500:
+            log.info("answered %d: %s", error.http_status, error)
+        return error_response(error, success=False)
 
 
 def install_error_handlers(app: Flask) -> None:
@@ -281,6 +293,11 @@ def json_body(maximum_bytes: int, cure: str = "Send less, or raise NOODLE_MAX_BO
         raise UnsupportedMediaType(
             f"The body is {request.mimetype or 'of no declared type'}.", cure="Send Content-Type: application/json."
         )
+    return bounded_body(maximum_bytes, cure)
+
+
+def bounded_body(maximum_bytes: int, cure: str = "Send less.") -> bytes:
+    """The request's body of whatever type; a larger one is refused."""
     announced_bytes = request.content_length
     body = b"" if (announced_bytes or 0) > maximum_bytes else _received(maximum_bytes + 1)
     if max(len(body), announced_bytes or 0) > maximum_bytes:

@@ -178,3 +178,37 @@ def test_a_device_without_memory_fails_the_generation_and_names_the_cure(folder,
     with pytest.raises(PositionGap):  # rows of a step that failed do not count
         whole.forward(tokens_batch("a", 2, [7]))
     assert whole.forward(tokens_batch("a", 0, [5, 6], rows=[1])).logits.shape == (1, 199)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_input_embeddings_on_the_first_stage_are_what_their_token_ids_are(model_type, tmp_path):
+    first = load(make_tiny_model(tmp_path, model_type), 0, 3)
+    ids = [5, 17, 42, 99, 7]
+    by_ids = first.forward(tokens_batch("ids", 0, ids)).hidden_states
+    embeddings = embeddings_of(first._model, ids)
+    span = Span("embeddings", 0, len(ids), 32)
+    by_embeddings = first.forward(PackedBatch((span,), NO_ROWS, hidden_states=to_wire(embeddings))).hidden_states
+    assert torch.allclose(from_wire(by_ids), from_wire(by_embeddings), atol=1e-6)
+
+
+def embeddings_of(model, ids):
+    """As transformers' own callers would make them for `inputs_embeds`."""
+    with torch.inference_mode():
+        return model.get_input_embeddings()(torch.tensor(ids))
+
+
+def test_a_session_that_reserves_more_keeps_its_rows_and_its_budget_is_counted(folder):
+    straight, growing = load(folder, 0, 6), load(folder, 0, 6)
+    ids = list(range(20, 44))
+    expected = straight.forward(tokens_batch("a", 0, ids, rows=[23], reserve_tokens=64)).logits
+    growing.set_kv_budget(40 * growing.kv_bytes_per_token)
+    growing.forward(tokens_batch("a", 0, ids[:8], reserve_tokens=8))
+    growing.forward(tokens_batch("a", 8, ids[8:16], reserve_tokens=16))
+    got = growing.forward(tokens_batch("a", 16, ids[16:], rows=[7], reserve_tokens=32)).logits
+    assert np.allclose(got, expected, atol=1e-5)
+    assert growing.kv_bytes_held() == 32 * growing.kv_bytes_per_token
+    with pytest.raises(StepRefused):
+        growing.forward(tokens_batch("a", 24, [5], reserve_tokens=41))
+    growing.forward(tokens_batch("a", 24, [5], reserve_tokens=40))
+    growing.release("a")
+    growing.forward(tokens_batch("b", 0, [5], reserve_tokens=40))

@@ -35,7 +35,7 @@ def test_one_assumed_number_makes_the_prediction_assumed() -> None:
     assert predict(stages(8, 4), MACHINES, HopCost(0.0, "assumed")).source == "assumed"
 
 
-def test_the_words_name_the_slowest_stage() -> None:
+def test_the_words_tell_what_the_slowest_stage_takes() -> None:
     words = in_words(predict(stages(8, 4), MACHINES, HopCost(0.0, "measured")))
-    assert "slowest is stage 2 of 2 with 13.0 ms" in words
+    assert "slowest of 2 stages takes 13.0 ms" in words
     assert "measured" in words
