@@ -15,6 +15,7 @@ NoodleError
 │   │   └── UnknownModel       404, names the models served
 │   ├── MethodNotAllowed       405
 │   ├── Conflict               409
+│   ├── Gone                   410, was there: fetched already, or expired
 │   ├── BodyTooLarge           413
 │   ├── UnsupportedMediaType   415
 │   ├── Unprocessable          422, understood but not computable (a wrong hidden size)
@@ -27,7 +28,7 @@ NoodleError
 ├── StepRefused                a frame of ours that this stage must not compute; carries a `reason` code
 │   └── PositionGap            earlier tokens of the session never came
 ├── LinkLost                   the connection to the next process is gone
-└── QueueUnavailable           Valkey does not answer
+└── QueueUnavailable           Valkey does not answer, or is full
 """
 
 from __future__ import annotations
@@ -140,6 +141,13 @@ class Conflict(RequestError):
 
     http_status = 409
     code = "conflict"
+
+
+class Gone(RequestError):
+    """Raised when what is asked for was here, and will not come back."""
+
+    http_status = 410
+    code = "gone"
 
 
 class BodyTooLarge(RequestError):
