@@ -165,10 +165,9 @@ class Pipeline:
             log.warning("stage %d refused a frame: %s (%s)", message.stage_id, message.message, message.reason)
 
     def _taken(self, entry: QueueEntry) -> None:
-        if isinstance(entry, StepResult):
-            self._say(ResultArrived(entry))
-        elif not isinstance(entry, KeepAlive):
+        if not isinstance(entry, StepResult):
             raise WireError(f"a {type(entry).__name__} is no result.")
+        self._say(ResultArrived(entry))
 
     def _hop_changed(self, reason: str) -> None:
         with self._lock:

@@ -17,7 +17,6 @@ from noodle.hop_queue import QueueEnd
 from noodle.messages import (
     ActivationRef,
     InlineStep,
-    KeepAlive,
     LiveSessions,
     QueueEntry,
     Step,
@@ -147,7 +146,7 @@ class QueuedInlet:
             self._inbox.put(entry)
         elif isinstance(entry, ActivationRef):
             self._take_reference(entry)
-        elif not isinstance(entry, KeepAlive):
+        else:
             raise WireError(f"a {type(entry).__name__} does not travel down a hop.")
 
     def refused(self, reason: str) -> None:

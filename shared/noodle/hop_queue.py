@@ -132,7 +132,9 @@ class QueueEnd:
     def _take_one(self, data: bytes) -> None:
         """Hand one entry on; junk is counted, said once for each kind, and skipped."""
         try:
-            self._take(decode_entry(data))
+            entry = decode_entry(data)
+            if not isinstance(entry, KeepAlive):
+                self._take(entry)
         except (WireError, TimeoutError) as error:
             reason = "too_large" if isinstance(error, FrameTooLarge) else "junk"
             if isinstance(error, TimeoutError):
