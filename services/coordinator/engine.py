@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from noodle.config import CoordinatorConfig
 from noodle.errors import NotReady, StartError
+from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.metrics import CoordinatorMetrics
 from noodle.model_files import read_config
+from noodle.plan import Plan
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
 from services.coordinator.event_streams import Started, now_seconds
@@ -20,7 +23,7 @@ from services.coordinator.model_progress import Progress
 from services.coordinator.model_store import prepare_model
 from services.coordinator.openai_request import ServedModel
 from services.coordinator.parameters import GenerationParameters, fit_into_context
-from services.coordinator.pipeline import Pipeline
+from services.coordinator.pipeline import Pipeline, PipelineEvent
 from services.coordinator.recorder import Recorder
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.text_stream import TextStream
@@ -45,16 +48,17 @@ class Engine:
         self._config = config
         self.metrics = metrics
         work_queue = WorkQueue(config.valkey_url, config.valkey_password)
+        self._streams = WorkQueue(config.valkey_url, config.valkey_password, STREAM_TIMEOUT_SECONDS)
         self.recorder = Recorder(work_queue)
         self.loop = GenerationLoop(
             Scheduler(config.step_tokens, config.maximum_open_requests),
             self.recorder,
             metrics,
-            lambda plan, epoch, tell: Pipeline(plan, epoch, config.cluster_token, tell),
+            self._pipeline_of,
             maximum_open=config.maximum_open_requests + config.maximum_waiting_requests,
             recovery_seconds=config.recovery_seconds,
         )
-        self.leadership = Leadership(config.machine, work_queue, self.loop)
+        self.leadership = Leadership(config.machine, work_queue, self.loop, config.transport)
         self.loaded: LoadedModel | None = None
         self.detail = "the tokenizer to load"
         self.failure = ""
@@ -123,6 +127,17 @@ class Engine:
         self.metrics.prompt_tokens.inc(len(token_ids))
         text_stream = TextStream(model.tokenizer.decode, parameters.stop, context_ids=token_ids if goes_on else ())
         return Started(Answer(generation, text_stream), parameters, len(token_ids), token_ids)
+
+    def _pipeline_of(self, plan: Plan, coordinator_epoch: int, tell: Callable[[PipelineEvent], None]) -> Pipeline:
+        return Pipeline(
+            plan,
+            coordinator_epoch,
+            self._config.cluster_token,
+            tell,
+            transport=self._config.transport,
+            work_queue=self._streams,
+            travel=self.metrics.travel,
+        )
 
     def _say(self, progress: Progress) -> None:
         self.detail = progress.text()

@@ -30,6 +30,7 @@ class ClusterView:
     """What was last seen in Valkey, for /health."""
 
     queue_error: str = ""
+    disagreement: str = ""  # of stages and this coordinator about NOODLE_TRANSPORT
     leader: str = ""
     planner: PlannerState | None = None
     plan: Plan | None = None
@@ -39,7 +40,8 @@ class ClusterView:
 class Leadership:
     """`run` is its thread."""
 
-    def __init__(self, machine: str, work_queue: WorkQueue, loop: GenerationLoop) -> None:
+    def __init__(self, machine: str, work_queue: WorkQueue, loop: GenerationLoop, transport: str) -> None:
+        self._transport = transport
         self._name = f"{machine}/{uuid.uuid4().hex[:8]}"
         self._queue, self._loop = work_queue, loop
         self._epoch: int | None = None
@@ -108,6 +110,9 @@ class Leadership:
         ready = [state for state in states if state is not None and state.ready_version == plan.version]
         if len(ready) < len(plan.stages):
             return
+        self.view.disagreement = disagreement_of(ready, self._transport)
+        if self.view.disagreement:
+            return
         limits = limits_of(plan, ready)
         if plan.version > self._active_version:
             self._active_version = plan.version
@@ -115,6 +120,15 @@ class Leadership:
         elif limits != self._limits:
             self._loop.limits_changed(limits)
         self._limits = limits
+
+
+def disagreement_of(states: list[StageState], transport: str) -> str:
+    """Which stages let steps travel another way than this coordinator, and the cure; empty when they agree."""
+    others = [state for state in states if state.transport != transport]
+    if not others:
+        return ""
+    said = ", ".join(f"stage {state.stage_id} on {state.machine} has {state.transport}" for state in others)
+    return f"one NOODLE_TRANSPORT for all (the coordinator has {transport}, {said}): start them with the same"
 
 
 def limits_of(plan: Plan, states: list[StageState]) -> Limits:
@@ -151,7 +165,7 @@ def waiting_for(view: ClusterView, leads: bool, loop_detail: str, up: bool) -> l
             late.append(f"stage {stage.stage_id} on {stage.machine} to answer")
         elif state.ready_version != view.plan.version:
             late.append(_stage_in_words(state))
-    return late or [loop_detail]
+    return late or [view.disagreement or loop_detail]
 
 
 def progress_of(view: ClusterView, up: bool) -> float:

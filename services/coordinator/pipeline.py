@@ -1,30 +1,54 @@
-"""The coordinator's two connections into the pipeline: the hop to stage 0 and the results of the last stage.
+"""The coordinator's ways into the pipeline: steps to stage 0, results from the last stage, and whether it stands.
 
-Knows whether every stage of one plan is reachable, and tells its owner; nothing of requests.
+Knows whether every stage of one plan is reachable, by connections and by the queue as NOODLE_TRANSPORT says, and tells
+its owner; nothing of requests.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from noodle.errors import LinkLost
-from noodle.hop import HopConnection, ResultsConnection
-from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, StepResult
-from noodle.plan import Plan
+from noodle.errors import LinkLost, QueueUnavailable, WireError
+from noodle.hop import HopConnection, KeptOpen, ResultsConnection
+from noodle.hop_queue import QueueEnd, Streams
+from noodle.messages import (
+    ChainLink,
+    HopMessage,
+    HopRefused,
+    InlineStep,
+    KeepAlive,
+    LiveSessions,
+    QueueEntry,
+    Step,
+    StepResult,
+)
+from noodle.metrics import TravelMetrics
+from noodle.plan import Plan, StageState
 from noodle.web import start_loop
+from noodle.work_queue import RESULTS_STREAM, hop_stream
 
 log = logging.getLogger(__name__)
 
-RECONNECT_FIRST_SECONDS = 0.1
-RECONNECT_LAST_SECONDS = 1.0
+LOOK_SECONDS = 0.25  # between two looks at the stages' own beats, where the queue is in use
+
+
+class PipelineQueue(Streams, Protocol):
+    """The part of WorkQueue that a pipeline needs."""
+
+    def states_of(self, stage_ids: Sequence[int]) -> dict[int, StageState]:
+        """What these stages say of themselves, without the silent ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineUp:
-    """Every stage is reachable; a `boot_id` that differs from before is a KV cache that is gone."""
+    """Every stage is reachable; a `boot_id` that differs from before is a KV cache that is gone.
+
+    Told again with the same ones when a way between them changed, and steps on their way may be lost with it.
+    """
 
     plan_version: int
     boot_ids: tuple[str, ...]
@@ -49,63 +73,90 @@ PipelineEvent = PipelineUp | PipelineDown | ResultArrived
 
 
 class Pipeline:
-    """Keeps both connections of one plan open until it is closed, trying again with back-off."""
+    """All ways of one plan, until it is closed."""
 
     def __init__(
-        self, plan: Plan, coordinator_epoch: int, cluster_token: str, tell: Callable[[PipelineEvent], None]
+        self,
+        plan: Plan,
+        coordinator_epoch: int,
+        cluster_token: str,
+        tell: Callable[[PipelineEvent], None],
+        *,
+        transport: str,
+        work_queue: PipelineQueue,
+        travel: TravelMetrics,
     ) -> None:
-        self._plan, self._epoch, self._token, self._tell = plan, coordinator_epoch, cluster_token, tell
-        self._hop: HopConnection | None = None
-        self._up_with: tuple[str, ...] | None = None
-        self._chain: list[ChainLink] = []
-        self._results_open = False
-        self._lock = threading.Lock()
-        self._lost = threading.Event()
+        self._plan, self._transport, self._tell, self._travel = plan, transport, tell, travel
+        self._work_queue = work_queue
+        self._chain: list[ChainLink] = []  # as the hop's answer says it
+        self._states: dict[int, StageState] = {}  # as the stages' beats say it
+        self._losses: dict[tuple[int, str], int] = {}  # by stage and boot, of its own next link
+        self._results_changes = 0
+        self._reasons = {"hop": "stage 0 is not connected", "results": "the results are not connected"}
+        self._told: tuple[object, ...] | None = None  # what the pipeline stood with when that was told
+        self._lock = threading.RLock()  # held while telling, so that news arrive in their order
         self._closed = threading.Event()
-        start_loop("pipeline", self._keep_open, "coordinator")
+        self._hop: KeptOpen[HopConnection] | None = None
+        self._results: KeptOpen[ResultsConnection] | None = None
+        self._queue: QueueEnd | None = None
 
-    def send(self, message: HopMessage, body: bytes = b"") -> None:
-        """Send one frame to stage 0; raises LinkLost when it is not there."""
-        hop = self._hop
-        if hop is None:
-            raise LinkLost(f"{self._plan.stages[0].url} is not connected.")
-        hop.send(message, body)
+        def open_hop(when_lost: Callable[[str], None]) -> HopConnection:
+            connection = HopConnection(plan.stages[0].url, cluster_token, self._heard, when_lost)
+            connection.open(plan.version)
+            return connection
+
+        def open_results(when_lost: Callable[[str], None]) -> ResultsConnection:
+            connection = ResultsConnection(plan.stages[-1].url, cluster_token, self._heard, when_lost)
+            connection.open(plan.version, coordinator_epoch)
+            return connection
+
+        with self._lock:
+            if transport != "direct":
+                self._queue = QueueEnd(
+                    work_queue,
+                    RESULTS_STREAM,
+                    take=self._taken,
+                    changed=self._look,
+                    refused=lambda reason: travel.refused_entries.labels(reason).inc(),
+                )
+                self._queue.start("coordinator")
+                start_loop("beats", self._watch_beats, "coordinator")
+            if transport != "queue":
+                self._results = KeptOpen("results", "coordinator", open_results, self._results_changed)
+                self._hop = KeptOpen("hop", "coordinator", open_hop, self._hop_changed)
+
+    def send(self, message: Step | LiveSessions, body: bytes = b"") -> None:
+        """Send one message to stage 0; raises LinkLost when no way leads there."""
+        hop = self._hop.connection if self._hop is not None else None
+        try:
+            if hop is None:
+                raise LinkLost(f"{self._plan.stages[0].url} is not connected.")
+            hop.send(message, body)
+            way = "direct"
+        except LinkLost:
+            if self._queue is None:
+                raise
+            entry: QueueEntry = InlineStep(message, body) if isinstance(message, Step) else message
+            try:
+                self._queue.write(hop_stream(self._plan.stages[0].stage_id), entry)
+            except QueueUnavailable as error:
+                raise LinkLost(str(error)) from error
+            way = "queue"
+        if isinstance(message, Step):
+            self._travel.step(way, len(body))
 
     def close(self) -> None:
-        """Close both connections; nothing more is told."""
+        """Close every way; nothing more is told."""
         self._closed.set()
-        self._lost.set()
+        for way in (self._hop, self._results, self._queue):
+            if way is not None:
+                way.close()
 
-    def _keep_open(self) -> None:
-        wait_seconds = RECONNECT_FIRST_SECONDS
-        while not self._closed.is_set():
-            self._lost.clear()
-            first, last = self._plan.stages[0], self._plan.stages[-1]
-            hop = HopConnection(first.url, self._token, self._heard, self._when_lost)
-            results = ResultsConnection(last.url, self._token, self._heard, self._when_lost)
-            try:
-                results.open(self._plan.version, self._epoch)
-                with self._lock:
-                    self._results_open = True
-                hop.open(self._plan.version)
-                self._hop = hop
-                self._look()
-                wait_seconds = RECONNECT_FIRST_SECONDS
-                self._lost.wait()
-            except LinkLost as error:
-                self._when_lost(str(error))
-            self._hop = None
-            hop.close()
-            results.close()
-            with self._lock:
-                self._results_open = False
-                self._chain = []
-            self._closed.wait(wait_seconds)
-            wait_seconds = min(wait_seconds * 2, RECONNECT_LAST_SECONDS)
+    # what is heard
 
     def _heard(self, message: HopMessage) -> None:
         if isinstance(message, StepResult):
-            self._tell(ResultArrived(message))
+            self._say(ResultArrived(message))
         elif isinstance(message, KeepAlive) and message.chain:
             with self._lock:
                 self._chain = message.chain
@@ -113,38 +164,100 @@ class Pipeline:
         elif isinstance(message, HopRefused):
             log.warning("stage %d refused a frame: %s (%s)", message.stage_id, message.message, message.reason)
 
-    def _look(self) -> None:
-        """Compare what the chain says with the plan, and tell the change."""
-        with self._lock:
-            boot_ids = tuple(link.boot_id for link in self._chain)
-            missing = self._missing()
-            if not self._results_open or self._hop is None:
-                return
-            if missing is None and boot_ids != self._up_with:
-                self._up_with = boot_ids
-                event: PipelineEvent = PipelineUp(self._plan.version, boot_ids)
-            elif missing is not None and self._up_with is not None:
-                self._up_with = None
-                event = PipelineDown(self._plan.version, missing)
-            else:
-                return
-        self._tell(event)
+    def _taken(self, entry: QueueEntry) -> None:
+        if not isinstance(entry, StepResult):
+            raise WireError(f"a {type(entry).__name__} is no result.")
+        self._say(ResultArrived(entry))
 
-    def _missing(self) -> str | None:
+    def _hop_changed(self, reason: str) -> None:
+        with self._lock:
+            self._reasons["hop"] = reason
+            if reason:
+                self._chain = []
+        self._look()
+
+    def _results_changed(self, reason: str) -> None:
+        with self._lock:
+            was, self._reasons["results"] = self._reasons["results"], reason
+            if bool(was) != bool(reason):  # also one that is there again: the stage may have used the old one till now
+                self._results_changes += 1
+        self._look()
+
+    def _watch_beats(self) -> None:
+        stage_ids = [stage.stage_id for stage in self._plan.stages]
+        while not self._closed.is_set():
+            try:
+                states = self._work_queue.states_of(stage_ids)
+                with self._lock:
+                    self._states = states
+                self._look()
+            except QueueUnavailable as error:
+                log.debug("no beats read: %s", error)
+            self._closed.wait(LOOK_SECONDS)
+
+    # what it means
+
+    def _look(self) -> None:
+        """Compare what is known with the plan, and tell the change."""
+        with self._lock:
+            links = self._links()
+            missing = self._missing(links)
+            if missing is not None:
+                was_up, self._told = self._told is not None, None
+                if was_up:
+                    self._say(PipelineDown(self._plan.version, missing))
+                return
+            boot_ids = tuple(link.boot_id for link in links)
+            stands_with = (boot_ids, self._losses_of(links), self._results_changes)
+            if stands_with != self._told:
+                self._told = stands_with
+                self._say(PipelineUp(self._plan.version, boot_ids))
+
+    def _links(self) -> list[ChainLink]:
+        """What is known of each stage: by the connections as far as they reach, from there on by the stages' beats."""
+        links: list[ChainLink] = []
+        for link in self._chain:
+            links.append(link)
+            if link.by_queue:  # what it once heard of those behind may be old
+                break
+        for stage in self._plan.stages[len(links) :]:
+            state = self._states.get(stage.stage_id)
+            if state is None or state.link is None or state.ready_version != self._plan.version:
+                break
+            links.append(state.link)
+        return links
+
+    def _missing(self, links: list[ChainLink]) -> str | None:
         """What is missing for the whole pipeline, None when nothing is."""
+        queue_failure = self._queue.failure if self._queue is not None else None
+        for name, kept in (("hop", self._hop), ("results", self._results)):
+            if (kept is None or kept.connection is None) and queue_failure != "":
+                return queue_failure or self._reasons[name]
         for index, stage in enumerate(self._plan.stages):
-            if index >= len(self._chain):
+            state = self._states.get(stage.stage_id)
+            if self._transport == "queue" and state is not None and state.transport == "direct":
+                return (
+                    f"stage {stage.stage_id} on {stage.machine} has NOODLE_TRANSPORT=direct, "
+                    f"this coordinator has NOODLE_TRANSPORT=queue"
+                )
+            if index >= len(links):
                 return f"stage {stage.stage_id} on {stage.machine} is not connected"
-            link = self._chain[index]
+            link = links[index]
             if link.stage_id != stage.stage_id or link.plan_version != self._plan.version:
                 return f"stage {stage.stage_id} on {stage.machine} is not ready for plan {self._plan.version}"
             if not link.next_link_up:
                 return link.detail or f"stage {stage.stage_id} on {stage.machine} does not reach the next one"
         return None
 
-    def _when_lost(self, reason: str) -> None:
-        with self._lock:
-            was_up, self._up_with = self._up_with, None
-        self._lost.set()
-        if was_up is not None and not self._closed.is_set():
-            self._tell(PipelineDown(self._plan.version, reason))
+    def _losses_of(self, links: list[ChainLink]) -> tuple[int, ...]:
+        """How often each connection was lost; a beat may be older than what its stage said over a connection."""
+        counts = [self._hop.losses if self._hop is not None else 0]
+        for link in links:
+            key = (link.stage_id, link.boot_id)
+            self._losses[key] = max(link.losses, self._losses.get(key, 0))
+            counts.append(self._losses[key])
+        return tuple(counts)
+
+    def _say(self, event: PipelineEvent) -> None:
+        if not self._closed.is_set():
+            self._tell(event)

@@ -21,7 +21,7 @@ DEADLINE_FACTOR = 20.0
 DEADLINE_FLOOR_SECONDS = 8.0
 GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that the gap is told first
 MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is the request that is at fault
-REPLAYED_REASONS = frozenset({"position_gap", "too_many_early"})  # refusals that a replay cures
+REPLAYED_REASONS = frozenset({"position_gap", "too_many_early", "activations_lost"})  # refusals that a replay cures
 
 
 @dataclass(slots=True, eq=False)

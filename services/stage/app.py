@@ -12,6 +12,7 @@ from noodle import __version__
 from noodle.config import StageConfig
 from noodle.errors import Conflict, InvalidRequest
 from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
+from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.metrics import install_metrics_route
 from noodle.web import (
     Service,
@@ -25,10 +26,11 @@ from noodle.web import (
 from noodle.work_queue import WorkQueue
 from services.stage.guide_routes import guide_routes
 from services.stage.lifecycle import Lifecycle, new_boot_id
+from services.stage.queued_transport import confirmed_by
 from services.stage.stage import Stage
 from services.stage.transport import maximum_frame_bytes, unbuffered_read
 
-STAGE_THREADS = 32  # one hop, one reader of results, and room for /health, /metrics and strangers who get a 401
+STAGE_THREADS = 32  # a hop, readers of results and activations, and room for /health, /metrics and strangers
 STREAM_TYPE = "application/octet-stream"
 
 
@@ -57,6 +59,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
     @app.post("/hop")
     def hop() -> Response:
         require_token(config.cluster_token)
+        stage.refuse_connections()
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
         frames = stage.hops.serve(
             unbuffered_read(request.environ["wsgi.input"]),
@@ -65,9 +68,21 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         )
         return _stream(frames)
 
+    @app.get("/activations/<activation_id>")
+    def activations(activation_id: str) -> Response:
+        require_token(config.cluster_token)
+        body = stage.outbox.body(activation_id)
+        is_chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        read = unbuffered_read(request.environ["wsgi.input"])
+        confirmed = confirmed_by(read, request.environ.get("gunicorn.socket"), is_chunked)
+        response = Response(stage.outbox.deliver(activation_id, body, confirmed), mimetype=STREAM_TYPE)
+        response.content_length = len(body)
+        return response
+
     @app.get("/results")
     def results() -> Response:
         require_token(config.cluster_token)
+        stage.refuse_connections()
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
         if role.next_stage is not None:
             raise Conflict(f"Stage {config.stage_id} is not the last one of plan {role.plan.version}.")
@@ -94,7 +109,8 @@ class StageService(Service):
     def create_app(self) -> Flask:
         """Wire stage, lifecycle and routes; nothing heavy is imported yet."""
         registry = CollectorRegistry()
-        self._stage = Stage(self._config, new_boot_id(), registry)
+        streams = WorkQueue(self._config.valkey_url, self._config.valkey_password, STREAM_TIMEOUT_SECONDS)
+        self._stage = Stage(self._config, new_boot_id(), registry, streams)
         work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
         self._lifecycle = Lifecycle(self._config, self._stage, work_queue)
         return create_app(self._config, self._stage, self._lifecycle, registry)
@@ -102,6 +118,7 @@ class StageService(Service):
     def start(self) -> None:
         """Start the loop, the heart and the follower of plans."""
         start_loop("worker", self._stage.worker.run, self.name)
+        self._stage.start_queue()
         start_loop("beat", self._lifecycle.beat, self.name)
         start_loop("plans", self._lifecycle.follow_plans, self.name)
 

@@ -36,10 +36,11 @@ class Lifecycle:
     def __init__(self, config: StageConfig, stage: Stage, work_queue: WorkQueue) -> None:
         self._config, self._stage, self._queue = config, stage, work_queue
         self._lock = threading.Lock()
-        self._state = StageState(config.stage_id, config.machine, stage.boot_id, "starting")
+        self._state = StageState(config.stage_id, config.machine, stage.boot_id, "starting", transport=config.transport)
         self._report: MachineReport | None = None
         self._beat_now = threading.Event()
         self._loads: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # asked for by hand
+        stage.chain.own_changed = self._beat_now.set
         self.stopping = threading.Event()
 
     @property
@@ -50,6 +51,8 @@ class Lifecycle:
                 self._state,
                 kv_bytes_held=self._stage.kv_bytes_held(),
                 sessions=self._stage.worker.session_count,
+                outbox_bytes=self._stage.outbox.held_bytes,
+                link=self._stage.chain.links()[0],
             )
 
     def beat(self) -> None:

@@ -7,10 +7,15 @@ import threading
 from prometheus_client import CollectorRegistry
 
 from noodle.config import StageConfig
-from noodle.errors import NotReady
+from noodle.errors import Conflict, NotReady
+from noodle.hop_queue import QueueEnd, Streams
 from noodle.metrics import StageMetrics
+from noodle.work_queue import hop_stream
 from services.stage.forward import Forwards
-from services.stage.transport import Chain, HopServer, Inbox, NextStageLink, ResultsOutlet
+from services.stage.next_stage import NextStage, ResultsWay
+from services.stage.outbox import Outbox
+from services.stage.queued_transport import Fetcher, QueuedInlet, QueuedOutlet, results_by
+from services.stage.transport import Chain, HopServer, Inbox, ResultsOutlet
 from services.stage.worker import Role, Worker
 
 INSTALL_TIMEOUT_SECONDS = 120.0  # the worker finishes the step in progress first
@@ -19,21 +24,42 @@ INSTALL_TIMEOUT_SECONDS = 120.0  # the worker finishes the step in progress firs
 class Stage:
     """Holds what lives as long as the process; `become` changes what it computes."""
 
-    def __init__(self, config: StageConfig, boot_id: str, registry: CollectorRegistry) -> None:
+    def __init__(self, config: StageConfig, boot_id: str, registry: CollectorRegistry, streams: Streams) -> None:
         self.config, self.boot_id = config, boot_id
         self.metrics = StageMetrics(registry)
         self.inbox = Inbox()
         self.chain = Chain(config.stage_id, boot_id)
-        self.results = ResultsOutlet()
+        self.outbox = Outbox()
+        self.metrics.outbox_bytes.set_function(lambda: self.outbox.held_bytes)
+        self._is_direct, self._is_queued = config.transport != "queue", config.transport != "direct"
+        self._queue_end: QueueEnd | None = None
+        if self._is_queued:
+            self._queue_end = QueueEnd(
+                streams,
+                hop_stream(config.stage_id),
+                take=lambda entry: self._inlet.take(entry),
+                changed=self._queue_changed,
+                refused=lambda reason: self._inlet.refused(reason),
+            )
+        by_queue = results_by(self._queue_end) if self._queue_end is not None else None
+        self.results = ResultsOutlet(lambda result: self._results_way.put_queued(result))
+        self._results_way = ResultsWay(self.results if self._is_direct else None, by_queue, self.metrics.travel)
         self.hops = HopServer(
             config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
         )
-        self.worker = Worker(config.stage_id, self.inbox, self.results, self.metrics)
+        self.worker = Worker(config.stage_id, self.inbox, self._results_way, self.metrics)
         self.forwards = Forwards(config.stage_id, self.worker, self.metrics)
+        fetcher = Fetcher(config.cluster_token)
+        self._inlet = QueuedInlet(self.inbox, self.worker, lambda: self._role, fetcher, self.metrics)
         self.kv_budget_bytes = 0  # of served requests
         self.plan_version = 0  # of the newest plan this stage has acted on
         self._role: Role | None = None
-        self._link: NextStageLink | None = None
+        self._link: NextStage | None = None
+
+    def start_queue(self) -> None:
+        """Begin to read this stage's stream, where steps may come by it."""
+        if self._queue_end is not None:
+            self._queue_end.start("stage")
 
     @property
     def role(self) -> Role | None:
@@ -51,6 +77,14 @@ class Stage:
             )
         return role
 
+    def refuse_connections(self) -> None:
+        """Raise Conflict where NOODLE_TRANSPORT leaves hops and results to the queue."""
+        if not self._is_direct:
+            raise Conflict(
+                f"Stage {self.config.stage_id} on {self.config.machine} has NOODLE_TRANSPORT=queue and takes no hop.",
+                cure="Set the same NOODLE_TRANSPORT for the coordinator and every stage.",
+            )
+
     def kv_bytes_held(self) -> int:
         """Bytes of KV rows held now."""
         role = self._role
@@ -62,23 +96,47 @@ class Stage:
         if self._link is not None:
             self._link.close()
             self._link = None
+        self.outbox.clear()
         self.chain.set_own(0, False, "loading")
         if role is not None and role.index + 1 < len(role.plan.stages):
-            self._link = NextStageLink(role.plan, role.index, self.config.cluster_token, self.chain)
-            role.next_stage = self._link
+            role.next_stage = self._link = self._link_of(role)
         installed = threading.Event()
         self.worker.install(role, installed.set)
         if not installed.wait(INSTALL_TIMEOUT_SECONDS):
             raise TimeoutError(f"the worker did not take plan {plan_version} in {INSTALL_TIMEOUT_SECONDS:.0f} seconds")
         self._role = role
         self.plan_version = plan_version
-        if role is not None and self._link is None:
-            self.chain.set_own(plan_version, True)
+        self._queue_changed()
+
+    def _link_of(self, role: Role) -> NextStage:
+        queued = None
+        if self._queue_end is not None:
+            queued = QueuedOutlet(role.plan, role.index, self.outbox, self._queue_end, self.metrics)
+        return NextStage(
+            role.plan,
+            role.index,
+            self.config.cluster_token,
+            self.chain,
+            self.metrics.travel,
+            is_direct=self._is_direct,
+            queued=queued,
+        )
+
+    def _queue_changed(self) -> None:
+        """Say in the chain how the next process is reached; the last stage's results may have no way but the queue."""
+        link, role = self._link, self._role
+        if link is not None:
+            link.tell()
+        elif role is not None:
+            failure = self._queue_end.failure if self._queue_end is not None and not self._is_direct else ""
+            self.chain.set_own(role.plan.version, not failure, failure)
 
     def close(self) -> None:
         """Close every long-lived connection and end the loop."""
         self.hops.close()
         self.results.close()
+        if self._queue_end is not None:
+            self._queue_end.close()
         if self._link is not None:
             self._link.close()
         self.worker.stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import select
 import socket
 import threading
 import time
@@ -15,11 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from noodle.errors import FrameTooLarge, LinkLost, WireError
-from noodle.hop import KEEP_ALIVE_SECONDS, SILENCE_SECONDS, HopConnection
+from noodle.errors import FrameTooLarge, WireError
+from noodle.hop import KEEP_ALIVE_SECONDS, SILENCE_SECONDS
 from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, LiveSessions, Step, StepResult
-from noodle.plan import Plan
-from noodle.web import start_loop
 from noodle.wire import ITEM_BYTES, MAXIMUM_HEADER_BYTES, MAXIMUM_STEP_TOKENS, encode_frame, read_frame
 
 log = logging.getLogger(__name__)
@@ -28,8 +27,6 @@ INBOX_FRAMES = 64
 INBOX_BYTES = 256 << 20
 INBOX_FULL_SECONDS = 60.0  # a worker that takes nothing for so long has lost its upstream's patience too
 RESULTS_FRAMES = 256
-RECONNECT_FIRST_SECONDS = 0.1
-RECONNECT_LAST_SECONDS = 1.0
 NO_BODY = memoryview(b"")
 
 
@@ -78,6 +75,16 @@ class Inbox:
             self._changed.notify_all()
         return arrival
 
+    def wait_for_room(self, new_bytes: int, ahead_frames: int) -> None:
+        """Return when fewer than `ahead_frames` wait and so many bytes have room; raises TimeoutError as `put` does."""
+
+        def has_room() -> bool:
+            return self._frames < ahead_frames and self._has_room(new_bytes)
+
+        with self._changed:
+            if not self._changed.wait_for(has_room, INBOX_FULL_SECONDS):
+                raise TimeoutError(f"the stage's worker took nothing for {INBOX_FULL_SECONDS:.0f} seconds")
+
     def _has_room(self, new_bytes: int) -> bool:
         if not self._frames:  # one frame always fits: its own size was bounded before
             return True
@@ -92,16 +99,23 @@ class Chain:
         self._behind: list[ChainLink] = []
         self._changed = threading.Condition()
         self._version = 0
+        self.own_changed: Callable[[], None] = lambda: None  # told beside the waiters, for who beats
 
-    def set_own(self, plan_version: int, next_link_up: bool, detail: str = "") -> None:
-        """What this stage is ready for, and whether its connection to the next one stands."""
+    def set_own(
+        self, plan_version: int, next_link_up: bool, detail: str = "", *, by_queue: bool = False, losses: int = 0
+    ) -> None:
+        """What this stage is ready for, and how it reaches the next one."""
         with self._changed:
-            own = ChainLink(self._own.stage_id, self._own.boot_id, plan_version, next_link_up, detail)
-            if not next_link_up:
+            own = ChainLink(
+                self._own.stage_id, self._own.boot_id, plan_version, next_link_up, detail[:2000], by_queue, losses
+            )
+            if by_queue or not next_link_up:
                 self._behind = []
-            if own != self._own:
-                self._own = own
-                self._wake()
+            if own == self._own:
+                return
+            self._own = own
+            self._wake()
+        self.own_changed()
 
     def set_behind(self, chain: list[ChainLink]) -> None:
         """What the next stage said of itself and those behind it."""
@@ -225,7 +239,8 @@ class HopServer:
 class ResultsOutlet:
     """Hands results to the coordinator that reads them; without one they are dropped: it sends its steps again."""
 
-    def __init__(self) -> None:
+    def __init__(self, unread: Callable[[StepResult], object] = lambda _: None) -> None:
+        self._unread = unread  # takes results that a reader left behind
         self._reader: queue.SimpleQueue[StepResult | None] | None = None  # of the newest connection
         self._lock = threading.Lock()
 
@@ -253,15 +268,27 @@ class ResultsOutlet:
                     continue
                 if result is None:
                     return
+                if _has_gone(connection):
+                    self._unread(result)
+                    return
                 yield _frame(result)
         finally:
             with self._lock:
                 if self._reader is mine:
                     self._reader = None
+            self._leave(mine)
 
     def close(self) -> None:
         """End the connection at once."""
         self._replace(None)
+
+    def _leave(self, reader: queue.SimpleQueue[StepResult | None]) -> None:
+        """What nobody has read: nothing is added any more, for another reader, or none, has its place."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                result = reader.get_nowait()
+                if result is not None:
+                    self._unread(result)
 
     def _replace(self, reader: queue.SimpleQueue[StepResult | None] | None) -> None:
         with self._lock:
@@ -270,68 +297,13 @@ class ResultsOutlet:
             older.put(None)  # one that is blocked in its socket ends by its timeout
 
 
-class NextStageLink:
-    """Keeps the hop to the next stage open, trying again with back-off until it is closed."""
-
-    def __init__(self, plan: Plan, stage_index: int, cluster_token: str, chain: Chain) -> None:
-        self._plan, self._chain, self._token = plan, chain, cluster_token
-        self._url = plan.stages[stage_index + 1].url
-        self._connection: HopConnection | None = None
-        self._lost = threading.Event()
-        self._closed = threading.Event()
-        start_loop("next stage", self._keep_open, "stage")
-
-    def send(self, message: HopMessage, body: bytes | memoryview = b"") -> bool:
-        """Send one frame on; False when the next stage is not there: the coordinator hears it from the chain."""
-        connection = self._connection
-        if connection is None:
-            return False
-        try:
-            connection.send(message, body)
-        except LinkLost as error:
-            log.warning("not sent on: %s", error)
-            return False
+def _has_gone(connection: socket.socket) -> bool:
+    """Whether the other end has closed: what is written then is lost without a word, the first time."""
+    try:
+        readable, _, _ = select.select([connection], [], [], 0)
+        return bool(readable) and connection.recv(1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):
         return True
-
-    def close(self) -> None:
-        """Close the hop and stop trying."""
-        self._closed.set()
-        self._lost.set()
-        if self._connection is not None:
-            self._connection.close()
-
-    def _keep_open(self) -> None:
-        wait_seconds = RECONNECT_FIRST_SECONDS
-        while not self._closed.is_set():
-            self._lost.clear()
-            connection = HopConnection(self._url, self._token, self._heard, self._when_lost)
-            try:
-                connection.open(self._plan.version)
-            except LinkLost as error:
-                self._chain.set_own(self._plan.version, False, str(error))
-                self._closed.wait(wait_seconds)
-                wait_seconds = min(wait_seconds * 2, RECONNECT_LAST_SECONDS)
-                continue
-            wait_seconds = RECONNECT_FIRST_SECONDS
-            self._connection = connection
-            log.info("the hop to %s stands", self._url)
-            self._chain.set_own(self._plan.version, True)
-            self._lost.wait()
-            self._connection = None
-            connection.close()
-        log.info("the hop to %s is closed", self._url)
-
-    def _heard(self, message: HopMessage) -> None:
-        if isinstance(message, KeepAlive):
-            self._chain.set_behind(message.chain)
-        elif isinstance(message, HopRefused):
-            log.warning("stage %d refused a frame: %s (%s)", message.stage_id, message.message, message.reason)
-
-    def _when_lost(self, reason: str) -> None:
-        log.warning("the hop to the next stage is lost: %s", reason)
-        if not self._closed.is_set():
-            self._chain.set_own(self._plan.version, False, reason)
-        self._lost.set()
 
 
 def _frame(message: HopMessage) -> bytes:

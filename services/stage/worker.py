@@ -33,7 +33,7 @@ from services.stage.forward_sessions import ForwardSessions
 from services.stage.sampler import sample
 from services.stage.sessions import SessionTable
 from services.stage.slice_interface import ModelSlice, PackedBatch, Span
-from services.stage.transport import Arrival, Inbox, ResultsOutlet
+from services.stage.transport import Arrival, Inbox
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,14 @@ class Next(Protocol):
 
     def send(self, message: Step | LiveSessions, body: memoryview = ...) -> bool:
         """Hand one frame to the next stage; False when it is not there."""
+        ...
+
+
+class Results(Protocol):
+    """Where the last stage's results go."""
+
+    def put(self, result: StepResult) -> bool:
+        """Hand one result to the coordinator; False when no way leads there."""
         ...
 
 
@@ -67,7 +75,7 @@ class Role:
 class Worker:
     """Computes steps one after the other; `run` is its thread."""
 
-    def __init__(self, stage_id: int, inbox: Inbox, results: ResultsOutlet, metrics: StageMetrics) -> None:
+    def __init__(self, stage_id: int, inbox: Inbox, results: Results, metrics: StageMetrics) -> None:
         self._stage_id = stage_id
         self._inbox, self._results, self._metrics = inbox, results, metrics
         self._sessions = SessionTable(stage_id)
@@ -116,6 +124,16 @@ class Worker:
     def between_steps(self, function: Callable[[Role | None], None]) -> None:
         """Run a function on the loop's thread, with what it computes then; it must not raise."""
         self._inbox.put(lambda: function(self._role))
+
+    def refuse(self, step: Step, reason: str, message: str) -> None:
+        """Between two steps, refuse one whose body could not be had."""
+
+        def refuse_it() -> None:
+            role = self._role
+            if role is not None and self._is_current(role, step.plan_version, step.coordinator_epoch):
+                self._refuse(role, step, step.spans, reason, message)
+
+        self._inbox.put(refuse_it)
 
     def _take(self, arrival: Arrival) -> None:
         if isinstance(arrival.message, Step):

@@ -116,6 +116,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_VALKEY_URL", "redis://127.0.0.1:6379", _url, "URL of Valkey or Redis"),
     Variable("NOODLE_PLANNER_URL", "http://127.0.0.1:8079", _url, "URL where the coordinator reaches the planner"),
     Variable("NOODLE_COORDINATOR_URL", "http://127.0.0.1:8080", _url, "URL the noodle command asks"),
+    Variable(
+        "NOODLE_TRANSPORT",
+        "auto",
+        _one_of("auto", "direct", "queue"),
+        "how steps travel: by connections (direct), by Valkey and references (queue) or by both; everywhere the same",
+    ),
     # locks
     Variable("NOODLE_CLUSTER_TOKEN", "", _text, "secret the machines share; or NOODLE_CLUSTER_TOKEN_FILE"),
     Variable("NOODLE_CLUSTER_TOKEN_FILE", "", _text, "file with that secret"),
@@ -218,6 +224,7 @@ class ServiceConfig:
     model: str
     cache_dir: Path
     log_format: str
+    transport: str  # auto, direct or queue
 
 
 @dataclass(frozen=True)
@@ -289,6 +296,7 @@ def _service_values(values: Mapping[str, Any], bind_name: str) -> dict[str, Any]
         "model": values["NOODLE_MODEL"],
         "cache_dir": values["NOODLE_CACHE_DIR"],
         "log_format": values["NOODLE_LOG_FORMAT"],
+        "transport": values["NOODLE_TRANSPORT"],
     }
 
 

@@ -17,6 +17,7 @@ NoodleError
 │   ├── MethodNotAllowed       405
 │   ├── RequestTooSlow         408
 │   ├── Conflict               409
+│   ├── Gone                   410, was there: fetched already, or expired
 │   ├── BodyTooLarge           413
 │   ├── UnsupportedMediaType   415
 │   ├── Unprocessable          422, understood but not computable (a wrong hidden size)
@@ -29,7 +30,7 @@ NoodleError
 ├── StepRefused                a frame of ours that this stage must not compute; carries a `reason` code
 │   └── PositionGap            earlier tokens of the session never came
 ├── LinkLost                   the connection to the next process is gone
-└── QueueUnavailable           Valkey does not answer
+└── QueueUnavailable           Valkey does not answer, or is full
 """
 
 from __future__ import annotations
@@ -153,6 +154,13 @@ class Conflict(RequestError):
 
     http_status = 409
     code = "conflict"
+
+
+class Gone(RequestError):
+    """Raised when what is asked for was here, and will not come back."""
+
+    http_status = 410
+    code = "gone"
 
 
 class BodyTooLarge(RequestError):

@@ -11,12 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 
 from noodle.errors import LinkLost, WireError
 from noodle.messages import HopMessage, KeepAlive
+from noodle.web import start_loop
 from noodle.wire import encode_frame, read_frame
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 1.0  # a frame at least this often, both ways
 SILENCE_SECONDS = 3.0  # three missed keep-alives: the other end is lost
 CONNECT_TIMEOUT_SECONDS = 3.0
+RECONNECT_FIRST_SECONDS = 0.1
+RECONNECT_LAST_SECONDS = 1.0  # between two tries to open a connection
 SEND_TIMEOUT_SECONDS = 15.0  # back-pressure this long is a loss
 MAXIMUM_ANSWER_BYTES = 32 << 20  # of a frame from a stage back to its caller: no activations among them
 MAXIMUM_REFUSAL_BYTES = 64 << 10
@@ -173,6 +177,83 @@ class ResultsConnection(_FrameStream):
         """Take the results of one plan; raises LinkLost when the stage is not there, not last or not ready."""
         headers = {PLAN_VERSION_HEADER: str(plan_version), COORDINATOR_EPOCH_HEADER: str(coordinator_epoch)}
         self._open("GET", "/results", headers)
+
+
+class Opened(Protocol):
+    """A connection that stands."""
+
+    def close(self) -> None:
+        """End it on purpose."""
+
+
+Connection = TypeVar("Connection", bound=Opened)
+
+
+class KeptOpen(Generic[Connection]):
+    """Keeps one connection open, trying again with back-off until it is closed.
+
+    `open_one` gets what to call when the connection is lost, and raises LinkLost when there is none to be had.
+    `changed(reason)` is called at each success (with an empty reason), loss and failure.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        service_name: str,
+        open_one: Callable[[Callable[[str], None]], Connection],
+        changed: Callable[[str], None],
+    ) -> None:
+        self._open_one, self._changed = open_one, changed
+        self._connection: Connection | None = None
+        self._lost = threading.Event()
+        self._closed = threading.Event()
+        self.losses = 0  # of connections that stood
+        start_loop(name, self._keep_open, service_name)
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connection that stands now."""
+        return self._connection
+
+    def close(self) -> None:
+        """Close it and stop trying; nothing more is said."""
+        self._closed.set()
+        self._lost.set()
+        connection = self._connection
+        if connection is not None:
+            connection.close()
+
+    def _keep_open(self) -> None:
+        wait_seconds = RECONNECT_FIRST_SECONDS
+        while not self._closed.is_set():
+            self._lost.clear()
+            if self._closed.is_set():  # between the look above and the clearing
+                return
+            try:
+                connection = self._open_one(self._when_lost)
+            except LinkLost as error:
+                self._say(str(error))
+                self._closed.wait(wait_seconds)
+                wait_seconds = min(wait_seconds * 2, RECONNECT_LAST_SECONDS)
+                continue
+            wait_seconds = RECONNECT_FIRST_SECONDS
+            self._connection = connection
+            if not self._lost.is_set():
+                self._say("")
+            self._lost.wait()
+            self._connection = None
+            connection.close()
+            self._closed.wait(wait_seconds)
+
+    def _when_lost(self, reason: str) -> None:
+        self.losses += 1
+        self._connection = None
+        self._lost.set()
+        self._say(reason)
+
+    def _say(self, reason: str) -> None:
+        if not self._closed.is_set():
+            self._changed(reason)
 
 
 def _buffered_read(answer: http.client.HTTPResponse) -> Callable[[int], bytes]:

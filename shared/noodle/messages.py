@@ -2,6 +2,7 @@
 
 Down the pipeline, each hop: Step, LiveSessions, KeepAlive.   Up again on the same connection: KeepAlive, HopRefused.
 From the last stage to the coordinator: StepResult, KeepAlive.
+By the queue, as entries of a stream: InlineStep, ActivationRef, LiveSessions, StepResult, KeepAlive.
 Fields are only ever added, with a default (msgspec's rule for schema evolution); none changes its type.
 """
 
@@ -17,6 +18,7 @@ Version = Annotated[int, Meta(ge=0, le=1 << 53)]
 Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0)]
 ShortText = Annotated[str, Meta(max_length=2000)]
+MAXIMUM_INLINE_BYTES = 32 << 10  # the token ids of the largest step
 
 
 class SamplingParameters(Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +96,8 @@ class ChainLink(Struct, frozen=True):
     plan_version: Version
     next_link_up: bool  # always true on the last stage
     detail: ShortText = ""
+    by_queue: bool = False  # the next stage is only reached by the queue now
+    losses: Count = 0  # how often the connection to the next stage was lost, and with it perhaps a step on its way
 
 
 class KeepAlive(Struct, frozen=True, tag="alive"):
@@ -132,7 +136,25 @@ class StepResult(Struct, frozen=True, tag="result"):
     timings: Annotated[list[StageTiming], Meta(max_length=1024)]
 
 
+class InlineStep(Struct, frozen=True, tag="inline"):
+    """A step whose body is small and no activations: token ids for stage 0, or none when only refusals travel on."""
+
+    step: Step
+    body: Annotated[bytes, Meta(max_length=MAXIMUM_INLINE_BYTES)] = b""
+
+
+class ActivationRef(Struct, frozen=True, tag="reference"):
+    """A step whose body the stage before keeps in its outbox until this one fetches it from there."""
+
+    step: Step
+    url: Annotated[str, Meta(max_length=300)]  # of the stage that keeps it; any other than the plan's is refused
+    activation_id: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    byte_count: Annotated[int, Meta(ge=1, le=1 << 40)]
+    digest: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]  # of the bytes, by `noodle.wire.body_digest`
+
+
 HopMessage = Step | LiveSessions | KeepAlive | HopRefused | StepResult
+QueueEntry = InlineStep | ActivationRef | LiveSessions | StepResult | KeepAlive
 
 
 def total_tokens(step: Step) -> int:

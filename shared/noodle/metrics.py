@@ -41,6 +41,7 @@ class CoordinatorMetrics:
             registry=registry,
         )
         self.replays = Counter("noodle_session_replays", "KV caches prefilled again.", ["reason"], registry=registry)
+        self.travel = TravelMetrics(registry)
         self.stage_computed = Histogram(
             "noodle_stage_computed_seconds",
             "Computation of one step on a stage.",
@@ -57,10 +58,31 @@ class CoordinatorMetrics:
         )
 
 
+class TravelMetrics:
+    """What one process counts of steps and results on their way; the sender counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.steps = Counter("noodle_hop_steps", "Steps sent on, by their way.", ["transport"], registry=registry)
+        self.bytes = Counter("noodle_hop_bytes", "Bytes of those steps.", ["transport"], registry=registry)
+        self.results = Counter("noodle_hop_results", "Results sent, by their way.", ["transport"], registry=registry)
+        self.refused_entries = Counter(
+            "noodle_queue_refused_entries", "Entries of a stream that were not taken.", ["reason"], registry=registry
+        )
+
+    def step(self, transport: str, body_bytes: int) -> None:
+        """Count one step that was sent."""
+        self.steps.labels(transport).inc()
+        self.bytes.labels(transport).inc(body_bytes)
+
+
 class StageMetrics:
     """What a stage counts."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.travel = TravelMetrics(registry)
+        self.outbox_bytes = Gauge(
+            "noodle_stage_outbox_bytes", "Activations kept until the next stage fetches them.", registry=registry
+        )
         self.steps = Counter("noodle_stage_steps", "Steps computed.", registry=registry)
         self.tokens = Counter("noodle_stage_tokens", "Tokens computed.", registry=registry)
         self.forward_tokens = Counter(

@@ -10,6 +10,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from noodle.messages import ChainLink
+
 Source = Literal["measured", "assumed", "configured"]  # where a number comes from (design D8)
 
 
@@ -101,6 +103,9 @@ class StageState(Struct, frozen=True):
     device: str = ""  # "cpu" or "cuda"; this and the next two once it has measured
     device_name: str = ""
     threads: int = 0
+    outbox_bytes: int = 0  # activations kept until the next stage fetches them
+    transport: str = "direct"  # NOODLE_TRANSPORT of the stage, which must be the coordinator's
+    link: ChainLink | None = None  # how it reaches the next stage, for a coordinator that has no connection to ask
 
 
 class PlannerState(Struct, frozen=True):

@@ -196,8 +196,6 @@ def say_success_is_false(routes: Blueprint) -> None:
 
     @routes.errorhandler(NoodleError)
     def known(error: NoodleError) -> Response:
-        if error.http_status != 401:  # a stranger's body is not worth the time
-            drain_body(request.content_length or 0)
         if error.http_status >= 500:
             log.info("answered %d: %s", error.http_status, error)
         return error_response(error, success=False)

@@ -1,11 +1,12 @@
 """Frames on a hop: a length-prefixed typed header and raw bytes; pure, and distrusts everything it decodes (design D5).
 
 frame  = frame_bytes u32 | header_bytes u32 | header (msgpack) | body (raw)
-frame_bytes counts everything after itself; integers are little-endian.
+frame_bytes counts everything after itself; integers are little-endian. An entry of a stream is such a header alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from noodle.errors import FrameTooLarge, WireError
-from noodle.messages import HopMessage
+from noodle.messages import HopMessage, QueueEntry
 
 LENGTHS = struct.Struct("<II")
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}  # the only dtypes that cross a hop
@@ -22,7 +23,8 @@ MAXIMUM_HEADER_BYTES = 4 << 20
 MAXIMUM_STEP_TOKENS = 8192  # rows of one step; with the hidden size it bounds a frame
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(HopMessage)
+_decoder: msgspec.msgpack.Decoder[HopMessage] = msgspec.msgpack.Decoder(HopMessage)
+_entry_decoder: msgspec.msgpack.Decoder[QueueEntry] = msgspec.msgpack.Decoder(QueueEntry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +83,23 @@ def read_frame(read: Callable[[int], bytes], maximum_frame_bytes: int) -> tuple[
         return _decoder.decode(header), memoryview(body)
     except msgspec.MsgspecError as error:
         raise WireError(f"the frame's header is not one of ours: {error}") from error
+
+
+def encode_entry(entry: QueueEntry) -> bytes:
+    """One entry of a stream; a body travels in it only as token ids."""
+    return _encoder.encode(entry)
+
+
+def decode_entry(data: bytes) -> QueueEntry:
+    """What an entry says; raises FrameTooLarge or WireError."""
+    if len(data) > MAXIMUM_HEADER_BYTES:
+        raise FrameTooLarge(f"an entry of {len(data)} bytes came; at most {MAXIMUM_HEADER_BYTES} are taken.")
+    try:
+        return _entry_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"the entry is not one of ours: {error}") from error
+
+
+def body_digest(body: bytes | bytearray | memoryview) -> str:
+    """What tells the bytes of a reference from any others."""
+    return hashlib.blake2b(body, digest_size=16).hexdigest()

@@ -9,13 +9,15 @@ noodle:coordinator:leader       string, name of the coordinator that leads, expi
 noodle:coordinator:epoch        counter, raised by each coordinator that takes the lead
 noodle:request:<id>             string, RequestRecord as JSON, expires some time after its last change
 noodle:request:<id>:tokens      list of token ids generated so far, expires with it
+noodle:hop:<stage id>           stream, what that stage is to compute: token ids or references; bounded, expires
+noodle:results                  stream, what the last stage made of it; bounded, expires
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import redis
@@ -28,6 +30,11 @@ ANSWER_TIMEOUT_SECONDS = 3.0
 BEAT_EXPIRES_SECONDS = 4  # three missed beats of one second, and one for the way
 LEASE_SECONDS = 5
 RECORD_EXPIRES_SECONDS = 600
+STREAM_ENTRIES = 256  # of one stream; many times the steps that are in flight
+STREAM_EXPIRES_SECONDS = 600  # after its last entry
+STREAM_READ_ENTRIES = 16
+STREAM_BEGIN = "0-0"  # before every entry
+RESULTS_STREAM = "noodle:results"
 
 # Renew only what is still ours, in one step on the server.
 RENEW_LEASE = (
@@ -52,16 +59,21 @@ class RequestRecord(msgspec.Struct, frozen=True):
     ignore_eos: bool
 
 
+def hop_stream(stage_id: int) -> str:
+    """Where a stage reads what it is to compute."""
+    return f"noodle:hop:{stage_id}"
+
+
 class WorkQueue:
     """One client of Valkey; every method raises QueueUnavailable when it does not answer in time."""
 
-    def __init__(self, url: str, password: str) -> None:
+    def __init__(self, url: str, password: str, answer_timeout_seconds: float = ANSWER_TIMEOUT_SECONDS) -> None:
         self._url = url
         self._redis = redis.Redis.from_url(
             url,
             password=password or None,
             socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
-            socket_timeout=ANSWER_TIMEOUT_SECONDS,
+            socket_timeout=answer_timeout_seconds,
             retry=None,  # waiting and trying again is the caller's, who knows what hangs on it
         )
 
@@ -114,6 +126,14 @@ class WorkQueue:
     def stage_states(self) -> dict[int, StageState]:
         """The states of all stages that beat."""
         return {state.stage_id: state for state in self._all("noodle:stage:*:state", StageState)}
+
+    def states_of(self, stage_ids: Sequence[int]) -> dict[int, StageState]:
+        """The states of these stages, without those that do not beat, in one trip."""
+        keys = [f"noodle:stage:{stage_id}:state" for stage_id in stage_ids]
+        with self._told():
+            values = self._redis.mget(keys)
+        decoded = (self._decoded(key, value, StageState) for key, value in zip(keys, values, strict=True))
+        return {state.stage_id: state for state in decoded if state is not None}
 
     def forget_stage(self, stage_id: int) -> None:
         """Take a stage's report and state away: it says goodbye."""
@@ -183,6 +203,29 @@ class WorkQueue:
         with self._told():
             return record, [int(token) for token in self._redis.lrange(f"noodle:request:{request_id}:tokens", 0, -1)]
 
+    # the queued way of a hop
+
+    def append(self, stream: str, entry: bytes) -> None:
+        """Add one entry at the end of a stream, whose oldest go when it is full."""
+        with self._told():
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.xadd(stream, {"m": entry}, maxlen=STREAM_ENTRIES, approximate=False)
+            pipeline.expire(stream, STREAM_EXPIRES_SECONDS)
+            pipeline.execute()
+
+    def newest(self, stream: str) -> str:
+        """The id of a stream's last entry, or what stands before all entries when there is none."""
+        with self._told():
+            entries: Any = self._redis.xrevrange(stream, count=1)
+            return str(entries[0][0].decode()) if entries else STREAM_BEGIN
+
+    def read(self, stream: str, after: str, block_seconds: float) -> list[tuple[str, bytes]]:
+        """The next entries after an id, each with its own; empty when none comes in time."""
+        with self._told():
+            answer: Any = self._redis.xread({stream: after}, count=STREAM_READ_ENTRIES, block=int(block_seconds * 1000))
+            entries = [entry for _, found in answer or () for entry in found]
+            return [(name.decode(), fields.get(b"m", b"")) for name, fields in entries]
+
     def _get(self, key: str, kind: type[Value]) -> Value | None:
         with self._told():
             data = self._redis.get(key)
@@ -213,6 +256,12 @@ class WorkQueue:
         except redis.AuthenticationError as error:
             raise QueueUnavailable(
                 f"Valkey at {self._url} refuses the password.", cure="Check NOODLE_VALKEY_PASSWORD."
+            ) from error
+        except redis.OutOfMemoryError as error:
+            raise QueueUnavailable(
+                f"Valkey at {self._url} is full: it takes nothing more under its maxmemory.",
+                cure="Give it more memory (maxmemory), or delete what fills it.",
+                retry_after_seconds=2,
             ) from error
         except redis.RedisError as error:
             raise QueueUnavailable(f"Valkey at {self._url} does not answer: {error}.", retry_after_seconds=2) from error

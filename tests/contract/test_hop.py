@@ -1,91 +1,66 @@
-"""What a stage does with frames that nobody should send, over its real doors; it serves the next step after each."""
+"""What a stage does with steps and frames that nobody should send, on every way; it serves the next step after each."""
 
-import itertools
 import random
 import socket
-import threading
 
 import pytest
 
 from noodle.errors import LinkLost
-from noodle.hop import PLAN_VERSION_HEADER, HopConnection, ResultsConnection
-from noodle.messages import KeepAlive, LiveSessions, SamplingParameters, Step, StepResult, StepSpan
+from noodle.hop import PLAN_VERSION_HEADER, ResultsConnection
+from noodle.messages import LiveSessions
 from noodle.wire import LENGTHS
+from tests.support.callers import TOKENS, DirectCaller, QueueCaller
 from tests.support.cluster import wait_until
 from tests.support.stage_rig import running_stages
+from tests.support.stage_threads import stage_threads
 
 pytestmark = pytest.mark.timeout(300)
 HIDDEN_SIZE = 64
-TOKENS = (3).to_bytes(4, "little") * 4
 FRAME_LIMIT = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def rig(tiny_folder, tmp_path_factory):
+def direct_rig(tiny_folder, tmp_path_factory):
     """Two stage processes of the tiny model without a coordinator: the test is the one before and the one after."""
-    with running_stages(tmp_path_factory.mktemp("rig"), tiny_folder, layers=(3, 3)) as running:
+    folder = tmp_path_factory.mktemp("direct")
+    with running_stages(folder, tiny_folder, layers=(3, 3), NOODLE_TRANSPORT="direct") as running:
         yield running
 
 
+@pytest.fixture(scope="module")
+def queue_rig(tiny_folder, tmp_path_factory):
+    """The same by the queue, over a real Valkey."""
+    folder = tmp_path_factory.mktemp("queue")
+    with running_stages(folder, tiny_folder, layers=(3, 3), NOODLE_TRANSPORT="queue") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def memory_rig(tiny_folder, tmp_path_factory):
+    """The same as threads of this process, over streams in memory."""
+    with stage_threads(tmp_path_factory.mktemp("memory"), tiny_folder, layers=(3, 3)) as running:
+        yield running
+
+
+@pytest.fixture(params=["direct", "queue", "memory"])
+def caller(request):
+    """The coordinator's two ends, held by the test; afterwards the stages must still serve a step."""
+    rig = request.getfixturevalue(f"{request.param}_rig")
+    kind = DirectCaller if request.param == "direct" else QueueCaller
+    yield from serving_afterwards(kind, rig)
+
+
 @pytest.fixture
-def caller(rig):
-    """The coordinator's two connections, held by the test; afterwards the stages must still serve a step."""
-    with Caller(rig) as made:
+def direct_caller(direct_rig):
+    yield from serving_afterwards(DirectCaller, direct_rig)
+
+
+def serving_afterwards(kind, rig):
+    with kind(rig) as made:
         yield made
-    with Caller(rig) as after:
+    with kind(rig) as after:
         after.send(TOKENS, session="afterwards")
         assert after.result().spans[0].token_id is not None
-
-
-class Caller:
-    """Holds the cluster's token and both ends of the pipeline, and sends what it likes."""
-
-    epochs = itertools.count(1)
-
-    def __init__(self, rig):
-        self.rig = rig
-        self.epoch = next(self.epochs)  # each one leads by a newer epoch, so that all sessions begin anew
-        self.heard = []
-        self.lost = threading.Event()
-
-    def __enter__(self):
-        token, version = self.rig.token, self.rig.plan.version
-        self.results = ResultsConnection(self.rig.urls[-1], token, self.heard.append, lambda reason: None)
-        wait_until(lambda: self.opens(lambda: self.results.open(version, self.epoch)), 10, "the results open")
-        self.hop = HopConnection(self.rig.urls[0], token, self.heard.append, lambda reason: self.lost.set())
-        wait_until(lambda: self.opens(lambda: self.hop.open(version)), 10, "the hop opens")
-        wait_until(self.chain_is_whole, 15, "both stages say that they are connected")
-        return self
-
-    def __exit__(self, *_):
-        self.hop.close()
-        self.results.close()
-
-    @staticmethod
-    def opens(open_it):
-        try:
-            open_it()
-        except LinkLost:
-            return False
-        return True
-
-    def chain_is_whole(self):
-        chains = [message.chain for message in self.heard if isinstance(message, KeepAlive) and message.chain]
-        return bool(chains) and len(chains[-1]) == 2 and all(link.next_link_up for link in chains[-1])
-
-    def send(self, body, *, first=0, count=None, session="session", session_epoch=1, logprob=False, **changes):
-        count = len(body) // 4 if count is None else count
-        span = StepSpan(session, session_epoch, first, count, 100, SamplingParameters(), logprob)
-        fields = {"step_id": 1, "plan_version": self.rig.plan.version, "coordinator_epoch": self.epoch,
-                  "dtype": "int32", "shape": [count], "spans": [span], "gap_seconds": 0.5}  # fmt: skip
-        self.hop.send(Step(**{**fields, **changes}), body)
-
-    def result(self, number=1):
-        def look():
-            results = [message for message in self.heard if isinstance(message, StepResult)]
-            return results[number - 1] if len(results) >= number else None
-
-        return wait_until(look, 15, f"result {number}")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +108,7 @@ def test_early_spans_are_computed_when_their_gap_closes(caller):
     caller.send(TOKENS[:4], first=4, gap_seconds=20.0, step_id=2)
     caller.send(TOKENS, step_id=1)
     early = {caller.result(number).step_id: caller.result(number).spans[0].token_id for number in (1, 2)}
-    with Caller(caller.rig) as orderly:
+    with type(caller)(caller.rig) as orderly:
         orderly.send(TOKENS, step_id=1)
         orderly.send(TOKENS[:4], first=4, step_id=2)
         assert {orderly.result(n).step_id: orderly.result(n).spans[0].token_id for n in (1, 2)} == early
@@ -154,7 +129,7 @@ def test_sessions_that_are_released_or_no_longer_listed_hold_no_bytes(caller):
     caller.send(TOKENS, session="forgotten")
     caller.result(2)
     assert all(state["kv_bytes_held"] > 0 for state in caller.rig.states())
-    caller.hop.send(LiveSessions(caller.rig.plan.version, caller.epoch, ["forgotten"], ["released"]))
+    caller.send_message(LiveSessions(caller.rig.plan.version, caller.epoch, ["forgotten"], ["released"]))
     wait_until(lambda: all(state["sessions"] == 1 for state in caller.rig.states()), 5, "one session is released")
     wait_until(lambda: all(state["kv_bytes_held"] == 0 for state in caller.rig.states()), 10, "the other is freed")
 
@@ -196,20 +171,20 @@ def rest_of(connection):
         LENGTHS.pack(4 + 4, 4) + b"\xc1\xc1\xc1\xc1",
     ],
 )
-def test_a_frame_that_is_none_of_ours_is_refused_and_the_stage_stays_up(caller, data):
-    with raw_hop(caller.rig) as connection:
+def test_a_frame_that_is_none_of_ours_is_refused_and_the_stage_stays_up(direct_caller, data):
+    with raw_hop(direct_caller.rig) as connection:
         connection.sendall(chunk(data))
         assert b"refused" in rest_of(connection)
 
 
-def test_a_frame_cut_short_leaves_the_stage_up(caller):
-    with raw_hop(caller.rig) as connection:
+def test_a_frame_cut_short_leaves_the_stage_up(direct_caller):
+    with raw_hop(direct_caller.rig) as connection:
         connection.sendall(chunk(LENGTHS.pack(1000, 100) + b"x" * 50))
 
 
-def test_a_hundred_megabytes_of_noise_leave_the_stage_up(caller):
+def test_a_hundred_megabytes_of_noise_leave_the_stage_up(direct_caller):
     noise = random.Random(3).randbytes(1 << 20)
-    with raw_hop(caller.rig) as connection:
+    with raw_hop(direct_caller.rig) as connection:
         connection.settimeout(15)
         try:
             for _ in range(100):
@@ -220,16 +195,16 @@ def test_a_hundred_megabytes_of_noise_leave_the_stage_up(caller):
 
 
 @pytest.mark.parametrize(("token", "version", "status"), [("x" * 20, None, b" 401 "), (None, 99, b" 503 ")])
-def test_a_hop_without_the_token_or_for_another_plan_is_not_opened(rig, token, version, status):
-    with raw_hop(rig, token=token, version=version) as connection:
+def test_a_hop_without_the_token_or_for_another_plan_is_not_opened(direct_rig, token, version, status):
+    with raw_hop(direct_rig, token=token, version=version) as connection:
         connection.settimeout(15)
         assert status in connection.recv(100)
 
 
-def test_results_are_only_given_by_the_last_stage_and_to_the_leading_coordinator(caller):
-    version = caller.rig.plan.version
-    for url, epoch in ((caller.rig.urls[0], caller.epoch), (caller.rig.urls[1], caller.epoch - 1)):
-        caller.send(TOKENS, step_id=3)
-        caller.result()
+def test_results_are_only_given_by_the_last_stage_and_to_the_leading_coordinator(direct_caller):
+    rig, version, epoch = direct_caller.rig, direct_caller.rig.plan.version, direct_caller.epoch
+    for url, of_epoch in ((rig.urls[0], epoch), (rig.urls[1], epoch - 1)):
+        direct_caller.send(TOKENS, step_id=3)
+        direct_caller.result()
         with pytest.raises(LinkLost, match="409"):
-            ResultsConnection(url, caller.rig.token, print, print).open(version, epoch)
+            ResultsConnection(url, rig.token, print, print).open(version, of_epoch)

@@ -44,7 +44,52 @@ def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     return value
 
 
-class Cluster:
+class Services:
+    """A coordinator and stages that run, and what one asks them."""
+
+    port: int
+    stage_ports: list[int]
+
+    @property
+    def token(self) -> str:
+        """The cluster token."""
+        raise NotImplementedError
+
+    def get(self, path: str, token: str = "") -> tuple[int, Any]:
+        """Status and decoded answer of a GET on the coordinator."""
+        return request(self.port, "GET", path, token=token)
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+        """Status and decoded answer of a POST on the coordinator; a body of bytes goes as it is."""
+        return request(self.port, "POST", path, body, **headers)
+
+    def generate(self, prompt: str | list[int], **parameters: Any) -> dict[str, Any]:
+        """A whole answer of /generate, which must succeed."""
+        status, answer = self.post("/generate", {"inputs": prompt, "parameters": parameters})
+        assert status == 200, answer
+        return dict(answer)
+
+    def stage_states(self) -> list[dict[str, Any]]:
+        """What every stage itself says of itself now."""
+        states = []
+        for port in self.stage_ports:
+            status, answer = request(port, "GET", "/health", token=self.token)
+            assert status == 200, answer
+            states.append(answer["state"])
+        return states
+
+    def kv_bytes_held(self) -> int:
+        """Of all stages together."""
+        return sum(int(state["kv_bytes_held"]) for state in self.stage_states())
+
+    def metric(self, port: int, name: str) -> float:
+        """One sample of a service's metrics, 0 when there is none yet."""
+        _, text = request(port, "GET", "/metrics", token=self.token)
+        lines = [line for line in text.decode().splitlines() if line.startswith(name + " ")]
+        return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0
+
+
+class Cluster(Services):
     """One running `noodle up`."""
 
     def __init__(self, state_dir: Path, model: Path | str, stages: int, **variables: str) -> None:
@@ -120,33 +165,6 @@ class Cluster:
         children = Path(f"/proc/{master}/task/{master}/children").read_text(encoding="ascii").split()
         assert len(children) == 1, children
         return int(children[0])
-
-    def get(self, path: str, token: str = "") -> tuple[int, Any]:
-        """Status and decoded answer of a GET on the coordinator."""
-        return request(self.port, "GET", path, token=token)
-
-    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
-        """Status and decoded answer of a POST on the coordinator; a body of bytes goes as it is."""
-        return request(self.port, "POST", path, body, **headers)
-
-    def generate(self, prompt: str | list[int], **parameters: Any) -> dict[str, Any]:
-        """A whole answer of /generate, which must succeed."""
-        status, answer = self.post("/generate", {"inputs": prompt, "parameters": parameters})
-        assert status == 200, answer
-        return dict(answer)
-
-    def stage_states(self) -> list[dict[str, Any]]:
-        """What every stage itself says of itself now."""
-        states = []
-        for port in self.stage_ports:
-            status, answer = request(port, "GET", "/health", token=self.token)
-            assert status == 200, answer
-            states.append(answer["state"])
-        return states
-
-    def kv_bytes_held(self) -> int:
-        """Of all stages together."""
-        return sum(int(state["kv_bytes_held"]) for state in self.stage_states())
 
 
 def request(port: int, method: str, path: str, body: Any = None, *, token: str = "", **headers: str) -> tuple[int, Any]:

@@ -1,4 +1,4 @@
-"""Stage processes with a real Valkey and a plan written by the test, and nothing else."""
+"""Stage processes with a real Valkey and a plan by the test; a coordinator or a bad cable where it is wanted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from noodle.plan import Plan, StageAssignment
 from noodle.work_queue import WorkQueue
 from services.cli.run_state import RunFolder
 from services.cli.valkey import answers, server_binary, write_configuration
-from tests.support.cluster import free_ports, request, wait_until
+from tests.support.cluster import Services, free_ports, request, wait_until
+from tests.support.relay import Relay
 
 READY_SECONDS = 120.0
 
@@ -30,6 +31,9 @@ class StageRig:
     token: str
     plan: Plan
     work_queue: WorkQueue
+    valkey: RunningValkey
+    environment: dict[str, str] = field(default_factory=dict)
+    relays: dict[int, Relay] = field(default_factory=dict)  # by stage: all that others send it goes through this
 
     def states(self) -> list[dict[str, Any]]:
         """What every stage says of itself."""
@@ -44,65 +48,135 @@ class StageRig:
         return float(line.rsplit(" ", 1)[1])
 
 
-@contextlib.contextmanager
-def running_valkey(folder: Path, port: int) -> Iterator[str]:
-    """A Valkey as `noodle up` configures it; gives its password."""
-    folder.mkdir()
-    password = secrets.token_hex(16)
-    configuration = write_configuration(RunFolder(folder), port, password)
-    with subprocess.Popen([server_binary(), configuration], stdout=subprocess.DEVNULL) as process:
-        try:
-            wait_until(lambda: answers(port, password), 10, "Valkey answers")
-            yield password
-        finally:
-            process.terminate()
+class RunningValkey:
+    """A Valkey as `noodle up` configures it, that can be killed and started again with what it kept."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        folder.mkdir()
+        self.port, self.password = port, secrets.token_hex(16)
+        self._configuration = write_configuration(RunFolder(folder), port, self.password)
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        self._process = subprocess.Popen([server_binary(), self._configuration], stdout=subprocess.DEVNULL)
+        wait_until(lambda: answers(self.port, self.password), 10, "Valkey answers")
+
+    def kill(self) -> None:
+        """End it without a warning."""
+        self._process.kill()
+        self._process.wait(30)
 
 
 @contextlib.contextmanager
-def running_stages(folder: Path, model: Path, layers: tuple[int, ...]) -> Iterator[StageRig]:
-    """One stage process for each number of layers, ready for one plan."""
+def running_valkey(folder: Path, port: int) -> Iterator[RunningValkey]:
+    """A Valkey that is gone afterwards."""
+    valkey = RunningValkey(folder, port)
+    try:
+        yield valkey
+    finally:
+        valkey.kill()
+
+
+@contextlib.contextmanager
+def running_stages(
+    folder: Path,
+    model: Path,
+    layers: tuple[int, ...],
+    *,
+    relayed: Sequence[int] = (),
+    absent: Sequence[int] = (),
+    **variables: str,
+) -> Iterator[StageRig]:
+    """One stage process for each number of layers, ready for one plan; `absent` ones are played by the test."""
     valkey_port, *ports = free_ports(1 + len(layers))
     token = secrets.token_hex(16)
-    urls = [f"http://127.0.0.1:{port}" for port in ports]
     config = read_config(model)
     ends = [sum(layers[: index + 1]) for index in range(len(layers))]
-    plan = Plan(
-        version=1,
-        model_digest=model_digest(model),
-        layer_count=ends[-1],
-        hidden_size=config["hidden_size"],
-        vocab_size=config["vocab_size"],
-        context_length=config["max_position_embeddings"],
-        stages=tuple(
-            StageAssignment(index, "test", url, end - count, end, "float32")
-            for index, (url, count, end) in enumerate(zip(urls, layers, ends, strict=True))
-        ),
-    )
     with contextlib.ExitStack() as stack:
-        password = stack.enter_context(running_valkey(folder / "valkey", valkey_port))
-        work_queue = WorkQueue(f"redis://127.0.0.1:{valkey_port}", password)
+        relays = {index: stack.enter_context(Relay(ports[index])) for index in relayed}
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        planned = [relays[index].url if index in relays else url for index, url in enumerate(urls)]
+        plan = Plan(
+            version=1,
+            model_digest=model_digest(model),
+            layer_count=ends[-1],
+            hidden_size=config["hidden_size"],
+            vocab_size=config["vocab_size"],
+            context_length=config["max_position_embeddings"],
+            stages=tuple(
+                StageAssignment(index, "test", url, end - count, end, "float32")
+                for index, (url, count, end) in enumerate(zip(planned, layers, ends, strict=True))
+            ),
+        )
+        valkey = stack.enter_context(running_valkey(folder / "valkey", valkey_port))
+        work_queue = WorkQueue(f"redis://127.0.0.1:{valkey_port}", valkey.password)
         work_queue.put_plan(plan)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("NOODLE_")} | {
             "NOODLE_CLUSTER_TOKEN": token,
             "NOODLE_VALKEY_URL": f"redis://127.0.0.1:{valkey_port}",
-            "NOODLE_VALKEY_PASSWORD": password,
+            "NOODLE_VALKEY_PASSWORD": valkey.password,
             "NOODLE_MODEL": str(model),
             "NOODLE_CACHE_DIR": str(folder / "cache"),
             "NOODLE_MACHINE": "test",
             "NOODLE_THREADS": "1",
+            **variables,
         }
         for index, port in enumerate(ports):
-            own = {"NOODLE_STAGE_ID": str(index), "NOODLE_STAGE_BIND": f"127.0.0.1:{port}"}
-            log = stack.enter_context((folder / f"stage-{index}.log").open("wb"))
-            process = subprocess.Popen(
-                [sys.executable, "-m", "services.stage"], env=environment | own, stdout=log, stderr=log
-            )
-            stack.callback(process.wait, 30)
-            stack.callback(process.terminate)
+            if index not in absent:
+                own = {"NOODLE_STAGE_ID": str(index), "NOODLE_STAGE_BIND": f"127.0.0.1:{port}"}
+                process = started("services.stage", environment | own, folder / f"stage-{index}.log")
+                stack.callback(process.wait, 30)
+                stack.callback(process.terminate)
 
         def ready() -> bool:
             states = work_queue.stage_states()
-            return len(states) == len(layers) and all(state.ready_version == 1 for state in states.values())
+            present = len(layers) - len(absent)
+            return len(states) == present and all(state.ready_version == 1 for state in states.values())
 
         wait_until(ready, READY_SECONDS, "all stages are ready")
-        yield StageRig(urls, token, plan, work_queue)
+        yield StageRig(urls, token, plan, work_queue, valkey, environment, relays)
+
+
+def started(module: str, environment: dict[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+    """A service's process, its log in a file."""
+    with log_path.open("wb") as log:
+        return subprocess.Popen([sys.executable, "-m", module], env=environment, stdout=log, stderr=log)
+
+
+class RigServices(Services):
+    """A coordinator over the stages of a rig."""
+
+    def __init__(self, rig: StageRig, port: int) -> None:
+        self.rig, self.port = rig, port
+        self.stage_ports = [int(url.rsplit(":", 1)[1]) for url in rig.urls]
+
+    @property
+    def token(self) -> str:
+        """The cluster token."""
+        return self.rig.token
+
+    def is_ready(self) -> bool:
+        """Whether the coordinator says so."""
+        try:
+            return bool(self.get("/health")[1].get("status") == "ready")
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def running_coordinator(
+    rig: StageRig, folder: Path, *, until_ready: bool = True, **variables: str
+) -> Iterator[RigServices]:
+    """A coordinator process for a rig's plan, ready unless it is not to be waited for."""
+    (port,) = free_ports(1)
+    environment = rig.environment | {"NOODLE_COORDINATOR_BIND": f"127.0.0.1:{port}", **variables}
+    process = started("services.coordinator", environment, folder / "coordinator.log")
+    services = RigServices(rig, port)
+    try:
+        if until_ready:
+            wait_until(services.is_ready, READY_SECONDS, "the coordinator is ready")
+        yield services
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -1,0 +1,127 @@
+"""A TCP relay on loopback that can delay, cut and refuse: a bad cable between two processes."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: closing says RST, as a cut does
+PIECE_BYTES = 64 << 10
+
+
+class Relay:
+    """Listens on a free port and passes bytes to and from another; as a context it is gone afterwards."""
+
+    def __init__(self, target_port: int) -> None:
+        self._target_port = target_port
+        self._lock = threading.Lock()
+        self._ways: set[socket.socket] = set()
+        self._listener: socket.socket | None = None
+        self.port = 0
+        self.delay_seconds = 0.0  # of each piece, each way
+        self.cut_after_bytes: int | None = None  # from the target, of each connection from now on
+        self.connections = 0
+
+    def __enter__(self) -> Relay:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where the relay listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Take connections, on the same port as before if there was one."""
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        listener.listen(64)
+        self.port = listener.getsockname()[1]
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Refuse new connections and cut those that stand."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """Cut every connection; what was on its way is lost. New ones are taken."""
+        with self._lock:
+            ways, self._ways = self._ways, set()
+        for way in ways:
+            _reset(way)
+
+    @contextlib.contextmanager
+    def cutting(self, seconds: float) -> Iterator[None]:
+        """Cut every so often, for as long as the block runs."""
+        over = threading.Event()
+
+        def cut_again() -> None:
+            while not over.wait(seconds):
+                self.cut()
+
+        thread = threading.Thread(target=cut_again, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while self._listener is listener:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target_port), 5)
+            except OSError:
+                _reset(near)
+                continue
+            far.settimeout(None)
+            self.connections += 1
+            with self._lock:
+                self._ways |= {near, far}
+            for source, sink, limit in ((near, far, None), (far, near, self.cut_after_bytes)):
+                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._pass, args=(source, sink, limit), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+        passed = 0
+        try:
+            while piece := source.recv(PIECE_BYTES):
+                if self.delay_seconds:
+                    time.sleep(self.delay_seconds)
+                if limit is not None and passed + len(piece) > limit:
+                    sink.sendall(piece[: limit - passed])
+                    break
+                passed += len(piece)
+                sink.sendall(piece)
+            else:
+                sink.shutdown(socket.SHUT_WR)
+                return
+        except OSError:
+            pass  # cut by this relay or by an end: the other end hears of it below
+        for way in (source, sink):
+            _reset(way)
+
+
+def _reset(way: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        way.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        way.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads it
+    way.close()
