@@ -9,11 +9,12 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from noodle.errors import LinkLost
 from noodle.hop import HopConnection, ResultsConnection
 from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, StepResult
-from noodle.plan import Plan
+from noodle.plan import Plan, StageAssignment
 from noodle.web import start_loop
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,10 @@ RECONNECT_LAST_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class PipelineUp:
-    """Every stage is reachable; a `boot_id` that differs from before is a KV cache that is gone."""
+    """Every stage is reachable; a `boot_id` that differs from before is a KV cache that is gone.
+
+    Told again without a PipelineDown when a hop behind stage 0 was cut and opened in one breath: frames may be lost.
+    """
 
     plan_version: int
     boot_ids: tuple[str, ...]
@@ -56,7 +60,7 @@ class Pipeline:
     ) -> None:
         self._plan, self._epoch, self._token, self._tell = plan, coordinator_epoch, cluster_token, tell
         self._hop: HopConnection | None = None
-        self._up_with: tuple[str, ...] | None = None
+        self._up_with: tuple[tuple[str, int], ...] | None = None  # each stage's boot_id and next_link_number
         self._chain: list[ChainLink] = []
         self._results_open = False
         self._lock = threading.Lock()
@@ -81,19 +85,21 @@ class Pipeline:
         while not self._closed.is_set():
             self._lost.clear()
             first, last = self._plan.stages[0], self._plan.stages[-1]
-            hop = HopConnection(first.url, self._token, self._heard, self._when_lost)
-            results = ResultsConnection(last.url, self._token, self._heard, self._when_lost)
+            hop = HopConnection(first.url, self._token, self._heard, partial(self._when_lost, first))
+            results = ResultsConnection(last.url, self._token, self._heard, partial(self._when_lost, last))
+            opening = last
             try:
                 results.open(self._plan.version, self._epoch)
                 with self._lock:
                     self._results_open = True
+                opening = first
                 hop.open(self._plan.version)
                 self._hop = hop
                 self._look()
                 wait_seconds = RECONNECT_FIRST_SECONDS
                 self._lost.wait()
             except LinkLost as error:
-                self._when_lost(str(error))
+                self._when_lost(opening, str(error))
             self._hop = None
             hop.close()
             results.close()
@@ -116,13 +122,13 @@ class Pipeline:
     def _look(self) -> None:
         """Compare what the chain says with the plan, and tell the change."""
         with self._lock:
-            boot_ids = tuple(link.boot_id for link in self._chain)
+            links = tuple((link.boot_id, link.next_link_number) for link in self._chain)
             missing = self._missing()
             if not self._results_open or self._hop is None:
                 return
-            if missing is None and boot_ids != self._up_with:
-                self._up_with = boot_ids
-                event: PipelineEvent = PipelineUp(self._plan.version, boot_ids)
+            if missing is None and links != self._up_with:
+                self._up_with = links
+                event: PipelineEvent = PipelineUp(self._plan.version, tuple(link.boot_id for link in self._chain))
             elif missing is not None and self._up_with is not None:
                 self._up_with = None
                 event = PipelineDown(self._plan.version, missing)
@@ -134,17 +140,23 @@ class Pipeline:
         """What is missing for the whole pipeline, None when nothing is."""
         for index, stage in enumerate(self._plan.stages):
             if index >= len(self._chain):
-                return f"stage {stage.stage_id} on {stage.machine} is not connected"
+                return f"{_named(stage)} is not connected"
             link = self._chain[index]
             if link.stage_id != stage.stage_id or link.plan_version != self._plan.version:
-                return f"stage {stage.stage_id} on {stage.machine} is not ready for plan {self._plan.version}"
+                return f"{_named(stage)} is not ready for plan {self._plan.version}"
             if not link.next_link_up:
-                return link.detail or f"stage {stage.stage_id} on {stage.machine} does not reach the next one"
+                behind = self._plan.stages[min(index + 1, len(self._plan.stages) - 1)]
+                reason = f" ({link.detail.rstrip('.')})" if link.detail else ""
+                return f"{_named(stage)} does not reach {_named(behind)}{reason}"
         return None
 
-    def _when_lost(self, reason: str) -> None:
+    def _when_lost(self, stage: StageAssignment, reason: str) -> None:
         with self._lock:
             was_up, self._up_with = self._up_with, None
         self._lost.set()
         if was_up is not None and not self._closed.is_set():
-            self._tell(PipelineDown(self._plan.version, reason))
+            self._tell(PipelineDown(self._plan.version, f"{_named(stage)} is lost ({reason.rstrip('.')})"))
+
+
+def _named(stage: StageAssignment) -> str:
+    return f"stage {stage.stage_id} on {stage.machine}"

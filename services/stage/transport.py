@@ -90,7 +90,8 @@ class Chain:
     def set_own(self, plan_version: int, next_link_up: bool, detail: str = "") -> None:
         """What this stage is ready for, and whether its connection to the next one stands."""
         with self._changed:
-            own = ChainLink(self._own.stage_id, self._own.boot_id, plan_version, next_link_up, detail)
+            number = self._own.next_link_number + (next_link_up and not self._own.next_link_up)
+            own = ChainLink(self._own.stage_id, self._own.boot_id, plan_version, next_link_up, detail, number)
             if not next_link_up:
                 self._behind = []
             if own != self._own:

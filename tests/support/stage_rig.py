@@ -59,7 +59,7 @@ def running_valkey(folder: Path, port: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def running_stages(folder: Path, model: Path, layers: tuple[int, ...]) -> Iterator[StageRig]:
+def running_stages(folder: Path, model: Path, layers: tuple[int, ...], **variables: str) -> Iterator[StageRig]:
     """One stage process for each number of layers, ready for one plan."""
     valkey_port, *ports = free_ports(1 + len(layers))
     token = secrets.token_hex(16)
@@ -90,6 +90,7 @@ def running_stages(folder: Path, model: Path, layers: tuple[int, ...]) -> Iterat
             "NOODLE_CACHE_DIR": str(folder / "cache"),
             "NOODLE_MACHINE": "test",
             "NOODLE_THREADS": "1",
+            **variables,
         }
         for index, port in enumerate(ports):
             own = {"NOODLE_STAGE_ID": str(index), "NOODLE_STAGE_BIND": f"127.0.0.1:{port}"}
