@@ -18,6 +18,7 @@ from noodle.errors import ConfigurationError, StartError
 from services.cli.cluster import python_module
 from services.cli.processes import Signals, end_group, exit_code_without_reaping, last_lines, lines_of, start_child
 from services.cli.progress import Progress
+from services.cli.run_state import writing
 from services.cli.target import Target
 
 STOP_SECONDS = 10.0  # for the model store to remove what is half made, after SIGTERM
@@ -70,7 +71,10 @@ def prepare_model(
     """
     arguments = ("--model", model, "--cache-dir", str(cache_dir), "--json")
     with contextlib.ExitStack() as stack:
-        log = None if log_path is None else stack.enter_context(log_path.open("ab"))
+        log = None
+        if log_path is not None:
+            with writing(log_path):
+                log = stack.enter_context(log_path.open("ab"))
         process = start_child(
             python_module("services.coordinator.model_store", *arguments), environment, subprocess.PIPE, errors=log
         )

@@ -70,7 +70,7 @@ def _wait_until_ready(
         ended, started = supervisor.look()
         for end in ended:
             _refuse_start(end)
-            tell(end, progress)
+            tell(end, progress.say)
         if ended or started:
             changed()
         for spec in specs:
@@ -91,11 +91,11 @@ def _wait_until_ready(
         signals.wait(min(HEALTH_INTERVAL_SECONDS, supervisor.seconds_until_restart()))
 
 
-def tell(end: Ended, progress: Progress) -> None:
+def tell(end: Ended, say: Callable[[str], None]) -> None:
     """Say that a service died, what it said last, and when it is started again."""
-    progress.say(f"{end.text()}; starting it again in {end.delay_seconds:.1f} s. It said last:")
+    say(f"{end.text()}; starting it again in {end.delay_seconds:.1f} s. It said last:")
     for line in end.log_lines:
-        progress.say(f"    {line}")
+        say(f"    {line}")
 
 
 def are_ready(specs: Sequence[ServiceSpec], supervisor: Supervisor, token: str) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
-from noodle.errors import ConfigurationError
+from noodle.errors import ConfigurationError, StartError
 from services.cli.processes import ProcessIdentity, is_running
 
 ServicePhase = Literal["running", "restarting", "stopped"]
@@ -61,23 +62,29 @@ class RunFolder:
         return self.logs_dir / f"{name}.log"
 
     def read(self) -> RunRecord | None:
-        """What was last written, or None when there is nothing whole."""
+        """What was last written, or None when there is nothing whole; raises ConfigurationError if it is not ours."""
         try:
             return msgspec.json.decode(self.record_path.read_bytes(), type=RunRecord)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
             return None
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self.record_path} can not be read ({error.strerror}).",
+                cure="Run this as the user who started it, or set NOODLE_STATE_DIR to another folder.",
+            ) from error
 
     def write(self, record: RunRecord) -> None:
-        """Replace the record at once: a reader sees the old one or the new one."""
+        """Replace the record at once: a reader sees the old one or the new one. Raises StartError."""
         write_private(self.record_path, msgspec.json.encode(record))
 
     def empty(self) -> None:
-        """Remove what is inside, as another run left it; the lock stays."""
-        for entry in self.path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        """Remove what is inside, as another run left it; the lock stays. Raises StartError."""
+        with writing(self.path):
+            for entry in self.path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
 
     def remove(self) -> None:
         """Remove the folder, the state folder when nothing else is in it, and give the lock back."""
@@ -141,9 +148,27 @@ def running(state_dir: Path) -> RunRecord | None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all."""
+    """Write a file that only this user may read, whole or not at all; raises StartError."""
     new_path = path.with_name(f".{path.name}.new")
-    descriptor = os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    new_path.replace(path)
+    with writing(path):
+        try:
+            descriptor = os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            new_path.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):  # the first one is told
+                new_path.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says while something in the state folder is written into a StartError with its cure."""
+    try:
+        yield
+    except OSError as error:
+        raise StartError(
+            f"{path} can not be written ({error.strerror or error}).",
+            cure="Free some space on its disk, or set NOODLE_STATE_DIR to a folder that this user may write.",
+        ) from error

@@ -47,16 +47,22 @@ class ServiceSpec:
 
 @dataclass(frozen=True)
 class Ended:
-    """A service that died by itself; exit code minus the signal's number when it was killed."""
+    """A service that died by itself, or could not be started again.
+
+    `exit_code` is minus the signal's number when it was killed, None when it never ran; then `failure` says why.
+    """
 
     name: str
-    exit_code: int
+    exit_code: int | None
     log_lines: list[str]
     deaths: int  # of this service since the start, this one counted
     delay_seconds: float
+    failure: str = ""
 
     def text(self) -> str:
         """What happened, in one sentence."""
+        if self.exit_code is None:
+            return f"{self.name} could not be started ({self.failure})"
         if self.exit_code < 0:
             number = -self.exit_code
             known = {member.value: member.name for member in signal.Signals}
@@ -103,13 +109,19 @@ class Supervisor:
         return tuple(service.record() for service in self._services)
 
     def look(self) -> tuple[list[Ended], list[str]]:
-        """Notice who died since the last look and start again whose time has come: (the dead, the started)."""
+        """Notice who died since the last look and start again whose time has come: (the dead, the started).
+
+        One that can not be started again is among the dead, and its next try has its time.
+        """
         ended = [end for service in self._services if (end := self._notice_end(service)) is not None]
         started = []
         for service in self._services:
             if service.restart_at_seconds is not None and service.restart_at_seconds <= self._clock():
-                self._start(service)
-                started.append(service.spec.name)
+                try:
+                    self._start(service)
+                    started.append(service.spec.name)
+                except OSError as error:
+                    ended.append(self._count_end(service, None, error.strerror or str(error)))
         return ended, started
 
     def seconds_until_restart(self) -> float:
@@ -117,13 +129,24 @@ class Supervisor:
         times = [service.restart_at_seconds for service in self._services if service.restart_at_seconds is not None]
         return max(0.0, min(times) - self._clock()) if times else float("inf")
 
-    def limit_logs(self) -> None:
-        """Move a log that has become too long aside and go on in an empty one; a line in that moment may be lost."""
+    def limit_logs(self) -> list[str]:
+        """Move a log that has become too long aside and go on in an empty one; a line in that moment may be lost.
+
+        Returns the names of services whose old lines could not be kept: the disk is full, and a log must not be why.
+        """
+        lost: list[str] = []
         for service in self._services:
             path = self._folder.log_path(service.spec.name)
-            if path.exists() and path.stat().st_size > LOG_LIMIT_BYTES:
-                shutil.copyfile(path, path.with_name(f"{path.name}.1"))
-                os.truncate(path, 0)  # it is written in append mode, so the writer goes on at the new end
+            if not path.exists() or path.stat().st_size <= LOG_LIMIT_BYTES:
+                continue
+            aside = path.with_name(f"{path.name}.1")
+            try:
+                shutil.copyfile(path, aside)
+            except OSError:
+                aside.unlink(missing_ok=True)
+                lost.append(service.spec.name)
+            os.truncate(path, 0)  # it is written in append mode, so the writer goes on at the new end
+        return lost
 
     def stop(self, signals: Signals) -> list[str]:
         """End all services in the order of their ranks; a further request to stop ends them at once.
@@ -163,7 +186,11 @@ class Supervisor:
             return None
         end_group(service.process, signal.SIGKILL)  # workers whose master died would keep its port
         self._reap(service)
-        if self._clock() - service.started_seconds >= HEALTHY_SECONDS:
+        return self._count_end(service, exit_code)
+
+    def _count_end(self, service: _Supervised, exit_code: int | None, failure: str = "") -> Ended:
+        """Note a death and when the next start is due."""
+        if exit_code is not None and self._clock() - service.started_seconds >= HEALTHY_SECONDS:
             service.delay_seconds = FIRST_DELAY_SECONDS
         delay_seconds = service.delay_seconds
         service.restart_at_seconds = self._clock() + delay_seconds
@@ -171,7 +198,7 @@ class Supervisor:
         service.deaths += 1
         service.last_exit_code = exit_code
         lines = last_lines(self._folder.log_path(service.spec.name), SHOWN_LOG_LINES)
-        return Ended(service.spec.name, exit_code, lines, service.deaths, delay_seconds)
+        return Ended(service.spec.name, exit_code, lines, service.deaths, delay_seconds, failure)
 
     def _reap(self, service: _Supervised) -> None:
         if service.process is not None:

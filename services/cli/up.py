@@ -5,6 +5,7 @@ Nothing it starts outlives it, and nothing but the cache stays on disk (design D
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -28,7 +29,7 @@ from services.cli.processes import Interrupted, Signals, end_leftovers, identify
 from services.cli.progress import Progress
 from services.cli.readiness import are_ready, tell, wait_until_ready
 from services.cli.readiness import wait_until as wait_while_supervised
-from services.cli.run_state import RunFolder, RunPhase, RunRecord, acquire, running, write_private
+from services.cli.run_state import RunFolder, RunPhase, RunRecord, acquire, running, write_private, writing
 from services.cli.supervisor import ServiceSpec, Supervisor
 
 LEFTOVER_GRACE_SECONDS = 12.0  # for what a killed `up` left: gunicorn gives open requests 10
@@ -36,6 +37,7 @@ OTHER_START_SECONDS = 5.0  # from another `up` taking the folder to its first re
 QUEUE_SECONDS = 20.0  # for Valkey to answer
 IDLE_SECONDS = 60.0  # between two looks at the size of the logs
 READY_AGAIN_INTERVAL_SECONDS = 1.0
+RECORD_AGAIN_SECONDS = 5.0  # between two tries to write the record to a disk that is full
 
 
 def wanted_from(
@@ -87,13 +89,15 @@ class Up:
         self._model: PreparedModel | None = None
         self._token = ""
         self._specs: Sequence[ServiceSpec] = ()
+        self._record_is_old = False
 
     def start(self) -> None:
         """Bring everything up; returns when requests are answered. Raises StartError or Interrupted."""
         self._clear_what_a_dead_one_left()
-        self._folder.logs_dir.mkdir(mode=0o700)
-        if self._is_detached:
-            self._write_to_own_log()
+        with writing(self._folder.logs_dir):
+            self._folder.logs_dir.mkdir(mode=0o700)
+            if self._is_detached:
+                self._write_to_own_log()
         self._record()
         refuse_ports_in_use(self._wanted)
         binary = valkey.server_binary()
@@ -127,22 +131,25 @@ class Up:
         self._progress.say("`noodle down` stops it." if self._is_detached else "Ctrl-C stops it.")
 
     def supervise(self) -> None:
-        """Keep everything running until somebody asks for the end."""
+        """Keep everything running until somebody asks for the end; a full disk is said, and stops nothing."""
         waits_for_readiness = False
         while not self._signals.stop_requested:
             ended, started = self._supervisor.look()
             for end in ended:
-                tell(end, self._progress)
+                tell(end, self._say)
             for name in started:
-                self._progress.say(f"{name} was started again.")
-            if ended or started:
-                waits_for_readiness = True
-                self._record()
+                self._say(f"{name} was started again.")
+            waits_for_readiness = waits_for_readiness or bool(ended or started)
+            if ended or started or self._record_is_old:
+                self._try_to_record()
             if waits_for_readiness and are_ready(self._specs, self._supervisor, self._token):
                 waits_for_readiness = False
-                self._progress.say("Everything is ready again.")
-            self._supervisor.limit_logs()
+                self._say("Everything is ready again.")
+            for name in self._supervisor.limit_logs():
+                self._say(f"The older lines of {name}'s log are gone: there was no room to keep them.")
             interval_seconds = READY_AGAIN_INTERVAL_SECONDS if waits_for_readiness else IDLE_SECONDS
+            if self._record_is_old:
+                interval_seconds = min(interval_seconds, RECORD_AGAIN_SECONDS)
             self._signals.wait(min(interval_seconds, self._supervisor.seconds_until_restart()))
 
     def stop(self) -> None:
@@ -150,14 +157,19 @@ class Up:
         was_running, self._phase = self._phase == "running", "stopping"
         killed: list[str] = []
         try:
-            self._record()
+            self._try_to_record()
             if was_running:
-                self._progress.say("Stopping.")
-        finally:  # also when the terminal that this is said to has gone
+                self._say("Stopping.")
+        finally:
             killed = self._supervisor.stop(self._signals)
             self._folder.remove()
         for name in killed:
-            self._progress.say(f"{name} did not stop by itself and was killed.")
+            self._say(f"{name} did not stop by itself and was killed.")
+
+    def _say(self, text: str) -> None:
+        """Tell whoever watches, who may be a terminal that was closed or a log on a full disk: then nobody hears it."""
+        with contextlib.suppress(OSError):
+            self._progress.say(text)
 
     def _write_to_own_log(self) -> None:
         """From now on, what this process prints goes to the run folder: nobody sits before it."""
@@ -177,7 +189,10 @@ class Up:
         try:
             self._supervisor.add(spec)
         except OSError as error:
-            raise StartError(f"{spec.name} can not be started: {error.strerror} ({spec.arguments[0]}).") from error
+            raise StartError(
+                f"{spec.name} can not be started: {error.strerror} ({error.filename or spec.arguments[0]}).",
+                cure="See that the disk has room, and that this machine has memory and processes to spare.",
+            ) from error
 
     def _clear_what_a_dead_one_left(self) -> None:
         record = self._folder.read()
@@ -189,6 +204,19 @@ class Up:
                 + (f"; ended what it left running: {len(ended)}." if ended else "; cleared what it left.")
             )
         self._folder.empty()
+
+    def _try_to_record(self) -> None:
+        """Write the record, or say once that it is old from now on; `supervise` tries again."""
+        try:
+            self._record()
+            if self._record_is_old:
+                self._say("The record of this run can be written again.")
+            self._record_is_old = False
+        except StartError as error:
+            if not self._record_is_old:
+                self._say(f"{error.message} Everything runs on, and `noodle status` shows what was before.")
+                self._say("Free some space on that disk; writing it is tried again.")
+            self._record_is_old = True
 
     def _record(self) -> None:
         self._folder.write(

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from noodle.errors import StartError
-from services.cli.run_state import RunFolder, write_private
+from services.cli.run_state import RunFolder, write_private, writing
 
 PING_SECONDS = 0.5
 MAXIMUM_MEMORY = "256mb"  # of references, heartbeats, plans and token ids; full means refused, never forgotten
@@ -30,7 +30,8 @@ def server_binary() -> Path:
 
 def write_configuration(folder: RunFolder, port: int, password: str) -> Path:
     """Write the server's configuration, which holds the password and so is readable by this user only."""
-    folder.valkey_dir.mkdir(mode=0o700)
+    with writing(folder.valkey_dir):
+        folder.valkey_dir.mkdir(mode=0o700)
     path = folder.path / "valkey.conf"
     lines = [
         "bind 127.0.0.1",

@@ -88,9 +88,8 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
     def chat() -> Response:
         require_client()
         loaded = engine.ready_model()
-        asked = parse_chat(json_body(config.maximum_body_bytes), loaded.served)
-        prompt = loaded.tokenizer.apply_chat_template(list(asked.messages))
-        token_ids = engine.token_ids(prompt, add_special_tokens=False)
+        asked = parse_chat(json_body(config.maximum_body_bytes), loaded.served, engine.context_length)
+        token_ids = engine.chat_token_ids(asked.messages, asked.parameters)
         shape = event_streams.CHAT
         return openai(shape, openai_format.new_chat_id(), token_ids, asked.parameters, "messages")
 

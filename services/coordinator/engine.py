@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from services.coordinator.leadership import Leadership, progress_of, waiting_for
 from services.coordinator.model_progress import Progress
 from services.coordinator.model_store import prepare_model
 from services.coordinator.openai_request import ServedModel
-from services.coordinator.parameters import GenerationParameters, fit_into_context
+from services.coordinator.parameters import GenerationParameters, fit_into_context, refuse_what_can_not_fit
 from services.coordinator.pipeline import Pipeline, PipelineEvent
 from services.coordinator.recorder import Recorder
 from services.coordinator.scheduler import Scheduler
@@ -93,6 +93,17 @@ class Engine:
         if not isinstance(prompt, str):
             return list(prompt)
         return self.ready_model().tokenizer.encode(prompt, add_special_tokens, self.context_length)
+
+    def chat_token_ids(self, messages: Sequence[Mapping[str, str]], parameters: GenerationParameters) -> list[int]:
+        """A conversation as token ids; one that can not fit into the context is refused before it is rendered."""
+        tokenizer = self.ready_model().tokenizer
+        refuse_what_can_not_fit(
+            parameters,
+            least_tokens=tokenizer.fewest_tokens(message["content"] for message in messages),
+            context_length=self.context_length,
+            prompt_name="messages",
+        )
+        return self.token_ids(tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
     @property
     def context_length(self) -> int:

@@ -24,7 +24,8 @@ from noodle.plan import Plan
 from services.coordinator.generation import Generation, GenerationRequest, Token, record_of
 from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.recorder import Recorder
-from services.coordinator.scheduler import Limits, NewToken, Scheduler, Session
+from services.coordinator.recovery import Recovery
+from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Limits, NewToken, Scheduler, Session
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,6 @@ class LoopState:
     plan: Plan | None = None
     up: bool = False
     detail: str = "no plan is active"
-    down_since: float | None = None
     boot_ids: tuple[str, ...] = field(default=())
 
 
@@ -97,7 +97,7 @@ class GenerationLoop:
     ) -> None:
         self._scheduler, self._recorder, self._metrics = scheduler, recorder, metrics
         self._make_pipeline = make_pipeline
-        self._maximum_open, self._recovery_seconds = maximum_open, recovery_seconds
+        self._maximum_open, self._recovery = maximum_open, Recovery(recovery_seconds)
         # Unbounded by itself; its writers are bounded: open requests, and results of at most the steps in flight.
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}
@@ -224,6 +224,8 @@ class GenerationLoop:
         if not self.state.up or self._pending is not None or self._pipeline is None:
             return
         while (flight := self._scheduler.next_step(time.monotonic())) is not None:
+            if self._scheduler.steps_in_flight == 1:
+                self._recovery.began(flight.sent_at)
             try:
                 self._pipeline.send(flight.step, flight.body)
             except LinkLost as error:  # the step stays in flight and is sent again when the pipeline is back
@@ -236,6 +238,10 @@ class GenerationLoop:
         flight, tokens, fatal = self._scheduler.apply(result)
         if flight is None:
             return
+        waiting = () if self._recovery.is_whole else (session.session_id for session in self._scheduler.waiting)
+        self._recovery.computed(now, (*(span.session_id for span in result.spans), *waiting))
+        if any(refusal.reason == ROOM_REASON for refusal in result.refusals):
+            self._tell_live_sessions(frees_unlisted=True)  # whatever takes the room, it is none of ours
         self._send_steps()  # the stages first: text, books and counts have time while they compute
         computed_seconds = sum(timing.computed_seconds for timing in result.timings)
         ended: list[str] = []
@@ -277,22 +283,24 @@ class GenerationLoop:
             books.generation.put(error)
         self._metrics.requests.labels(outcome).inc()
         self._recorder.end(request_id)
+        self._recovery.forget(request_id)
         if self._scheduler.remove(request_id):
-            self._tell_live_sessions([request_id])
+            self._tell_live_sessions(released=[request_id])
 
     def _end_all(self, error: NoodleError) -> None:
         for request_id in list(self._open):
             self._end(request_id, "failed", error)
 
-    def _tell_live_sessions(self, released: list[str]) -> None:
-        """Tell every stage which sessions live; a stage that is away frees them by their silence."""
+    def _tell_live_sessions(self, *, released: list[str] | None = None, frees_unlisted: bool = False) -> None:
+        """Tell every stage which sessions live; one that is away now is told when the pipeline stands again."""
         if self._pipeline is None or self._scheduler.limits is None or not self.state.up:
             return
         live = LiveSessions(
             self._scheduler.limits.plan_version,
             self._scheduler.coordinator_epoch,
             [session.session_id for session in self._scheduler.running],
-            released,
+            released or [],
+            frees_unlisted,
         )
         try:
             self._pipeline.send(live)
@@ -306,11 +314,12 @@ class GenerationLoop:
         if state.plan is None or event.plan_version != state.plan.version:
             return
         same_caches = state.boot_ids == event.boot_ids
-        state.up, state.detail, state.down_since, state.boot_ids = True, "ready", None, event.boot_ids
+        state.up, state.detail, state.boot_ids = True, "ready", event.boot_ids
         log.info("the pipeline stands: %d stages, plan %d", len(event.boot_ids), event.plan_version)
         if not same_caches:
             self._replay("stage_restarted")
-            return
+        # before any step: sessions that ended while the pipeline was down still hold their room on some stage
+        self._tell_live_sessions(frees_unlisted=True)
         for flight in self._scheduler.to_send_again(time.monotonic()):
             if self._pipeline is not None:
                 try:
@@ -323,21 +332,30 @@ class GenerationLoop:
         state = self.state
         if state.plan is None or plan_version != state.plan.version or not state.up:
             return
-        state.up, state.detail, state.down_since = False, reason, time.monotonic()
+        now = time.monotonic()
+        state.up, state.detail = False, reason
         log.warning("the pipeline is broken: %s", reason)
+        self._note_break(now)
+
+    def _note_break(self, now: float) -> None:
+        arrived_at = {request_id: books.arrived_at for request_id, books in list(self._open.items())}
+        is_busy = self._scheduler.steps_in_flight > 0
+        self._recovery.broke(self.state.detail, now, arrived_at, is_busy=is_busy)
 
     def _replay(self, reason: str) -> None:
         replayed = self._scheduler.replay_all()
         if replayed:
             self._metrics.replays.labels(reason).inc(len(replayed))
             log.info("%d sessions are prefilled again: %s", len(replayed), reason)
+        for session in replayed:
+            if session.replays > MAXIMUM_REPLAYS:  # it is begun again and again and gets no token in between
+                self._end(session.session_id, "failed", _lost_too_often())
 
     def _switch(self, activate: _Activate) -> None:
         """Let the new plan take over; every session begins anew in it."""
         self._pending = None
         self._close_pipeline()
-        down_since = self.state.down_since or time.monotonic()
-        self.state = LoopState(activate.plan, False, "connecting to the stages", down_since)
+        self.state = LoopState(activate.plan, False, f"connecting to the stages of plan {activate.plan.version}")
         self._scheduler.limits = activate.limits
         self._scheduler.coordinator_epoch = activate.coordinator_epoch
         self._replay("new_plan")
@@ -360,18 +378,22 @@ class GenerationLoop:
         self._metrics.running.set(len(self._scheduler.running))
         self._metrics.waiting.set(self._scheduler.waiting_count)
         if self.state.up:
-            for session in self._scheduler.overdue(now):
-                self._end(
-                    session.session_id,
-                    "failed",
-                    GenerationFailed("The request's steps were lost too often.", cure="See the stages' logs."),
-                )
+            # what a pipeline that stands again was given may come late; only a step that is lost is not tried again
+            late = self._recovery.out_of_time(now)
+            for session in self._scheduler.overdue(now, late.keys()):
+                error = late.get(session.session_id) or _lost_too_often()
+                self._end(session.session_id, "failed", error)
             if now >= self._next_live:
                 self._next_live = now + LIVE_SESSIONS_SECONDS
-                self._tell_live_sessions([])
-        elif self.state.down_since is not None and now - self.state.down_since > self._recovery_seconds and self._open:
-            reason = f"The pipeline was broken for {self._recovery_seconds:.0f} seconds: {self.state.detail}."
-            self._end_all(GenerationFailed(reason, cure="See `noodle status`; send the request again."))
+                self._tell_live_sessions()
+        elif self.state.plan is not None:
+            self._note_break(now)  # for what came in meanwhile
+            for request_id, error in self._recovery.out_of_time(now).items():
+                self._end(request_id, "failed", error)
+
+
+def _lost_too_often() -> NoodleError:
+    return GenerationFailed("The request's steps were lost too often.", cure="See the stages' logs.")
 
 
 _NOTHING = _Cancelled("")  # a tick: nothing happened

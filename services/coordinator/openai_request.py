@@ -14,6 +14,7 @@ from services.coordinator.parameters import (
     GenerationParameters,
     ParameterLimits,
     read_generation_parameters,
+    refuse_what_can_not_fit,
 )
 from services.coordinator.request_body import (
     JsonObject,
@@ -152,15 +153,17 @@ class CompletionRequest:
     parameters: GenerationParameters
 
 
-def parse_chat(body: bytes, served: ServedModel) -> ChatRequest:
-    """Check a body of /v1/chat/completions; raises InvalidRequest naming the field, or UnknownModel."""
+def parse_chat(body: bytes, served: ServedModel, context_length: int) -> ChatRequest:
+    """Check a body of /v1/chat/completions; raises InvalidRequest naming the field, or UnknownModel.
+
+    A conversation of more messages than `context_length` tokens is refused as ContextTooLong before each is read.
+    """
     fields = decode_object(body)
     refuse_what_is_not_honoured(fields, CHAT_HONOURED | HARMLESS, CHAT_NEUTRAL)
     check_model(fields, served)
-    return ChatRequest(
-        messages=read_messages(fields),
-        parameters=_read_parameters(fields, CHAT_LIMITS, ("max_completion_tokens", "max_tokens")),
-    )
+    parameters = _read_parameters(fields, CHAT_LIMITS, ("max_completion_tokens", "max_tokens"))
+    refuse_more_messages_than_tokens(fields.get("messages"), parameters, context_length)
+    return ChatRequest(messages=read_messages(fields), parameters=parameters)
 
 
 def parse_completion(body: bytes, served: ServedModel) -> CompletionRequest:
@@ -211,6 +214,23 @@ def unknown_model(name: str, served: ServedModel) -> UnknownModel:
         cure="Served: " + ", ".join(served.names) + ".",
         param="model",
     )
+
+
+def refuse_more_messages_than_tokens(messages: Any, parameters: GenerationParameters, context_length: int) -> None:
+    """Raise for a conversation that can not fit by its mere number of pieces: reading and rendering takes seconds."""
+    if not isinstance(messages, list) or not messages:
+        return
+    refuse_what_can_not_fit(
+        parameters, least_tokens=len(messages), context_length=context_length, prompt_name="messages"
+    )
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    if parts > context_length:
+        raise InvalidRequest(
+            f"The messages have {parts} text parts; as many are taken as the context has tokens, {context_length}.",
+            cure="Join their texts.",
+            param="messages",
+        )
 
 
 def read_messages(fields: JsonObject) -> tuple[dict[str, str], ...]:

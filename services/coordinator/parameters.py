@@ -153,10 +153,30 @@ def fit_into_context(
     left_tokens = context_length - prompt_tokens
     asked_tokens = parameters.max_new_tokens if parameters.length_name else 1
     if asked_tokens > left_tokens:
-        raise ContextTooLong(
-            f"This model's context is {context_length} tokens, but the prompt has {prompt_tokens} and "
-            f"{asked_tokens} more {'is' if asked_tokens == 1 else 'are'} asked for.",
-            cure="Shorten the prompt" + (f", or ask for at most {left_tokens}." if left_tokens > 0 else "."),
-            param=parameters.length_name if left_tokens > 0 else prompt_name,
-        )
+        cure = "Shorten the prompt" + (f", or ask for at most {left_tokens}." if left_tokens > 0 else ".")
+        param = parameters.length_name if left_tokens > 0 else prompt_name
+        raise ContextTooLong(_three_numbers(context_length, str(prompt_tokens), asked_tokens), cure=cure, param=param)
     return replace(parameters, max_new_tokens=min(parameters.max_new_tokens, left_tokens))
+
+
+def refuse_what_can_not_fit(
+    parameters: GenerationParameters, *, least_tokens: int, context_length: int, prompt_name: str
+) -> None:
+    """Raise ContextTooLong for a prompt that fills the context with the fewest tokens it can have.
+
+    For what is cheap to count where tokenising it all would hold up everybody; `fit_into_context` decides later.
+    """
+    if least_tokens >= context_length:
+        asked_tokens = parameters.max_new_tokens if parameters.length_name else 1
+        raise ContextTooLong(
+            _three_numbers(context_length, f"at least {least_tokens}", asked_tokens),
+            cure="Shorten the prompt.",
+            param=prompt_name,
+        )
+
+
+def _three_numbers(context_length: int, prompt_tokens: str, asked_tokens: int) -> str:
+    return (
+        f"This model's context is {context_length} tokens, but the prompt has {prompt_tokens} and "
+        f"{asked_tokens} more {'is' if asked_tokens == 1 else 'are'} asked for."
+    )

@@ -27,7 +27,7 @@ from noodle.messages import (
     StepResult,
 )
 from noodle.metrics import TravelMetrics
-from noodle.plan import Plan, StageState
+from noodle.plan import Plan, StageAssignment, StageState
 from noodle.web import start_loop
 from noodle.work_queue import RESULTS_STREAM, hop_stream
 
@@ -92,7 +92,10 @@ class Pipeline:
         self._states: dict[int, StageState] = {}  # as the stages' beats say it
         self._losses: dict[tuple[int, str], int] = {}  # by stage and boot, of its own next link
         self._results_changes = 0
-        self._reasons = {"hop": "stage 0 is not connected", "results": "the results are not connected"}
+        self._reasons = {
+            "hop": f"{_named(plan.stages[0])} is not connected",
+            "results": f"{_named(plan.stages[-1])} does not send its results yet",
+        }
         self._told: tuple[object, ...] | None = None  # what the pipeline stood with when that was told
         self._lock = threading.RLock()  # held while telling, so that news arrive in their order
         self._closed = threading.Event()
@@ -171,14 +174,14 @@ class Pipeline:
 
     def _hop_changed(self, reason: str) -> None:
         with self._lock:
-            self._reasons["hop"] = reason
+            self._reasons["hop"] = _lost(self._plan.stages[0], reason)
             if reason:
                 self._chain = []
         self._look()
 
     def _results_changed(self, reason: str) -> None:
         with self._lock:
-            was, self._reasons["results"] = self._reasons["results"], reason
+            was, self._reasons["results"] = self._reasons["results"], _lost(self._plan.stages[-1], reason)
             if bool(was) != bool(reason):  # also one that is there again: the stage may have used the old one till now
                 self._results_changes += 1
         self._look()
@@ -236,17 +239,16 @@ class Pipeline:
         for index, stage in enumerate(self._plan.stages):
             state = self._states.get(stage.stage_id)
             if self._transport == "queue" and state is not None and state.transport == "direct":
-                return (
-                    f"stage {stage.stage_id} on {stage.machine} has NOODLE_TRANSPORT=direct, "
-                    f"this coordinator has NOODLE_TRANSPORT=queue"
-                )
+                return f"{_named(stage)} has NOODLE_TRANSPORT=direct, this coordinator has NOODLE_TRANSPORT=queue"
             if index >= len(links):
-                return f"stage {stage.stage_id} on {stage.machine} is not connected"
+                return f"{_named(stage)} is not connected"
             link = links[index]
             if link.stage_id != stage.stage_id or link.plan_version != self._plan.version:
-                return f"stage {stage.stage_id} on {stage.machine} is not ready for plan {self._plan.version}"
+                return f"{_named(stage)} is not ready for plan {self._plan.version}"
             if not link.next_link_up:
-                return link.detail or f"stage {stage.stage_id} on {stage.machine} does not reach the next one"
+                behind = self._plan.stages[min(index + 1, len(self._plan.stages) - 1)]
+                reason = f" ({link.detail.rstrip('.')})" if link.detail else ""
+                return f"{_named(stage)} does not reach {_named(behind)}{reason}"
         return None
 
     def _losses_of(self, links: list[ChainLink]) -> tuple[int, ...]:
@@ -261,3 +263,12 @@ class Pipeline:
     def _say(self, event: PipelineEvent) -> None:
         if not self._closed.is_set():
             self._tell(event)
+
+
+def _named(stage: StageAssignment) -> str:
+    return f"stage {stage.stage_id} on {stage.machine}"
+
+
+def _lost(stage: StageAssignment, reason: str) -> str:
+    """What KeptOpen says of a connection, with the stage named; empty when it stands."""
+    return f"{_named(stage)} is lost ({reason.rstrip('.')})" if reason else ""

@@ -119,6 +119,8 @@ def read_object(fields: Mapping[str, Any], name: str) -> JsonObject:
 
 def read_token_ids(name: str, values: list[Any], vocabulary_size: int) -> tuple[int, ...]:
     """A list of token ids, each in the vocabulary."""
+    if values and set(map(type, values)) == {int} and min(values) >= 0 and max(values) < vocabulary_size:
+        return tuple(values)  # a body holds millions of them: no loop but to name the one that is wrong
     for index, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int):
             wrong_type(f"{name}[{index}]", "a token id", value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,10 @@ DEADLINE_FLOOR_SECONDS = 8.0
 GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that the gap is told first
 MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is the request that is at fault
 REPLAYED_REASONS = frozenset({"position_gap", "too_many_early", "activations_lost"})  # refusals that a replay cures
+# A stage that has no room for KV rows that were promised: the books of the two differ (it came back with less, or was
+# not told of an end). The session waits again for its place, and nobody is admitted for a moment.
+ROOM_REASON = "kv_budget"
+ROOM_RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +106,8 @@ class Scheduler:
         self._in_flight: dict[int, InFlight] = {}
         self._next_step_id = 1
         self._promised_tokens = 0
+        self._room_is_short = False
+        self._admit_at = 0.0  # nobody is admitted before
         self.limits: Limits | None = None
         self.coordinator_epoch = 0
 
@@ -108,6 +115,11 @@ class Scheduler:
     def running(self) -> list[Session]:
         """Sessions that may hold KV rows."""
         return list(self._running.values())
+
+    @property
+    def waiting(self) -> list[Session]:
+        """Sessions without a place yet, in their order."""
+        return list(self._waiting)
 
     @property
     def waiting_count(self) -> int:
@@ -129,11 +141,7 @@ class Scheduler:
         if session is None:
             self._waiting = deque(waiting for waiting in self._waiting if waiting.session_id != session_id)
             return False
-        self._promised_tokens -= session.reserve_tokens
-        for step_id, flight in list(self._in_flight.items()):
-            flight.sessions.pop(session_id, None)
-            if not flight.sessions:
-                del self._in_flight[step_id]
+        self._forget(session)
         return True
 
     def all_sessions(self) -> list[Session]:
@@ -144,7 +152,7 @@ class Scheduler:
         """The next step to send, None when nothing wants to be computed or enough is on its way."""
         if self.limits is None or len(self._in_flight) >= self.limits.stage_count:
             return None
-        self._admit(self.limits)
+        self._admit(self.limits, now)
         chosen = self._choose(self.limits)
         if not chosen:
             return None
@@ -183,12 +191,16 @@ class Scheduler:
         return flight
 
     def apply(self, result: StepResult) -> tuple[InFlight | None, list[NewToken], list[tuple[Session, SpanRefusal]]]:
-        """Take what came back: the step, new tokens, and refusals that no replay cures. Old news is ignored."""
+        """Take what came back: the step, new tokens, and refusals that no replay cures. Old news is ignored.
+
+        Sessions that were refused for want of room no longer run, though some stages may hold rows of them.
+        """
         flight = self._in_flight.get(result.step_id)
         if flight is None or result.coordinator_epoch != self.coordinator_epoch:
             return None, [], []
         tokens: list[NewToken] = []
         fatal: list[tuple[Session, SpanRefusal]] = []
+        without_room: list[Session] = []
         for span in result.spans:
             session = self._settle(flight, span.session_id, span.session_epoch)
             if session is None:
@@ -200,10 +212,16 @@ class Scheduler:
             session = self._settle(flight, refusal.session_id, refusal.session_epoch)
             if session is None:
                 continue
-            if refusal.reason in REPLAYED_REASONS and session.replays < MAXIMUM_REPLAYS:
+            if session.replays >= MAXIMUM_REPLAYS:
+                fatal.append((session, refusal))
+            elif refusal.reason == ROOM_REASON:
+                self._restart(session)
+                without_room.append(session)
+            elif refusal.reason in REPLAYED_REASONS:
                 self._restart(session)
             else:
                 fatal.append((session, refusal))
+        self._step_back(without_room)
         if not flight.sessions:
             self._in_flight.pop(result.step_id, None)
         return flight, tokens, fatal
@@ -223,8 +241,11 @@ class Scheduler:
             self._restart(session)
         return self.running
 
-    def overdue(self, now: float) -> list[Session]:
-        """Sessions whose step did not come back in time; each begins anew, or is returned when it did too often."""
+    def overdue(self, now: float, given_up: Collection[str] = ()) -> list[Session]:
+        """Sessions whose step did not come back in time; each begins anew.
+
+        Returned instead are those that did so too often, and those of `given_up`.
+        """
         hopeless: list[Session] = []
         for step_id, flight in list(self._in_flight.items()):
             if flight.deadline > now:
@@ -234,7 +255,7 @@ class Scheduler:
                 session = self._running.get(session_id)
                 if session is None or session.epoch != epoch:
                     continue
-                if session.replays >= MAXIMUM_REPLAYS:
+                if session.replays >= MAXIMUM_REPLAYS or session_id in given_up:
                     hopeless.append(session)
                 else:
                     self._restart(session)
@@ -265,8 +286,28 @@ class Scheduler:
         session.in_flight = 0
         session.replays += 1
 
-    def _admit(self, limits: Limits) -> None:
+    def _step_back(self, sessions: list[Session]) -> None:
+        """Put sessions that run back to the head of the line."""
+        for session in sessions:
+            del self._running[session.session_id]
+            self._forget(session)
+            self._room_is_short = True
+        self._waiting.extendleft(reversed(sessions))
+
+    def _forget(self, session: Session) -> None:
+        """Take a session that no longer runs out of the books."""
+        self._promised_tokens -= session.reserve_tokens
+        for step_id, flight in list(self._in_flight.items()):
+            flight.sessions.pop(session.session_id, None)
+            if not flight.sessions:
+                del self._in_flight[step_id]
+
+    def _admit(self, limits: Limits, now: float) -> None:
         """First come, first served, as long as every stage can hold the rows."""
+        if self._room_is_short:
+            self._room_is_short, self._admit_at = False, now + ROOM_RETRY_SECONDS
+        if now < self._admit_at:
+            return
         while self._waiting and len(self._running) < self._maximum_running:
             needed = self._waiting[0].reserve_tokens
             if self._running and self._promised_tokens + needed > limits.kv_tokens:

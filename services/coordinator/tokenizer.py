@@ -6,7 +6,7 @@ and gives the same ids and the same prompts; tests hold it to that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,10 @@ class Tokenizer:
             token = self._tokenizer.id_to_token(max(ids))
             raise InvalidRequest(f"The prompt holds {token!r}, for which this model has no embedding.")
         return ids
+
+    def fewest_tokens(self, texts: Iterable[str]) -> int:
+        """What texts cost together at least: as if each of their tokens were the vocabulary's longest."""
+        return -(-sum(map(len, texts)) // self._longest_token)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary have none, bytes that are no UTF-8 become U+FFFD."""

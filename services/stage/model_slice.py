@@ -77,6 +77,10 @@ class TransformersSlice:
             span.rows.length = max(span.rows.length, span.first_position + span.end - span.begin)
         return output
 
+    def reserve(self, session_id: str, reserve_tokens: int) -> None:
+        """See slice_interface.py."""
+        self._cache.open(session_id, reserve_tokens)
+
     def release(self, session_id: str) -> None:
         """Free the KV rows of a session; one that it does not hold is fine."""
         self._cache.release(session_id)

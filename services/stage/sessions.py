@@ -116,6 +116,10 @@ class SessionTable:
         """Forget these sessions; returns those that were known, so that their KV rows are freed."""
         return [session_id for session_id in session_ids if self._sessions.pop(session_id, None) is not None]
 
+    def release_unlisted(self, session_ids: list[str]) -> list[str]:
+        """Forget every session but these; returns those that were forgotten."""
+        return self.release(list(self._sessions.keys() - set(session_ids)))
+
     def release_all(self) -> list[str]:
         """Forget every session: another coordinator leads or another plan is computed."""
         return self.release(list(self._sessions))

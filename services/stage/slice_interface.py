@@ -57,6 +57,13 @@ class ModelSlice(Protocol):
     weight_bytes: int  # bytes of the tensors it computes with, as held in memory
     kv_bytes_per_token: int  # of one session, over all its layers
 
+    def reserve(self, session_id: str, reserve_tokens: int) -> None:
+        """Hold room for the KV rows of a session from now on, until `release`; one that has it already is fine.
+
+        Raises StepRefused with reason `kv_budget` when there is none; nothing is held then.
+        """
+        ...
+
     def forward(self, batch: PackedBatch) -> SliceOutput:
         """Compute one packed batch and keep its K and V rows.
 

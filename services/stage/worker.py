@@ -166,13 +166,34 @@ class Worker:
         if admission.refusals:
             self._count_refusals(admission.refusals)
             step = msgspec.structs.replace(step, refusals=[*step.refusals, *admission.refusals])
-        if step.spans:
-            self._compute(role, step, body, arrived_at)
-        elif step.refusals:
-            self._pass_on_refusals(role, step)
+        self._compute(role, step, body, arrived_at)
+
+    def _with_room(self, role: Role, step: Step, body: memoryview) -> tuple[Step, memoryview]:
+        """The step with those spans that there is room for; one session that has none must not stop the others."""
+        fits: list[int] = []
+        refusals: list[SpanRefusal] = []
+        for index, span in enumerate(step.spans):
+            try:
+                role.model_slice.reserve(span.session_id, span.reserve_tokens)
+                fits.append(index)
+            except StepRefused as error:
+                self._sessions.failed([span])
+                role.model_slice.release(span.session_id)
+                refusals.append(self._refusal(span, error.reason, str(error)))
+        if not refusals:
+            return step, body
+        self._count_refusals(refusals)
+        row_bytes = ITEM_BYTES[step.dtype] * (role.plan.hidden_size if role.index else 1)
+        step, body = _only(step, body, row_bytes, fits)
+        return msgspec.structs.replace(step, refusals=[*step.refusals, *refusals]), body
 
     def _compute(self, role: Role, step: Step, body: memoryview, arrived_at: float) -> None:
         """Compute spans that are all in order, hand them on, then those that waited for them."""
+        step, body = self._with_room(role, step, body)
+        if not step.spans:
+            if step.refusals:
+                self._pass_on_refusals(role, step)
+            return
         started = time.monotonic()
         is_last = role.next_stage is None
         try:
@@ -234,6 +255,8 @@ class Worker:
         self._sessions.listed(live.sessions, time.monotonic())
         self._sessions.release(live.released)
         self._release(live.released)
+        if live.frees_unlisted:
+            self._release(self._sessions.release_unlisted(live.sessions))
         if role.next_stage is not None:
             role.next_stage.send(live)
 
@@ -279,14 +302,14 @@ class Worker:
 
     def _refuse(self, role: Role, step: Step, spans: list[StepSpan], reason: str, message: str) -> None:
         """Send spans on as refused, so that the coordinator hears of it with the results."""
-        refusals = [
-            SpanRefusal(
-                span.session_id, span.session_epoch, span.first_position, self._stage_id, reason, message[:1990]
-            )
-            for span in spans
-        ]
+        refusals = [self._refusal(span, reason, message) for span in spans]
         self._count_refusals(refusals)
         self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[*step.refusals, *refusals]))
+
+    def _refusal(self, span: StepSpan, reason: str, message: str) -> SpanRefusal:
+        return SpanRefusal(
+            span.session_id, span.session_epoch, span.first_position, self._stage_id, reason, message[:1990]
+        )
 
     def _pass_on_refusals(self, role: Role, step: Step) -> None:
         if role.next_stage is None:

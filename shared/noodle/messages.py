@@ -80,16 +80,24 @@ class Step(Struct, frozen=True, tag="step"):
 
 
 class LiveSessions(Struct, frozen=True, tag="live"):
-    """All sessions that may hold KV rows; `released` ones are freed at once, unlisted ones after a while."""
+    """All sessions that may hold KV rows; `released` ones are freed at once, unlisted ones after a while.
+
+    With `frees_unlisted` these are freed at once too: the coordinator could not tell every end when it came.
+    """
 
     plan_version: Version
     coordinator_epoch: Version
     sessions: Annotated[list[SessionId], Meta(max_length=65536)]
     released: Annotated[list[SessionId], Meta(max_length=65536)] = []
+    frees_unlisted: bool = False
 
 
 class ChainLink(Struct, frozen=True):
-    """One stage as those before it see it; `boot_id` changes when its process, and so its KV cache, is a new one."""
+    """One stage as those before it see it; `boot_id` changes when its process, and so its KV cache, is a new one.
+
+    `losses` is told because frames may be lost between two connections, and that both ends are connected again tells
+    nothing of it.
+    """
 
     stage_id: Count
     boot_id: Annotated[str, Meta(max_length=64)]

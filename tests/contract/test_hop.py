@@ -3,11 +3,12 @@
 import random
 import socket
 
+import msgspec
 import pytest
 
 from noodle.errors import LinkLost
 from noodle.hop import PLAN_VERSION_HEADER, ResultsConnection
-from noodle.messages import LiveSessions
+from noodle.messages import KeepAlive, LiveSessions, SamplingParameters, StepSpan
 from noodle.wire import LENGTHS
 from tests.support.callers import TOKENS, DirectCaller, QueueCaller
 from tests.support.cluster import wait_until
@@ -17,13 +18,16 @@ from tests.support.stage_threads import stage_threads
 pytestmark = pytest.mark.timeout(300)
 HIDDEN_SIZE = 64
 FRAME_LIMIT = 1 << 20
+KV_BYTES = 600 << 10  # room for a few sessions
 
 
 @pytest.fixture(scope="module")
 def direct_rig(tiny_folder, tmp_path_factory):
     """Two stage processes of the tiny model without a coordinator: the test is the one before and the one after."""
     folder = tmp_path_factory.mktemp("direct")
-    with running_stages(folder, tiny_folder, layers=(3, 3), NOODLE_TRANSPORT="direct") as running:
+    with running_stages(
+        folder, tiny_folder, layers=(3, 3), NOODLE_TRANSPORT="direct", NOODLE_KV_BYTES=str(KV_BYTES)
+    ) as running:
         yield running
 
 
@@ -132,6 +136,52 @@ def test_sessions_that_are_released_or_no_longer_listed_hold_no_bytes(caller):
     caller.send_message(LiveSessions(caller.rig.plan.version, caller.epoch, ["forgotten"], ["released"]))
     wait_until(lambda: all(state["sessions"] == 1 for state in caller.rig.states()), 5, "one session is released")
     wait_until(lambda: all(state["kv_bytes_held"] == 0 for state in caller.rig.states()), 10, "the other is freed")
+
+
+def test_sessions_that_are_not_on_a_list_that_frees_all_others_hold_no_bytes_for_the_next_step(caller):
+    for name in ("listed", "ended"):
+        caller.send(TOKENS, session=name)
+    caller.result(2)
+    listed = LiveSessions(caller.rig.plan.version, caller.epoch, ["listed"], frees_unlisted=True)
+    caller.send_message(listed)
+    caller.send(TOKENS[:4], session="listed", first=4)
+    assert caller.result(3).spans[0].first_position == 4
+    assert [state["sessions"] for state in caller.rig.states()] == [1, 1]
+
+
+def test_a_session_without_room_is_refused_alone_and_its_room_is_there_when_another_ends(direct_caller):
+    """Sessions of a step share its fate only where they must."""
+    rows = direct_caller.rig.plan.context_length
+    room = KV_BYTES // direct_caller.rig.states()[0]["kv_bytes_per_token"]
+    fits = [StepSpan(f"fits {index}", 1, 0, 1, rows, SamplingParameters()) for index in range(room // rows)]
+    direct_caller.send(TOKENS[:4] * len(fits), spans=fits, count=len(fits))
+    assert len(direct_caller.result(1).spans) == len(fits)
+    late = [StepSpan(f"late {index}", 1, 0, 1, rows, SamplingParameters()) for index in range(2)]
+    goes_on = msgspec.structs.replace(fits[0], first_position=1)
+    direct_caller.send(TOKENS[:12], spans=[late[0], goes_on, late[1]], count=3)
+    answer = direct_caller.result(2)
+    assert [span.session_id for span in answer.spans] == ["fits 0"]
+    assert [(refusal.session_id, refusal.reason) for refusal in answer.refusals] == [
+        ("late 0", "kv_budget"),
+        ("late 1", "kv_budget"),
+    ]
+    direct_caller.send_message(
+        LiveSessions(direct_caller.rig.plan.version, direct_caller.epoch, ["fits 0"], frees_unlisted=True)
+    )
+    direct_caller.send(TOKENS[:8], spans=late, count=2)
+    assert [span.session_id for span in direct_caller.result(3).spans] == ["late 0", "late 1"]
+
+
+def test_a_hop_between_stages_that_is_cut_and_opened_in_one_breath_is_told(direct_caller):
+    def number():
+        chains = [message.chain for message in direct_caller.heard if isinstance(message, KeepAlive) and message.chain]
+        return chains[-1][0].losses
+
+    before = number()
+    raw_hop(direct_caller.rig, stage=1).close()  # takes the place of stage 0's, which opens another
+    wait_until(lambda: number() > before and direct_caller.chain_is_whole(), 15, "the loss is counted")
+    direct_caller.send(TOKENS)
+    assert direct_caller.result().spans[0].token_id is not None
 
 
 def raw_hop(rig, stage=0, token=None, version=None):

@@ -126,6 +126,17 @@ def test_a_prompt_over_the_context_is_told_the_three_numbers(cluster):
     assert answer["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("message", [{"role": "user", "content": ""}, {"role": "user", "content": "x" * 9000}])
+def test_a_conversation_that_can_not_fit_is_told_the_three_numbers_before_it_is_rendered(cluster, message):
+    context = cluster.get("/health")[1]["context_length"]
+    messages = [message] * (200_000 if not message["content"] else 500)
+    status, answer = cluster.post("/v1/chat/completions", {"messages": messages, "max_tokens": 7})
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert f"context is {context} tokens" in answer["error"]["message"]
+    assert "at least" in answer["error"]["message"]
+    assert "7 more" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "headers", "status"),
     [

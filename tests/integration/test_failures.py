@@ -1,16 +1,19 @@
 """What dies, and what must then not happen: nothing hangs, no token is lost, and the next request works."""
 
 import http.client
+import json
 import os
 import signal
+import socket
 import threading
 import time
 
 import pytest
 
-from tests.support.cluster import running_cluster, wait_until
+from tests.support.cluster import ANSWER_SECONDS, running_cluster, wait_until
 
 pytestmark = pytest.mark.timeout(300)
+KV_BYTES_PER_TOKEN = 768  # of the tiny model, on a stage with three of its layers
 OPEN_REQUEST_SECONDS = 30.0  # three times what an open request may take to end or go on
 
 
@@ -80,16 +83,49 @@ def test_a_killed_stage_ends_no_request_without_a_word_and_comes_back(cluster, s
     wait_until(lambda: cluster.kv_bytes_held() == 0, 15, "no KV rows are left")
 
 
-def test_a_stage_that_stops_moving_is_noticed(cluster):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_that_stops_moving_ends_open_requests_in_time_and_is_named(cluster, stage):
     requests = OpenRequests(cluster)
-    frozen = cluster.worker_pid("stage-1")
+    frozen = cluster.worker_pid(f"stage-{stage}")
     os.kill(frozen, signal.SIGSTOP)
     try:
         answers = requests.ended()
     finally:
         os.kill(frozen, signal.SIGCONT)
     assert all(status >= 500 for status, _ in answers)
+    assert all(f"stage {stage} on " in answer["error"]["message"] for _, answer in answers)
     answers_again(cluster)
+
+
+def test_a_cut_pipeline_with_little_room_leaves_no_request_without_its_rows(tiny_folder, tmp_path):
+    """The request that runs is cancelled while the pipeline is cut; those that wait for its rows must get them."""
+    little_room = {"NOODLE_SPLIT": "3,3", "NOODLE_KV_BYTES": str(220 * KV_BYTES_PER_TOKEN)}  # for one request
+    with running_cluster(tmp_path / "state", tiny_folder, 2, **little_room) as cluster:
+        asked = {"inputs": "a request", "parameters": {"max_new_tokens": 200, "ignore_eos": True}}
+        frozen = cluster.worker_pid("stage-1")
+        runs = http.client.HTTPConnection("127.0.0.1", cluster.port, timeout=ANSWER_SECONDS)
+        runs.request("POST", "/generate_stream", json.dumps(asked), {"Content-Type": "application/json"})
+        response = runs.getresponse()
+        assert response.status == 200
+        response.readline()
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            requests = OpenRequests(cluster, count=3)
+            wait_until(lambda: cluster.get("/health")[1]["status"] != "ready", 15, "the cut is noticed")
+            runs.sock.shutdown(socket.SHUT_RDWR)
+            wait_until(lambda: open_requests(cluster) == 0, 5, "the request is cancelled")
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+            response.close()
+            runs.close()
+        assert [status for status, _ in requests.ended()] == [200] * 3
+
+
+def open_requests(cluster):
+    """How many sessions hold rows, by the coordinator's metrics."""
+    _, text = cluster.get("/metrics", cluster.token)
+    line = next(line for line in text.decode().splitlines() if line.startswith("noodle_requests_running "))
+    return float(line.split()[1])
 
 
 def test_a_killed_valkey_stops_no_running_request_and_comes_back(cluster):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +170,7 @@ def test_ctrl_c_before_a_background_start_is_ready_takes_it_back(runs: UpRuns) -
 
 
 def test_a_start_that_fails_in_the_background_says_why(runs: UpRuns) -> None:
+    runs.order("coordinator.health", json.dumps({"status": "starting"}))
     runs.order("stage-1.exit", "3\nnoodle stage: Layer 3 does not fit. Take a smaller model.")
     up = runs.noodle("up", "--detach")
     assert up.returncode == 1
@@ -176,6 +179,7 @@ def test_a_start_that_fails_in_the_background_says_why(runs: UpRuns) -> None:
 
 
 def test_a_service_that_refuses_its_configuration_ends_up_with_its_words(runs: UpRuns) -> None:
+    runs.order("coordinator.health", json.dumps({"status": "starting"}))
     runs.order(
         "planner.exit", "3\nnoodle planner: NOODLE_SPLIT does not add up.\n[ERROR] Reason: Worker failed to boot."
     )
@@ -253,3 +257,74 @@ def test_a_port_in_use_is_refused_with_its_purpose_and_its_variable(runs: UpRuns
     assert "NOODLE_FIRST_STAGE_PORT" in up.stderr
     assert not runs.starts("model")
     assert not runs.state_dir.exists()
+
+
+@pytest.fixture
+def small_disk(runs: UpRuns) -> Iterator[Path]:
+    """The state folder on a disk of 256 kB of its own."""
+    runs.state_dir.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", runs.state_dir], check=False)
+    if mounted.returncode:
+        pytest.skip("only root may mount a disk")
+    yield runs.state_dir
+    runs.close()
+    subprocess.run(["umount", "--lazy", runs.state_dir], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Leave not a byte on a disk."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        while shutil.disk_usage(disk).free:
+            file.write(b"x" * 4096)
+    return filler
+
+
+def test_a_full_state_disk_and_a_death_are_said_and_end_nothing(runs: UpRuns, small_disk: Path) -> None:
+    runs.start_until_ready()
+    wait_for(lambda: runs.starts("stage-1"), "the stage")
+    filler = fill(small_disk)
+    for deaths in (1, 2):
+        os.kill(runs.starts("stage-1")[-1], signal.SIGKILL)
+        wait_for(lambda: len(runs.starts("stage-1")) == deaths + 1, "the stage to come back")  # noqa: B023
+    wait_for(lambda: runs.output().count("stage-1 was started again.") == 2, "that to be said")
+    assert runs.output().count("run.json can not be written (No space left on device)") == 1
+    assert "Free some space on that disk" in runs.output()
+    assert runs.service("stage-1")["restarts"] == 0  # what was written last, whole
+    assert (runs.run_dir / "logs" / "stage-1.log").exists()
+    filler.unlink()
+    wait_for(lambda: runs.service("stage-1")["restarts"] == 2, "the record to be written after all")
+    assert "The record of this run can be written again." in runs.output()
+    assert runs.noodle("down").returncode == 0
+    assert not runs.run_dir.exists()
+
+
+def test_a_background_run_whose_log_is_on_the_full_disk_goes_on_too(runs: UpRuns, small_disk: Path) -> None:
+    assert runs.noodle("up", "--detach").returncode == 0
+    wait_for(lambda: runs.starts("stage-1"), "the stage")
+    fill(small_disk)
+    os.kill(runs.starts("stage-1")[-1], signal.SIGKILL)
+    wait_for(lambda: len(runs.starts("stage-1")) == 2, "the stage to come back")
+    down = runs.noodle("down")
+    assert down.returncode == 0, down.stderr
+    assert not runs.run_dir.exists()
+
+
+def test_a_state_disk_that_is_full_from_the_start_is_refused_with_path_reason_and_cure(
+    runs: UpRuns, small_disk: Path
+) -> None:
+    fill(small_disk)
+    up = runs.noodle("up")
+    assert up.returncode == 1
+    assert f"noodle: {runs.run_dir}" in up.stderr or "noodle: The state folder" in up.stderr
+    assert "No space left on device" in up.stderr
+    assert "NOODLE_STATE_DIR" in up.stderr
+    assert "Traceback" not in up.stderr
+
+
+def test_a_state_folder_that_is_a_file_is_refused_with_its_cure(runs: UpRuns) -> None:
+    runs.state_dir.write_text("not a folder")
+    for command in ("up", "status", "down"):
+        said = runs.noodle(command)
+        assert "Traceback" not in said.stderr
+    assert "NOODLE_STATE_DIR" in runs.noodle("up").stderr

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import random
+from functools import partial
 from typing import Any
 
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from noodle.errors import InvalidRequest, RequestError, UnknownModel
+from noodle.errors import ContextTooLong, InvalidRequest, RequestError, UnknownModel
 from services.coordinator.openai_request import (
     CHAT_HONOURED,
     CHAT_NEUTRAL,
@@ -30,13 +31,14 @@ from services.coordinator.parameters import MAXIMUM_NEW_TOKENS
 from tests.support.random_json import random_body, random_value
 
 SERVED = ServedModel(names=("SmolLM2-135M-Instruct", "noodle"), vocabulary_size=1000, created_seconds=1)
+CONTEXT = 2048
 MESSAGES = [{"role": "user", "content": "hi"}]
 # values that no field takes as neutral
 UNUSUAL: list[Any] = [7, 0.25, "unusual", [7], {"unusual": 7}]
 
 
 def chat(**fields: Any) -> ChatRequest:
-    return parse_chat(json.dumps({"model": "noodle", "messages": MESSAGES, **fields}).encode(), SERVED)
+    return parse_chat(json.dumps({"model": "noodle", "messages": MESSAGES, **fields}).encode(), SERVED, CONTEXT)
 
 
 def completion(**fields: Any) -> CompletionRequest:
@@ -140,7 +142,7 @@ def test_a_chat_has_what_is_left_of_the_context_and_a_completion_16_tokens() -> 
 def test_the_model_is_the_one_served_under_any_of_its_names() -> None:
     for name in (*SERVED.names, None):
         chat(model=name)
-    parse_chat(json.dumps({"messages": MESSAGES}).encode(), SERVED)
+    parse_chat(json.dumps({"messages": MESSAGES}).encode(), SERVED, CONTEXT)
     with pytest.raises(UnknownModel) as caught:
         completion(model="gpt-4o")
     assert caught.value.http_status == 404
@@ -292,7 +294,7 @@ def test_random_bodies_are_taken_or_refused_and_nothing_else() -> None:
     taken = longest = 0
     for _ in range(5000):
         for parse, valid, names in (
-            (parse_chat, {"model": "noodle", "messages": MESSAGES}, chat_names),
+            (partial(parse_chat, context_length=CONTEXT), {"model": "noodle", "messages": MESSAGES}, chat_names),
             (parse_completion, {"model": "noodle", "prompt": "hi"}, completion_names),
         ):
             body = random_body(generator, valid, names)
@@ -316,3 +318,20 @@ def test_random_messages_are_taken_or_refused_and_nothing_else() -> None:
         except RequestError:
             continue
         assert all(isinstance(message["content"], str) for message in request.messages)
+
+
+def test_more_messages_than_the_context_has_tokens_are_refused_with_the_three_numbers_before_each_is_read() -> None:
+    unread: list[Any] = [{"role": "nobody"}] * CONTEXT
+    with pytest.raises(ContextTooLong) as caught:
+        chat(messages=unread, max_tokens=7)
+    assert str(CONTEXT) in caught.value.message
+    assert f"at least {CONTEXT} and 7 more" in caught.value.message
+    assert caught.value.param == "messages"
+    assert len(chat(messages=MESSAGES * (CONTEXT - 1)).messages) == CONTEXT - 1
+
+
+def test_more_text_parts_than_the_context_has_tokens_are_refused() -> None:
+    parts = [{"type": "text", "text": ""}] * (CONTEXT // 2 + 1)
+    with pytest.raises(InvalidRequest, match=f"{CONTEXT + 2} text parts"):
+        chat(messages=[{"role": "user", "content": parts}] * 2)
+    chat(messages=[{"role": "user", "content": parts}])

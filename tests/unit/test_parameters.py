@@ -16,6 +16,7 @@ from services.coordinator.parameters import (
     ParameterLimits,
     fit_into_context,
     read_generation_parameters,
+    refuse_what_can_not_fit,
 )
 from services.coordinator.request_body import decode_object
 
@@ -183,3 +184,11 @@ def test_a_body_that_is_no_json_object_says_where(body: bytes, message: str) -> 
     with pytest.raises(InvalidRequest) as caught:
         decode_object(body)
     assert message in str(caught.value)
+
+
+def test_a_prompt_that_fills_the_context_at_its_shortest_is_refused_with_the_three_numbers() -> None:
+    parameters = read(max_tokens=3)
+    refuse_what_can_not_fit(parameters, least_tokens=99, context_length=100, prompt_name="messages")
+    with pytest.raises(ContextTooLong, match=r"context is 100 tokens.*at least 100 and 3 more are") as caught:
+        refuse_what_can_not_fit(parameters, least_tokens=100, context_length=100, prompt_name="messages")
+    assert caught.value.param == "messages"

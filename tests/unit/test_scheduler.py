@@ -1,7 +1,7 @@
 import random
 
 from noodle.messages import SamplingParameters, SpanRefusal, SpanResult, StepResult
-from services.coordinator.scheduler import MAXIMUM_REPLAYS, Limits, Scheduler, Session
+from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_RETRY_SECONDS, Limits, Scheduler, Session
 
 END = 2
 
@@ -130,6 +130,51 @@ def test_a_position_gap_is_cured_by_a_replay_and_another_refusal_ends_the_sessio
     assert [session.session_id for session, _ in fatal] == ["a"]
 
 
+def test_sessions_that_find_no_room_go_back_to_the_head_of_the_line_and_are_tried_again_after_a_moment():
+    scheduler = a_scheduler(step_tokens=100, maximum_running=2)
+    sessions = [a_session(name) for name in "abc"]
+    for session in sessions:
+        scheduler.add(session)
+    flight = scheduler.next_step(10.0)
+    spans = [SpanRefusal(s.session_id, s.session_epoch, 0, 1, "kv_budget", "full") for s in flight.step.spans]
+    assert scheduler.apply(StepResult(flight.step.step_id, 1, 1, [], spans, []))[1:] == ([], [])
+    assert (scheduler.running, scheduler.steps_in_flight) == ([], 0)
+    assert scheduler.waiting == sessions
+    assert scheduler.next_step(10.0) is None
+    assert scheduler.next_step(10.0 + ROOM_RETRY_SECONDS / 2) is None
+    again = scheduler.next_step(10.0 + ROOM_RETRY_SECONDS)
+    assert [(span.session_id, span.session_epoch) for span in again.step.spans] == [("a", 2), ("b", 2)]
+
+
+def test_one_session_without_room_leaves_the_others_of_its_step_alone():
+    scheduler = a_scheduler(step_tokens=100, kv_tokens=18)
+    for name in "ab":
+        scheduler.add(a_session(name))
+    flight = scheduler.next_step(0)
+    fits, refused = flight.step.spans
+    result = StepResult(
+        flight.step.step_id, 1, 1, [SpanResult(fits.session_id, 1, 0, fits.token_count, 7)],
+        [SpanRefusal(refused.session_id, 1, 0, 1, "kv_budget", "full")], [],
+    )  # fmt: skip
+    _, tokens, fatal = scheduler.apply(result)
+    assert ([token.session.session_id for token in tokens], fatal) == (["a"], [])
+    assert [session.session_id for session in scheduler.running] == ["a"]
+    assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["a"]
+    scheduler.remove("a")
+    assert [span.session_id for span in scheduler.next_step(ROOM_RETRY_SECONDS).step.spans] == ["b"]
+
+
+def test_a_session_that_never_finds_room_is_given_up():
+    scheduler = a_scheduler()
+    scheduler.add(a_session())
+    for attempt in range(MAXIMUM_REPLAYS):
+        flight = scheduler.next_step(attempt * ROOM_RETRY_SECONDS)
+        assert scheduler.apply(refusal(flight, "kv_budget"))[2] == []
+        assert scheduler.next_step(attempt * ROOM_RETRY_SECONDS) is None
+    flight = scheduler.next_step(MAXIMUM_REPLAYS * ROOM_RETRY_SECONDS)
+    assert [session.session_id for session, _ in scheduler.apply(refusal(flight, "kv_budget"))[2]] == ["a"]
+
+
 def test_a_session_that_gets_nowhere_is_given_up_and_not_tried_for_ever():
     scheduler = a_scheduler()
     scheduler.add(a_session())
@@ -146,6 +191,15 @@ def test_a_step_that_does_not_come_back_in_time_is_replayed():
     assert scheduler.steps_in_flight == 1
     assert scheduler.overdue(flight.deadline) == []
     assert scheduler.next_step(0).step.spans[0].session_epoch == 2
+
+
+def test_a_lost_step_of_a_session_whose_time_is_over_is_not_replayed():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    for name in "ab":
+        scheduler.add(a_session(name))
+    flight = scheduler.next_step(0.0)
+    assert [session.session_id for session in scheduler.overdue(flight.deadline, {"b"})] == ["b"]
+    assert [span.session_epoch for span in scheduler.next_step(0).step.spans] == [2]
 
 
 def test_a_removed_session_does_not_hold_its_step_back():

@@ -102,3 +102,10 @@ def test_a_released_session_is_forgotten_once():
     compute(table, span_of("a"))
     assert table.release(["a", "unknown"]) == ["a"]
     assert table.release(["a"]) == []
+
+
+def test_all_but_the_listed_sessions_are_freed_at_once_when_that_is_asked():
+    table = SessionTable(0)
+    compute(table, span_of("a"), span_of("b"), span_of("c"))
+    assert sorted(table.release_unlisted(["b", "unknown"])) == ["a", "c"]
+    assert (len(table), table.length("b")) == (1, 1)

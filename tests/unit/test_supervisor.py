@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +131,38 @@ def test_only_one_holds_a_run_folder(tmp_path: Path) -> None:
     second = acquire(state_dir)
     assert second is not None
     second.remove()
+
+
+def test_a_service_that_can_not_be_started_again_is_tried_later_and_later(supervised: Supervised) -> None:
+    supervised.add(ENDS)
+    supervised.next_end()
+    spec = supervised.supervisor._services[0].spec
+    supervised.supervisor._services[0].spec = replace(spec, arguments=("/nowhere/at/all",))
+    delays = []
+    for _ in range(3):
+        supervised.now_seconds += HEALTHY_SECONDS
+        (end,), started = supervised.supervisor.look()
+        assert (end.exit_code, started) == (None, [])
+        assert end.text() == "one could not be started (No such file or directory)"
+        delays.append(end.delay_seconds)
+    assert delays == [0.4, 0.8, 1.6]
+    supervised.supervisor._services[0].spec = spec
+    supervised.restart(2.0)
+
+
+def test_a_log_that_no_disk_has_room_to_keep_is_emptied_and_told(
+    supervised: Supervised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervised.add(WAITS)
+    path = tmp_path / "logs" / "one.log"
+    os.truncate(path, LOG_LIMIT_BYTES + 1)
+
+    def full_disk(_source: Path, target: Path) -> None:
+        target.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full_disk)
+    assert supervised.supervisor.limit_logs() == ["one"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["one.log"]
+    assert path.stat().st_size == 0
+    assert supervised.supervisor.limit_logs() == []

@@ -224,6 +224,14 @@ def test_a_text_that_can_not_fit_is_refused_before_it_is_tokenised(tmp_path: Pat
     assert len(tokenizer.encode(longest, False, 100)) == 100
 
 
+def test_the_fewest_tokens_of_texts_are_never_more_than_they_have(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path)
+    for texts in (["<|assistant|>" * 50], ["x" * 100, "", "yy"], [""]):
+        fewest = tokenizer.fewest_tokens(texts)
+        assert fewest <= len(tokenizer.encode("".join(texts), False, 10_000))
+        assert fewest >= len("".join(texts)) // 20
+
+
 def test_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
     folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
     config = json.loads((folder / "config.json").read_text())
