@@ -17,11 +17,14 @@ from noodle.config import CoordinatorConfig
 from noodle.errors import NotAuthenticated
 from noodle.metrics import install_metrics_route
 from noodle.web import client_has_gone, has_token, install_error_handlers, json_body, json_response, require_token
-from services.coordinator import event_streams, generate_format, openai_format
-from services.coordinator.engine import Engine
+from services.coordinator import generate_format, openai_format
+from services.coordinator.engine import Engine, LoadedModel
+from services.coordinator.event_streams import Started
+from services.coordinator.generate_stream import generate_answer, generate_events
 from services.coordinator.leadership import progress_of, waiting_for
 from services.coordinator.openai_request import parse_chat, parse_completion
-from services.coordinator.parameters import GenerationParameters
+from services.coordinator.openai_stream import CHAT, COMPLETION, OpenAIAnswer, now_seconds
+from services.coordinator.prompt_echo import prompt_text
 
 CLIENT_CLOSED_STATUS = 499  # nobody reads it; it is for the log
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -77,8 +80,8 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
         asked = parse_chat(json_body(config.maximum_body_bytes), loaded.served)
         prompt = loaded.tokenizer.apply_chat_template(list(asked.messages))
         token_ids = engine.token_ids(prompt, add_special_tokens=False)
-        shape = event_streams.CHAT
-        return openai(shape, openai_format.new_chat_id(), token_ids, asked.parameters, "messages")
+        started = engine.start(token_ids, asked.parameters, "messages", goes_on=False)
+        return openai(OpenAIAnswer(CHAT, answer_head(openai_format.new_chat_id(), started, loaded), started))
 
     @app.post("/v1/completions")
     def completions() -> Response:
@@ -86,24 +89,19 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
         loaded = engine.ready_model()
         asked = parse_completion(json_body(config.maximum_body_bytes), loaded.served)
         token_ids = engine.token_ids(asked.prompt)
-        shape = event_streams.COMPLETION
-        return openai(shape, openai_format.new_completion_id(), token_ids, asked.parameters, "prompt")
+        started = engine.start(token_ids, asked.parameters, "prompt")
+        echo = prompt_text(asked.prompt, loaded.tokenizer) if asked.echo else None
+        head = answer_head(openai_format.new_completion_id(), started, loaded)
+        return openai(OpenAIAnswer(COMPLETION, head, started, echo))
 
-    def openai(
-        shape: event_streams.OpenAIShape,
-        answer_id: str,
-        token_ids: list[int],
-        parameters: GenerationParameters,
-        prompt_name: str,
-    ) -> Response:
-        started = engine.start(token_ids, parameters, prompt_name, goes_on=shape is event_streams.COMPLETION)
-        model = engine.ready_model()
-        head = openai_format.AnswerHead(
-            answer_id, model.served.names[0], event_streams.now_seconds(), parameters.seed, parameters.include_usage
-        )
-        if parameters.stream:
-            return event_stream(event_streams.openai_events(shape, head, started))
-        return whole(started, lambda: event_streams.openai_answer(shape, head, started))
+    def answer_head(answer_id: str, started: Started, loaded: LoadedModel) -> openai_format.AnswerHead:
+        parameters, name = started.parameters, loaded.served.names[0]
+        return openai_format.AnswerHead(answer_id, name, now_seconds(), parameters.seed, parameters.include_usage)
+
+    def openai(answer: OpenAIAnswer) -> Response:
+        if answer.started.parameters.stream:
+            return event_stream(answer.events())
+        return whole(answer.started, answer.whole)
 
     @app.post("/generate")
     def generate() -> Response:
@@ -120,15 +118,15 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
         asked = generate_format.parse_generate(body, vocabulary_size=model.served.vocabulary_size, stream=stream)
         token_ids = engine.token_ids(asked.prompt)
         started = engine.start(token_ids, asked.parameters, "inputs")
-        prompt_text = model.tokenizer.decode(token_ids) if asked.return_full_text else ""
+        full_text = prompt_text(asked.prompt, model.tokenizer) if asked.return_full_text else ""
         if stream:
-            return event_stream(event_streams.generate_events(started, model.tokenizer, prompt_text))
-        return whole(started, lambda: event_streams.generate_answer(started, model.tokenizer, prompt_text))
+            return event_stream(generate_events(started, full_text))
+        return whole(started, lambda: generate_answer(started, full_text))
 
     return app
 
 
-def whole(started: event_streams.Started, format_answer: Callable[[], Any]) -> Response:
+def whole(started: Started, format_answer: Callable[[], Any]) -> Response:
     """Wait for the whole answer; a client that leaves meanwhile is not computed for."""
     if not started.answer.complete(client_has_gone):
         return Response(status=CLIENT_CLOSED_STATUS)

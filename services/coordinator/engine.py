@@ -12,13 +12,14 @@ from noodle.metrics import CoordinatorMetrics
 from noodle.model_files import read_config
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
-from services.coordinator.event_streams import Started, now_seconds
+from services.coordinator.event_streams import Started
 from services.coordinator.generate import GenerationLoop
 from services.coordinator.generation import GenerationRequest
 from services.coordinator.leadership import Leadership, progress_of, waiting_for
 from services.coordinator.model_progress import Progress
 from services.coordinator.model_store import prepare_model
 from services.coordinator.openai_request import ServedModel
+from services.coordinator.openai_stream import now_seconds
 from services.coordinator.parameters import GenerationParameters, fit_into_context
 from services.coordinator.pipeline import Pipeline
 from services.coordinator.recorder import Recorder
@@ -117,12 +118,14 @@ class Engine:
                 parameters.sampling,
                 end_token_ids,
                 parameters.stop,
-                parameters.logprobs,
+                parameters.scores.wanted,
+                parameters.scores.top,
+                parameters.scores.of_prompt,
             )
         )
         self.metrics.prompt_tokens.inc(len(token_ids))
         text_stream = TextStream(model.tokenizer.decode, parameters.stop, context_ids=token_ids if goes_on else ())
-        return Started(Answer(generation, text_stream), parameters, len(token_ids), token_ids)
+        return Started(Answer(generation, text_stream), parameters, token_ids, model.tokenizer)
 
     def _say(self, progress: Progress) -> None:
         self.detail = progress.text()

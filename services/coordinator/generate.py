@@ -21,7 +21,7 @@ from noodle.errors import GenerationFailed, InvalidRequest, LinkLost, NoodleErro
 from noodle.messages import LiveSessions, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan
-from services.coordinator.generation import Generation, GenerationRequest, Token, record_of
+from services.coordinator.generation import Generation, GenerationRequest, PromptComputed, Token, record_of
 from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.recorder import Recorder
 from services.coordinator.scheduler import Limits, NewToken, Scheduler, Session
@@ -147,6 +147,8 @@ class GenerationLoop:
             request.sampling,
             request.end_token_ids,
             request.want_logprob,
+            request.top_logprobs,
+            [None] * (len(request.prompt_token_ids) - 1) if request.score_prompt else None,
         )
         self._events.put(_Submitted(session))
         return generation
@@ -256,7 +258,12 @@ class GenerationLoop:
         books = self._open.get(new.session.session_id)
         if books is None:
             return
-        books.generation.put(Token(new.token_id, new.logprob, new.finish_reason))
+        if books.last_token_at is None and (new.session.scores is not None or new.token_id is None):
+            scores = tuple(score for score in new.session.scores or () if score is not None)
+            books.generation.put(PromptComputed(scores, is_all=new.token_id is None))
+        if new.token_id is None:
+            return
+        books.generation.put(Token(new.token_id, new.logprob, new.finish_reason, new.top))
         self._recorder.token(new.session.session_id, new.token_id)
         self._metrics.generated_tokens.inc()
         if books.last_token_at is None:

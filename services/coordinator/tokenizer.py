@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import Metaspace
 
 from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound
 from services.coordinator.chat_template import ChatTemplate, read_chat_template
+from services.coordinator.token_texts import TokenTexts
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -48,6 +49,7 @@ class Tokenizer:
         self._longest_token = max(MINIMUM_LONGEST_TOKEN, max(map(len, vocabulary), default=0))
         self.vocabulary_size = _vocabulary_size(config) or max(vocabulary.values(), default=-1) + 1
         self.eos_token_ids = self._read_eos_ids(folder, config)
+        self.texts = TokenTexts(self._tokenizer)
         self._chat_template: ChatTemplate | None = read_chat_template(folder, settings)
 
     def encode(self, text: str, add_special_tokens: bool, context_length: int) -> list[int]:

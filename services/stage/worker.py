@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from noodle.errors import GenerationFailed, NoodleError, StepRefused, WireError
+from noodle.errors import NoodleError, StepRefused, WireError
 from noodle.messages import (
     LiveSessions,
     SpanRefusal,
@@ -29,9 +29,9 @@ from noodle.messages import (
 from noodle.metrics import StageMetrics
 from noodle.plan import Plan
 from noodle.wire import ITEM_BYTES, MAXIMUM_STEP_TOKENS, WireTensor, checked_tensor
-from services.stage.sampler import sample
 from services.stage.sessions import SessionTable
 from services.stage.slice_interface import ModelSlice, PackedBatch, Span
+from services.stage.span_results import span_results
 from services.stage.transport import Arrival, Inbox, ResultsOutlet
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Worker:
         is_last = role.next_stage is None
         try:
             output = role.model_slice.forward(_packed(role, step, body, is_last))
-            results = self._sampled(step, output.logits) if is_last else []
+            results = span_results(step, output.logits, role.model_slice) if is_last else []
         except Exception as error:  # one step's fault must not end the stage for all others
             known = isinstance(error, NoodleError)
             if not known:
@@ -180,28 +180,6 @@ class Worker:
         self._metrics.tokens.inc(total_tokens(step))
         for early in self._sessions.computed(step.spans):
             self._compute(role, early.step, early.body, time.monotonic())
-
-    def _sampled(
-        self, step: Step, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None
-    ) -> list[SpanResult]:
-        """One result a span, with the token drawn where one was asked for (design D3)."""
-        results = []
-        row = 0
-        for span in step.spans:
-            token_id: int | None = None
-            logprob: float | None = None
-            if span.sampling is not None:
-                if logits is None:
-                    raise GenerationFailed("The slice gave no logits for a step that asks for tokens.")
-                position = span.first_position + span.token_count
-                token_id, logprob = sample(logits[row], span.sampling, position, with_logprob=span.logprob)
-                row += 1
-            results.append(
-                SpanResult(
-                    span.session_id, span.session_epoch, span.first_position, span.token_count, token_id, logprob
-                )
-            )
-        return results
 
     def _take_live_sessions(self, live: LiveSessions) -> None:
         role = self._role
@@ -245,6 +223,13 @@ class Worker:
                     f"A span ends at position {end} of a session of {span.reserve_tokens} tokens; "
                     f"the context is {role.plan.context_length}.",
                     reason="wrong_position",
+                )
+            scored = span.scored_token_ids
+            if len(scored) > span.token_count or (scored and max(scored) >= role.plan.vocab_size):
+                raise StepRefused(
+                    f"A span of {span.token_count} tokens asks for the scores of {len(scored)} tokens, each of which "
+                    f"must be in the vocabulary of {role.plan.vocab_size}.",
+                    reason="wrong_token",
                 )
         if role.index == 0 and tokens:
             token_ids = tensor.data.cast("i")  # a decode step has a few: numpy's reductions would cost more
