@@ -10,11 +10,12 @@ from noodle.config import CoordinatorConfig
 from noodle.errors import NotReady, StartError
 from noodle.metrics import CoordinatorMetrics
 from noodle.model_files import read_config
+from noodle.plan import Plan
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
 from services.coordinator.event_streams import Started
 from services.coordinator.generate import GenerationLoop
-from services.coordinator.generation import GenerationRequest
+from services.coordinator.generation import LOOPBACK, Client, GenerationRequest
 from services.coordinator.leadership import Leadership, progress_of, waiting_for
 from services.coordinator.model_progress import Progress
 from services.coordinator.model_store import prepare_model
@@ -92,15 +93,27 @@ class Engine:
         return self.ready_model().tokenizer.encode(prompt, add_special_tokens, self.context_length)
 
     @property
-    def context_length(self) -> int:
-        """Tokens of the longest session that the active plan promises."""
+    def plan(self) -> Plan:
+        """The active plan; raises NotReady without one."""
         plan = self.loop.state.plan
         if plan is None:
             raise NotReady("No plan is active.", retry_after_seconds=2)
-        return plan.context_length
+        return plan
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest session that the active plan promises."""
+        return self.plan.context_length
 
     def start(
-        self, token_ids: list[int], parameters: GenerationParameters, prompt_name: str, *, goes_on: bool = True
+        self,
+        token_ids: list[int],
+        parameters: GenerationParameters,
+        prompt_name: str,
+        *,
+        goes_on: bool = True,
+        client: Client = LOOPBACK,
+        request_id: str = "",
     ) -> Started:
         """Send a checked request on its way; raises what still refuses it before the first byte.
 
@@ -121,6 +134,8 @@ class Engine:
                 parameters.scores.wanted,
                 parameters.scores.top,
                 parameters.scores.of_prompt,
+                client,
+                request_id,
             )
         )
         self.metrics.prompt_tokens.inc(len(token_ids))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import secrets
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +12,8 @@ from noodle.errors import NoodleError
 from noodle.messages import SamplingParameters, TokenLogprob, TokenScore
 from noodle.work_queue import RequestRecord
 from services.coordinator.scheduler import FinishReason
+
+LONGEST_KEPT_ID = 48  # characters of a client's id; a session's id has 64 at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +38,19 @@ class PromptComputed:
 
 
 @dataclass(frozen=True, slots=True)
+class Client:
+    """Whom a request is counted for; `maximum_open` is how many it may have in progress, 0 without a limit."""
+
+    name: str
+    maximum_open: int = 0
+
+
+LOOPBACK = Client("loopback")  # whoever asks on this machine, where no key is needed
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What the loop needs of a request; everything was checked before."""
+    """What the loop needs of a request; everything was checked before. `request_id` is the client's word for it."""
 
     prompt_token_ids: list[int]
     maximum_new_tokens: int
@@ -45,6 +60,13 @@ class GenerationRequest:
     want_logprob: bool = False
     top_logprobs: int = 0
     score_prompt: bool = False
+    client: Client = LOOPBACK
+    request_id: str = ""
+
+
+def session_id_of(request_id: str) -> str:
+    """What stages and Valkey know a request by: its id, made unlike that of one that came twice."""
+    return f"{request_id[:LONGEST_KEPT_ID]}-{secrets.token_hex(6)}" if request_id else uuid.uuid4().hex
 
 
 class Generation:

@@ -7,6 +7,7 @@ and gives the same ids and the same prompts; tests hold it to that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 LLAMA_TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MINIMUM_LONGEST_TOKEN = 16  # characters; a vocabulary of single bytes still reads texts as people write them
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token and where it stands: characters [start, stop) of its text; nowhere, for a mark that was added."""
+
+    token_id: int
+    start: int
+    stop: int
 
 
 class Tokenizer:
@@ -70,6 +80,11 @@ class Tokenizer:
             token = self._tokenizer.id_to_token(max(ids))
             raise InvalidRequest(f"The prompt holds {token!r}, for which this model has no embedding.")
         return ids
+
+    def pieces(self, text: str, add_special_tokens: bool) -> list[Piece]:
+        """The tokens of a text, of whatever length, each with its place in it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return [Piece(token_id, *place) for token_id, place in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary have none, bytes that are no UTF-8 become U+FFFD."""

@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from noodle.errors import NoodleError, StepRefused, WireError
+from noodle.logs import about
 from noodle.messages import (
     LiveSessions,
     SpanRefusal,
@@ -128,7 +129,8 @@ class Worker:
             self._check(role, step, body)
         except (StepRefused, WireError) as error:
             reason = error.reason if isinstance(error, StepRefused) else "bad_tensor"
-            log.warning("step %d refused: %s (%s)", step.step_id, error, reason)
+            for span in step.spans:
+                log.warning("step %d refused: %s (%s)", step.step_id, error, reason, extra=about(span.session_id))
             self._refuse(role, step, step.spans, reason, str(error))
             return
         row_bytes = ITEM_BYTES[step.dtype] * (role.plan.hidden_size if role.index else 1)
@@ -158,6 +160,8 @@ class Worker:
             known = isinstance(error, NoodleError)
             if not known:
                 log.exception("step %d could not be computed", step.step_id)
+            for span in step.spans:
+                log.warning("step %d failed: %s", step.step_id, error, extra=about(span.session_id))
             message = str(error) if known else f"{type(error).__name__}: {error}"
             self._sessions.failed(step.spans)
             self._release([span.session_id for span in step.spans])
@@ -267,12 +271,13 @@ class Worker:
     def _tick(self, now: float) -> None:
         gaps, unlisted = self._sessions.expire(now)
         self._release(unlisted)
-        if unlisted:
-            log.info("freed %d sessions that the coordinator no longer lists", len(unlisted))
+        for session_id in unlisted:
+            log.info("freed: the coordinator no longer lists it", extra=about(session_id))
         role = self._role
         if role is None:
             return
         for step, refusal in gaps:
+            log.info("%s", refusal.message, extra=about(refusal.session_id))
             self._count_refusals([refusal])
             self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[refusal]))
         self._metrics.kv_bytes.set(role.model_slice.kv_bytes_held())
