@@ -15,6 +15,7 @@ from flask import Blueprint, Response
 from noodle import __version__
 from noodle.web import json_response
 from services.coordinator.clients import Clients
+from services.coordinator.openai_format import STREAM_END
 from services.coordinator.request_body import JsonObject
 
 Schema = Mapping[str, Any]
@@ -141,7 +142,10 @@ def _event(data: Schema) -> JsonObject:
     return {
         "type": "object",
         "description": "One event. A stream of /v1 ends with the text [DONE] as the data of its last one.",
-        "properties": {"event": {"enum": ["message", "error"]}, "data": text},
+        "properties": {
+            "event": {"enum": ["message", "error"]},
+            "data": {"if": {"const": STREAM_END}, "then": {"type": "string"}, "else": text},
+        },
         "required": ["data"],
     }
 
