@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from services.coordinator.generation import Generation
+from noodle.messages import TokenLogprob, TokenScore
+from services.coordinator.generation import Generation, PromptComputed
 from services.coordinator.parameters import FinishReason
 from services.coordinator.text_stream import TextStream
 
@@ -19,12 +20,17 @@ REASONS: dict[str, FinishReason] = {"eos": "eos_token", "length": "length"}
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One token and the text that it made final; the last part of an answer has its reason."""
+    """One token and the text that it made final; the last part of an answer has its reason.
+
+    `text_offset` is where the token's own text begins, in characters from the answer's beginning.
+    """
 
     token_id: int
     text: str
     logprob: float | None
     finish_reason: FinishReason | None
+    top: tuple[TokenLogprob, ...] = ()
+    text_offset: int = 0
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Answer:
     generation: Generation
     text_stream: TextStream
     parts: list[Part] = field(default_factory=list)
+    prompt_scores: tuple[TokenScore, ...] = ()  # of the prompt's tokens from its second on; here before the first part
     finish_reason: FinishReason | None = None
 
     def __iter__(self) -> Iterator[Part | None]:
@@ -47,6 +54,11 @@ class Answer:
                 if token is None:
                     yield None
                     continue
+                if isinstance(token, PromptComputed):
+                    self.prompt_scores = token.scores
+                    self.finish_reason = "length" if token.is_all else None
+                    continue
+                text_offset = self.text_stream.characters
                 delta = self.text_stream.push(token.token_id)
                 text = delta.text
                 reason = REASONS[token.finish_reason] if token.finish_reason else None
@@ -56,7 +68,7 @@ class Answer:
                     last = self.text_stream.finish()
                     text += last.text
                     reason = "stop_sequence" if last.finished else reason
-                part = Part(token.token_id, text, token.logprob, reason)
+                part = Part(token.token_id, text, token.logprob, reason, token.top, text_offset)
                 self.parts.append(part)
                 self.finish_reason = reason
                 yield part

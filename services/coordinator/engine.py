@@ -15,13 +15,14 @@ from noodle.model_files import read_config
 from noodle.plan import Plan
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
-from services.coordinator.event_streams import Started, now_seconds
+from services.coordinator.event_streams import Started
 from services.coordinator.generate import GenerationLoop
-from services.coordinator.generation import GenerationRequest
+from services.coordinator.generation import LOOPBACK, Client, GenerationRequest
 from services.coordinator.leadership import Leadership, progress_of, waiting_for
 from services.coordinator.model_progress import Progress
 from services.coordinator.model_store import prepare_model
 from services.coordinator.openai_request import ServedModel
+from services.coordinator.openai_stream import now_seconds
 from services.coordinator.parameters import GenerationParameters, fit_into_context, refuse_what_can_not_fit
 from services.coordinator.pipeline import Pipeline, PipelineEvent
 from services.coordinator.recorder import Recorder
@@ -106,15 +107,27 @@ class Engine:
         return self.token_ids(tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
     @property
-    def context_length(self) -> int:
-        """Tokens of the longest session that the active plan promises."""
+    def plan(self) -> Plan:
+        """The active plan; raises NotReady without one."""
         plan = self.loop.state.plan
         if plan is None:
             raise NotReady("No plan is active.", retry_after_seconds=2)
-        return plan.context_length
+        return plan
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest session that the active plan promises."""
+        return self.plan.context_length
 
     def start(
-        self, token_ids: list[int], parameters: GenerationParameters, prompt_name: str, *, goes_on: bool = True
+        self,
+        token_ids: list[int],
+        parameters: GenerationParameters,
+        prompt_name: str,
+        *,
+        goes_on: bool = True,
+        client: Client = LOOPBACK,
+        request_id: str = "",
     ) -> Started:
         """Send a checked request on its way; raises what still refuses it before the first byte.
 
@@ -132,12 +145,16 @@ class Engine:
                 parameters.sampling,
                 end_token_ids,
                 parameters.stop,
-                parameters.logprobs,
+                parameters.scores.wanted,
+                parameters.scores.top,
+                parameters.scores.of_prompt,
+                client,
+                request_id,
             )
         )
         self.metrics.prompt_tokens.inc(len(token_ids))
         text_stream = TextStream(model.tokenizer.decode, parameters.stop, context_ids=token_ids if goes_on else ())
-        return Started(Answer(generation, text_stream), parameters, len(token_ids), token_ids)
+        return Started(Answer(generation, text_stream), parameters, token_ids, model.tokenizer)
 
     def _pipeline_of(self, plan: Plan, coordinator_epoch: int, tell: Callable[[PipelineEvent], None]) -> Pipeline:
         return Pipeline(

@@ -13,15 +13,23 @@ import logging
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from noodle.errors import GenerationFailed, InvalidRequest, LinkLost, NoodleError, NotReady, TooManyRequests
+from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, TooManyRequests, Unprocessable
+from noodle.logs import about
 from noodle.messages import LiveSessions, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan
-from services.coordinator.generation import Generation, GenerationRequest, Token, record_of
+from services.coordinator.generation import (
+    Client,
+    Generation,
+    GenerationRequest,
+    PromptComputed,
+    Token,
+    record_of,
+    session_id_of,
+)
 from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.recorder import Recorder
 from services.coordinator.recovery import Recovery
@@ -69,6 +77,8 @@ class _Open:
 
     generation: Generation
     arrived_at: float
+    client_name: str
+    tokens: int = 0
     last_token_at: float | None = None
 
 
@@ -113,7 +123,7 @@ class GenerationLoop:
     # called by HTTP threads
 
     def submit(self, request: GenerationRequest) -> Generation:
-        """Take a request in; raises NotReady, TooManyRequests, QueueUnavailable; InvalidRequest if it can never fit."""
+        """Take a request in; raises NotReady, TooManyRequests, QueueUnavailable; Unprocessable if it can never fit."""
         limits = self._scheduler.limits
         if self._draining:
             raise NotReady("The coordinator is stopping.", retry_after_seconds=5)
@@ -121,18 +131,19 @@ class GenerationLoop:
             raise NotReady(f"The cluster is not ready: {self.state.detail}.", retry_after_seconds=2)
         needed = len(request.prompt_token_ids) + request.maximum_new_tokens
         if needed > limits.kv_tokens:
-            raise InvalidRequest(
+            raise Unprocessable(
                 f"The request needs KV rows for {needed} tokens; the tightest stage has room for {limits.kv_tokens}.",
                 cure="Ask for fewer tokens, or give the stages more memory (NOODLE_KV_BYTES).",
             )
-        request_id = uuid.uuid4().hex
+        request_id = session_id_of(request.request_id)
         generation = Generation(request_id, self._cancel)
         with self._open_lock:
             if len(self._open) >= self._maximum_open:
                 raise TooManyRequests(
                     f"{len(self._open)} requests are open, which is the limit.", retry_after_seconds=2
                 )
-            self._open[request_id] = _Open(generation, time.monotonic())
+            self._refuse_over_limit(request.client)
+            self._open[request_id] = _Open(generation, time.monotonic(), request.client.name)
         try:
             self._recorder.begin(record_of(request_id, request))
         except NoodleError:
@@ -147,9 +158,21 @@ class GenerationLoop:
             request.sampling,
             request.end_token_ids,
             request.want_logprob,
+            request.top_logprobs,
+            [None] * (len(request.prompt_token_ids) - 1) if request.score_prompt else None,
         )
         self._events.put(_Submitted(session))
         return generation
+
+    def _refuse_over_limit(self, client: Client) -> None:
+        """Raise TooManyRequests when this client has as many requests in progress as it may; the lock is held."""
+        open_count = sum(books.client_name == client.name for books in self._open.values())
+        if client.maximum_open and open_count >= client.maximum_open:
+            raise TooManyRequests(
+                f"{open_count} requests of this key are in progress, which is its limit.",
+                cure="Wait for one of them, or raise NOODLE_MAX_REQUESTS_PER_KEY.",
+                retry_after_seconds=1,
+            )
 
     def _cancel(self, request_id: str) -> None:
         self._events.put(_Cancelled(request_id))
@@ -262,7 +285,12 @@ class GenerationLoop:
         books = self._open.get(new.session.session_id)
         if books is None:
             return
-        books.generation.put(Token(new.token_id, new.logprob, new.finish_reason))
+        if books.last_token_at is None and (new.session.scores is not None or new.token_id is None):
+            scores = tuple(score for score in new.session.scores or () if score is not None)
+            books.generation.put(PromptComputed(scores, is_all=new.token_id is None))
+        if new.token_id is None:
+            return
+        books.generation.put(Token(new.token_id, new.logprob, new.finish_reason, new.top))
         self._recorder.token(new.session.session_id, new.token_id)
         self._metrics.generated_tokens.inc()
         if books.last_token_at is None:
@@ -271,6 +299,7 @@ class GenerationLoop:
             self._metrics.inter_token.observe(now - books.last_token_at)
             self._metrics.token_overhead.observe(max(0.0, now - books.last_token_at - computed_seconds))
         books.last_token_at = now
+        books.tokens += 1
 
     def _end(self, request_id: str, outcome: str, error: NoodleError | None) -> None:
         """Close a request's books and free its KV rows everywhere; harmless when it has ended."""
@@ -281,7 +310,16 @@ class GenerationLoop:
             return
         if error is not None:
             books.generation.put(error)
-        self._metrics.requests.labels(outcome).inc()
+        self._metrics.requests.labels(outcome, books.client_name).inc()
+        log.info(
+            "%s after %d new tokens and %.2f s, for %s%s",
+            outcome,
+            books.tokens,
+            time.monotonic() - books.arrived_at,
+            books.client_name,
+            f": {error}" if error is not None else "",
+            extra=about(request_id),
+        )
         self._recorder.end(request_id)
         self._recovery.forget(request_id)
         if self._scheduler.remove(request_id):
@@ -347,6 +385,8 @@ class GenerationLoop:
         if replayed:
             self._metrics.replays.labels(reason).inc(len(replayed))
             log.info("%d sessions are prefilled again: %s", len(replayed), reason)
+            for session in replayed:
+                log.info("prefilled again: %s", reason, extra=about(session.session_id))
         for session in replayed:
             if session.replays > MAXIMUM_REPLAYS:  # it is begun again and again and gets no token in between
                 self._end(session.session_id, "failed", _lost_too_often())

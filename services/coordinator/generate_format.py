@@ -2,7 +2,8 @@
 
 A request that asks for no temperature, top_p, top_k or do_sample is greedy; with any of them it samples, at
 temperature 1 unless told otherwise. `max_new_tokens` is 100 unless told otherwise, or what is left of the context if
-that is less. `details` adds each token's log-probability, as the cluster computed it, to the details of every answer.
+that is less. Every answer has details; `details` adds each token's log-probability to them, `top_n_tokens` the
+likeliest tokens at its place, `decoder_input_details` the prompt's tokens.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from noodle.errors import InvalidRequest
+from noodle.messages import MAXIMUM_TOP_LOGPROBS
 from services.coordinator.parameters import (
     FinishReason,
     GenerationParameters,
     ParameterLimits,
+    Scores,
     read_generation_parameters,
     read_top_k,
     read_top_p,
@@ -24,6 +27,7 @@ from services.coordinator.request_body import (
     JsonObject,
     decode_object,
     read_boolean,
+    read_integer,
     read_object,
     read_token_ids,
     refuse_what_is_not_honoured,
@@ -47,6 +51,8 @@ HONOURED = frozenset(
         "ignore_eos",
         "details",
         "return_full_text",
+        "decoder_input_details",
+        "top_n_tokens",
     }
 )
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -58,8 +64,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "grammar": (),
     "adapter_id": (),
-    "decoder_input_details": (False,),
-    "top_n_tokens": (0,),
 }
 
 
@@ -80,6 +84,7 @@ class GeneratedToken:
     text: str
     special: bool
     logprob: float | None = None
+    top: tuple[GeneratedToken, ...] = ()  # the likeliest at its place
 
 
 def parse_generate(body: bytes, *, vocabulary_size: int, stream: bool) -> GenerateRequest:
@@ -94,7 +99,7 @@ def parse_generate(body: bytes, *, vocabulary_size: int, stream: bool) -> Genera
         limits,
         length_names=("max_new_tokens",),
         stream=stream,
-        logprobs=read_boolean(asked, "details"),
+        scores=read_scores(asked, stream),
     )
     check_do_sample(asked, parameters)
     return GenerateRequest(
@@ -102,6 +107,27 @@ def parse_generate(body: bytes, *, vocabulary_size: int, stream: bool) -> Genera
         parameters=parameters,
         return_full_text=read_boolean(asked, "return_full_text"),
     )
+
+
+def read_scores(asked: Mapping[str, Any], stream: bool) -> Scores:
+    """`details` and what adds to them: `top_n_tokens`, and `decoder_input_details`, which no stream has."""
+    details = read_boolean(asked, "details")
+    prompt_details = read_boolean(asked, "decoder_input_details")
+    top_tokens = read_integer(asked, "top_n_tokens", minimum=0, maximum=MAXIMUM_TOP_LOGPROBS) or 0
+    for name, given in (("decoder_input_details", prompt_details), ("top_n_tokens", top_tokens > 0)):
+        if given and not details:
+            raise InvalidRequest(
+                f"'parameters.{name}' is given, but 'parameters.details' is not true.",
+                cure="Set 'parameters.details'.",
+                param=f"parameters.{name}",
+            )
+    if prompt_details and stream:
+        raise InvalidRequest(
+            "'parameters.decoder_input_details' is not supported in a stream.",
+            cure="Use /generate.",
+            param="parameters.decoder_input_details",
+        )
+    return Scores(details, top_tokens, prompt_details)
 
 
 def default_temperature(asked: Mapping[str, Any]) -> float:
@@ -140,23 +166,34 @@ def generate_answer(text: str, details: JsonObject, *, prompt_text: str = "") ->
 
 
 def generation_details(
-    reason: FinishReason, parameters: GenerationParameters, *, prompt_tokens: int, tokens: Sequence[GeneratedToken]
+    reason: FinishReason,
+    parameters: GenerationParameters,
+    *,
+    prompt_tokens: int,
+    tokens: Sequence[GeneratedToken],
+    prompt: Sequence[GeneratedToken] = (),
 ) -> JsonObject:
-    """How a whole answer came about, with its tokens."""
-    return {
+    """How a whole answer came about, with its tokens; `prompt` is given when the request asked for its details."""
+    details: JsonObject = {
         **_counts(reason, parameters, prompt_tokens, len(tokens)),
-        "tokens": [token_object(token, parameters.logprobs) for token in tokens],
+        "tokens": [token_object(token, parameters.scores.wanted) for token in tokens],
     }
+    if parameters.scores.wanted:
+        details["prefill"] = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in prompt]
+    if parameters.scores.top:
+        details["top_tokens"] = [top_objects(token) for token in tokens]
+    return details
 
 
 def token_event(index: int, token: GeneratedToken, parameters: GenerationParameters) -> JsonObject:
     """An event of the stream; `index` counts from 1."""
-    return {
+    event: JsonObject = {
         "index": index,
-        "token": token_object(token, parameters.logprobs),
+        "token": token_object(token, parameters.scores.wanted),
         "generated_text": None,
         "details": None,
     }
+    return {**event, "top_tokens": top_objects(token)} if parameters.scores.top else event
 
 
 def last_token_event(
@@ -181,6 +218,11 @@ def token_object(token: GeneratedToken, logprobs: bool) -> JsonObject:
     """One token as a client sees it; the log-probability only where it was asked for."""
     fields: JsonObject = {"id": token.id, "text": token.text, "special": token.special}
     return {**fields, "logprob": token.logprob} if logprobs else fields
+
+
+def top_objects(token: GeneratedToken) -> list[JsonObject]:
+    """The likeliest tokens at a token's place, likeliest first."""
+    return [token_object(each, logprobs=True) for each in token.top]
 
 
 def _counts(

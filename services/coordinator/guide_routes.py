@@ -30,7 +30,7 @@ SENT_HEADERS = ("Content-Type", "Accept", "X-Noodle-Dtype", "X-Noodle-Shape")
 ANSWERED_HEADERS = ("X-Noodle-Dtype", "X-Noodle-Shape", "X-Noodle-Next-Token-Index", "Retry-After")
 
 
-def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Callable[[], None]) -> Blueprint:
+def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Callable[[], object]) -> Blueprint:
     """Every one of them wants what /v1 wants: an API key or the cluster token, or a loopback without keys."""
     routes = Blueprint("guide", __name__)
     say_success_is_false(routes)

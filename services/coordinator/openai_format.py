@@ -54,12 +54,14 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     }
 
 
-def chat_answer(head: AnswerHead, text: str, reason: FinishReason, used: dict[str, int]) -> JsonObject:
+def chat_answer(
+    head: AnswerHead, text: str, reason: FinishReason, used: dict[str, int], logprobs: JsonObject | None = None
+) -> JsonObject:
     """A whole answer of /v1/chat/completions."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": None,
+        "logprobs": logprobs,
         "finish_reason": FINISH_REASONS[reason],
     }
     return {**head.fields("chat.completion"), "choices": [choice], "usage": used}
@@ -70,8 +72,8 @@ def chat_first_chunk(head: AnswerHead) -> JsonObject:
     return _chat_chunk(head, {"role": "assistant", "content": ""}, None)
 
 
-def chat_text_chunk(head: AnswerHead, text: str) -> JsonObject:
-    return _chat_chunk(head, {"content": text}, None)
+def chat_text_chunk(head: AnswerHead, text: str, logprobs: JsonObject | None = None) -> JsonObject:
+    return _chat_chunk(head, {"content": text}, None, logprobs)
 
 
 def chat_last_chunk(head: AnswerHead, reason: FinishReason) -> JsonObject:
@@ -83,19 +85,23 @@ def chat_usage_chunk(head: AnswerHead, used: dict[str, int]) -> JsonObject:
     return {**head.fields("chat.completion.chunk"), "choices": [], "usage": used}
 
 
-def _chat_chunk(head: AnswerHead, delta: dict[str, str], reason: str | None) -> JsonObject:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+def _chat_chunk(
+    head: AnswerHead, delta: dict[str, str], reason: str | None, logprobs: JsonObject | None = None
+) -> JsonObject:
+    choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
     chunk = {**head.fields("chat.completion.chunk"), "choices": [choice]}
     return {**chunk, "usage": None} if head.include_usage else chunk
 
 
-def completion_answer(head: AnswerHead, text: str, reason: FinishReason, used: dict[str, int]) -> JsonObject:
+def completion_answer(
+    head: AnswerHead, text: str, reason: FinishReason, used: dict[str, int], logprobs: JsonObject | None = None
+) -> JsonObject:
     """A whole answer of /v1/completions."""
-    return {**_completion(head, text, FINISH_REASONS[reason]), "usage": used}
+    return {**_completion(head, text, FINISH_REASONS[reason], logprobs), "usage": used}
 
 
-def completion_text_chunk(head: AnswerHead, text: str) -> JsonObject:
-    return _completion_chunk(head, text, None)
+def completion_text_chunk(head: AnswerHead, text: str, logprobs: JsonObject | None = None) -> JsonObject:
+    return _completion_chunk(head, text, None, logprobs)
 
 
 def completion_last_chunk(head: AnswerHead, reason: FinishReason) -> JsonObject:
@@ -107,13 +113,15 @@ def completion_usage_chunk(head: AnswerHead, used: dict[str, int]) -> JsonObject
     return {**head.fields("text_completion"), "choices": [], "usage": used}
 
 
-def _completion(head: AnswerHead, text: str, reason: str | None) -> JsonObject:
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+def _completion(head: AnswerHead, text: str, reason: str | None, logprobs: JsonObject | None) -> JsonObject:
+    choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
     return {**head.fields("text_completion"), "choices": [choice]}
 
 
-def _completion_chunk(head: AnswerHead, text: str, reason: str | None) -> JsonObject:
-    chunk = _completion(head, text, reason)
+def _completion_chunk(
+    head: AnswerHead, text: str, reason: str | None, logprobs: JsonObject | None = None
+) -> JsonObject:
+    chunk = _completion(head, text, reason, logprobs)
     return {**chunk, "usage": None} if head.include_usage else chunk
 
 

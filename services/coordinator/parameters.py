@@ -21,6 +21,19 @@ DRAWN_SEED_BITS = 53  # what a client that reads numbers as doubles can send bac
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Which log-probabilities a request asks for: of each new token, of so many likeliest tokens beside it, and
+    whether the prompt's own tokens are scored in the same way."""
+
+    wanted: bool = False
+    top: int = 0
+    of_prompt: bool = False
+
+
+NO_SCORES = Scores()
+
+
+@dataclass(frozen=True)
 class GenerationParameters:
     """What a request asks of the generation; `seed` is the client's own number, or the one drawn for it.
 
@@ -36,7 +49,7 @@ class GenerationParameters:
     ignore_eos: bool = False
     stream: bool = False
     include_usage: bool = False
-    logprobs: bool = False
+    scores: Scores = NO_SCORES
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,14 @@ def read_generation_parameters(
     length_names: tuple[str, ...],
     stream: bool = False,
     include_usage: bool = False,
-    logprobs: bool = False,
+    scores: Scores = NO_SCORES,
+    minimum_tokens: int = 1,
 ) -> GenerationParameters:
     """Check the fields that all forms share: `length_names`, temperature, top_p, top_k, seed, stop and ignore_eos.
 
     Raises InvalidRequest naming the field. A seed is drawn when none is given, so that every answer can be repeated.
     """
-    length_name, new_tokens = read_length(fields, length_names)
+    length_name, new_tokens = read_length(fields, length_names, minimum_tokens)
     seed = read_seed(fields)
     sampling = SamplingParameters(
         temperature=read_number(
@@ -73,7 +87,7 @@ def read_generation_parameters(
         seed=seed & ((1 << SEED_BITS_ON_THE_WIRE) - 1),
     )
     return GenerationParameters(
-        max_new_tokens=new_tokens or limits.default_new_tokens,
+        max_new_tokens=limits.default_new_tokens if new_tokens is None else new_tokens,
         length_name=length_name,
         sampling=sampling,
         seed=seed,
@@ -81,13 +95,13 @@ def read_generation_parameters(
         ignore_eos=read_boolean(fields, "ignore_eos"),
         stream=stream,
         include_usage=include_usage,
-        logprobs=logprobs,
+        scores=scores,
     )
 
 
-def read_length(fields: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str | None, int | None]:
+def read_length(fields: Mapping[str, Any], names: tuple[str, ...], minimum: int = 1) -> tuple[str | None, int | None]:
     """The number of new tokens and which of its names gave it; two that differ are refused."""
-    given = {name: read_integer(fields, name, minimum=1, maximum=MAXIMUM_NEW_TOKENS) for name in names}
+    given = {name: read_integer(fields, name, minimum=minimum, maximum=MAXIMUM_NEW_TOKENS) for name in names}
     numbers = {name: number for name, number in given.items() if number is not None}
     if len(set(numbers.values())) > 1:
         values = " and ".join(f"'{name}' is {number}" for name, number in numbers.items())

@@ -27,7 +27,7 @@ MAXIMUM_HEAD_CHARACTERS = 200  # of each text in a report's head
 ID_PATTERN = re.compile(r"\d{8}-\d{6}-\d{6}-([a-z]+)-[0-9a-f]{6}")
 
 
-def install_report_routes(app: Flask, folder: Path, require_client: Callable[[], None]) -> None:
+def install_report_routes(app: Flask, folder: Path, require_client: Callable[[], object]) -> None:
     """The routes; `require_client` raises for a stranger."""
     store = ReportStore(folder)
 

@@ -13,7 +13,16 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
-from noodle.messages import SamplingParameters, SpanRefusal, Step, StepResult, StepSpan
+from noodle.messages import (
+    SamplingParameters,
+    SpanRefusal,
+    SpanResult,
+    Step,
+    StepResult,
+    StepSpan,
+    TokenLogprob,
+    TokenScore,
+)
 
 FinishReason = Literal["eos", "length"]
 
@@ -40,6 +49,8 @@ class Session:
     sampling: SamplingParameters
     end_token_ids: frozenset[int]  # empty when the end of text is ignored
     want_logprob: bool = False
+    top_logprobs: int = 0
+    scores: list[TokenScore | None] | None = None  # of the prompt's tokens from its second on, where they are wanted
     epoch: int = 1
     sent: int = 0  # tokens that steps of this epoch have taken
     in_flight: int = 0  # spans of this epoch that have not come back
@@ -50,6 +61,20 @@ class Session:
     def reserve_tokens(self) -> int:
         """KV rows it will need at most."""
         return self.prompt_length + self.maximum_new_tokens
+
+    @property
+    def scores_are_complete(self) -> bool:
+        """Whether every log-probability of the prompt that is wanted has come."""
+        return self.scores is None or None not in self.scores
+
+    def tokens_to_score(self, first: int, end: int) -> list[int]:
+        """The known tokens after rows [first, end), where the log-probability of one of them is still wanted.
+
+        A row scores the token after it: the last row of a chunk scores the first token of the next one.
+        """
+        if self.scores is None or None not in self.scores[first:end]:
+            return []
+        return self.token_ids[first + 1 : min(end + 1, self.prompt_length)]
 
     @property
     def wants_decode(self) -> bool:
@@ -76,12 +101,16 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
-    """One more token of a session, and whether it was the last."""
+    """One more token of a session, and whether it was the last.
+
+    A session that asks for no new token ends with one NewToken whose `token_id` is None: its prompt is computed.
+    """
 
     session: Session
-    token_id: int
+    token_id: int | None
     logprob: float | None
     finish_reason: FinishReason | None
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +190,7 @@ class Scheduler:
         for session, count in chosen:
             first, end = session.sent, session.sent + count
             token_ids.extend(session.token_ids[first:end])
-            asks = end == len(session.token_ids)
+            asks = end == len(session.token_ids) and session.maximum_new_tokens > 0
             spans.append(
                 StepSpan(
                     session.session_id,
@@ -171,6 +200,8 @@ class Scheduler:
                     session.reserve_tokens,
                     session.sampling if asks else None,
                     session.want_logprob and asks,
+                    session.tokens_to_score(first, end),
+                    session.top_logprobs,
                 )
             )
             session.sent = end
@@ -206,8 +237,19 @@ class Scheduler:
             if session is None:
                 continue
             session.in_flight -= 1
-            if span.token_id is not None and span.first_position + span.token_count == len(session.token_ids):
-                tokens.append(self._append(session, span.token_id, span.logprob))
+            self._keep_scores(session, span)
+            if span.first_position + span.token_count != len(session.token_ids):
+                continue
+            if not session.scores_are_complete:  # a result before this one was lost
+                if session.replays < MAXIMUM_REPLAYS:
+                    self._restart(session)
+                else:
+                    fatal.append((session, self._scores_lost(span)))
+            elif session.maximum_new_tokens == 0:
+                session.finished = True
+                tokens.append(NewToken(session, None, None, "length"))
+            elif span.token_id is not None:
+                tokens.append(self._append(session, span.token_id, span))
         for refusal in result.refusals:
             session = self._settle(flight, refusal.session_id, refusal.session_epoch)
             if session is None:
@@ -269,7 +311,20 @@ class Scheduler:
         session = self._running.get(session_id)
         return session if session is not None and session.epoch == epoch else None
 
-    def _append(self, session: Session, token_id: int, logprob: float | None) -> NewToken:
+    def _keep_scores(self, session: Session, span: SpanResult) -> None:
+        """Note the prompt's log-probabilities; those that came before a replay stay as they were."""
+        if session.scores is not None:
+            for place, score in enumerate(
+                span.scores[: len(session.scores) - span.first_position], span.first_position
+            ):
+                session.scores[place] = session.scores[place] or score
+
+    def _scores_lost(self, span: SpanResult) -> SpanRefusal:
+        last_stage = self.limits.stage_count - 1 if self.limits else 0
+        message = "The prompt's log-probabilities did not come back; does every machine run the same version?"
+        return SpanRefusal(span.session_id, span.session_epoch, span.first_position, last_stage, "scores_lost", message)
+
+    def _append(self, session: Session, token_id: int, span: SpanResult) -> NewToken:
         session.token_ids.append(token_id)
         session.replays = 0
         reason: FinishReason | None = None
@@ -278,7 +333,7 @@ class Scheduler:
         elif len(session.token_ids) - session.prompt_length >= session.maximum_new_tokens:
             reason = "length"
         session.finished = reason is not None
-        return NewToken(session, token_id, logprob, reason)
+        return NewToken(session, token_id, span.logprob, reason, tuple(span.top))
 
     def _restart(self, session: Session) -> None:
         session.epoch += 1

@@ -41,6 +41,7 @@ class TextStream:
     ) -> None:
         self._detokenizer = Detokenizer(lambda ids: tokenizer_decode(ids, skip_special_tokens), context_ids)
         self._stop_strings = StopStrings(stop)
+        self.characters = 0  # of whole text that the tokens so far make, also where a stop string holds it back
         self.consumed_tokens = 0  # pushed up to and with the one that completed a stop string
 
     @property
@@ -63,8 +64,22 @@ class TextStream:
         return delta if delta.finished else TextDelta(delta.text + self._stop_strings.finish())
 
     def _released(self, text: str) -> TextDelta:
+        self.characters += len(text)
         released = self._stop_strings.push(text)
         return TextDelta(released, finished=self.finished)
+
+
+def text_offsets(decode: Decode, token_ids: Sequence[int]) -> tuple[str, list[int]]:
+    """The text of token ids, and for each token how many characters of it stand before the token's own."""
+    detokenizer = Detokenizer(decode)
+    pieces: list[str] = []
+    offsets: list[int] = []
+    characters = 0
+    for token_id in token_ids:
+        offsets.append(characters)
+        pieces.append(detokenizer.push(token_id))
+        characters += len(pieces[-1])
+    return "".join(pieces) + detokenizer.finish(), offsets
 
 
 class Detokenizer:

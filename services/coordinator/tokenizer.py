@@ -7,6 +7,7 @@ and gives the same ids and the same prompts; tests hold it to that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,21 @@ from tokenizers.pre_tokenizers import Metaspace
 
 from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound
 from services.coordinator.chat_template import ChatTemplate, read_chat_template
+from services.coordinator.token_texts import TokenTexts
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MINIMUM_LONGEST_TOKEN = 16  # characters; a vocabulary of single bytes still reads texts as people write them
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token and where it stands: characters [start, stop) of its text; nowhere, for a mark that was added."""
+
+    token_id: int
+    start: int
+    stop: int
 
 
 class Tokenizer:
@@ -48,6 +59,7 @@ class Tokenizer:
         self._longest_token = max(MINIMUM_LONGEST_TOKEN, max(map(len, vocabulary), default=0))
         self.vocabulary_size = _vocabulary_size(config) or max(vocabulary.values(), default=-1) + 1
         self.eos_token_ids = self._read_eos_ids(folder, config)
+        self.texts = TokenTexts(self._tokenizer)
         self._chat_template: ChatTemplate | None = read_chat_template(folder, settings)
 
     def encode(self, text: str, add_special_tokens: bool, context_length: int) -> list[int]:
@@ -72,6 +84,11 @@ class Tokenizer:
     def fewest_tokens(self, texts: Iterable[str]) -> int:
         """What texts cost together at least: as if each of their tokens were the vocabulary's longest."""
         return -(-sum(map(len, texts)) // self._longest_token)
+
+    def pieces(self, text: str, add_special_tokens: bool) -> list[Piece]:
+        """The tokens of a text, of whatever length, each with its place in it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return [Piece(token_id, *place) for token_id, place in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary have none, bytes that are no UTF-8 become U+FFFD."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from noodle.errors import GenerationFailed, WireError
@@ -50,6 +51,7 @@ class TransformersSlice:
         self.dtype = _NAMES[self._torch_dtype]
         tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
         self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._base_output: Any = None  # of the last step, on the last stage
         self._step_spans = StepSpans()
         packed_attention.attach(model, self._step_spans)
         self._cache = KvCache()
@@ -80,6 +82,20 @@ class TransformersSlice:
     def reserve(self, session_id: str, reserve_tokens: int) -> None:
         """See slice_interface.py."""
         self._cache.open(session_id, reserve_tokens)
+
+    def logits_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """See slice_interface.py. The model's own way from hidden states to logits, soft caps and scales included."""
+        if self._base_output is None or not len(rows):
+            return np.empty((0, self.vocab_size), np.float32)
+        with torch.inference_mode():
+            chosen = self._base_output.last_hidden_state[:, torch.from_numpy(rows).to(self._device)]
+            given = type(self._base_output)(**{**self._base_output, "last_hidden_state": chosen})
+            self._base.forward = lambda *_arguments, **_options: given  # the layers have computed already
+            try:
+                logits = self._model(inputs_embeds=chosen, use_cache=False).logits[0]
+            finally:
+                del self._base.forward
+        return np.asarray(logits.float().cpu().numpy(), np.float32)
 
     def release(self, session_id: str) -> None:
         """Free the KV rows of a session; one that it does not hold is fine."""
@@ -124,14 +140,12 @@ class TransformersSlice:
     def _compute(self, inputs: dict[str, Any], batch: PackedBatch) -> SliceOutput:
         inputs["position_ids"] = self._position_ids(batch.spans)
         inputs["use_cache"] = False
-        if self.is_last and len(batch.logits_rows):
-            rows = torch.from_numpy(batch.logits_rows).to(self._device)
-            logits = self._model(**inputs, logits_to_keep=rows).logits[0]
-            return SliceOutput(logits=logits.float().cpu().numpy())
-        hidden_states = self._base(**inputs).last_hidden_state[0]
-        if self.is_last:
-            return SliceOutput(logits=np.empty((0, self.vocab_size), np.float32))
-        return SliceOutput(hidden_states=to_wire(hidden_states))
+        self._base_output = None  # the last step's hidden states are free before this one's are made
+        output = self._base(**inputs)
+        if not self.is_last:
+            return SliceOutput(hidden_states=to_wire(output.last_hidden_state[0]))
+        self._base_output = output
+        return SliceOutput(logits=self.logits_of(batch.logits_rows))
 
     def _inputs(self, batch: PackedBatch, total_tokens: int) -> dict[str, Any]:
         if self.is_first and batch.token_ids is not None:

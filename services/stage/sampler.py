@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from noodle.errors import GenerationFailed
 from noodle.messages import SamplingParameters
+from services.stage.scoring import log_normalizer
 
 Float32s = npt.NDArray[np.float32]
 
@@ -41,8 +42,8 @@ def sample(
         token_id = _draw(logits, largest, parameters, position)
     if not with_logprob:
         return token_id, None
-    log_sum = np.log(np.exp(logits - largest).sum(dtype=np.float64))
-    return token_id, float(logits[token_id] - largest - log_sum)
+    _, log_sum = log_normalizer(logits)
+    return token_id, float(logits[token_id] - largest) - log_sum
 
 
 def uniform(seed: int, position: int) -> float:

@@ -72,6 +72,13 @@ class ModelSlice(Protocol):
         """
         ...
 
+    def logits_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits [rows, vocab_size] of rows of the packed axis that the last `forward` computed; last stage only.
+
+        The caller bounds their number: a row is as long as the vocabulary.
+        """
+        ...
+
     def release(self, session_id: str) -> None:
         """Free the KV rows of a session; one that it does not hold is fine."""
         ...

@@ -15,7 +15,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from noodle.errors import GenerationFailed, NoodleError, StepRefused, WireError
+from noodle.errors import NoodleError, StepRefused, WireError
+from noodle.logs import about
 from noodle.messages import (
     LiveSessions,
     SpanRefusal,
@@ -30,9 +31,9 @@ from noodle.metrics import StageMetrics
 from noodle.plan import Plan
 from noodle.wire import ITEM_BYTES, MAXIMUM_STEP_TOKENS, WireTensor, checked_tensor
 from services.stage.forward_sessions import ForwardSessions
-from services.stage.sampler import sample
 from services.stage.sessions import SessionTable
 from services.stage.slice_interface import ModelSlice, PackedBatch, Span
+from services.stage.span_results import span_results
 from services.stage.transport import Arrival, Inbox
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,8 @@ class Worker:
             self._check(role, step, body)
         except (StepRefused, WireError) as error:
             reason = error.reason if isinstance(error, StepRefused) else "bad_tensor"
-            log.warning("step %d refused: %s (%s)", step.step_id, error, reason)
+            for span in step.spans:
+                log.warning("step %d refused: %s (%s)", step.step_id, error, reason, extra=about(span.session_id))
             self._refuse(role, step, step.spans, reason, str(error))
             return
         row_bytes = ITEM_BYTES[step.dtype] * (role.plan.hidden_size if role.index else 1)
@@ -198,11 +200,13 @@ class Worker:
         is_last = role.next_stage is None
         try:
             output = role.model_slice.forward(_packed(role, step, body, is_last))
-            results = self._sampled(step, output.logits) if is_last else []
+            results = span_results(step, output.logits, role.model_slice) if is_last else []
         except Exception as error:  # one step's fault must not end the stage for all others
             known = isinstance(error, NoodleError)
             if not known:
                 log.exception("step %d could not be computed", step.step_id)
+            for span in step.spans:
+                log.warning("step %d failed: %s", step.step_id, error, extra=about(span.session_id))
             message = str(error) if known else f"{type(error).__name__}: {error}"
             self._sessions.failed(step.spans)
             self._release([span.session_id for span in step.spans])
@@ -225,28 +229,6 @@ class Worker:
         self._metrics.tokens.inc(total_tokens(step))
         for early in self._sessions.computed(step.spans):
             self._compute(role, early.step, early.body, time.monotonic())
-
-    def _sampled(
-        self, step: Step, logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]] | None
-    ) -> list[SpanResult]:
-        """One result a span, with the token drawn where one was asked for (design D3)."""
-        results = []
-        row = 0
-        for span in step.spans:
-            token_id: int | None = None
-            logprob: float | None = None
-            if span.sampling is not None:
-                if logits is None:
-                    raise GenerationFailed("The slice gave no logits for a step that asks for tokens.")
-                position = span.first_position + span.token_count
-                token_id, logprob = sample(logits[row], span.sampling, position, with_logprob=span.logprob)
-                row += 1
-            results.append(
-                SpanResult(
-                    span.session_id, span.session_epoch, span.first_position, span.token_count, token_id, logprob
-                )
-            )
-        return results
 
     def _take_live_sessions(self, live: LiveSessions) -> None:
         role = self._role
@@ -293,6 +275,13 @@ class Worker:
                     f"the context is {role.plan.context_length}.",
                     reason="wrong_position",
                 )
+            scored = span.scored_token_ids
+            if len(scored) > span.token_count or (scored and max(scored) >= role.plan.vocab_size):
+                raise StepRefused(
+                    f"A span of {span.token_count} tokens asks for the scores of {len(scored)} tokens, each of which "
+                    f"must be in the vocabulary of {role.plan.vocab_size}.",
+                    reason="wrong_token",
+                )
         if role.index == 0 and tokens:
             token_ids = tensor.data.cast("i")  # a decode step has a few: numpy's reductions would cost more
             if min(token_ids) < 0 or max(token_ids) >= role.plan.vocab_size:
@@ -329,14 +318,15 @@ class Worker:
     def _tick(self, now: float) -> None:
         gaps, unlisted = self._sessions.expire(now)
         self._release(unlisted)
-        if unlisted:
-            log.info("freed %d sessions that the coordinator no longer lists", len(unlisted))
+        for session_id in unlisted:
+            log.info("freed: the coordinator no longer lists it", extra=about(session_id))
         role = self._role
         if role is None:
             return
         for name in role.forwards.expire(now):
             role.model_slice.release(name)
         for step, refusal in gaps:
+            log.info("%s", refusal.message, extra=about(refusal.session_id))
             self._count_refusals([refusal])
             self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[refusal]))
         self._metrics.kv_bytes.set(role.model_slice.kv_bytes_held())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from noodle.api_keys import ApiKey, read_api_keys
 from noodle.errors import ConfigurationError
 
 
@@ -93,6 +94,16 @@ def _url(value: str) -> str:
     return value.rstrip("/")
 
 
+def _origins(value: str) -> tuple[str, ...]:
+    origins = tuple(part.strip() for part in value.split(",") if part.strip())
+    for origin in origins:
+        parts = urlsplit(origin)
+        bare = parts.scheme in ("http", "https") and parts.hostname and origin == f"{parts.scheme}://{parts.netloc}"
+        if origin != "*" and not bare:
+            raise ValueError("origins as http://192.168.1.101:3000, without a path, or *")
+    return origins
+
+
 def _split(value: str) -> tuple[int, ...] | None:
     if not value:
         return None
@@ -125,8 +136,14 @@ VARIABLES: tuple[Variable, ...] = (
     # locks
     Variable("NOODLE_CLUSTER_TOKEN", "", _text, "secret the machines share; or NOODLE_CLUSTER_TOKEN_FILE"),
     Variable("NOODLE_CLUSTER_TOKEN_FILE", "", _text, "file with that secret"),
-    Variable("NOODLE_API_KEY", "", _text, "key clients send; needed unless the coordinator listens on loopback"),
-    Variable("NOODLE_API_KEY_FILE", "", _text, "file with that key"),
+    Variable(
+        "NOODLE_API_KEY",
+        "",
+        _text,
+        "key clients send, or several as name:key,name:key; needed unless the coordinator listens on loopback",
+    ),
+    Variable("NOODLE_API_KEY_FILE", "", _text, "file with that key, or with several, one a line"),
+    Variable("NOODLE_CORS_ORIGINS", "", _origins, "origins whose web pages may ask, with commas between; * is all"),
     Variable("NOODLE_VALKEY_PASSWORD", "", _text, "Valkey's password; or NOODLE_VALKEY_PASSWORD_FILE"),
     Variable("NOODLE_VALKEY_PASSWORD_FILE", "", _text, "file with that password"),
     # a stage
@@ -144,6 +161,12 @@ VARIABLES: tuple[Variable, ...] = (
     # a request
     Variable("NOODLE_MAX_OPEN_REQUESTS", "64", _whole(1, 4096), "requests computed at the same time"),
     Variable("NOODLE_MAX_WAITING_REQUESTS", "128", _whole(0, 65536), "requests that may wait; more get 429"),
+    Variable(
+        "NOODLE_MAX_REQUESTS_PER_KEY",
+        "0",
+        _whole(0, 4096),
+        "requests of one API key in progress; more get 429; 0: all",
+    ),
     Variable("NOODLE_MAX_BODY_BYTES", str(8 << 20), _whole(1024, 1 << 30), "bytes of a request's body; more get 413"),
     Variable("NOODLE_STEP_TOKENS", "512", _whole(1, 8192), "tokens in one step; longer prompts go in chunks of it"),
     Variable("NOODLE_RECOVERY_SECONDS", "10", _seconds, "how long an open request waits for a lost stage to return"),
@@ -232,7 +255,9 @@ class CoordinatorConfig(ServiceConfig):
     """What the coordinator is told; sizes in bytes or tokens as named."""
 
     machine: str
-    api_key: str  # empty: no key is asked for (loopback only)
+    api_keys: tuple[ApiKey, ...]  # empty: no key is asked for (loopback only)
+    cors_origins: tuple[str, ...]
+    maximum_requests_per_key: int  # 0: no limit
     maximum_open_requests: int
     maximum_waiting_requests: int
     maximum_body_bytes: int
@@ -278,7 +303,7 @@ class CommandConfig:
     state_dir: Path
     cache_dir: Path
     coordinator_url: str
-    api_key: str
+    api_key: str  # the first, where several are set
     cluster_token: str
     machine: str
     threads: int
@@ -303,9 +328,9 @@ def _service_values(values: Mapping[str, Any], bind_name: str) -> dict[str, Any]
 def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
     """The coordinator's configuration; a coordinator that others can reach must have an API key (design D5)."""
     values = read_variables(environment)
-    api_key = _secret(values, "NOODLE_API_KEY")
+    api_keys = read_api_keys(_secret(values, "NOODLE_API_KEY"))
     bind: Address = values["NOODLE_COORDINATOR_BIND"]
-    if not api_key and not bind.is_loopback:
+    if not api_keys and not bind.is_loopback:
         raise ConfigurationError(
             f"The coordinator would listen on {bind}, where others can reach it, without a key.",
             cure="Set NOODLE_API_KEY (or NOODLE_API_KEY_FILE), or bind to 127.0.0.1.",
@@ -313,7 +338,9 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
     return CoordinatorConfig(
         **_service_values(values, "NOODLE_COORDINATOR_BIND"),
         machine=_machine_name(values),
-        api_key=api_key,
+        api_keys=api_keys,
+        cors_origins=values["NOODLE_CORS_ORIGINS"],
+        maximum_requests_per_key=values["NOODLE_MAX_REQUESTS_PER_KEY"],
         maximum_open_requests=values["NOODLE_MAX_OPEN_REQUESTS"],
         maximum_waiting_requests=values["NOODLE_MAX_WAITING_REQUESTS"],
         maximum_body_bytes=values["NOODLE_MAX_BODY_BYTES"],
@@ -370,6 +397,7 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
 def command_config(environment: Mapping[str, str]) -> CommandConfig:
     """The configuration of the noodle command; secrets may be absent, a running `noodle up` has its own."""
     values = read_variables(environment)
+    api_keys = read_api_keys(_secret(values, "NOODLE_API_KEY"))
     return CommandConfig(
         model=values["NOODLE_MODEL"],
         split=",".join(map(str, values["NOODLE_SPLIT"] or ())),
@@ -380,7 +408,7 @@ def command_config(environment: Mapping[str, str]) -> CommandConfig:
         state_dir=values["NOODLE_STATE_DIR"],
         cache_dir=values["NOODLE_CACHE_DIR"],
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
-        api_key=_secret(values, "NOODLE_API_KEY"),
+        api_key=api_keys[0].key if api_keys else "",
         cluster_token=_secret(values, "NOODLE_CLUSTER_TOKEN"),
         machine=_machine_name(values),
         threads=values["NOODLE_THREADS"],

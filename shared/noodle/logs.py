@@ -1,15 +1,53 @@
-"""Log lines on stdout: one per event that matters, readable on a terminal or JSON in a container; never a prompt."""
+"""Log lines on stdout: one per event that matters, readable on a terminal or JSON in a container; never a prompt.
+
+A line about a request carries its id: an HTTP thread binds it once (`bind_request`), others give it with the line
+(`extra=about(request_id)`).
+"""
 
 from __future__ import annotations
 
+import contextvars
 import json
 import logging
 import sys
 import time
 
+_request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
+
+
+def bind_request(request_id: str) -> None:
+    """From now on this thread's lines are about this request; an empty id is none."""
+    _request_id.set(request_id)
+
+
+def about(request_id: str) -> dict[str, str]:
+    """What a line's `extra` is, when it is about a request that is not this thread's own."""
+    return {"request_id": request_id}
+
+
+class RequestFilter(logging.Filter):
+    """Gives every line the id of the request that it is about, empty for none."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Never drops a line."""
+        record.request_id = getattr(record, "request_id", "") or _request_id.get()
+        return True
+
+
+class PrettyFormatter(logging.Formatter):
+    """Time, service, level and message, and at the end the request's id."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__(f"%(asctime)s {service} %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
+        """The line; a traceback follows it."""
+        line = super().formatMessage(record)
+        return f"{line} [request {request_id}]" if (request_id := getattr(record, "request_id", "")) else line
+
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, service, message, and the traceback if there is one."""
+    """One JSON object a line: time, level, service, message, the request's id and the traceback if there are any."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -23,6 +61,8 @@ class JsonFormatter(logging.Formatter):
             "service": self._service,
             "message": record.getMessage(),
         }
+        if request_id := getattr(record, "request_id", ""):
+            line["request"] = request_id
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
@@ -31,10 +71,8 @@ class JsonFormatter(logging.Formatter):
 def configure_logs(service: str, log_format: str) -> None:
     """Send this process's log lines to stdout in the given format ("pretty" or "json")."""
     handler = logging.StreamHandler(sys.stdout)
-    if log_format == "json":
-        handler.setFormatter(JsonFormatter(service))
-    else:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {service} %(levelname)-7s %(message)s", "%H:%M:%S"))
+    handler.addFilter(RequestFilter())
+    handler.setFormatter(JsonFormatter(service) if log_format == "json" else PrettyFormatter(service))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for chatty in ("urllib3", "httpx", "filelock", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

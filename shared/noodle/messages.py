@@ -21,6 +21,10 @@ ShortText = Annotated[str, Meta(max_length=2000)]
 MAXIMUM_INLINE_BYTES = 32 << 10  # the token ids of the largest step
 
 
+MAXIMUM_TOP_LOGPROBS = 20
+TopCount = Annotated[int, Meta(ge=0, le=MAXIMUM_TOP_LOGPROBS)]
+
+
 class SamplingParameters(Struct, frozen=True, forbid_unknown_fields=True):
     """How the next token is drawn from the logits (design D3); temperature 0 is greedy."""
 
@@ -40,6 +44,10 @@ class StepSpan(Struct, frozen=True):
     reserve_tokens: Annotated[int, Meta(ge=1, le=1 << 31)]  # KV rows the session will need at most
     sampling: SamplingParameters | None = None  # set when the token after the last row is asked for
     logprob: bool = False  # also the log-probability of that token
+    # Tokens that are known to follow the span's first rows, one each: their log-probabilities are asked for. A stage
+    # behind the first sees no token ids, and the last of these is the first token of the next chunk.
+    scored_token_ids: Annotated[list[Count], Meta(max_length=8192)] = []
+    top_logprobs: TopCount = 0  # wherever a log-probability is asked for, also those of so many likeliest tokens
 
 
 class SpanRefusal(Struct, frozen=True):
@@ -122,6 +130,20 @@ class HopRefused(Struct, frozen=True, tag="refused"):
     message: ShortText
 
 
+class TokenLogprob(Struct, frozen=True, array_like=True):
+    """A token and its log-probability by the raw logits."""
+
+    token_id: Count
+    logprob: float
+
+
+class TokenScore(Struct, frozen=True, array_like=True):
+    """The log-probability of one token that is known, and the likeliest tokens at its place, likeliest first."""
+
+    logprob: float
+    top: Annotated[list[TokenLogprob], Meta(max_length=MAXIMUM_TOP_LOGPROBS)] = []
+
+
 class SpanResult(Struct, frozen=True):
     """A span that every stage has computed, and the token sampled after it if one was asked for."""
 
@@ -131,6 +153,8 @@ class SpanResult(Struct, frozen=True):
     token_count: Count
     token_id: int | None = None
     logprob: float | None = None
+    top: Annotated[list[TokenLogprob], Meta(max_length=MAXIMUM_TOP_LOGPROBS)] = []  # at the sampled token's place
+    scores: Annotated[list[TokenScore], Meta(max_length=8192)] = []  # of the span's scored_token_ids
 
 
 class StepResult(Struct, frozen=True, tag="result"):

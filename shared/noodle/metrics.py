@@ -17,7 +17,12 @@ class CoordinatorMetrics:
     """What the coordinator counts."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter("noodle_requests", "Requests by how they ended.", ["outcome"], registry=registry)
+        self.requests = Counter(
+            "noodle_requests",
+            "Requests by how they ended and the name of the key they came with.",
+            ["outcome", "key"],
+            registry=registry,
+        )
         self.running = Gauge("noodle_requests_running", "Requests being computed.", registry=registry)
         self.waiting = Gauge("noodle_requests_waiting", "Requests waiting for a place.", registry=registry)
         self.prompt_tokens = Counter("noodle_prompt_tokens", "Prompt tokens taken in.", registry=registry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class WholeModel:
@@ -54,3 +55,10 @@ class WholeModel:
             logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0, -1]
         best, second = torch.topk(logits, 2).values.tolist()
         return float(best - second)
+
+    def log_probabilities(self, token_ids: Sequence[int]) -> Any:
+        """[tokens, vocabulary]: row p holds those of the token after position p."""
+        torch = self._torch
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        return torch.log_softmax(logits.double(), dim=-1)

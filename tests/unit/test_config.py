@@ -4,6 +4,7 @@ import pytest
 
 from noodle.config import (
     VARIABLES,
+    command_config,
     coordinator_config,
     env_example,
     planner_config,
@@ -74,8 +75,42 @@ def test_a_coordinator_that_others_can_reach_needs_a_key():
     open_door = {**TOKEN, "NOODLE_COORDINATOR_BIND": "0.0.0.0:8080"}
     with pytest.raises(ConfigurationError, match="without a key"):
         coordinator_config(open_door)
-    assert coordinator_config({**open_door, "NOODLE_API_KEY": "k"}).api_key == "k"
-    assert coordinator_config(TOKEN).api_key == ""
+    assert [each.key for each in coordinator_config({**open_door, "NOODLE_API_KEY": "k"}).api_keys] == ["k"]
+    assert coordinator_config(TOKEN).api_keys == ()
+
+
+def test_several_keys_are_listed_with_commas_or_lines_between_and_may_have_names(tmp_path):
+    keys = coordinator_config({**TOKEN, "NOODLE_API_KEY": "alice:one, two,bob:with:colon"}).api_keys
+    assert [(each.name, each.key) for each in keys] == [("alice", "one"), ("key-2", "two"), ("bob", "with:colon")]
+    file = tmp_path / "keys"
+    file.write_text("alice:one\n\nbob:two\n", encoding="utf-8")
+    from_file = {**TOKEN, "NOODLE_API_KEY_FILE": str(file)}
+    assert [each.name for each in coordinator_config(from_file).api_keys] == ["alice", "bob"]
+    assert command_config(from_file).api_key == "one"
+
+
+@pytest.mark.parametrize("text", ["a:x,a:y", "a:x,b:x", "x,x", "cluster:x", "a b:x", "a:", ":x", "tab\tkey", "a:é"])
+def test_keys_that_can_not_be_told_apart_or_sent_stop_the_start_without_being_shown(text):
+    with pytest.raises(ConfigurationError, match="NOODLE_API_KEY") as caught:
+        coordinator_config({**TOKEN, "NOODLE_API_KEY": text})
+    assert text not in str(caught.value)
+
+
+def test_a_key_is_not_shown_with_its_name():
+    (key,) = coordinator_config({**TOKEN, "NOODLE_API_KEY": "alice:secret"}).api_keys
+    assert "secret" not in repr(key)
+
+
+@pytest.mark.parametrize("text", ["example.com", "http://a.b/path", "ftp://a.b", "http://", "*,nonsense"])
+def test_origins_are_checked(text):
+    with pytest.raises(ConfigurationError, match="NOODLE_CORS_ORIGINS"):
+        coordinator_config({**TOKEN, "NOODLE_CORS_ORIGINS": text})
+
+
+def test_origins_are_a_list():
+    text = "http://192.168.1.5:3000, https://a.example"
+    origins = coordinator_config({**TOKEN, "NOODLE_CORS_ORIGINS": text}).cors_origins
+    assert origins == ("http://192.168.1.5:3000", "https://a.example")
 
 
 def test_a_stage_on_all_addresses_must_say_where_it_is_reached():

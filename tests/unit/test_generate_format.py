@@ -41,7 +41,7 @@ def test_inputs_alone_are_enough_and_greedy() -> None:
     assert request.parameters.length_name is None
     assert request.parameters.sampling.temperature == 0
     assert request.parameters.stream
-    assert not request.parameters.logprobs
+    assert not request.parameters.scores.wanted
     assert not request.return_full_text
 
 
@@ -66,7 +66,7 @@ def test_everything_that_is_honoured() -> None:
     assert (parameters.sampling.temperature, parameters.sampling.top_p, parameters.sampling.top_k) == (50, 0.9, 3)
     assert len(parameters.stop) == 16
     assert parameters.ignore_eos
-    assert parameters.logprobs
+    assert parameters.scores.wanted
     assert not parameters.stream
 
 

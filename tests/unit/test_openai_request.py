@@ -13,21 +13,23 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from noodle.errors import ContextTooLong, InvalidRequest, RequestError, UnknownModel
-from services.coordinator.openai_request import (
+from services.coordinator.openai_fields import (
     CHAT_HONOURED,
     CHAT_NEUTRAL,
     COMPLETION_HONOURED,
     COMPLETION_NEUTRAL,
     HARMLESS,
-    MESSAGE_NEUTRAL,
     STREAM_OPTIONS_NEUTRAL,
+)
+from services.coordinator.openai_messages import MESSAGE_NEUTRAL
+from services.coordinator.openai_request import (
     ChatRequest,
     CompletionRequest,
     ServedModel,
     parse_chat,
     parse_completion,
 )
-from services.coordinator.parameters import MAXIMUM_NEW_TOKENS
+from services.coordinator.parameters import MAXIMUM_NEW_TOKENS, Scores
 from tests.support.random_json import random_body, random_value
 
 SERVED = ServedModel(names=("SmolLM2-135M-Instruct", "noodle"), vocabulary_size=1000, created_seconds=1)
@@ -84,8 +86,10 @@ def test_what_is_not_honoured_is_refused_by_name(kind: str, name: str, value: An
     [
         ("chat", "n", 2),
         ("chat", "n", True),
-        ("chat", "logprobs", True),
-        ("chat", "top_logprobs", 1),
+        ("chat", "logprobs", 3),
+        ("chat", "top_logprobs", 1),  # without logprobs
+        ("chat", "echo", True),
+        ("chat", "max_tokens", 0),
         ("chat", "tool_choice", "required"),
         ("chat", "response_format", {"type": "json_object"}),
         ("chat", "presence_penalty", 0.1),
@@ -93,9 +97,12 @@ def test_what_is_not_honoured_is_refused_by_name(kind: str, name: str, value: An
         ("chat", "logit_bias", {"50256": -100}),
         ("chat", "modalities", ["text", "audio"]),
         ("chat", "skip_special_tokens", False),
-        ("completion", "logprobs", 0),
-        ("completion", "logprobs", 1),
-        ("completion", "echo", True),
+        ("completion", "logprobs", 21),
+        ("completion", "logprobs", True),
+        ("completion", "logprobs", -1),
+        ("completion", "echo", 1),
+        ("completion", "max_tokens", 0),  # without echo
+        ("completion", "top_logprobs", 1),
         ("completion", "best_of", 2),
         ("completion", "suffix", "x"),
         ("completion", "use_beam_search", True),
@@ -103,6 +110,21 @@ def test_what_is_not_honoured_is_refused_by_name(kind: str, name: str, value: An
 )
 def test_the_usual_wishes_that_are_not_honoured_are_refused(kind: str, name: str, value: Any) -> None:
     assert refusal(kind, **{name: value}).param == name
+
+
+def test_log_probabilities_are_asked_for_in_each_routes_own_way() -> None:
+    assert completion().parameters.scores == Scores()
+    assert completion(logprobs=None).parameters.scores == Scores()
+    assert completion(logprobs=0).parameters.scores == Scores(wanted=True)
+    assert completion(logprobs=20).parameters.scores == Scores(wanted=True, top=20)
+    echoed = completion(logprobs=1, echo=True, max_tokens=0)
+    assert echoed.echo
+    assert echoed.parameters.scores == Scores(wanted=True, top=1, of_prompt=True)
+    assert (echoed.parameters.max_new_tokens, echoed.parameters.length_name) == (0, "max_tokens")
+    assert completion(echo=True).parameters.scores == Scores()
+    assert chat(logprobs=True).parameters.scores == Scores(wanted=True)
+    assert chat(logprobs=True, top_logprobs=4).parameters.scores == Scores(wanted=True, top=4)
+    assert chat(logprobs=False, top_logprobs=0).parameters.scores == Scores()
 
 
 def test_every_parameter_of_the_official_client_is_known() -> None:

@@ -41,7 +41,7 @@ def test_a_request_that_says_nothing_gets_the_defaults_and_a_seed_of_its_own() -
     assert first.seed != second.seed
     assert 0 <= first.seed < 1 << 53
     assert first.stop == ()
-    assert not any((first.ignore_eos, first.stream, first.include_usage, first.logprobs))
+    assert not any((first.ignore_eos, first.stream, first.include_usage, first.scores.wanted))
 
 
 def test_null_means_absent() -> None:

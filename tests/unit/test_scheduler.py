@@ -1,6 +1,6 @@
 import random
 
-from noodle.messages import SamplingParameters, SpanRefusal, SpanResult, StepResult
+from noodle.messages import SamplingParameters, SpanRefusal, SpanResult, StepResult, TokenScore
 from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_RETRY_SECONDS, Limits, Scheduler, Session
 
 END = 2
@@ -173,6 +173,86 @@ def test_a_session_that_never_finds_room_is_given_up():
         assert scheduler.next_step(attempt * ROOM_RETRY_SECONDS) is None
     flight = scheduler.next_step(MAXIMUM_REPLAYS * ROOM_RETRY_SECONDS)
     assert [session.session_id for session, _ in scheduler.apply(refusal(flight, "kv_budget"))[2]] == ["a"]
+
+
+def a_scored_session(prompt=7, new=1):
+    session = a_session(prompt=prompt, new=new)
+    session.scores = [None] * (prompt - 1)
+    return session
+
+
+def scored_answer(flight, token_id=7):
+    """What the stages would send back: each score is the token it belongs to."""
+    spans = [
+        SpanResult(s.session_id, s.session_epoch, s.first_position, s.token_count, token_id if s.sampling else None,
+                   scores=[TokenScore(float(token)) for token in s.scored_token_ids])
+        for s in flight.step.spans
+    ]  # fmt: skip
+    return StepResult(flight.step.step_id, 1, flight.step.coordinator_epoch, spans, [], [])
+
+
+def test_the_last_row_of_a_chunk_scores_the_first_token_of_the_next():
+    scheduler = a_scheduler(step_tokens=3)
+    session = a_scored_session()
+    scheduler.add(session)
+    asked = []
+    for _ in range(3):
+        flight = scheduler.next_step(0)
+        asked.append(flight.step.spans[0].scored_token_ids)
+        _, tokens, _ = scheduler.apply(scored_answer(flight))
+    assert asked == [[11, 12, 13], [14, 15, 16], []]
+    assert [score.logprob for score in session.scores] == [11, 12, 13, 14, 15, 16]
+    assert [token.finish_reason for token in tokens] == ["length"]
+
+
+def test_after_a_replay_only_chunks_with_a_missing_score_are_scored_again():
+    scheduler = a_scheduler(step_tokens=3)
+    session = a_scored_session()
+    scheduler.add(session)
+    scheduler.apply(scored_answer(scheduler.next_step(0)))
+    scheduler.replay_all()
+    asked = []
+    for _ in range(3):
+        flight = scheduler.next_step(0)
+        asked.append(flight.step.spans[0].scored_token_ids)
+        scheduler.apply(scored_answer(flight))
+    assert asked == [[], [14, 15, 16], []]
+    assert session.scores_are_complete
+
+
+def test_a_token_without_all_of_its_prompts_scores_is_drawn_again():
+    scheduler = a_scheduler(step_tokens=4)
+    session = a_scored_session()
+    scheduler.add(session)
+    lost, last = scheduler.next_step(0), scheduler.next_step(0)
+    _, tokens, fatal = scheduler.apply(scored_answer(last))
+    assert (tokens, fatal, session.epoch) == ([], [], 2)
+    assert scheduler.apply(scored_answer(lost))[1] == []
+    scheduler.apply(scored_answer(scheduler.next_step(0)))
+    _, (token,), _ = scheduler.apply(scored_answer(scheduler.next_step(0)))
+    assert (token.token_id, session.scores_are_complete) == (7, True)
+
+
+def test_scores_that_never_come_end_the_session_and_not_the_patience():
+    scheduler = a_scheduler(step_tokens=100)
+    scheduler.add(a_scored_session())
+    for _ in range(MAXIMUM_REPLAYS):
+        assert scheduler.apply(answer(scheduler.next_step(0)))[2] == []
+    ((session, refused),) = scheduler.apply(answer(scheduler.next_step(0)))[2]
+    assert (session.session_id, refused.reason) == ("a", "scores_lost")
+
+
+def test_a_session_that_asks_for_no_token_ends_with_its_prompt():
+    scheduler = a_scheduler(step_tokens=4)
+    session = a_scored_session(new=0)
+    scheduler.add(session)
+    flights = [scheduler.next_step(0), scheduler.next_step(0)]
+    assert [flight.step.spans[0].sampling for flight in flights] == [None, None]
+    assert scheduler.apply(scored_answer(flights[0]))[1] == []
+    _, (done,), _ = scheduler.apply(scored_answer(flights[1]))
+    assert (done.token_id, done.finish_reason) == (None, "length")
+    assert scheduler.next_step(0) is None
+    assert session.token_ids == list(range(10, 17))
 
 
 def test_a_session_that_gets_nowhere_is_given_up_and_not_tried_for_ever():

@@ -1,0 +1,66 @@
+"""What /health says: status, progress, what is being waited for, and who computes which layers; knows no HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from noodle import __version__
+from services.coordinator.engine import Engine
+from services.coordinator.leadership import progress_of, waiting_for
+
+
+def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
+    """Status and everything that /health says: what is being waited for, and who computes what."""
+    view, leads, loop = engine.leadership.view, engine.leadership.leads, engine.loop.state
+    up = loop.up and engine.loaded is not None
+    waits = waiting_for(view, leads, loop.detail, loop.up) or ([] if up else [engine.detail])
+    failed = engine.failure or next((state.detail for state in view.stages.values() if state.phase == "failed"), "")
+    if not failed and view.planner is not None and view.planner.phase == "failed":
+        failed = view.planner.detail
+    status = "ready" if up else "failed" if failed else "starting"
+    return status, {
+        "service": "coordinator",
+        "status": status,
+        "version": __version__,
+        "detail": failed or (waits[0] if waits else "ready"),
+        "progress": progress_of(view, up),
+        "waiting_for": waits,
+        "model": engine.loaded.served.names[0] if engine.loaded else None,
+        "plan": view.plan.version if view.plan else None,
+        "plan_reason": view.plan.reason if view.plan else None,
+        "context_length": loop.plan.context_length if loop.plan else None,
+        "leads": leads,
+        "stages": stages_of(engine),
+    }
+
+
+def stages_of(engine: Engine) -> list[dict[str, Any]]:
+    """One line a stage: its layers by the plan, and what it says of itself."""
+    view = engine.leadership.view
+    assigned = {stage.stage_id: stage for stage in view.plan.stages} if view.plan else {}
+    lines = []
+    for stage_id in sorted(assigned.keys() | view.stages.keys()):
+        line: dict[str, Any] = {"stage_id": stage_id}
+        if (stage := assigned.get(stage_id)) is not None:
+            line |= {
+                "machine": stage.machine,
+                "url": stage.url,
+                "layers": [stage.start_layer, stage.end_layer],
+                "dtype": stage.dtype,
+            }
+        state = view.stages.get(stage_id)
+        line |= {"phase": "silent"} if state is None else {
+            "phase": state.phase,
+            "detail": state.detail,
+            "progress": state.progress,
+            "machine": state.machine,
+            "device": state.device,
+            "device_name": state.device_name,
+            "threads": state.threads,
+            "weight_bytes": state.weight_bytes,
+            "kv_bytes_held": state.kv_bytes_held,
+            "kv_budget_bytes": state.kv_budget_bytes,
+            "sessions": state.sessions,
+        }  # fmt: skip
+        lines.append(line)
+    return lines

@@ -1,0 +1,71 @@
+"""The bytes and the name of single tokens, for log-probabilities; knows how vocabularies write bytes, no requests."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+
+import tokenizers
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+WORD_MARK = "\u2581"  # ▁, how sentencepiece writes a space
+
+
+class TokenTexts:
+    """What each token of a vocabulary stands for, alone; threads may share it."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+        kinds = _kinds(json.loads(tokenizer.decoder.__getstate__())) if tokenizer.decoder is not None else set()
+        self._byte_level = "ByteLevel" in kinds
+        self._byte_fallback = "ByteFallback" in kinds
+        self._word_mark = not self._byte_level and bool(kinds & {"Metaspace", "Replace"})
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The token's bytes, spaces included; nothing for an id outside the vocabulary."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level and all(character in byte_of_character() for character in token):
+            return bytes(byte_of_character()[character] for character in token)
+        if self._byte_fallback and (match := BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        if self._word_mark:
+            return token.replace(WORD_MARK, " ").encode()
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text.encode()
+
+    def text_of(self, token_id: int) -> str:
+        """The token as text, U+FFFD for what is a piece of a character."""
+        return self.bytes_of(token_id).decode(errors="replace")
+
+    def name_of(self, token_id: int) -> str:
+        """The token as text; as `bytes:\\xf0\\x9f` where it is a piece of a character, as OpenAI writes it."""
+        raw = self.bytes_of(token_id)
+        if not raw:
+            return f"token_id:{token_id}"
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+@cache
+def byte_of_character() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: printable ones as themselves, the others from U+0100 on, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _kinds(decoder: dict[str, object]) -> set[str]:
+    """The types of a decoder and of those it is made of."""
+    inner = decoder.get("decoders")
+    kinds = {str(decoder.get("type"))}
+    for each in inner if isinstance(inner, list) else []:
+        kinds |= _kinds(each)
+    return kinds

@@ -1,0 +1,138 @@
+"""Who may ask the coordinator, under which id, from which web page; no process runs."""
+
+import logging
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from noodle.config import coordinator_config
+from noodle.errors import NoodleError
+from noodle.logs import JsonFormatter, PrettyFormatter, RequestFilter, about
+from noodle.metrics import CoordinatorMetrics
+from services.coordinator.app import create_app
+from services.coordinator.engine import Engine
+
+TOKEN = "a-token-of-some-length"
+
+
+def client_of(**variables):
+    config = coordinator_config({"NOODLE_CLUSTER_TOKEN": TOKEN, **variables})
+    registry = CollectorRegistry()
+    return create_app(config, Engine(config, CoordinatorMetrics(registry)), registry).test_client()
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_without_keys_whoever_asks_this_machine_may():
+    client = client_of()
+    assert client.get("/openapi.json").status_code == 200
+    assert client.get("/openapi.json", headers={"Host": "evil.example"}).status_code == 401
+    assert client.get("/openapi.json", headers={"Host": "evil.example", **bearer(TOKEN)}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/x", "/info", "/openapi.json"])
+def test_with_keys_each_of_them_and_the_cluster_token_open_and_nothing_else(path):
+    client = client_of(NOODLE_API_KEY="alice:one,bob:two")
+    opened = [client.get(path, headers=bearer(key)).status_code for key in ("one", "two", TOKEN)]
+    assert 401 not in opened
+    for headers in ({}, bearer(""), bearer("one,bob"), bearer("alice:one"), bearer("alice"), {"Authorization": "one"}):
+        answer = client.get(path, headers=headers)
+        assert answer.status_code == 401
+        assert answer.get_json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/generate", "/generate_stream", "/tokenize"]
+)
+def test_a_strangers_body_is_not_looked_at(path):
+    answer = client_of(NOODLE_API_KEY="k").post(path, data=b"{", content_type="application/json")
+    assert answer.status_code == 401
+
+
+def test_a_stranger_sees_a_bare_health():
+    client = client_of(NOODLE_API_KEY="k")
+    assert set(client.get("/health").get_json()) == {"service", "status"}
+    assert "stages" in client.get("/health", headers=bearer("k")).get_json()
+
+
+def test_metrics_want_the_cluster_token_and_no_key_opens_them():
+    client = client_of(NOODLE_API_KEY="k")
+    assert client.get("/metrics", headers=bearer("k")).status_code == 401
+    assert client.get("/metrics", headers=bearer(TOKEN)).status_code == 200
+
+
+def test_every_answer_has_an_id_errors_too():
+    client = client_of()
+    for path in ("/health", "/nothing", "/v1/models"):
+        given = client.get(path, headers={"X-Request-Id": "mine-1"})
+        assert given.headers["X-Request-Id"] == "mine-1"
+        assert len(client.get(path).headers["X-Request-Id"]) == 32
+
+
+@pytest.mark.parametrize("strange", ["", "a b", "x" * 65, "a:b", "é", "a/../b", '"'])
+def test_an_id_that_may_not_stand_in_a_log_is_replaced(strange):
+    assert client_of().get("/health", headers={"X-Request-Id": strange}).headers["X-Request-Id"] != strange
+
+
+def test_a_log_line_carries_the_id_of_the_request_that_it_is_about():
+    lines = []
+    handler = logging.Handler()
+    handler.addFilter(RequestFilter())
+    handler.emit = lambda record: lines.append((PrettyFormatter("x").format(record), JsonFormatter("x").format(record)))
+    log = logging.getLogger("noodle.web")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        client_of().get("/v1/models", headers={"X-Request-Id": "mine-2"})
+        log.info("about nobody")
+        log.info("about another", extra=about("other"))
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    (pretty, as_json), (nobody, _), (other, _) = lines
+    assert pretty.endswith("[request mine-2]")
+    assert '"request": "mine-2"' in as_json
+    assert "request" not in nobody
+    assert other.endswith("[request other]")
+
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+PAGE = "http://192.168.1.7:3000"
+
+
+def test_no_web_page_may_ask_unless_its_origin_is_named():
+    for client in (client_of(), client_of(NOODLE_CORS_ORIGINS="https://other.example")):
+        for answer in (
+            client.options("/v1/completions", headers={"Origin": PAGE, **PREFLIGHT}),
+            client.get("/health", headers={"Origin": PAGE}),
+        ):
+            assert not [name for name, _ in answer.headers if name.lower().startswith("access-control-")]
+
+
+@pytest.mark.parametrize(("origins", "allowed"), [(f"https://other.example,{PAGE}", PAGE), ("*", "*")])
+def test_a_page_of_a_named_origin_may_ask_and_read_answers_and_errors(origins, allowed):
+    client = client_of(NOODLE_CORS_ORIGINS=origins, NOODLE_API_KEY="k")
+    preflight = client.options("/v1/completions", headers={"Origin": PAGE, **PREFLIGHT})
+    assert preflight.status_code == 204
+    assert preflight.headers["Access-Control-Allow-Origin"] == allowed
+    assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+    assert "Authorization" in preflight.headers["Access-Control-Allow-Headers"]
+    assert "Access-Control-Allow-Credentials" not in preflight.headers
+    refused = client.post("/v1/completions", json={}, headers={"Origin": PAGE})
+    assert refused.status_code == 401
+    assert refused.headers["Access-Control-Allow-Origin"] == allowed
+    assert "X-Request-Id" in refused.headers["Access-Control-Expose-Headers"]
+    assert "Origin" in refused.headers["Vary"]
+
+
+def test_no_status_of_an_error_is_one_that_the_document_does_not_know():
+    """Errors that a public route may raise; those of hops and starts never reach a client."""
+    from noodle import errors
+    from services.coordinator.openapi import ERROR_TEXTS
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.RequestError)]
+    statuses = {kind.http_status for kind in [*kinds, errors.NotReady, errors.QueueUnavailable, NoodleError]}
+    assert statuses - {405, 409} == set(ERROR_TEXTS)
