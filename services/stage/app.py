@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from noodle.metrics import install_metrics_route
 from noodle.web import Service, has_token, install_error_handlers, json_response, require_token, start_loop
 from noodle.work_queue import WorkQueue
 from services.stage.lifecycle import Lifecycle, new_boot_id
-from services.stage.queued_transport import confirmed_by
+from services.stage.queued_transport import TAKE_SECONDS, confirmed_by
 from services.stage.stage import Stage
 from services.stage.transport import maximum_frame_bytes, unbuffered_read
 
@@ -65,8 +66,11 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         body = stage.outbox.body(activation_id)
         is_chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
         read = unbuffered_read(request.environ["wsgi.input"])
-        confirmed = confirmed_by(read, request.environ.get("gunicorn.socket"), is_chunked)
-        response = Response(stage.outbox.deliver(activation_id, body, confirmed), mimetype=STREAM_TYPE)
+        connection: socket.socket | None = request.environ.get("gunicorn.socket")
+        if connection is not None:  # gunicorn sets it back before the next request
+            connection.settimeout(TAKE_SECONDS)
+        delivery = stage.outbox.deliver(activation_id, body, confirmed_by(read, is_chunked))
+        response = Response(delivery, mimetype=STREAM_TYPE)
         response.content_length = len(body)
         return response
 

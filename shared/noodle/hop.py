@@ -31,6 +31,7 @@ RECONNECT_LAST_SECONDS = 1.0  # between two tries to open a connection
 SEND_TIMEOUT_SECONDS = 15.0  # back-pressure this long is a loss
 MAXIMUM_ANSWER_BYTES = 32 << 20  # of a frame from a stage back to its caller: no activations among them
 MAXIMUM_REFUSAL_BYTES = 64 << 10
+READ_AHEAD_BYTES = 64 << 10  # of an answer's chunk at once
 SMALL_FRAME_BYTES = 64 << 10  # below it, one copy and one system call are cheaper than three calls
 
 PLAN_VERSION_HEADER = "X-Noodle-Plan-Version"
@@ -88,7 +89,8 @@ class _FrameStream:
 
     def _read(self) -> None:
         try:
-            while (frame := read_frame(self._answer.read, MAXIMUM_ANSWER_BYTES)) is not None:
+            read = _buffered_read(self._answer)
+            while (frame := read_frame(read, MAXIMUM_ANSWER_BYTES)) is not None:
                 self._on_message(frame[0])
             self._lose("the other end closed it")
         except (OSError, http.client.HTTPException, WireError, ValueError, AttributeError) as error:
@@ -177,6 +179,23 @@ class ResultsConnection(_FrameStream):
         self._open("GET", "/results", headers)
 
 
+def _buffered_read(answer: http.client.HTTPResponse) -> Callable[[int], bytes]:
+    """`answer.read`, but taking what has come of a chunk at once: a frame is one chunk, and read in three pieces."""
+    held = bytearray()
+
+    def read(wanted_bytes: int) -> bytes:
+        while len(held) < wanted_bytes:
+            part = answer.read1(READ_AHEAD_BYTES)
+            if not part:
+                break
+            held.extend(part)
+        taken = bytes(held[:wanted_bytes])
+        del held[:wanted_bytes]
+        return taken
+
+    return read
+
+
 class Opened(Protocol):
     """A connection that stands."""
 
@@ -203,6 +222,7 @@ class KeptOpen(Generic[Connection]):
     ) -> None:
         self._open_one, self._changed = open_one, changed
         self._connection: Connection | None = None
+        self._changing = threading.Lock()
         self._lost = threading.Event()
         self._closed = threading.Event()
         self.losses = 0  # of connections that stood
@@ -235,18 +255,20 @@ class KeptOpen(Generic[Connection]):
                 wait_seconds = min(wait_seconds * 2, RECONNECT_LAST_SECONDS)
                 continue
             wait_seconds = RECONNECT_FIRST_SECONDS
-            self._connection = connection
-            if not self._lost.is_set():
+            with self._changing:
+                stands = not self._lost.is_set()  # it may be lost already
+                self._connection = connection if stands else None
+            if stands:
                 self._say("")
             self._lost.wait()
-            self._connection = None
             connection.close()
             self._closed.wait(wait_seconds)
 
     def _when_lost(self, reason: str) -> None:
-        self.losses += 1
-        self._connection = None
-        self._lost.set()
+        with self._changing:
+            self.losses += 1
+            self._connection = None
+            self._lost.set()
         self._say(reason)
 
     def _say(self, reason: str) -> None:

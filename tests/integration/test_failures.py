@@ -24,7 +24,7 @@ def cluster(tiny_folder, tmp_path_factory):
 class OpenRequests:
     """Requests that run while something dies."""
 
-    def __init__(self, cluster, count=4, new_tokens=200):
+    def __init__(self, cluster, count=4, new_tokens=200, running=None):
         self.answers = {}
         parameters = {"max_new_tokens": new_tokens, "ignore_eos": True}
 
@@ -38,7 +38,8 @@ class OpenRequests:
         self.threads = [threading.Thread(target=ask, args=(index,)) for index in range(count)]
         for thread in self.threads:
             thread.start()
-        wait_until(lambda: all(state["sessions"] for state in cluster.stage_states()), 10, "the requests run")
+        least = count if running is None else running  # all are taken in: what dies now dies under each of them
+        wait_until(lambda: all(state["sessions"] >= least for state in cluster.stage_states()), 30, "the requests run")
 
     def ended(self):
         """Their answers; fails when one of them hangs."""
@@ -109,7 +110,7 @@ def test_a_killed_coordinator_comes_back_and_leaves_no_rows(cluster):
 def test_too_many_requests_are_told_to_come_again(tiny_folder, tmp_path):
     limits = {"NOODLE_MAX_OPEN_REQUESTS": "1", "NOODLE_MAX_WAITING_REQUESTS": "1"}
     with running_cluster(tmp_path / "state", tiny_folder, 1, **limits) as cluster:
-        requests = OpenRequests(cluster, count=6)
+        requests = OpenRequests(cluster, count=6, running=1)
         answers = requests.ended()
         assert sorted({status for status, _ in answers}) == [200, 429]
         refused = next(answer for status, answer in answers if status == 429)
