@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from noodle.web import (
 from noodle.work_queue import WorkQueue
 from services.stage.guide_routes import guide_routes
 from services.stage.lifecycle import Lifecycle, new_boot_id
-from services.stage.queued_transport import confirmed_by
+from services.stage.queued_transport import TAKE_SECONDS, confirmed_by
 from services.stage.stage import Stage
 from services.stage.transport import maximum_frame_bytes, unbuffered_read
 
@@ -74,8 +75,11 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         body = stage.outbox.body(activation_id)
         is_chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
         read = unbuffered_read(request.environ["wsgi.input"])
-        confirmed = confirmed_by(read, request.environ.get("gunicorn.socket"), is_chunked)
-        response = Response(stage.outbox.deliver(activation_id, body, confirmed), mimetype=STREAM_TYPE)
+        connection: socket.socket | None = request.environ.get("gunicorn.socket")
+        if connection is not None:  # gunicorn sets it back before the next request
+            connection.settimeout(TAKE_SECONDS)
+        delivery = stage.outbox.deliver(activation_id, body, confirmed_by(read, is_chunked))
+        response = Response(delivery, mimetype=STREAM_TYPE)
         response.content_length = len(body)
         return response
 

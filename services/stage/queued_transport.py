@@ -36,7 +36,7 @@ AHEAD_FRAMES = 4  # steps that are fetched before the worker has taken them
 FETCH_CONNECT_SECONDS = 3.0
 FETCH_SILENCE_SECONDS = 3.0  # of the stage that keeps the bytes
 FETCH_TRIES = 3
-CONFIRM_SECONDS = 3.0  # from the last byte sent until the fetcher says that it has them
+TAKE_SECONDS = 3.0  # a fetcher that takes nothing, or does not say that it has all, for so long is gone
 # The fetcher says so in the body of its own request, as its last word: no second request, and a relay in between
 # can not take the bytes and lose them (docs/adr/0012).
 CONFIRMATION = b"1\r\n1\r\n0\r\n\r\n"
@@ -107,24 +107,17 @@ class Fetcher:
             self.close()
 
 
-def confirmed_by(
-    read: Callable[[int], bytes], connection: socket.socket | None, is_chunked: bool
-) -> Callable[[], bool]:
+def confirmed_by(read: Callable[[int], bytes], is_chunked: bool) -> Callable[[], bool]:
     """How the route knows that a body arrived: by the fetcher's last word, or, if it gives none, by having sent all."""
 
     def confirmed() -> bool:
         if not is_chunked:
             return True
-        if connection is not None:
-            connection.settimeout(CONFIRM_SECONDS)
         try:
             return read(2) == b"1"  # one byte and the end of the body
         except Exception as error:  # noqa: BLE001  # gunicorn's own errors of a cut or malformed chunked body
             log.info("activations were not taken whole: %s", error or type(error).__name__)
             return False
-        finally:
-            if connection is not None:
-                connection.settimeout(None)
 
     return confirmed
 

@@ -179,6 +179,23 @@ class ResultsConnection(_FrameStream):
         self._open("GET", "/results", headers)
 
 
+def _buffered_read(answer: http.client.HTTPResponse) -> Callable[[int], bytes]:
+    """`answer.read`, but taking what has come of a chunk at once: a frame is one chunk, and read in three pieces."""
+    held = bytearray()
+
+    def read(wanted_bytes: int) -> bytes:
+        while len(held) < wanted_bytes:
+            part = answer.read1(READ_AHEAD_BYTES)
+            if not part:
+                break
+            held.extend(part)
+        taken = bytes(held[:wanted_bytes])
+        del held[:wanted_bytes]
+        return taken
+
+    return read
+
+
 class Opened(Protocol):
     """A connection that stands."""
 
@@ -205,6 +222,7 @@ class KeptOpen(Generic[Connection]):
     ) -> None:
         self._open_one, self._changed = open_one, changed
         self._connection: Connection | None = None
+        self._changing = threading.Lock()
         self._lost = threading.Event()
         self._closed = threading.Event()
         self.losses = 0  # of connections that stood
@@ -237,40 +255,25 @@ class KeptOpen(Generic[Connection]):
                 wait_seconds = min(wait_seconds * 2, RECONNECT_LAST_SECONDS)
                 continue
             wait_seconds = RECONNECT_FIRST_SECONDS
-            self._connection = connection
-            if not self._lost.is_set():
+            with self._changing:
+                stands = not self._lost.is_set()  # it may be lost already
+                self._connection = connection if stands else None
+            if stands:
                 self._say("")
             self._lost.wait()
-            self._connection = None
             connection.close()
             self._closed.wait(wait_seconds)
 
     def _when_lost(self, reason: str) -> None:
-        self.losses += 1
-        self._connection = None
-        self._lost.set()
+        with self._changing:
+            self.losses += 1
+            self._connection = None
+            self._lost.set()
         self._say(reason)
 
     def _say(self, reason: str) -> None:
         if not self._closed.is_set():
             self._changed(reason)
-
-
-def _buffered_read(answer: http.client.HTTPResponse) -> Callable[[int], bytes]:
-    """`answer.read`, but taking what has come of a chunk at once: a frame is one chunk, and read in three pieces."""
-    held = bytearray()
-
-    def read(wanted_bytes: int) -> bytes:
-        while len(held) < wanted_bytes:
-            part = answer.read1(READ_AHEAD_BYTES)
-            if not part:
-                break
-            held.extend(part)
-        taken = bytes(held[:wanted_bytes])
-        del held[:wanted_bytes]
-        return taken
-
-    return read
 
 
 def _reason(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.measure import equality, load, memory, sampling, speed, start
+from tests.measure import equality, load, memory, sampling, speed, start, transport
 
 MEASUREMENTS = {
     "equality": equality.measure,
@@ -13,6 +13,7 @@ MEASUREMENTS = {
     "load": load.measure,
     "sampling": sampling.measure,
     "start": start.measure,
+    "transport": transport.measure,
 }
 
 

@@ -32,10 +32,21 @@ class Caller:
         """Send anything to stage 0."""
         raise NotImplementedError
 
-    def step(self, body=TOKENS, *, first=0, count=None, session="session", session_epoch=1, logprob=False, **changes):
+    def step(
+        self,
+        body=TOKENS,
+        *,
+        first=0,
+        count=None,
+        session="session",
+        session_epoch=1,
+        logprob=False,
+        reserve=100,
+        **changes,
+    ):
         """A step of one span."""
         count = len(body) // 4 if count is None else count
-        span = StepSpan(session, session_epoch, first, count, 100, SamplingParameters(), logprob)
+        span = StepSpan(session, session_epoch, first, count, reserve, SamplingParameters(), logprob)
         fields = {"step_id": 1, "plan_version": self.rig.plan.version, "coordinator_epoch": self.epoch,
                   "dtype": "int32", "shape": [count], "spans": [span], "gap_seconds": 0.5}  # fmt: skip
         return Step(**{**fields, **changes})
@@ -109,3 +120,15 @@ class QueueCaller(Caller):
     def send_message(self, message, body=b""):
         entry = InlineStep(message, body) if isinstance(message, Step) else message
         self.rig.work_queue.append(hop_stream(0), encode_entry(entry))
+
+
+class LastStageCaller(DirectCaller):
+    """By connections to the last stage alone."""
+
+    def __enter__(self):
+        token, version, url = self.rig.token, self.rig.plan.version, self.rig.urls[-1]
+        self.results = ResultsConnection(url, token, self.heard.append, lambda reason: None)
+        self.results.open(version, self.epoch)
+        self.hop = HopConnection(url, token, self.heard.append, lambda reason: self.lost.set())
+        self.hop.open(version)
+        return self

@@ -1,5 +1,5 @@
 from noodle.plan import Plan, PlannerState, StageAssignment, StageState
-from services.coordinator.leadership import ClusterView, limits_of, progress_of, waiting_for
+from services.coordinator.leadership import ClusterView, disagreement_of, limits_of, progress_of, waiting_for
 
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
 PLAN = Plan(4, "digest", 6, 64, 300, 256, STAGES)
@@ -54,3 +54,14 @@ def test_the_tightest_stage_decides_how_many_tokens_fit():
     ]
     limits = limits_of(PLAN, states)
     assert (limits.kv_tokens, limits.stage_count, limits.plan_version) == (30, 2, 4)
+
+
+def test_stages_that_send_another_way_than_the_coordinator_are_named():
+    states = [state(0, "ready", transport="auto"), state(1, "ready", transport="direct")]
+    assert disagreement_of(states[:1], "auto") == ""
+    said = disagreement_of(states, "auto")
+    assert "stage 1 on vm has direct" in said
+    assert "coordinator has auto" in said
+    assert "stage 0" not in said
+    ready = {index: state(index, "ready", ready_version=4) for index in range(2)}
+    assert waits(a_view(stages=ready, disagreement=said)) == [said]
