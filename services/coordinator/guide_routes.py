@@ -19,7 +19,7 @@ from services.coordinator.relay import Relayed, relay
 
 MAXIMUM_RELAYED_FORWARDS = 8  # in progress at once, each with a body in memory; more get 429
 MAXIMUM_RELAYED_PLANS = 4  # the planner computes each for up to seconds
-FORWARD_ANSWER_SECONDS = 100.0  # a stage gives up before: 30 s for its turn, 60 s for computing
+FORWARD_ANSWER_SECONDS = 160.0  # a stage gives up before: 30 s for its turn, 120 s for computing
 PLAN_ANSWER_SECONDS = 60.0
 FORWARD_BODY_BYTES = 8 << 20
 PLAN_BODY_BYTES = 256 << 10

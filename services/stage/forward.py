@@ -27,9 +27,9 @@ from services.stage.worker import Role, Worker
 
 MAXIMUM_WAITING_FORWARDS = 4  # taken in at the same time, each with a body of a few megabytes; more get 429
 FORWARD_TURN_SECONDS = 30.0  # for those before it
-FORWARD_COMPUTE_SECONDS = 60.0  # for the steps in progress, and its own computing
+FORWARD_COMPUTE_SECONDS = 120.0  # for the steps in progress, and its own computing
 PIECE_SECONDS = 0.1  # what a served step may wait for a forward: longer ones are computed in pieces
-FIRST_PIECE_TOKENS = 16  # until it is known how long they take
+SMALLEST_PIECE_TOKENS = 16  # takes little longer than one token: the weights are read once for all of them
 GREEDY = SamplingParameters()
 
 
@@ -40,7 +40,7 @@ class Forwards:
         self._stage_id, self._worker, self._metrics = stage_id, worker, metrics
         self._places = threading.BoundedSemaphore(MAXIMUM_WAITING_FORWARDS)
         self._turn = threading.Lock()
-        self._piece_tokens = FIRST_PIECE_TOKENS
+        self._piece_tokens = SMALLEST_PIECE_TOKENS
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ class Forwards:
     def _fit_pieces(self, seconds: float, tokens: int) -> None:
         """Let pieces take about PIECE_SECONDS on this machine, whatever the model."""
         if seconds > PIECE_SECONDS:
-            self._piece_tokens = max(1, self._piece_tokens // 2)
+            self._piece_tokens = max(SMALLEST_PIECE_TOKENS, self._piece_tokens // 2)
         elif seconds < PIECE_SECONDS / 4 and tokens == self._piece_tokens:
             self._piece_tokens = min(2 * self._piece_tokens, MAXIMUM_FORWARD_TOKENS)
 
