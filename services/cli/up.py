@@ -128,6 +128,8 @@ class Up:
         served_name = str(health.answer.get("model") or self._model.name)
         for line in welcome(self._wanted, self._model.name, served_name, self._folder, bool(self._config.api_key)):
             self._progress.say(line)
+        for warning in health.warnings:
+            self._progress.say(f"Note: {warning}")
         self._progress.say("`noodle down` stops it." if self._is_detached else "Ctrl-C stops it.")
 
     def supervise(self) -> None:

@@ -19,7 +19,7 @@ from noodle.metrics import install_metrics_route
 from noodle.web import client_has_gone, has_token, install_error_handlers, json_body, json_response, require_token
 from services.coordinator import event_streams, generate_format, openai_format
 from services.coordinator.engine import Engine
-from services.coordinator.leadership import progress_of, waiting_for
+from services.coordinator.leadership import progress_of, waiting_for, warnings_of
 from services.coordinator.openai_request import parse_chat, parse_completion
 from services.coordinator.parameters import GenerationParameters
 
@@ -162,6 +162,7 @@ def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
         "plan": view.plan.version if view.plan else None,
         "plan_reason": view.plan.reason if view.plan else None,
         "context_length": loop.plan.context_length if loop.plan else None,
+        "warnings": warnings_of(view),
         "leads": leads,
         "stages": stages_of(engine),
     }
