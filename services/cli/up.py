@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from noodle.config import CommandConfig, command_config
-from noodle.errors import Conflict, StartError
+from noodle.errors import Conflict, NotWritable, StartError
 from services.cli import valkey
 from services.cli.cluster import (
     Wanted,
@@ -214,7 +214,7 @@ class Up:
             if self._record_is_old:
                 self._say("The record of this run can be written again.")
             self._record_is_old = False
-        except StartError as error:
+        except NotWritable as error:
             if not self._record_is_old:
                 self._say(f"{error.message} Everything runs on, and `noodle status` shows what was before.")
                 self._say("Free some space on that disk; writing it is tried again.")

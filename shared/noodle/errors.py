@@ -6,6 +6,7 @@ NoodleError
 │   ├── ModelNotFound          NOODLE_MODEL names nothing that can be read
 │   ├── UnsupportedModel       the model is there, but noodle does not run it
 │   ├── PlanDoesNotFit         the model and these machines do not go together
+│   ├── NotWritable            a folder that noodle keeps things in is full or not ours
 │   └── PortInUse              another program listens where we want to
 ├── RequestError               the request is wrong; 4xx
 │   ├── InvalidRequest         400, names the parameter
@@ -81,6 +82,12 @@ class PlanDoesNotFit(StartError):
     """Raised when no assignment of layers to the machines is possible."""
 
     code = "plan_does_not_fit"
+
+
+class NotWritable(StartError):
+    """Raised when the folder of the cache or of a run can not be written."""
+
+    code = "not_writable"
 
 
 class PortInUse(StartError):
