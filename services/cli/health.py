@@ -20,6 +20,12 @@ class Health:
     progress: float | None = None
     answer: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What works, but less than one may think."""
+        said = self.answer.get("warnings")
+        return [str(warning) for warning in said] if isinstance(said, list) else []
+
     def text(self) -> str:
         """What it does now, for a row of progress."""
         return self.detail or self.status

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
-from noodle.errors import ConfigurationError, StartError
+from noodle import folders
+from noodle.errors import ConfigurationError
 from services.cli.processes import ProcessIdentity, is_running
 
 ServicePhase = Literal["running", "restarting", "stopped"]
@@ -74,11 +74,11 @@ class RunFolder:
             ) from error
 
     def write(self, record: RunRecord) -> None:
-        """Replace the record at once: a reader sees the old one or the new one. Raises StartError."""
+        """Replace the record at once: a reader sees the old one or the new one. Raises NotWritable."""
         write_private(self.record_path, msgspec.json.encode(record))
 
     def empty(self) -> None:
-        """Remove what is inside, as another run left it; the lock stays. Raises StartError."""
+        """Remove what is inside, as another run left it; the lock stays. Raises NotWritable."""
         with writing(self.path):
             for entry in self.path.iterdir():
                 if entry.is_dir() and not entry.is_symlink():
@@ -148,7 +148,7 @@ def running(state_dir: Path) -> RunRecord | None:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only this user may read, whole or not at all; raises StartError."""
+    """Write a file that only this user may read, whole or not at all; raises NotWritable."""
     new_path = path.with_name(f".{path.name}.new")
     with writing(path):
         try:
@@ -162,13 +162,6 @@ def write_private(path: Path, content: bytes) -> None:
             raise
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says while something in the state folder is written into a StartError with its cure."""
-    try:
-        yield
-    except OSError as error:
-        raise StartError(
-            f"{path} can not be written ({error.strerror or error}).",
-            cure="Free some space on its disk, or set NOODLE_STATE_DIR to a folder that this user may write.",
-        ) from error
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """For what writes in the state folder: what the system says becomes NotWritable with its cure."""
+    return folders.writing(path, "NOODLE_STATE_DIR")

@@ -52,6 +52,7 @@ def _seen(target: Target, coordinator: Health) -> dict[str, Any]:
         "pid": record.supervisor.pid if record else None,
         "model": record.model if record else coordinator.answer.get("model"),
         "services": rows,
+        "warnings": coordinator.warnings,
         "coordinator": coordinator.answer,
     }
 
@@ -102,6 +103,8 @@ def _print(seen: dict[str, Any]) -> None:
     console = Console(file=sys.stdout)
     head = f"{seen['model'] or 'noodle'} at {seen['url']}: {seen['status']}"
     print(head + (f" ({seen['detail']})" if seen["detail"] not in ("", seen["status"]) else ""))
+    for warning in seen["warnings"]:
+        print(f"Note: {warning}")
     if seen["pid"]:
         print(f"`noodle up` is {seen['phase']}, pid {seen['pid']}.")
     table = Table(box=None, pad_edge=False)

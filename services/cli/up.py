@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from noodle.config import CommandConfig, command_config
-from noodle.errors import Conflict, StartError
+from noodle.errors import Conflict, NotWritable, StartError
 from services.cli import valkey
 from services.cli.cluster import (
     Wanted,
@@ -128,6 +128,8 @@ class Up:
         served_name = str(health.answer.get("model") or self._model.name)
         for line in welcome(self._wanted, self._model.name, served_name, self._folder, bool(self._config.api_key)):
             self._progress.say(line)
+        for warning in health.warnings:
+            self._progress.say(f"Note: {warning}")
         self._progress.say("`noodle down` stops it." if self._is_detached else "Ctrl-C stops it.")
 
     def supervise(self) -> None:
@@ -212,7 +214,7 @@ class Up:
             if self._record_is_old:
                 self._say("The record of this run can be written again.")
             self._record_is_old = False
-        except StartError as error:
+        except NotWritable as error:
             if not self._record_is_old:
                 self._say(f"{error.message} Everything runs on, and `noodle status` shows what was before.")
                 self._say("Free some space on that disk; writing it is tried again.")

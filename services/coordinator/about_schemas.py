@@ -16,6 +16,7 @@ HEALTH = always(
         "plan": nullable(COUNT),
         "plan_reason": nullable(STRING),
         "context_length": nullable(COUNT),
+        "warnings": array(STRING),
         "leads": BOOLEAN,
         "stages": array({"type": "object", "properties": {"stage_id": COUNT}, "required": ["stage_id"]}),
     },

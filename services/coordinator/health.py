@@ -6,7 +6,7 @@ from typing import Any
 
 from noodle import __version__
 from services.coordinator.engine import Engine
-from services.coordinator.leadership import progress_of, waiting_for
+from services.coordinator.leadership import progress_of, waiting_for, warnings_of
 
 
 def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
@@ -29,6 +29,7 @@ def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
         "plan": view.plan.version if view.plan else None,
         "plan_reason": view.plan.reason if view.plan else None,
         "context_length": loop.plan.context_length if loop.plan else None,
+        "warnings": warnings_of(view),
         "leads": leads,
         "stages": stages_of(engine),
     }

@@ -145,6 +145,27 @@ def limits_of(plan: Plan, states: list[StageState]) -> Limits:
     )
 
 
+def warnings_of(view: ClusterView) -> list[str]:
+    """What works, but less than one may think."""
+    if view.plan is None:
+        return []
+    rooms = [
+        (state.kv_budget_bytes // state.kv_bytes_per_token, state)
+        for stage in view.plan.stages
+        if (state := view.stages.get(stage.stage_id)) is not None
+        and state.ready_version == view.plan.version
+        and state.kv_bytes_per_token
+    ]
+    kv_tokens, tightest = min(rooms, key=lambda room: room[0], default=(view.plan.context_length, None))
+    if tightest is None or kv_tokens >= view.plan.context_length:
+        return []
+    return [
+        f"Stage {tightest.stage_id} on {tightest.machine} has room for KV rows of {kv_tokens} tokens, less than the "
+        f"context of {view.plan.context_length}: a request of more tokens is refused. Give it more (NOODLE_KV_BYTES), "
+        "or promise less (NOODLE_CONTEXT_LENGTH)."
+    ]
+
+
 def waiting_for(view: ClusterView, leads: bool, loop_detail: str, up: bool) -> list[str]:
     """What stands between now and ready, in the order in which it has to happen; empty when nothing does."""
     if up:

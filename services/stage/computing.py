@@ -12,8 +12,9 @@ from pathlib import Path
 
 from noodle import __version__
 from noodle.config import StageConfig
+from noodle.errors import PlanDoesNotFit
 from noodle.model_files import model_digest, read_config
-from noodle.plan import MachineReport, Plan
+from noodle.plan import MINIMUM_SESSION_TOKENS, MachineReport, Plan
 from services.stage.forward_sessions import FORWARD_KV_BYTES, ForwardSessions
 from services.stage.stage import Stage
 from services.stage.worker import Role
@@ -99,11 +100,31 @@ def load_role(
         progress=lambda done, total: progress(done / max(total, 1)),
     )
     free_bytes = free_memory_bytes(report.device, torch)
-    stage.kv_budget_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))
-    forward_kv_bytes = min(FORWARD_KV_BYTES, stage.kv_budget_bytes)
-    model_slice.set_kv_budget(stage.kv_budget_bytes + forward_kv_bytes)  # what one of them takes the other never lacks
+    kv_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))
+    check_kv_room(config, plan, index, kv_bytes, model_slice.kv_bytes_per_token)
+    stage.kv_budget_bytes = kv_bytes
+    forward_kv_bytes = min(FORWARD_KV_BYTES, kv_bytes)
+    model_slice.set_kv_budget(kv_bytes + forward_kv_bytes)  # what one of them takes the other never lacks
     forwards = ForwardSessions(forward_kv_bytes, model_slice.kv_bytes_per_token, plan.context_length)
     return Role(plan, index, model_slice, None, forwards)
+
+
+def check_kv_room(config: StageConfig, plan: Plan, index: int, kv_bytes: int, bytes_per_token: int) -> None:
+    """Raise PlanDoesNotFit unless KV rows of one short session fit: a stage without that room would be of no use."""
+    needed_tokens = min(MINIMUM_SESSION_TOKENS, plan.context_length)
+    needed_bytes = needed_tokens * bytes_per_token
+    if kv_bytes >= needed_bytes:
+        return
+    mine = plan.stages[index]
+    budget = f"NOODLE_KV_BYTES={kv_bytes}" if config.kv_bytes else f"{kv_bytes} bytes, its share of what is free,"
+    raise PlanDoesNotFit(
+        f"Stage {mine.stage_id} on {mine.machine} has room for KV rows of {kv_bytes // max(1, bytes_per_token)} tokens "
+        f"({budget} at {bytes_per_token} bytes a token in its {mine.end_layer - mine.start_layer} layers); "
+        f"the shortest session has {needed_tokens}.",
+        cure=f"Set NOODLE_KV_BYTES to at least {needed_bytes}, or leave it unset."
+        if config.kv_bytes
+        else "Free memory on this machine, or give the stage fewer layers (NOODLE_SPLIT).",
+    )
 
 
 def _stages_here(plan: Plan, index: int) -> int:

@@ -5,8 +5,10 @@ Two stages on one machine measure one after the other, and the second finds the 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import statistics
 import threading
@@ -20,11 +22,13 @@ from typing import Any
 import msgspec
 
 from noodle.errors import StartError
+from noodle.folders import not_writable, writing
 from noodle.plan import Source
 from services.stage.slice_timing import SliceTimer
 
+log = logging.getLogger(__name__)
+
 FILE_NAME = "measurements.json"
-LOCK_NAME = "measurements.lock"
 LOCK_TIMEOUT_SECONDS = 300.0  # several other stages may measure before this one
 LOCK_POLL_SECONDS = 0.1
 CONTEXT_TOKENS = 128  # rows a decode token attends to here, and tokens of a prefill chunk
@@ -72,10 +76,13 @@ def measure_machine(
     """The numbers of this machine for the model in `folder`, from the file in `cache_dir` or measured now.
 
     Takes a few seconds when measured. `progress` gets the part done, 0 to 1, and what is being done.
+    Raises NotWritable when there is no such folder and none can be made; where only the result can not be kept, it is
+    measured anew at each start.
     """
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    with writing(cache_dir, "NOODLE_CACHE_DIR"):
+        cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / FILE_NAME
-    with one_at_a_time(cache_dir / LOCK_NAME, progress):
+    with one_at_a_time(cache_dir, progress):
         kept = _read_kept(path)
         known = _measurement_in(kept, str(key))
         if known is not None:
@@ -83,7 +90,13 @@ def measure_machine(
             return known
         measured = _measure(folder, layer_count, context_length, key, progress)
         kept[str(key)] = asdict(measured)
-        _write_kept(path, kept)
+        try:
+            _write_kept(path, kept)
+        except OSError as error:
+            log.warning(
+                "the measurement is used, but not kept: %s It is made anew at each start.",
+                not_writable(path, "NOODLE_CACHE_DIR", error),
+            )
     progress(1.0, "measured")
     return measured
 
@@ -149,24 +162,31 @@ def _median_seconds(timer: SliceTimer, tokens: int, *, first_position: int, samp
 
 
 @contextmanager
-def one_at_a_time(path: Path, progress: MeasureProgress) -> Iterator[None]:
-    """Holds the machine's measuring lock; the system frees it when the process ends."""
+def one_at_a_time(folder: Path, progress: MeasureProgress) -> Iterator[None]:
+    """Holds the machine's measuring lock, which is on the folder itself: a full or read-only one can be locked too.
+
+    The system frees it when the process ends.
+    """
     end = time.monotonic() + LOCK_TIMEOUT_SECONDS
-    with path.open("w") as file:
+    with writing(folder, "NOODLE_CACHE_DIR"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
                 if time.monotonic() > end:
                     raise StartError(
                         f"another stage has been measuring this machine for {LOCK_TIMEOUT_SECONDS:.0f} seconds "
-                        f"({path} is locked).",
+                        f"({folder} is locked).",
                         cure="Look for a stage that hangs, stop it, and start this one again.",
                     ) from error
                 progress(0.0, "waiting for another stage on this machine to measure")
                 threading.Event().wait(LOCK_POLL_SECONDS)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _read_kept(path: Path) -> dict[str, Any]:
@@ -194,5 +214,10 @@ def _measurement_in(kept: dict[str, Any], key: str) -> MeasuredSeconds | None:
 
 def _write_kept(path: Path, kept: dict[str, Any]) -> None:
     beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(kept, indent=2), encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first one is told
+            beside.unlink(missing_ok=True)
+        raise

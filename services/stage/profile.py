@@ -48,7 +48,7 @@ def profile_machine(question: ProfileQuestion, say: Say) -> MachineProfile:
             "Measuring needs torch and transformers, which are not installed here.",
             cure="Run `noodle profile` where a stage is installed (`make setup`, or noodle's extra `stage`).",
         ) from error
-    from services.stage.measure import LOCK_NAME, one_at_a_time
+    from services.stage.measure import one_at_a_time
     from services.stage.profile_device import DeviceProfiler
     from services.stage.slice_loading import read_config
 
@@ -59,7 +59,7 @@ def profile_machine(question: ProfileQuestion, say: Say) -> MachineProfile:
     notes: list[str] = []
     start_seconds = time.monotonic()
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(cache_dir / LOCK_NAME, say):
+    with one_at_a_time(cache_dir, say):
         devices = devices_of(question.device, torch, notes)
         extent = QUICK if question.is_quick else FULL
         profiles = []

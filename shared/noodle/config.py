@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from noodle.api_keys import ApiKey, read_api_keys
 from noodle.errors import ConfigurationError
+from noodle.plan import MINIMUM_SESSION_TOKENS
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,14 @@ def _whole(minimum: int, maximum: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def _context(value: str) -> int:
+    number = int(value)
+    if number != 0 and not MINIMUM_SESSION_TOKENS <= number <= 1 << 24:
+        least = f"{MINIMUM_SESSION_TOKENS} (a short prompt and its answer)"
+        raise ValueError(f"0, or a whole number from {least} to {1 << 24}")
+    return number
 
 
 def _seconds(value: str) -> float:
@@ -116,7 +125,7 @@ def _split(value: str) -> tuple[int, ...] | None:
 VARIABLES: tuple[Variable, ...] = (
     # what runs
     Variable("NOODLE_MODEL", "SmolLM2-135M-Instruct", _text, "the default's name, a hub id, a folder or a .gguf file"),
-    Variable("NOODLE_CONTEXT_LENGTH", "0", _whole(0, 1 << 24), "tokens a session may have at most; 0 is the model's"),
+    Variable("NOODLE_CONTEXT_LENGTH", "0", _context, "tokens a session may have at most; 0 is the model's"),
     Variable("NOODLE_STAGES", "2", _whole(1, 1024), "stages the planner waits for before it plans"),
     Variable("NOODLE_SPLIT", "", _split, "layers per stage in stage order, as 10,2; empty: by measured speed"),
     # how processes find one another

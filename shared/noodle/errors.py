@@ -7,6 +7,7 @@ NoodleError
 │   ├── UnsupportedModel       the model is there, but noodle does not run it
 │   ├── PlanDoesNotFit         the model and these machines do not go together
 │   │   └── MemoryShort        because of their memory
+│   ├── NotWritable            a folder that noodle keeps things in is full or not ours
 │   └── PortInUse              another program listens where we want to
 ├── RequestError               the request is wrong; 4xx
 │   ├── InvalidRequest         400, names the parameter
@@ -88,6 +89,12 @@ class PlanDoesNotFit(StartError):
 
 class MemoryShort(PlanDoesNotFit):
     """Raised when the machines' memory does not hold the model, however it is cut or as it was asked to be."""
+
+
+class NotWritable(StartError):
+    """Raised when the folder of the cache or of a run can not be written."""
+
+    code = "not_writable"
 
 
 class PortInUse(StartError):

@@ -12,6 +12,9 @@ from msgspec import Struct
 
 from noodle.messages import ChainLink
 
+# Prompt and answer of a session that is of any use: a context, or room for KV rows, that holds less serves nobody.
+MINIMUM_SESSION_TOKENS = 16
+
 Source = Literal["measured", "assumed", "configured"]  # where a number comes from (design D8)
 
 

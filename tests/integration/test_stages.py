@@ -13,6 +13,7 @@ from tests.tiny_model import make_tiny_model
 pytestmark = pytest.mark.timeout(300)
 LAYERS = 6
 START_SECONDS = 90
+KV_BYTES_PER_TOKEN = 768  # of the tiny model, on a stage with three of its layers
 
 
 def text_of(cluster):
@@ -91,3 +92,31 @@ def test_a_folder_without_weights_and_one_with_pickles_are_refused(tiny_folder, 
 def test_an_unknown_variable_and_an_unknown_model_are_refused(tmp_path):
     assert "NOODLE_STAGEZ" in refusal(tmp_path, "", NOODLE_STAGEZ="2")
     assert "no folder or file" in refusal(tmp_path, "/nowhere/at/all")
+
+
+def test_room_for_no_session_and_a_context_that_nobody_can_use_are_refused(tiny_folder, tmp_path):
+    said = refusal(tmp_path, tiny_folder, NOODLE_KV_BYTES="1")
+    assert "KV rows of 0 tokens" in said
+    assert "Set NOODLE_KV_BYTES to at least" in said
+    said = refusal(tmp_path, tiny_folder, NOODLE_CONTEXT_LENGTH="1")
+    assert "NOODLE_CONTEXT_LENGTH is '1'" in said
+    assert "from 16" in said
+
+
+def test_room_for_less_than_the_context_is_said_and_serves(tiny_folder, tmp_path):
+    little_room = {"NOODLE_SPLIT": "3,3", "NOODLE_KV_BYTES": str(100 * KV_BYTES_PER_TOKEN)}
+    with running_cluster(tmp_path / "state", tiny_folder, 2, **little_room) as cluster:
+        (warning,) = cluster.get("/health")[1]["warnings"]
+        assert "100 tokens, less than the context of 256" in warning
+        command = [sys.executable, "-m", "services.cli", "status"]
+        status = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=True)
+        assert f"Note: {warning}" in status.stdout
+        assert cluster.generate([5] * 20, max_new_tokens=80, ignore_eos=True)["details"]["generated_tokens"] == 80
+        assert cluster.post("/generate", {"inputs": [5] * 21, "parameters": {"max_new_tokens": 80}})[0] == 400
+
+
+def test_a_cache_folder_that_is_a_file_is_refused_by_the_service_that_meets_it(tiny_folder, tmp_path):
+    (tmp_path / "cache").write_text("not a folder")
+    said = refusal(tmp_path, tiny_folder, NOODLE_CACHE_DIR=str(tmp_path / "cache"))
+    assert f"{tmp_path / 'cache'} can not be written (File exists)" in said
+    assert "NOODLE_CACHE_DIR" in said

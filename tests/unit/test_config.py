@@ -36,6 +36,8 @@ def test_an_unknown_variable_stops_the_start_and_the_near_one_is_named():
     ("name", "value"),
     [
         ("NOODLE_STAGES", "0"),
+        ("NOODLE_CONTEXT_LENGTH", "1"),
+        ("NOODLE_CONTEXT_LENGTH", "-1"),
         ("NOODLE_STAGES", "two"),
         ("NOODLE_SPLIT", "10,0"),
         ("NOODLE_SPLIT", "10;2"),

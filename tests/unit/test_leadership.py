@@ -1,5 +1,12 @@
 from noodle.plan import Plan, PlannerState, StageAssignment, StageState
-from services.coordinator.leadership import ClusterView, disagreement_of, limits_of, progress_of, waiting_for
+from services.coordinator.leadership import (
+    ClusterView,
+    disagreement_of,
+    limits_of,
+    progress_of,
+    waiting_for,
+    warnings_of,
+)
 
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
 PLAN = Plan(4, "digest", 6, 64, 300, 256, STAGES)
@@ -65,3 +72,19 @@ def test_stages_that_send_another_way_than_the_coordinator_are_named():
     assert "stage 0" not in said
     ready = {index: state(index, "ready", ready_version=4) for index in range(2)}
     assert waits(a_view(stages=ready, disagreement=said)) == [said]
+
+
+def test_less_room_for_kv_rows_than_the_context_is_said_with_the_stage_and_the_numbers():
+    def view(*tokens, version=4):
+        rooms = [{"kv_budget_bytes": each * 10 + 5, "kv_bytes_per_token": 10} for each in tokens]
+        return a_view(stages={i: state(i, "ready", ready_version=version, **room) for i, room in enumerate(rooms)})
+
+    (warning,) = warnings_of(view(300, 100))
+    assert "Stage 1 on vm" in warning
+    assert "100 tokens" in warning
+    assert "context of 256" in warning
+    assert "NOODLE_KV_BYTES" in warning
+    assert warnings_of(view(256, 300)) == []
+    assert warnings_of(view(10, 10, version=3)) == []  # of another plan
+    assert warnings_of(a_view(plan=None)) == []
+    assert warnings_of(a_view(stages={0: state(0, "loading")})) == []

@@ -2,13 +2,17 @@
 
 import fcntl
 import json
+import logging
+import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+from noodle.errors import NotWritable
 from services.stage import measure, slice_timing
-from services.stage.measure import FILE_NAME, LOCK_NAME, MeasuredSeconds, MeasurementKey, measure_machine
+from services.stage.measure import FILE_NAME, MeasuredSeconds, MeasurementKey, measure_machine
 from tests.tiny_model import make_tiny_model
 
 KEY = MeasurementKey("digest", "cpu", "a processor", "float32", 1, "0.1.0")
@@ -88,13 +92,14 @@ def test_a_second_stage_waits_for_the_first_and_uses_its_numbers(tmp_path, folde
     def second_stage():
         found.append(measure_machine(folder, 6, 256, KEY, tmp_path, lambda _, text: "waiting" in text and waits.set()))
 
-    with (tmp_path / LOCK_NAME).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        thread = threading.Thread(target=second_stage)
-        thread.start()
-        assert waits.wait(10)
-        numbers = {"decode_layer_seconds": 0.5, "prefill_layer_seconds_per_token": 0.25, "head_decode_seconds": 0.125}
-        (tmp_path / FILE_NAME).write_text(json.dumps({str(KEY): numbers}))
+    lock = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    thread = threading.Thread(target=second_stage)
+    thread.start()
+    assert waits.wait(10)
+    numbers = {"decode_layer_seconds": 0.5, "prefill_layer_seconds_per_token": 0.25, "head_decode_seconds": 0.125}
+    (tmp_path / FILE_NAME).write_text(json.dumps({str(KEY): numbers}))
+    os.close(lock)
     thread.join(10)
     assert found == [MeasuredSeconds(0.5, 0.25, 0.125)]
 
@@ -104,3 +109,29 @@ def test_a_model_of_very_few_layers_is_measured_too(layer_count, tmp_path):
     folder = make_tiny_model(tmp_path / "model", "llama", num_hidden_layers=layer_count)
     measured = measure_machine(folder, layer_count, 256, KEY, tmp_path, ignore)
     assert measured.decode_layer_seconds > 0
+
+
+@pytest.mark.parametrize("below", ["", "cache"])
+def test_a_cache_folder_that_can_not_be_made_is_refused_with_path_reason_and_cure(below, tmp_path, folder):
+    (tmp_path / "file").write_text("not a folder")
+    cache_dir = tmp_path / "file" / below
+    with pytest.raises(NotWritable) as caught:
+        measure_machine(folder, 6, 256, KEY, cache_dir, ignore)
+    assert f"{cache_dir} can not be written" in caught.value.message
+    assert "NOODLE_CACHE_DIR" in caught.value.cure
+
+
+def test_a_measurement_that_can_not_be_kept_is_used_and_said(tmp_path, folder, monkeypatch, caplog):
+    expected = MeasuredSeconds(0.5, 0.25, 0.125)
+    monkeypatch.setattr(measure, "_measure", lambda *arguments: expected)
+
+    def full_disk(path, *_arguments, **_options):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with caplog.at_level(logging.WARNING):
+        assert measure_machine(folder, 6, 256, KEY, tmp_path, ignore) == expected
+    assert f"{tmp_path / FILE_NAME} can not be written (No space left on device)" in caplog.text
+    assert "made anew at each start" in caplog.text
+    assert list(tmp_path.iterdir()) == []

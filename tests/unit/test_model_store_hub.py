@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 from safetensors.numpy import save
 
-from noodle.errors import ModelNotFound, StartError, UnsupportedModel
+from noodle.errors import ModelNotFound, NotWritable, StartError, UnsupportedModel
 from services.coordinator import model_hub
 from services.coordinator.model_hub import is_hub_id, wanted_files
 from services.coordinator.model_progress import Progress
@@ -171,6 +171,25 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_fetched(
     with pytest.raises(StartError, match="1000 free"):
         prepare_model("org/tiny", tmp_path, silent)
     assert hub.fetched == []
+
+
+def test_a_cache_that_can_not_be_written_is_not_blamed_on_the_network(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("not a folder")
+    with pytest.raises(NotWritable, match="can not be written") as caught:
+        prepare_model("org/tiny", tmp_path, silent)
+    assert str(tmp_path / "hub") in caught.value.message
+    assert "NOODLE_CACHE_DIR" in caught.value.cure
+
+
+def test_a_download_that_can_only_not_be_noted_is_used(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_space(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_hub, "_remember", no_space)
+    assert prepare_model("org/tiny", tmp_path, silent).folder.is_dir()
+    assert "No space left on device" in caplog.text
 
 
 def test_variants_of_the_same_weights_are_left_out() -> None:
