@@ -65,6 +65,11 @@ class BenchReport(ReportHead, frozen=True, kw_only=True):
     remarks: tuple[str, ...]
 
 
+def was_busy(load_average: float | None, cores: int) -> bool:
+    """Whether so much was computed for others before the start that figures are not to be trusted."""
+    return load_average is not None and load_average > BUSY_SHARE * cores
+
+
 def headline(results: Sequence[StreamsResult]) -> str:
     """The report in a line of a list."""
     parts = []
@@ -91,14 +96,11 @@ def remarks(conditions: BenchConditions, streams: Sequence[int], machine: str, m
             )
         said.append("The cluster is timed by an HTTP client on this machine, the control inside its own process.")
     if len(stages) > 1 and 1 in streams:
-        largest = max(stage.threads for stage in stages)
+        said.append("One stream: its stages compute one after another, each with its own threads alone.")
+    if was_busy(conditions.load_average, conditions.cores):
         said.append(
-            f"One stream: its stages compute one after another, each with its own {largest or '?'} threads at most."
-        )
-    if conditions.load_average is not None and conditions.load_average > BUSY_SHARE * conditions.cores:
-        said.append(
-            f"This machine was not idle before the start: a load of {conditions.load_average:.1f} on "
-            f"{conditions.cores} cores."
+            f"This machine was not idle before the start (a load of {conditions.load_average:.1f} on "
+            f"{conditions.cores} cores): neither the figures nor the ratio are to be trusted."
         )
     return tuple(said)
 

@@ -25,7 +25,8 @@ def print_report(report: BenchReport) -> None:
     conditions = report.conditions
     print(
         f"{report.model} on {report.machine}, {report.made_at}: {conditions.prompt_tokens} prompt tokens and "
-        f"{conditions.new_tokens} new ones a stream, greedy, past any end of text; medians of {conditions.pairs} runs."
+        f"{conditions.new_tokens} new ones a stream, greedy, past any end of text; medians of "
+        f"{counted(conditions.pairs, 'run')} a side."
     )
     for line in computing_lines(conditions):
         print(line)
@@ -48,14 +49,20 @@ def computing_lines(conditions: BenchConditions) -> list[str]:
     lines = []
     for stage in conditions.stages:
         device = f"{stage.device} ({stage.device_name}), " if stage.device else ""
-        threads = f", {stage.threads} threads" if stage.threads else ""
+        threads = f", {counted(stage.threads, 'thread')}" if stage.threads else ""
         lines.append(f"stage {stage.stage_id}: {stage.machine}, {stage.layers} layers, {device}{stage.dtype}{threads}")
     if (control := conditions.control) is not None:
         lines.append(
             f"control: unsplit, transformers {control.transformers_version} generate(), {control.device} "
-            f"({control.device_name}), {control.dtype}, {control.threads} threads on {control.cores} cores"
+            f"({control.device_name}), {control.dtype}, {counted(control.threads, 'thread')} on "
+            f"{counted(control.cores, 'core')}"
         )
     return lines
+
+
+def counted(number: int, noun: str) -> str:
+    """As 1 thread, 2 threads."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _cells(figures: Figures) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from noodle.measuring import DeviceProfile
-from services.cli.bench_report import BenchReport, StreamsResult
+from services.cli.bench_report import BenchReport, StreamsResult, was_busy
 from services.cli.bench_statistics import Figures
 from services.cli.profile_report import ProfileReport, decode_alone, prefill_alone
 
@@ -20,6 +20,7 @@ SIDE_COLOURS = {"cluster": "#1f6fb2", "control": "#c8641c"}
 SESSION_COLOURS = ("#1f6fb2", "#2a9d6f", "#e0a100", "#c8371c")
 PANEL_WIDTH_INCHES, PANEL_HEIGHT_INCHES = 4.6, 3.7
 DOTS_PER_INCH = 120
+BUSY = "\nThis machine was not idle before the start: not to be trusted"
 NOT_INSTALLED = "No plot: matplotlib is not installed here. Install it, or noodle's extra `plots`."
 
 
@@ -48,7 +49,8 @@ def draw_bench(report: BenchReport, path: Path) -> str:
     ):
         _label(axes, title, "streams at once", unit, [result.streams for result in report.results])
     stages = " + ".join(f"{stage.layers} layers {stage.dtype}" for stage in conditions.stages)
-    figure.suptitle(f"{report.model}, cluster of {stages}; measured on {report.machine}, {report.made_at[:10]}")
+    title = f"{report.model}, cluster of {stages}; measured on {report.machine}, {report.made_at[:10]}"
+    figure.suptitle(title + (BUSY if was_busy(conditions.load_average, conditions.cores) else ""))
     return _save(figure, path)
 
 
@@ -61,7 +63,8 @@ def draw_profile(report: ProfileReport, path: Path) -> str:
     for device, (decode, prefill, threads) in zip(devices, rows, strict=True):
         _draw_device(device, decode, prefill, threads)
     name = report.model or report.profile.model_type
-    figure.suptitle(f"{name}: one layer on {report.machine}, {report.made_at[:10]}")
+    busy = BUSY if was_busy(report.conditions.load_average, report.profile.cores) else ""
+    figure.suptitle(f"{name}: one layer on {report.machine}, {report.made_at[:10]}{busy}")
     return _save(figure, path)
 
 

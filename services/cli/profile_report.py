@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from noodle.measuring import DecodePoint, DeviceProfile, MachineProfile, PrefillPoint
 from noodle.reports import ReportHead
-from services.cli.bench_report import BUSY_SHARE
+from services.cli.bench_report import was_busy
 
 
 class ProfileConditions(Struct, frozen=True):
@@ -46,10 +46,10 @@ def headline(profile: MachineProfile) -> str:
 def remarks(conditions: ProfileConditions, profile: MachineProfile) -> tuple[str, ...]:
     """What makes the figures doubtful, in sentences; those that hold."""
     said = list(profile.notes)
-    if conditions.load_average is not None and conditions.load_average > BUSY_SHARE * profile.cores:
+    if was_busy(conditions.load_average, profile.cores):
         said.append(
-            f"This machine was not idle before the start: a load of {conditions.load_average:.1f} on "
-            f"{profile.cores} cores."
+            f"This machine was not idle before the start (a load of {conditions.load_average:.1f} on "
+            f"{profile.cores} cores): the figures are not to be trusted."
         )
     if conditions.noodle_runs_here:
         said.append("A noodle runs on this machine: what it computed and held meanwhile was not to be had.")
