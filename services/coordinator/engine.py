@@ -10,7 +10,6 @@ from pathlib import Path
 from noodle.config import CoordinatorConfig
 from noodle.errors import NotReady, StartError
 from noodle.metrics import CoordinatorMetrics
-from noodle.model_files import read_config
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
 from services.coordinator.event_streams import Started, now_seconds
@@ -65,11 +64,10 @@ class Engine:
         try:
             prepared = prepare_model(self._config.model, self._config.cache_dir, self._say)
             tokenizer = Tokenizer(prepared.folder)
-            vocabulary_size = int(read_config(prepared.folder)["vocab_size"])
         except StartError as error:
             self.failure = str(error)
             raise
-        served = ServedModel((prepared.name,), vocabulary_size, now_seconds())
+        served = ServedModel((prepared.name,), tokenizer.vocabulary_size, now_seconds())
         self.loaded = LoadedModel(prepared.folder, served, tokenizer)
         log.info("serving %s from %s", prepared.name, prepared.folder)
 
