@@ -13,7 +13,7 @@ from noodle.config import CoordinatorConfig
 from noodle.logs import bind_request
 from noodle.metrics import install_metrics_route
 from noodle.web import install_error_handlers
-from services.coordinator import about_routes, generate_routes, openai_routes
+from services.coordinator import about_routes, generate_routes, guide_schemas, openai_routes
 from services.coordinator.clients import Clients, take_request_id
 from services.coordinator.cors import install_cors
 from services.coordinator.engine import Engine
@@ -21,7 +21,13 @@ from services.coordinator.guide_routes import guide_routes
 from services.coordinator.openapi import METRICS, document, openapi_routes
 from services.coordinator.reports import install_report_routes
 
-OPERATIONS = (*about_routes.OPERATIONS, *openai_routes.OPERATIONS, *generate_routes.OPERATIONS, METRICS)
+OPERATIONS = (
+    *about_routes.OPERATIONS,
+    *openai_routes.OPERATIONS,
+    *generate_routes.OPERATIONS,
+    *guide_schemas.OPERATIONS,
+    METRICS,
+)
 
 
 def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorRegistry) -> Flask:

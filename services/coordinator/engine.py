@@ -11,7 +11,6 @@ from noodle.config import CoordinatorConfig
 from noodle.errors import NotReady, StartError
 from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.metrics import CoordinatorMetrics
-from noodle.model_files import read_config
 from noodle.plan import Plan
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
@@ -69,11 +68,10 @@ class Engine:
         try:
             prepared = prepare_model(self._config.model, self._config.cache_dir, self._say)
             tokenizer = Tokenizer(prepared.folder)
-            vocabulary_size = int(read_config(prepared.folder)["vocab_size"])
         except StartError as error:
             self.failure = str(error)
             raise
-        served = ServedModel((prepared.name,), vocabulary_size, now_seconds())
+        served = ServedModel((prepared.name,), tokenizer.vocabulary_size, now_seconds())
         self.loaded = LoadedModel(prepared.folder, served, tokenizer)
         log.info("serving %s from %s", prepared.name, prepared.folder)
 

@@ -6,7 +6,8 @@ and gives the same ids and the same prompts; tests hold it to that.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders
 from tokenizers.pre_tokenizers import Metaspace
 
-from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedModel
 from services.coordinator.chat_template import ChatTemplate, read_chat_template
 from services.coordinator.token_texts import TokenTexts
 
@@ -43,7 +44,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ModelNotFound when the folder's tokenizer is missing or can not be read."""
+        """Raises ModelNotFound for a tokenizer that is missing or broken, UnsupportedModel for another model's."""
         self._tokenizer = _load(folder / "tokenizer.json")
         settings = _read_settings(folder)
         config = read_json(folder / "config.json")
@@ -61,6 +62,7 @@ class Tokenizer:
         self.eos_token_ids = self._read_eos_ids(folder, config)
         self.texts = TokenTexts(self._tokenizer)
         self._chat_template: ChatTemplate | None = read_chat_template(folder, settings)
+        self._refuse_a_strangers(folder)
 
     def encode(self, text: str, add_special_tokens: bool, context_length: int) -> list[int]:
         """Token ids of a text, with the model's BOS and EOS if asked for; a chat's prompt has its own already.
@@ -111,6 +113,34 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether a token is one of the model's marks (BOS, end of turn) and not text."""
         return token_id in self._special_ids
+
+    def _refuse_a_strangers(self, folder: Path) -> None:
+        """Raise UnsupportedModel when ordinary text, a chat or an answer's end has ids that the model has no place for.
+
+        Single added tokens beyond it are left to `encode`: some models have one that they never use (the small gemma 3
+        have a mark for images).
+        """
+        ids = self._tokenizer.get_vocab(with_added_tokens=False)
+        ids |= {token: token_id for token, token_id in self._ids_always_used() if token}
+        token, largest = max(ids.items(), key=lambda item: item[1], default=("", -1))
+        if largest >= self.vocabulary_size:
+            raise UnsupportedModel(
+                f"{folder / 'tokenizer.json'} is not this model's: its token {token!r} has the id {largest}, but the "
+                f"model has {self.vocabulary_size} embeddings (vocab_size in config.json).",
+                cure="Put the tokenizer files that belong to the model into its folder, or fetch the model again.",
+            )
+
+    def _ids_always_used(self) -> Iterator[tuple[str, int]]:
+        """What every prompt and chat begins with, the marks around a message, and what ends an answer."""
+        encodings = [self._tokenizer.encode("a", add_special_tokens=True)]
+        with contextlib.suppress(InvalidRequest):  # no template, or one that wants other messages than this
+            chat = self.apply_chat_template([{"role": "user", "content": "a"}])
+            encodings.append(self._tokenizer.encode(chat, add_special_tokens=False))
+        for encoding in encodings:
+            yield from zip(encoding.tokens, encoding.ids, strict=True)
+        if self.eos_token_ids:
+            first = min(self.eos_token_ids)  # one that can come is enough
+            yield self._tokenizer.id_to_token(first) or "the end of text", first
 
     def _read_eos_ids(self, folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
         """The ends that generation_config.json names, else config.json, and the tokenizer's own in any case."""

@@ -120,3 +120,15 @@ def test_a_cache_folder_that_is_a_file_is_refused_by_the_service_that_meets_it(t
     said = refusal(tmp_path, tiny_folder, NOODLE_CACHE_DIR=str(tmp_path / "cache"))
     assert f"{tmp_path / 'cache'} can not be written (File exists)" in said
     assert "NOODLE_CACHE_DIR" in said
+
+
+def test_a_folder_with_another_models_tokenizer_is_refused_by_name(tiny_folder, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["noodles"] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    said = refusal(tmp_path, folder)
+    assert f"{folder / 'tokenizer.json'} is not this model's" in said
+    assert "'noodles' has the id 5000" in said
+    assert "300 embeddings" in said

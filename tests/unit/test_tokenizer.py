@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound
+from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedModel
 from services.coordinator.tokenizer import Tokenizer
 from tests.support.made_tokenizers import (
     CHAT_TEMPLATE,
@@ -232,12 +232,37 @@ def test_the_fewest_tokens_of_texts_are_never_more_than_they_have(tmp_path: Path
         assert fewest >= len("".join(texts)) // 20
 
 
-def test_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
-    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
+def with_embeddings(folder: Path, count: int, **changes: Any) -> Path:
+    """A folder of 265 tokens of text and six added ones, and a model that has so many embeddings."""
+    write_tokenizer_folder(folder, byte_level_tokenizer(), **changes)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 260}))
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": count}))
+    return folder
+
+
+def test_an_added_token_without_an_embedding_is_refused_when_it_comes(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(with_embeddings(tmp_path, 268))
     with pytest.raises(InvalidRequest, match="no embedding"):
-        Tokenizer(folder).encode("<|assistant|>", False, CONTEXT)
+        tokenizer.encode("<|assistant|>", False, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "token"),
+    [
+        (200, {}, "the id 266"),
+        (266, {}, "'</s>'"),  # the end of an answer
+        (268, {"chat_template": CHAT_TEMPLATE}, "'<|assistant|>'"),  # of every chat
+    ],
+)
+def test_a_tokenizer_of_another_model_stops_the_start_by_name_and_with_the_cure(
+    tmp_path: Path, count: int, changes: dict[str, str], token: str
+) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        Tokenizer(with_embeddings(tmp_path, count, **changes))
+    assert str(tmp_path / "tokenizer.json") in caught.value.message
+    assert token in caught.value.message
+    assert f"{count} embeddings" in caught.value.message
+    assert "belong to the model" in caught.value.cure
 
 
 @pytest.mark.parametrize(
