@@ -22,6 +22,7 @@ from services.coordinator.engine import Engine
 from services.coordinator.leadership import progress_of, waiting_for
 from services.coordinator.openai_request import parse_chat, parse_completion
 from services.coordinator.parameters import GenerationParameters
+from services.coordinator.weight_store import install_weight_routes
 
 CLIENT_CLOSED_STATUS = 499  # nobody reads it; it is for the log
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
@@ -32,6 +33,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
     app = Flask("noodle.coordinator")
     install_error_handlers(app)
     install_metrics_route(app, registry, config.cluster_token)
+    install_weight_routes(app, engine.weights, config.cluster_token)
 
     @app.before_request
     def give_an_id() -> None:

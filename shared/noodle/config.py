@@ -114,7 +114,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_STAGE_BIND", "127.0.0.1:8081", _address, "host:port this stage listens on"),
     Variable("NOODLE_ADVERTISE_URL", "", _url, "URL where others reach this stage; empty: the bind address"),
     Variable("NOODLE_VALKEY_URL", "redis://127.0.0.1:6379", _url, "URL of Valkey or Redis"),
-    Variable("NOODLE_COORDINATOR_URL", "http://127.0.0.1:8080", _url, "URL the noodle command asks"),
+    Variable(
+        "NOODLE_COORDINATOR_URL",
+        "http://127.0.0.1:8080",
+        _url,
+        "URL of the coordinator, for commands and stages",
+    ),
     # locks
     Variable("NOODLE_CLUSTER_TOKEN", "", _text, "secret the machines share; or NOODLE_CLUSTER_TOKEN_FILE"),
     Variable("NOODLE_CLUSTER_TOKEN_FILE", "", _text, "file with that secret"),
@@ -234,6 +239,7 @@ class CoordinatorConfig(ServiceConfig):
 class PlannerConfig(ServiceConfig):
     """What the planner is told."""
 
+    coordinator_url: str  # asked for the model's shape where its folder is not here
     stage_count: int
     split: tuple[int, ...] | None
     context_length: int | None
@@ -243,6 +249,7 @@ class PlannerConfig(ServiceConfig):
 class StageConfig(ServiceConfig):
     """What a stage is told."""
 
+    coordinator_url: str  # asked for weights where the model's folder is not here
     stage_id: int
     machine: str
     advertise_url: str
@@ -316,6 +323,7 @@ def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
         )
     return PlannerConfig(
         **_service_values(values, "NOODLE_PLANNER_BIND"),
+        coordinator_url=values["NOODLE_COORDINATOR_URL"],
         stage_count=values["NOODLE_STAGES"],
         split=split,
         context_length=values["NOODLE_CONTEXT_LENGTH"] or None,
@@ -336,6 +344,7 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
         advertise_url = f"http://{bind}"
     return StageConfig(
         **_service_values(values, "NOODLE_STAGE_BIND"),
+        coordinator_url=values["NOODLE_COORDINATOR_URL"],
         stage_id=values["NOODLE_STAGE_ID"],
         machine=_machine_name(values),
         advertise_url=advertise_url,
