@@ -20,6 +20,7 @@ from services.coordinator.engine import Engine
 from services.coordinator.guide_routes import guide_routes
 from services.coordinator.openapi import METRICS, document, openapi_routes
 from services.coordinator.reports import install_report_routes
+from services.coordinator.weight_store import install_weight_routes
 
 OPERATIONS = (
     *about_routes.OPERATIONS,
@@ -44,6 +45,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
     app.register_blueprint(generate_routes.generate_routes(config, engine, clients))
     app.register_blueprint(guide_routes(config, engine, clients.require))
     install_report_routes(app, config.reports_dir, clients.require)
+    install_weight_routes(app, engine.weights, config.cluster_token)
     app.register_blueprint(openapi_routes(document(OPERATIONS), clients))
     return app
 

@@ -28,6 +28,7 @@ from services.coordinator.recorder import Recorder
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.text_stream import TextStream
 from services.coordinator.tokenizer import Tokenizer
+from services.coordinator.weight_store import WeightStore
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Engine:
             recovery_seconds=config.recovery_seconds,
         )
         self.leadership = Leadership(config.machine, work_queue, self.loop, config.transport)
+        self.weights = WeightStore(config.cache_dir)
         self.loaded: LoadedModel | None = None
         self.detail = "the tokenizer to load"
         self.failure = ""
@@ -73,6 +75,7 @@ class Engine:
             raise
         served = ServedModel((prepared.name,), tokenizer.vocabulary_size, now_seconds())
         self.loaded = LoadedModel(prepared.folder, served, tokenizer)
+        self.weights.serve(prepared.folder, prepared.name)
         log.info("serving %s from %s", prepared.name, prepared.folder)
 
     def ready_model(self) -> LoadedModel:

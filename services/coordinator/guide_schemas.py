@@ -1,4 +1,4 @@
-"""What /openapi.json says of the guide's routes (guide_routes.py) and of reports (reports.py)."""
+"""What /openapi.json says of the guide's routes (guide_routes.py), reports (reports.py) and weights (weight_store.py)."""
 
 from __future__ import annotations
 
@@ -126,4 +126,19 @@ OPERATIONS = (
         "get", "/reports", "What reports are kept, the newest first.", always({"reports": array(KEPT_REPORT)}), (401,)
     ),
     Operation("get", "/reports/{report_id}", "One report.", AN_OBJECT, (401, 404)),
+    Operation(
+        "get",
+        "/weights",
+        "What the model is made of, to the byte range and digest of each tensor; with the cluster token alone.",
+        AN_OBJECT,
+        (401, 503),
+    ),
+    Operation(
+        "get",
+        "/weights/files/{name}",
+        "One range of bytes of a file of the model, answered 206; with the cluster token alone.",
+        None,
+        (400, 401, 404, 503),
+        other_answers={206: ("The bytes.", {"type": "string"})},
+    ),
 )

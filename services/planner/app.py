@@ -89,7 +89,8 @@ class PlannerService(Service):
         """Read the model's shape and wire the routes; raises StartError for a model that is not run here."""
         work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
         self._planning = Planning(self._config, work_queue)
-        self._planning.read_shape()
+        if self._planning.has_folder:  # else it is asked for by the planner's own thread, and /health says so
+            self._planning.read_shape()
         return create_app(self._config, self._planning, CollectorRegistry())
 
     def start(self) -> None:

@@ -15,8 +15,9 @@ import msgspec
 from noodle.config import PlannerConfig
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
 from noodle.families import check_supported
-from noodle.model_files import read_config
+from noodle.model_files import names_a_path, read_config
 from noodle.plan import MachineReport, ModelShape, Plan, PlannerState
+from noodle.weight_cache import WeightCache
 from noodle.work_queue import WorkQueue
 from services.planner.model_shape import read_model_shape
 from services.planner.partition import partition
@@ -40,14 +41,29 @@ class Planning:
         self.reports: list[MachineReport] = []
         self.stopping = threading.Event()
 
-    def read_shape(self) -> None:
-        """Read the model's shape; raises StartError when noodle can not run it."""
-        folder = Path(self._config.model)
-        if not folder.is_dir():
+    @property
+    def has_folder(self) -> bool:
+        """Whether the model's folder is on this machine; else its headers come from the coordinator."""
+        if Path(self._config.model).is_dir():
+            return True
+        if names_a_path(self._config.model):
             raise ModelNotFound(
                 f"The planner finds no folder {self._config.model!r}.",
-                cure="NOODLE_MODEL of the planner is the folder that the coordinator's model store made.",
+                cure="Correct NOODLE_MODEL, or leave it out: then the model's shape comes from NOODLE_COORDINATOR_URL.",
             )
+        return False
+
+    def read_shape(self) -> None:
+        """Read the model's shape; raises StartError when noodle can not run it."""
+        config = self._config
+        if self.has_folder:
+            folder = Path(config.model)
+        else:
+            self.state = PlannerState("starting", f"asking {config.coordinator_url} for the model's shape")
+            weights = WeightCache(
+                config.cache_dir, config.coordinator_url, config.cluster_token, self.stopping, "the planner's machine"
+            )
+            folder = weights.prepare()
         check_supported(read_config(folder))
         shape = read_model_shape(folder, self._config.context_length)
         check_wishes(shape, self._config)
@@ -55,6 +71,8 @@ class Planning:
 
     def run(self) -> None:
         """Look at the machines again and again until `stopping`; goes on through Valkey's absences."""
+        if self.shape is None:
+            self.read_shape()
         away = False
         while not self.stopping.is_set():
             try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from noodle import __version__
@@ -76,8 +76,12 @@ def load_role(
     plan: Plan,
     folder: Path,
     progress: Callable[[float], None],
+    fetch: Callable[[Collection[str]], None],
 ) -> Role:
-    """Load the layers that the plan gives this stage; the old ones are dropped first when both do not fit."""
+    """Load the layers that the plan gives this stage; the old ones are dropped first when both do not fit.
+
+    `fetch` brings tensors that `folder` has not (slice_loading.py).
+    """
     import torch
 
     from services.stage.device import free_memory_bytes
@@ -98,6 +102,7 @@ def load_role(
         dtype=mine.dtype,
         context_length=plan.context_length,
         progress=lambda done, total: progress(done / max(total, 1)),
+        fetch=fetch,
     )
     free_bytes = free_memory_bytes(report.device, torch)
     kv_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))

@@ -10,7 +10,9 @@ import queue
 import threading
 import time
 import uuid
+from collections.abc import Collection
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import msgspec
 
 from noodle.config import StageConfig
 from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
+from noodle.model_files import names_a_path
 from noodle.plan import MachineReport, Plan, StagePhase, StageState
+from noodle.weight_cache import WeightCache
 from noodle.work_queue import WorkQueue
 from services.stage.computing import load_role, measured_report
 from services.stage.stage import Stage
@@ -38,6 +42,7 @@ class Lifecycle:
         self._lock = threading.Lock()
         self._state = StageState(config.stage_id, config.machine, stage.boot_id, "starting", transport=config.transport)
         self._report: MachineReport | None = None
+        self._weights: WeightCache | None = None  # None: all of the model is in a folder here
         self._beat_now = threading.Event()
         self._loads: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # asked for by hand
         stage.chain.own_changed = self._beat_now.set
@@ -75,12 +80,7 @@ class Lifecycle:
 
     def follow_plans(self) -> None:
         """Measure, then load whatever the newest plan gives this stage, until `stop`."""
-        folder = Path(self._config.model)
-        if not folder.is_dir():
-            raise ModelNotFound(
-                f"Stage {self._config.stage_id} on {self._config.machine} finds no folder {self._config.model!r}.",
-                cure="NOODLE_MODEL of a stage is the folder that the coordinator's model store made.",
-            )
+        folder = self._model_folder()
         self._report = measured_report(
             self._config, self._stage.boot_id, folder, lambda done, what: self._say("measuring", what, done)
         )
@@ -133,6 +133,35 @@ class Lifecycle:
             "kv_budget_bytes": state.kv_budget_bytes,
             "load_seconds": round(time.monotonic() - began, 3),
         }
+
+    def _model_folder(self) -> Path:
+        """The model's folder here, or one of which only the wanted tensors are fetched from the coordinator."""
+        config = self._config
+        if (folder := Path(config.model)).is_dir():
+            return folder
+        if names_a_path(config.model):
+            raise ModelNotFound(
+                f"Stage {config.stage_id} on {config.machine} finds no folder {config.model!r}.",
+                cure="Correct NOODLE_MODEL, or leave it out: then the weights come from NOODLE_COORDINATOR_URL.",
+            )
+        self._say("starting", f"asking {config.coordinator_url} for the model")
+        self._weights = WeightCache(
+            config.cache_dir, config.coordinator_url, config.cluster_token, self.stopping, config.machine
+        )
+        return self._weights.prepare()
+
+    def _fetch(self, layers: str, keys: Collection[str]) -> None:
+        """Bring tensors that are not on this machine yet."""
+        if self._weights is None:
+            return
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            done = f"{done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
+            self._say(detail=f"{layers}, fetching {done}", progress=done_bytes / max(1, total_bytes))
+
+        self._weights.ensure(keys, progress)
+        log.info("%d bytes of weights were fetched since the start", self._weights.fetched_bytes)
+        self._say(detail=layers)
 
     def stop(self) -> None:
         """Say goodbye: what this stage said of itself is taken back."""
@@ -210,7 +239,13 @@ class Lifecycle:
         self._say("loading", layers)
         try:
             role = load_role(
-                self._config, self._stage, self._report, plan, folder, lambda done: self._say(progress=done)
+                self._config,
+                self._stage,
+                self._report,
+                plan,
+                folder,
+                lambda done: self._say(progress=done),
+                partial(self._fetch, layers),
             )
         except NoodleError as error:
             log.exception("plan %d can not be loaded", plan.version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ from services.stage.model_cut import cut_class, layer_list_name
 from services.stage.model_slice import TransformersSlice
 from services.stage.rotary import fix_rotary
 from services.stage.weight_files import LazyTensor, Progress, ReadCounter, WeightFiles, ignore_progress
+
+Fetch = Callable[[Collection[str]], None]
+
+
+def nothing_to_fetch(_keys: Collection[str]) -> None:
+    """For a folder in which all tensors are."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -48,11 +54,13 @@ def load_slice(
     context_length: int,
     kv_budget_bytes: int | None = None,
     progress: Progress = ignore_progress,
+    fetch: Fetch = nothing_to_fetch,
 ) -> TransformersSlice:
     """Layers [start_layer, end_layer) of the model in `folder`, with embeddings or head when they are at an end.
 
     `dtype` is float32, float16 or bfloat16. Reads the tensors it computes with and no other bytes; `bytes_read` of
-    what comes back says how many. `progress` gets bytes done and in all, from several threads.
+    what comes back says how many. `progress` gets bytes done and in all, from several threads. Before the first byte is
+    read, `fetch` gets the keys of the tensors that will be, to bring those that are not in the folder yet.
     Raises ModelNotFound, UnsupportedModel, or PlanDoesNotFit for layers that the model has not.
     """
     read_config(folder)
@@ -72,6 +80,7 @@ def load_slice(
         described = model_class(_copy(config))
     in_layers = re.compile(rf"^((?:.+\.)?{re.escape(layer_list_name(described))}\.)(\d+)(\..+)$")
     state = _state_of_slice(described, in_layers, weights, counter, getattr(torch, dtype), start_layer, end_layer)
+    fetch([tensor.key for tensor in state.values()])
     try:
         model, loading = model_class.from_pretrained(
             None,

@@ -128,6 +128,7 @@ class LazyTensor:
                 f"tensor {key} of {file.path} is stored as {entry['dtype']}, which noodle does not compute with.",
                 cure="Take the model's float32, float16 or bfloat16 version.",
             )
+        self.key = key
         self.shape: list[int] = list(entry["shape"])
         self.offset, end = entry["data_offsets"]
         self.nbytes: int = end - self.offset

@@ -135,7 +135,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_ADVERTISE_URL", "", _url, "URL where others reach this stage; empty: the bind address"),
     Variable("NOODLE_VALKEY_URL", "redis://127.0.0.1:6379", _url, "URL of Valkey or Redis"),
     Variable("NOODLE_PLANNER_URL", "http://127.0.0.1:8079", _url, "URL where the coordinator reaches the planner"),
-    Variable("NOODLE_COORDINATOR_URL", "http://127.0.0.1:8080", _url, "URL the noodle command asks"),
+    Variable(
+        "NOODLE_COORDINATOR_URL",
+        "http://127.0.0.1:8080",
+        _url,
+        "URL of the coordinator, for commands and stages",
+    ),
     Variable(
         "NOODLE_TRANSPORT",
         "auto",
@@ -281,6 +286,7 @@ class CoordinatorConfig(ServiceConfig):
 class PlannerConfig(ServiceConfig):
     """What the planner is told."""
 
+    coordinator_url: str  # asked for the model's shape where its folder is not here
     stage_count: int
     split: tuple[int, ...] | None
     context_length: int | None
@@ -290,6 +296,7 @@ class PlannerConfig(ServiceConfig):
 class StageConfig(ServiceConfig):
     """What a stage is told."""
 
+    coordinator_url: str  # asked for weights where the model's folder is not here
     stage_id: int
     machine: str
     advertise_url: str
@@ -373,6 +380,7 @@ def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
         )
     return PlannerConfig(
         **_service_values(values, "NOODLE_PLANNER_BIND"),
+        coordinator_url=values["NOODLE_COORDINATOR_URL"],
         stage_count=values["NOODLE_STAGES"],
         split=split,
         context_length=values["NOODLE_CONTEXT_LENGTH"] or None,
@@ -393,6 +401,7 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
         advertise_url = f"http://{bind}"
     return StageConfig(
         **_service_values(values, "NOODLE_STAGE_BIND"),
+        coordinator_url=values["NOODLE_COORDINATOR_URL"],
         stage_id=values["NOODLE_STAGE_ID"],
         machine=_machine_name(values),
         advertise_url=advertise_url,

@@ -18,6 +18,8 @@ from noodle.errors import ModelNotFound, UnsupportedModel
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+DIGEST_NAME = "model.digest"  # in a folder with holes (weight_cache.py), which can not be digested itself
+PIECE_BYTES = 1 << 20
 HEADER_BYTES_CAP = 100 << 20  # safetensors' own limit
 CONFIG_BYTES_CAP = 16 << 20
 SAMPLED_TENSORS = 256  # bounds the digest to some hundred reads, also for 20,000 tensors of experts on a slow disk
@@ -75,6 +77,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UnsupportedModel(f"{path} is not a JSON object ({error}).", cure="Fetch the model again.") from error
 
 
+def names_a_path(model: str) -> bool:
+    """Whether NOODLE_MODEL means a file or folder of this machine, and not a name or hub id."""
+    return model.startswith(("/", "./", "../", "~"))
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files that make the model, as its index says or as there are; some may be missing."""
     index = folder / INDEX_NAME
@@ -129,6 +136,8 @@ def model_digest(folder: Path) -> str:
     tensors chosen evenly by name. So it tells models, dtypes and fine-tunes apart; it does not see a flipped bit
     outside the samples, nor a change to only a few tensors that were not chosen, nor the tokenizer.
     """
+    if (folder / DIGEST_NAME).is_file():
+        return (folder / DIGEST_NAME).read_text(encoding="ascii").strip()
     config = {key: value for key, value in read_config(folder).items() if key not in IGNORED_CONFIG_KEYS}
     digest = hashlib.sha256(msgspec.json.encode(config, order="deterministic"))
     entries = sorted(read_tensor_entries(folder).items())
@@ -140,6 +149,18 @@ def model_digest(folder: Path) -> str:
         start = entry.first_byte + max(0, (entry.byte_count - TENSOR_SAMPLE_BYTES) // 2)
         with entry.file.open("rb") as file:
             digest.update(os.pread(file.fileno(), min(TENSOR_SAMPLE_BYTES, entry.byte_count), start))
+    return digest.hexdigest()
+
+
+def digest_of_range(path: Path, first_byte: int, byte_count: int) -> str:
+    """sha256 of a part of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(first_byte)
+        left = byte_count
+        while left and (piece := file.read(min(left, PIECE_BYTES))):
+            digest.update(piece)
+            left -= len(piece)
     return digest.hexdigest()
 
 

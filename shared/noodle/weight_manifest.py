@@ -1,0 +1,56 @@
+"""What a model folder is made of, to the byte range and digest of each tensor: how weights travel between machines.
+
+Made by the coordinator's weight store, read by `weight_cache.py` on the other machines (design D7). Values only.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+MANIFEST_BYTES_CAP = 64 << 20  # of its JSON: some hundred bytes for each of 200,000 tensors
+MANIFEST_PATH = "/weights"
+FILES_PATH = "/weights/files"
+DIGEST_BYTES = 32  # sha256
+
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 53)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class CompanionFile(Struct, frozen=True):
+    """A small file that every machine needs whole, as config.json."""
+
+    name: FileName
+    byte_count: Bytes
+    sha256: Sha256
+
+
+class WeightFile(Struct, frozen=True):
+    """A safetensors file; its header, `header_bytes` with the length before it, is fetched whole."""
+
+    name: FileName
+    byte_count: Bytes
+    header_bytes: Bytes
+    header_sha256: Sha256
+
+
+class TensorRange(Struct, frozen=True):
+    """Bytes [first_byte, first_byte + byte_count) of a file are one tensor."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=1000)]
+    file: FileName
+    first_byte: Bytes
+    byte_count: Bytes
+    sha256: Sha256
+
+
+class WeightManifest(Struct, frozen=True):
+    """A whole model."""
+
+    model_name: Annotated[str, Meta(min_length=1, max_length=500)]
+    model_digest: Sha256
+    companions: Annotated[list[CompanionFile], Meta(max_length=64)]
+    files: Annotated[list[WeightFile], Meta(max_length=10_000)]
+    tensors: Annotated[list[TensorRange], Meta(max_length=1_000_000)]
