@@ -1,4 +1,4 @@
-"""What /openapi.json says of the guide's routes (guide_routes.py), reports (reports.py) and weights (weight_store.py)."""
+"""What /openapi.json says of the guide's routes, of reports and of weights (weight_store.py)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from flask import Flask, Response, request
 from noodle.errors import InvalidRequest, NotFound, NotReady
 from noodle.model_files import INDEX_NAME, digest_of_range, model_digest, read_tensor_entries
 from noodle.web import json_response, require_token, start_loop
-from noodle.weight_manifest import FILES_PATH, MANIFEST_PATH, CompanionFile, TensorRange, WeightFile, WeightManifest
+from noodle.weight_manifest import MANIFEST_PATH, CompanionFile, TensorRange, WeightFile, WeightManifest
 
 log = logging.getLogger(__name__)
 
@@ -140,12 +140,12 @@ def kept_manifest(cache_dir: Path, folder: Path) -> WeightManifest | None:
 def install_weight_routes(app: Flask, store: WeightStore, cluster_token: str) -> None:
     """`GET /weights` and `GET /weights/files/<name>` with a Range, for whoever has the cluster token."""
 
-    @app.get(MANIFEST_PATH)
+    @app.get("/weights")
     def weights() -> Response:
         require_token(cluster_token)
         return json_response(store.manifest())
 
-    @app.get(f"{FILES_PATH}/<name>")
+    @app.get("/weights/files/<name>")
     def weight_file(name: str) -> Response:
         require_token(cluster_token)
         path = store.path_of(name)
