@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,9 +74,9 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         body = stage.outbox.body(activation_id)
         is_chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
         read = unbuffered_read(request.environ["wsgi.input"])
-        connection: socket.socket | None = request.environ.get("gunicorn.socket")
-        if connection is not None:  # gunicorn sets it back before the next request
-            connection.settimeout(TAKE_SECONDS)
+        if "gunicorn.socket" in request.environ:
+            # the fetcher's last word comes in its body when the answer is there: a stream, though a short one
+            streaming_connection().settimeout(TAKE_SECONDS)
         delivery = stage.outbox.deliver(activation_id, body, confirmed_by(read, is_chunked))
         response = Response(delivery, mimetype=STREAM_TYPE)
         response.content_length = len(body)

@@ -152,7 +152,7 @@ def test_sessions_that_are_not_on_a_list_that_frees_all_others_hold_no_bytes_for
 def test_a_session_without_room_is_refused_alone_and_its_room_is_there_when_another_ends(direct_caller):
     """Sessions of a step share its fate only where they must."""
     rows = direct_caller.rig.plan.context_length
-    room = KV_BYTES // direct_caller.rig.states()[0]["kv_bytes_per_token"]
+    room = 2 * KV_BYTES // direct_caller.rig.states()[0]["kv_bytes_per_token"]  # as much again is for forwards by hand
     fits = [StepSpan(f"fits {index}", 1, 0, 1, rows, SamplingParameters()) for index in range(room // rows)]
     direct_caller.send(TOKENS[:4] * len(fits), spans=fits, count=len(fits))
     assert len(direct_caller.result(1).spans) == len(fits)

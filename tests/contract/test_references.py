@@ -75,7 +75,7 @@ def fetch(port, activation_id, token, *, confirm=True, chunked=True):
         connection.endheaders()
         answer = connection.getresponse()
         body = answer.read()
-        if confirm and chunked:
+        if confirm and chunked and connection.sock is not None:  # an error ends the connection
             connection.sock.sendall(CONFIRMATION)
         return answer.status, body
     finally:
