@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 COMPANION_NAMES = ("config.json", "generation_config.json", INDEX_NAME)
 PIECE_BYTES = 1 << 20  # read and sent at once
 KEPT_FOLDER = "digests"
+MANIFEST_WAIT_SECONDS = 10.0  # for the digests, until who asks is told to come again
 
 
 class _KeptManifest(msgspec.Struct, frozen=True):
@@ -48,6 +49,7 @@ class WeightStore:
         self._is_asked = False
         self._done = 0.0
         self._lock = threading.Lock()
+        self._is_made = threading.Event()
 
     def serve(self, folder: Path, model_name: str) -> None:
         """This is the model from now on."""
@@ -64,6 +66,8 @@ class WeightStore:
             if not self._is_asked:
                 self._is_asked = True
                 start_loop("digests", self._prepare, "coordinator")
+        if self._is_made.wait(MANIFEST_WAIT_SECONDS) and self._manifest is not None:
+            return self._manifest
         raise NotReady(
             f"The digests of the model's weights are being computed ({self._done:.0%}).", retry_after_seconds=2
         )
@@ -79,6 +83,7 @@ class WeightStore:
             self._names = frozenset(
                 [*(companion.name for companion in manifest.companions), *(file.name for file in manifest.files)]
             )
+        self._is_made.set()
 
     def path_of(self, name: str) -> Path:
         """A file of the model; raises NotFound for every other name."""
