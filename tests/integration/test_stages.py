@@ -112,7 +112,7 @@ def test_room_for_less_than_the_context_is_said_and_serves(tiny_folder, tmp_path
         status = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=True)
         assert f"Note: {warning}" in status.stdout
         assert cluster.generate([5] * 20, max_new_tokens=80, ignore_eos=True)["details"]["generated_tokens"] == 80
-        assert cluster.post("/generate", {"inputs": [5] * 21, "parameters": {"max_new_tokens": 80}})[0] == 400
+        assert cluster.post("/generate", {"inputs": [5] * 21, "parameters": {"max_new_tokens": 80}})[0] == 422
 
 
 def test_a_cache_folder_that_is_a_file_is_refused_by_the_service_that_meets_it(tiny_folder, tmp_path):
