@@ -39,9 +39,7 @@ class OpenRequests:
         for thread in self.threads:
             thread.start()
         least = count if running is None else running  # all are taken in: what dies now dies under each of them
-        wait_until(
-            lambda: all(state["sessions"] >= least for state in cluster.stage_states()), 30, "the requests run"
-        )
+        wait_until(lambda: all(state["sessions"] >= least for state in cluster.stage_states()), 30, "the requests run")
 
     def ended(self):
         """Their answers; fails when one of them hangs."""
