@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from noodle.errors import ConfigurationError, NoodleError
+from noodle.folders import writing
 from noodle.measuring import MachineProfile, ProcessError, ProfileLine, ProfileProgress, ProfileQuestion
 from noodle.model_files import model_digest
 from services.stage.profile_points import FULL, QUICK, thread_counts
@@ -58,7 +59,8 @@ def profile_machine(question: ProfileQuestion, say: Say) -> MachineProfile:
     cores = len(os.sched_getaffinity(0))
     notes: list[str] = []
     start_seconds = time.monotonic()
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    with writing(cache_dir, "NOODLE_CACHE_DIR"):
+        cache_dir.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(cache_dir, say):
         devices = devices_of(question.device, torch, notes)
         extent = QUICK if question.is_quick else FULL
