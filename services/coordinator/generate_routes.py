@@ -22,6 +22,8 @@ from services.coordinator.openapi import BODY_ERRORS, GENERATION_ERRORS, READY_E
 from services.coordinator.prompt_echo import prompt_text
 from services.coordinator.tokenize_format import parse_tokenize, tokenize_answer
 
+TOKENIZE_BODY_BYTES = 1 << 20  # each token of it becomes an object of the answer
+
 OPERATIONS = (
     Operation(
         "post",
@@ -79,7 +81,7 @@ def generate_routes(config: CoordinatorConfig, engine: Engine, clients: Clients)
     def tokenize() -> Response:
         clients.require()
         model = engine.ready_model()
-        asked = parse_tokenize(json_body(config.maximum_body_bytes))
+        asked = parse_tokenize(json_body(TOKENIZE_BODY_BYTES, "Send less text at once."))
         pieces = model.tokenizer.pieces(asked.text, asked.add_special_tokens)
         return json_response(tokenize_answer(asked.text, pieces, model.tokenizer.texts))
 

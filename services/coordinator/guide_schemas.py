@@ -62,6 +62,7 @@ def _guide_errors(**texts: str) -> dict[int, tuple[str, dict[str, object]]]:
 COMMON = {
     "status_400": "The request is wrong.",
     "status_401": "The key or cluster token is missing or wrong.",
+    "status_408": "The body did not come in time.",
     "status_413": "The body is too large.",
     "status_415": "The body is not declared as what is read here.",
     "status_429": "As many as may be are in progress; Retry-After says when to come again.",

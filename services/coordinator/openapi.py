@@ -24,16 +24,17 @@ ERROR_TEXTS = {
     400: "The request is wrong; `param` names the field.",
     401: "The key or cluster token is missing or wrong.",
     404: "There is no such model.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not declared as application/json.",
     422: "The request is well-formed, but this cluster can not compute it.",
-    429: "As many requests as may are waiting, or in progress under this key; Retry-After says when to come again.",
+    429: "As many as may be are waiting, sending or in progress under this key; Retry-After says when to come.",
     500: "The request could not be finished.",
     503: "The cluster is not ready; the message says what is waited for, Retry-After when to come again.",
 }
 READY_ERRORS = (401, 503)
-BODY_ERRORS = (400, 413, 415)
-GENERATION_ERRORS = (*READY_ERRORS, *BODY_ERRORS, 422, 429, 500)
+BODY_ERRORS = (400, 408, 413, 415, 429)
+GENERATION_ERRORS = (*READY_ERRORS, *BODY_ERRORS, 422, 500)
 ERROR: Schema = {
     "type": "object",
     "properties": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.measure import equality, load, memory, sampling, speed, start, transport
+from tests.measure import equality, load, memory, sampling, schemathesis, speed, start, transport
 
 MEASUREMENTS = {
     "equality": equality.measure,
@@ -14,6 +14,7 @@ MEASUREMENTS = {
     "sampling": sampling.measure,
     "start": start.measure,
     "transport": transport.measure,
+    "schemathesis": schemathesis.measure,
 }
 
 

@@ -30,7 +30,7 @@ class SchemathesisRun:
 
 
 def run_schemathesis(
-    cluster: Cluster, folder: Path, *, examples: int, phases: str, seed: int, seconds: float
+    cluster: Cluster, folder: Path, *, examples: int, phases: str, seed: int, seconds: float, at_once: int = 1
 ) -> SchemathesisRun:
     """At most `examples` calls of each operation in each phase, with the cluster's token."""
     report = folder / "calls.ndjson"
@@ -39,6 +39,7 @@ def run_schemathesis(
         *("run", f"{cluster.url}/openapi.json", "--phases", phases, "--seed", str(seed)),
         *("--checks", ",".join(CHECKS), "--max-examples", str(examples), "--continue-on-failure", "--no-shrink"),
         *("--suppress-health-check", "all", "--generation-database", "none", "--request-timeout", "60"),
+        *("--workers", str(at_once)),
         *("--header", f"Authorization: Bearer {cluster.token}", "--report-ndjson-path", report, "--no-color"),
     ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds, check=False)

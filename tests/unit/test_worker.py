@@ -1,0 +1,127 @@
+"""The stage's loop over a slice that the test makes: what it refuses, scores and logs."""
+
+import logging
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from noodle.logs import RequestFilter
+from noodle.messages import SamplingParameters, Step, StepSpan
+from noodle.metrics import StageMetrics
+from noodle.plan import Plan, StageAssignment
+from services.stage.slice_interface import SliceOutput
+from services.stage.span_results import SCORED_ROWS
+from services.stage.transport import Inbox
+from services.stage.worker import Role, Worker
+
+VOCABULARY = 50
+PLAN = Plan(1, "digest", 1, 8, VOCABULARY, 1000, (StageAssignment(0, "test", "http://x:1", 0, 1, "float32"),))
+
+
+class RowSlice:
+    """The logits of row r are largest at token r; `fault` is raised in its place."""
+
+    vocab_size = VOCABULARY
+
+    def __init__(self, fault=None):
+        self.fault, self.asked = fault, []
+
+    def reserve(self, session_id, tokens):
+        pass
+
+    def forward(self, batch):
+        if self.fault is not None:
+            raise self.fault
+        return SliceOutput(logits=self.logits_of(batch.logits_rows))
+
+    def logits_of(self, rows):
+        self.asked.append(len(rows))
+        logits = np.zeros((len(rows), VOCABULARY), np.float32)
+        logits[np.arange(len(rows)), np.asarray(rows) % VOCABULARY] = 5.0
+        return logits
+
+    def release(self, session_id):
+        pass
+
+    def kv_bytes_held(self):
+        return 0
+
+
+class Answers:
+    def __init__(self):
+        self.results = []
+
+    def put(self, result):
+        self.results.append(result)
+        return True
+
+
+def answer_of(step, model_slice, tokens):
+    """What one step gets from a worker that computes the whole model."""
+    inbox, answers = Inbox(), Answers()
+    worker = Worker(0, inbox, answers, StageMetrics(CollectorRegistry()))
+    worker.install(Role(PLAN, 0, model_slice, None), lambda: None)
+    inbox.put(step, memoryview(np.zeros(tokens, np.int32).tobytes()))
+    worker.stop()
+    worker.run()
+    (answer,) = answers.results
+    return answer
+
+
+def a_step(*spans):
+    return Step(1, 1, 1, "int32", [sum(span.token_count for span in spans)], list(spans))
+
+
+def a_span(name="a", tokens=3, **fields):
+    return StepSpan(name, 1, 0, tokens, tokens + 1, **fields)
+
+
+@pytest.mark.parametrize("tokens", [1, SCORED_ROWS, SCORED_ROWS + 1, 5 * SCORED_ROWS])
+def test_however_many_rows_are_scored_few_logits_are_held_at_once(tokens):
+    model_slice = RowSlice()
+    # the second session's rows come behind the first one's
+    spans = (a_span("a", 2), a_span("b", tokens, scored_token_ids=[(row + 2) % 50 for row in range(tokens)]))
+    scores = answer_of(a_step(*spans), model_slice, tokens + 2).spans[1].scores
+    assert len(scores) == tokens
+    best = 5.0 - np.log(np.exp(5.0) + VOCABULARY - 1)
+    assert [score.logprob for score in scores] == pytest.approx([best] * tokens, abs=1e-5)
+    assert max(model_slice.asked) <= SCORED_ROWS
+
+
+def test_the_likeliest_stand_beside_a_drawn_token_only_where_its_log_probability_is_asked_for():
+    asks = {"sampling": SamplingParameters(), "top_logprobs": 3}
+    with_logprob, without = answer_of(
+        a_step(a_span("a", 3, logprob=True, **asks), a_span("b", 3, **asks)), RowSlice(), 6
+    ).spans
+    assert (with_logprob.token_id, len(with_logprob.top)) == (2, 3)
+    assert with_logprob.top[0].logprob == with_logprob.logprob
+    assert (without.token_id, without.logprob, without.top) == (5, None, [])
+
+
+@pytest.mark.parametrize("scored", [[1, 2, 3, 4], [VOCABULARY]])
+def test_more_scores_than_rows_or_of_tokens_that_there_are_not_are_refused(scored):
+    answer = answer_of(a_step(a_span(scored_token_ids=scored)), RowSlice(), 3)
+    assert [refusal.reason for refusal in answer.refusals] == ["wrong_token"]
+
+
+@pytest.fixture
+def lines():
+    """Log lines of the worker as (request id, message)."""
+    kept = []
+    handler = logging.Handler()
+    handler.addFilter(RequestFilter())
+    handler.emit = lambda record: kept.append((record.request_id, record.getMessage()))
+    log = logging.getLogger("services.stage.worker")
+    log.addHandler(handler)
+    yield kept
+    log.removeHandler(handler)
+
+
+def test_what_goes_wrong_with_a_step_is_logged_under_the_id_of_each_of_its_requests(lines):
+    answer_of(a_step(a_span("mine-1", 3), a_span("yours-2", 3)), RowSlice(ValueError("no such thing")), 6)
+    failed = [(request_id, message) for request_id, message in lines if "no such thing" in message]
+    assert [request_id for request_id, _ in failed] == ["mine-1", "yours-2"]
+    lines.clear()
+    answer_of(a_step(a_span("mine-3", scored_token_ids=[VOCABULARY])), RowSlice(), 3)
+    assert [request_id for request_id, _ in lines] == ["mine-3"]
