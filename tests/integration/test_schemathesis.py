@@ -6,7 +6,7 @@ from tests.support.cluster import running_cluster
 from tests.support.schemathesis_run import run_schemathesis
 
 pytestmark = pytest.mark.timeout(400)
-EXAMPLES = 20  # of each operation; `make measure` makes 2,000 calls
+EXAMPLES = 10  # of each operation; `python -m tests.measure schemathesis` makes 2,000 calls
 SECONDS = 300.0
 
 
@@ -15,7 +15,7 @@ def test_made_up_calls_get_documented_answers_and_leave_nothing_behind(tiny_fold
     with running_cluster(tmp_path / "state", tiny_folder, 2, NOODLE_CONTEXT_LENGTH="32") as cluster:
         run = run_schemathesis(cluster, tmp_path, examples=EXAMPLES, phases="fuzzing", seed=1, seconds=SECONDS)
         assert not run.failures, run.failures
-        assert run.calls >= 5 * EXAMPLES, run.output
+        assert run.calls >= 10 * EXAMPLES, run.output
         assert set(run.statuses) >= {200, 400}, run.statuses
         assert not [status for status in run.statuses if status >= 500], run.statuses
         assert all(state["sessions"] == 0 for state in cluster.stage_states())
