@@ -257,6 +257,10 @@ class ResultsOutlet:
         connection.settimeout(SILENCE_SECONDS)  # a reader that takes nothing is gone
         # A SimpleQueue, as in the Inbox; `put` is its only writer of results and keeps it within RESULTS_FRAMES.
         mine: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
+        # What is written after the other end has closed is lost without a word, the first time. It sends nothing, so
+        # whatever there is to read is its end.
+        gone = select.poll()
+        gone.register(connection, select.POLLIN | select.POLLRDHUP)
         self._replace(mine)
         try:
             yield _frame(KeepAlive())
@@ -268,7 +272,7 @@ class ResultsOutlet:
                     continue
                 if result is None:
                     return
-                if _has_gone(connection):
+                if gone.poll(0):
                     self._unread(result)
                     return
                 yield _frame(result)
@@ -295,15 +299,6 @@ class ResultsOutlet:
             older, self._reader = self._reader, reader
         if older is not None:
             older.put(None)  # one that is blocked in its socket ends by its timeout
-
-
-def _has_gone(connection: socket.socket) -> bool:
-    """Whether the other end has closed: what is written then is lost without a word, the first time."""
-    try:
-        readable, _, _ = select.select([connection], [], [], 0)
-        return bool(readable) and connection.recv(1, socket.MSG_PEEK) == b""
-    except (OSError, ValueError):
-        return True
 
 
 def _frame(message: HopMessage) -> bytes:

@@ -44,6 +44,7 @@ class ClientConnection(socket.socket):
         self.body_deadline: float | None = 0.0  # None: a streamed body, bounded by the silence between its frames
         self._waits_freely_until = 0.0
         self._probed_at = float("-inf")
+        self.__dict__.pop("recv", None)
         self.settimeout(SEND_SECONDS)
 
     def let_in(self) -> None:
@@ -57,6 +58,8 @@ class ClientConnection(socket.socket):
     def stream(self) -> None:
         """The body is a stream without an end: from now on only the socket's own timeout holds."""
         self.body_deadline = None
+        # a token waits for each read of a hop: without a deadline to look at, the socket's own way is enough
+        self.recv = super().recv  # type: ignore[method-assign, assignment]  # of this connection, until its next request
 
     def end(self) -> None:
         """The request is answered: give back what it held."""
