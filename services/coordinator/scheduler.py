@@ -29,6 +29,7 @@ FinishReason = Literal["eos", "length"]
 # A step that takes this many times its prediction, and never less than the floor, counts as lost.
 DEADLINE_FACTOR = 20.0
 DEADLINE_FLOOR_SECONDS = 8.0
+SMALLEST_CHUNK_TOKENS = 32  # below it a chunk costs nearly as much as a larger one: weights are read for each
 GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that the gap is told first
 MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is the request that is at fault
 REPLAYED_REASONS = frozenset({"position_gap", "too_many_early", "activations_lost"})  # refusals that a replay cures
@@ -386,12 +387,16 @@ class Scheduler:
             if budget <= 0:
                 break
             if session.wants_prefill:
-                count = min(budget, len(session.token_ids) - session.sent)
+                count = min(budget, self._chunk_tokens(session, limits), len(session.token_ids) - session.sent)
                 chosen.append((session, count))
                 budget -= count
         for session, _ in chosen:  # whoever was served goes to the end of the line
             self._running[session.session_id] = self._running.pop(session.session_id)
         return chosen
+
+    def _chunk_tokens(self, session: Session, limits: Limits) -> int:
+        """An even share of a prompt for each stage, so that all of them compute at once: chunk k+1 follows chunk k."""
+        return max(SMALLEST_CHUNK_TOKENS, math.ceil(len(session.token_ids) / limits.stage_count))
 
     def _deadline_seconds(self, tokens: int, limits: Limits) -> float:
         predicted = limits.decode_seconds + tokens * limits.prefill_seconds_per_token

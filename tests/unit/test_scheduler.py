@@ -347,3 +347,11 @@ def test_in_a_random_life_no_token_is_lost_or_doubled():
         assert generated == [1000 + position for position in range(session.prompt_length, len(session.token_ids))]
         assert len(generated) == session.maximum_new_tokens
     assert scheduler.steps_in_flight == 0
+
+
+def test_a_prompt_is_cut_so_that_every_stage_computes_at_once():
+    scheduler = a_scheduler(step_tokens=512)
+    scheduler.add(a_session(prompt=100))
+    flights = [scheduler.next_step(0), scheduler.next_step(0)]
+    assert [flight.step.spans[0].token_count for flight in flights] == [50, 50]
+    assert [flight.step.spans[0].sampling is None for flight in flights] == [True, False]
