@@ -42,7 +42,7 @@ class OpenRequests:
         for thread in self.threads:
             thread.start()
         least = count if running is None else running  # all are taken in: what dies now dies under each of them
-        wait_until(lambda: all(state["sessions"] >= least for state in cluster.stage_states()), 30, "the requests run")
+        wait_until(lambda: open_requests(cluster) >= least, 30, "the requests run")
 
     def ended(self):
         """Their answers; fails when one of them hangs."""
@@ -110,7 +110,7 @@ def test_a_cut_pipeline_with_little_room_leaves_no_request_without_its_rows(tiny
         response.readline()
         os.kill(frozen, signal.SIGSTOP)
         try:
-            requests = OpenRequests(cluster, count=3)
+            requests = OpenRequests(cluster, count=3, running=1)
             wait_until(lambda: cluster.get("/health")[1]["status"] != "ready", 15, "the cut is noticed")
             runs.sock.shutdown(socket.SHUT_RDWR)
             wait_until(lambda: open_requests(cluster) == 0, 5, "the request is cancelled")
