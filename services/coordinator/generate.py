@@ -373,12 +373,15 @@ class GenerationLoop:
         now = time.monotonic()
         state.up, state.detail = False, reason
         log.warning("the pipeline is broken: %s", reason)
-        self._note_break(now)
+        self._end_out_of_time(now)  # now and not at a tick: a pipeline that comes and goes may be up at each of them
 
-    def _note_break(self, now: float) -> None:
+    def _end_out_of_time(self, now: float) -> None:
+        """The pipeline is down: note it for every open request, and end those that have waited for too long."""
         arrived_at = {request_id: books.arrived_at for request_id, books in list(self._open.items())}
         is_busy = self._scheduler.steps_in_flight > 0
         self._recovery.broke(self.state.detail, now, arrived_at, is_busy=is_busy)
+        for request_id, error in self._recovery.out_of_time(now).items():
+            self._end(request_id, "failed", error)
 
     def _replay(self, reason: str) -> None:
         replayed = self._scheduler.replay_all()
@@ -427,9 +430,7 @@ class GenerationLoop:
                 self._next_live = now + LIVE_SESSIONS_SECONDS
                 self._tell_live_sessions()
         elif self.state.plan is not None:
-            self._note_break(now)  # for what came in meanwhile
-            for request_id, error in self._recovery.out_of_time(now).items():
-                self._end(request_id, "failed", error)
+            self._end_out_of_time(now)
 
 
 def _lost_too_often() -> NoodleError:

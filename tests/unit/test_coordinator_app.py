@@ -129,10 +129,10 @@ def test_a_page_of_a_named_origin_may_ask_and_read_answers_and_errors(origins, a
 
 
 def test_no_status_of_an_error_is_one_that_the_document_does_not_know():
-    """Errors that a public route may raise; those of hops and starts never reach a client."""
+    """Errors that a public route may raise; those of hops, starts and stored activations never reach a client."""
     from noodle import errors
     from services.coordinator.openapi import ERROR_TEXTS
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.RequestError)]
     statuses = {kind.http_status for kind in [*kinds, errors.NotReady, errors.QueueUnavailable, NoodleError]}
-    assert statuses - {405, 409} == set(ERROR_TEXTS)
+    assert statuses - {405, 409, errors.Gone.http_status} == set(ERROR_TEXTS)
