@@ -113,8 +113,10 @@ def large_steps() -> list[list[object]]:
             Path(scratch) / "wide", "llama", tokenizer=True, vocab_size=300, hidden_size=HIDDEN_SIZE,
             num_hidden_layers=2, max_position_embeddings=max(STEP_TOKENS) + 1,
         )  # fmt: skip
+        rig_folder = Path(scratch) / "rig"
+        rig_folder.mkdir()
         with (
-            running_stages(Path(scratch) / "rig", model, (1, 1), absent=(0,), NOODLE_TRANSPORT="auto") as rig,
+            running_stages(rig_folder, model, (1, 1), absent=(0,), NOODLE_TRANSPORT="auto") as rig,
             TimedCaller(rig) as caller,
             keeping_bytes(rig.plan.stages[0].url) as kept,
         ):
