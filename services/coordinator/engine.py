@@ -58,6 +58,7 @@ class Engine:
             self._pipeline_of,
             maximum_open=config.maximum_open_requests + config.maximum_waiting_requests,
             recovery_seconds=config.recovery_seconds,
+            keeps_rows=config.keeps_prefixes,
         )
         self.leadership = Leadership(config.machine, work_queue, self.loop, config.transport)
         self.weights = WeightStore(config.cache_dir)
@@ -151,6 +152,7 @@ class Engine:
                 parameters.scores.of_prompt,
                 client,
                 request_id,
+                parameters.priority,
             )
         )
         self.metrics.prompt_tokens.inc(len(token_ids))

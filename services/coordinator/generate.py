@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, TooManyRequests, Unprocessable
 from noodle.logs import about
@@ -33,7 +33,8 @@ from services.coordinator.generation import (
 from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.recorder import Recorder
 from services.coordinator.recovery import Recovery
-from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Limits, NewToken, Scheduler, Session
+from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Counts, Scheduler
+from services.coordinator.session import Limits, NewToken, Session
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +105,12 @@ class GenerationLoop:
         *,
         maximum_open: int,
         recovery_seconds: float,
+        keeps_rows: bool = True,
     ) -> None:
         self._scheduler, self._recorder, self._metrics = scheduler, recorder, metrics
         self._make_pipeline = make_pipeline
         self._maximum_open, self._recovery = maximum_open, Recovery(recovery_seconds)
+        self._keeps_rows = keeps_rows  # of ended sessions, for others that begin alike
         # Unbounded by itself; its writers are bounded: open requests, and results of at most the steps in flight.
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}
@@ -118,6 +121,7 @@ class GenerationLoop:
         self._draining = False
         self._next_live = 0.0
         self._next_tick = 0.0
+        self._counted = Counts()  # of the scheduler's counts, what the metrics have
         self.state = LoopState()
 
     # called by HTTP threads
@@ -130,9 +134,10 @@ class GenerationLoop:
         if limits is None or not self.state.up:
             raise NotReady(f"The cluster is not ready: {self.state.detail}.", retry_after_seconds=2)
         needed = len(request.prompt_token_ids) + request.maximum_new_tokens
-        if needed > limits.kv_tokens:
+        room = min(limits.kv_tokens, limits.reserved_kv_tokens or limits.kv_tokens)
+        if needed > room:
             raise Unprocessable(
-                f"The request needs KV rows for {needed} tokens; the tightest stage has room for {limits.kv_tokens}.",
+                f"The request needs KV rows for {needed} tokens; the tightest stage has room for {room}.",
                 cure="Ask for fewer tokens, or give the stages more memory (NOODLE_KV_BYTES).",
             )
         request_id = session_id_of(request.request_id)
@@ -160,6 +165,8 @@ class GenerationLoop:
             request.want_logprob,
             request.top_logprobs,
             [None] * (len(request.prompt_token_ids) - 1) if request.score_prompt else None,
+            client_name=request.client.name,
+            priority=request.priority,
         )
         self._events.put(_Submitted(session))
         return generation
@@ -176,6 +183,11 @@ class GenerationLoop:
 
     def _cancel(self, request_id: str) -> None:
         self._events.put(_Cancelled(request_id))
+
+    @property
+    def kept_rows(self) -> int:
+        """KV rows of ended requests that every stage keeps, for /health."""
+        return self._scheduler.kept_rows
 
     # called by the thread that leads
 
@@ -322,8 +334,9 @@ class GenerationLoop:
         )
         self._recorder.end(request_id)
         self._recovery.forget(request_id)
-        if self._scheduler.remove(request_id):
-            self._tell_live_sessions(released=[request_id])
+        freed = self._scheduler.remove(request_id, keep_rows=self._keeps_rows and outcome == "finished")
+        if freed:
+            self._tell_live_sessions(released=freed)
 
     def _end_all(self, error: NoodleError) -> None:
         for request_id in list(self._open):
@@ -336,7 +349,7 @@ class GenerationLoop:
         live = LiveSessions(
             self._scheduler.limits.plan_version,
             self._scheduler.coordinator_epoch,
-            [session.session_id for session in self._scheduler.running],
+            self._scheduler.held_ids,
             released or [],
             frees_unlisted,
         )
@@ -420,6 +433,7 @@ class GenerationLoop:
     def _tick(self, now: float) -> None:
         self._metrics.running.set(len(self._scheduler.running))
         self._metrics.waiting.set(self._scheduler.waiting_count)
+        self._count()
         if self.state.up:
             # what a pipeline that stands again was given may come late; only a step that is lost is not tried again
             late = self._recovery.out_of_time(now)
@@ -431,6 +445,15 @@ class GenerationLoop:
                 self._tell_live_sessions()
         elif self.state.plan is not None:
             self._end_out_of_time(now)
+
+    def _count(self) -> None:
+        """Let the metrics have what the scheduler counted since the last tick."""
+        counts, counted, metrics = self._scheduler.counts, self._counted, self._metrics
+        metrics.kept_tokens.set(self._scheduler.kept_rows)
+        metrics.preemptions.inc(counts.preemptions - counted.preemptions)
+        metrics.prefix_queries.inc(counts.prompt_tokens - counted.prompt_tokens)
+        metrics.prefix_hits.inc(counts.reused_tokens - counted.reused_tokens)
+        self._counted = replace(counts)
 
 
 def _lost_too_often() -> NoodleError:

@@ -49,6 +49,7 @@ HONOURED = frozenset(
         "seed",
         "stop",
         "ignore_eos",
+        "priority",
         "details",
         "return_full_text",
         "decoder_input_details",

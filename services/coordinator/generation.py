@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from noodle.errors import NoodleError
 from noodle.messages import SamplingParameters, TokenLogprob, TokenScore
 from noodle.work_queue import RequestRecord
-from services.coordinator.scheduler import FinishReason
+from services.coordinator.session import FinishReason
 
 LONGEST_KEPT_ID = 48  # characters of a client's id; a session's id has 64 at most
 
@@ -62,6 +62,7 @@ class GenerationRequest:
     score_prompt: bool = False
     client: Client = LOOPBACK
     request_id: str = ""
+    priority: int = 0  # lower ones are served first
 
 
 def session_id_of(request_id: str) -> str:

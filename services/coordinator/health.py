@@ -31,6 +31,7 @@ def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
         "context_length": loop.plan.context_length if loop.plan else None,
         "warnings": warnings_of(view),
         "leads": leads,
+        "kept_kv_tokens": engine.loop.kept_rows,
         "stages": stages_of(engine),
     }
 
@@ -61,6 +62,7 @@ def stages_of(engine: Engine) -> list[dict[str, Any]]:
             "weight_bytes": state.weight_bytes,
             "kv_bytes_held": state.kv_bytes_held,
             "kv_budget_bytes": state.kv_budget_bytes,
+            "kv_bytes_per_token": state.kv_bytes_per_token,
             "sessions": state.sessions,
         }  # fmt: skip
         lines.append(line)

@@ -15,7 +15,7 @@ from noodle.errors import NotReady, QueueUnavailable
 from noodle.plan import Plan, PlannerState, StageState
 from noodle.work_queue import WorkQueue
 from services.coordinator.generate import GenerationLoop
-from services.coordinator.scheduler import Limits
+from services.coordinator.session import Limits
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,9 @@ def disagreement_of(states: list[StageState], transport: str) -> str:
 def limits_of(plan: Plan, states: list[StageState]) -> Limits:
     """What the plan allows, the tightest stage deciding about KV rows."""
     decode_seconds = sum(stage.decode_seconds for stage in plan.stages)
-    kv_tokens = min(state.kv_budget_bytes // max(1, state.kv_bytes_per_token) for state in states)
+    rooms = [(state.kv_budget_bytes // max(1, state.kv_bytes_per_token), state) for state in states]
+    kv_tokens = min(room for room, _ in rooms)
+    reserved = min((room for room, state in rooms if state.kv_counts_reservations), default=None)
     return Limits(
         plan.version,
         len(plan.stages),
@@ -142,6 +144,7 @@ def limits_of(plan: Plan, states: list[StageState]) -> Limits:
         plan.context_length,
         decode_seconds,
         decode_seconds * ASSUMED_PREFILL_SHARE,
+        reserved,
     )
 
 

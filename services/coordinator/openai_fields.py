@@ -19,6 +19,7 @@ HONOURED = frozenset(
         "stream",
         "stream_options",
         "ignore_eos",
+        "priority",
         "logprobs",
     }
 )
@@ -62,7 +63,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "priority": (0,),
 }
 CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **NEUTRAL,

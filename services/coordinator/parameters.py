@@ -15,6 +15,7 @@ FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 MAXIMUM_NEW_TOKENS = (1 << 31) - 1  # the context is the true limit; this one keeps absurd numbers off the wire
 MAXIMUM_TOP_K = (1 << 31) - 1
+MAXIMUM_PRIORITY = 1000
 MAXIMUM_STOP_CHARACTERS = 1000  # each of the stop strings
 SEED_BITS_ON_THE_WIRE = 63
 DRAWN_SEED_BITS = 53  # what a client that reads numbers as doubles can send back exactly
@@ -50,6 +51,7 @@ class GenerationParameters:
     stream: bool = False
     include_usage: bool = False
     scores: Scores = NO_SCORES
+    priority: int = 0  # lower ones are served first
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_generation_parameters(
     scores: Scores = NO_SCORES,
     minimum_tokens: int = 1,
 ) -> GenerationParameters:
-    """Check the fields that all forms share: `length_names`, temperature, top_p, top_k, seed, stop and ignore_eos.
+    """Check the fields that all forms share: `length_names`, those of sampling, stop, ignore_eos and priority.
 
     Raises InvalidRequest naming the field. A seed is drawn when none is given, so that every answer can be repeated.
     """
@@ -96,6 +98,7 @@ def read_generation_parameters(
         stream=stream,
         include_usage=include_usage,
         scores=scores,
+        priority=read_integer(fields, "priority", minimum=-MAXIMUM_PRIORITY, maximum=MAXIMUM_PRIORITY) or 0,
     )
 
 

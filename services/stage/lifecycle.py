@@ -263,6 +263,7 @@ class Lifecycle:
                 ready_version=plan.version,
                 kv_budget_bytes=kv_bytes,
                 kv_bytes_per_token=role.model_slice.kv_bytes_per_token,
+                kv_counts_reservations=role.model_slice.counts_reservations,
                 weight_bytes=role.model_slice.weight_bytes,
             )
         self._beat_now.set()

@@ -183,6 +183,12 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("NOODLE_MAX_BODY_BYTES", str(8 << 20), _whole(1024, 1 << 30), "bytes of a request's body; more get 413"),
     Variable("NOODLE_STEP_TOKENS", "512", _whole(1, 8192), "tokens in one step; longer prompts go in chunks of it"),
+    Variable(
+        "NOODLE_PREFIX_CACHE",
+        "on",
+        _one_of("on", "off"),
+        "whether KV rows of ended requests are kept, until their room is needed, for prompts that begin alike",
+    ),
     Variable("NOODLE_RECOVERY_SECONDS", "10", _seconds, "how long an open request waits for a lost stage to return"),
     # where things are kept
     Variable("NOODLE_CACHE_DIR", "~/.cache/noodle", _path, "converted models and measurements; safe to delete"),
@@ -277,6 +283,7 @@ class CoordinatorConfig(ServiceConfig):
     maximum_body_bytes: int
     step_tokens: int
     recovery_seconds: float
+    keeps_prefixes: bool
     reports_dir: Path
     planner_url: str
     metrics_file: Path
@@ -362,6 +369,7 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
         maximum_body_bytes=values["NOODLE_MAX_BODY_BYTES"],
         step_tokens=values["NOODLE_STEP_TOKENS"],
         recovery_seconds=values["NOODLE_RECOVERY_SECONDS"],
+        keeps_prefixes=values["NOODLE_PREFIX_CACHE"] == "on",
         reports_dir=values["NOODLE_REPORTS_DIR"],
         planner_url=values["NOODLE_PLANNER_URL"],
         metrics_file=_path(values["NOODLE_METRICS_FILE"] or str(values["NOODLE_STATE_DIR"] / "metrics.jsonl")),

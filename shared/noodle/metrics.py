@@ -46,6 +46,20 @@ class CoordinatorMetrics:
             registry=registry,
         )
         self.replays = Counter("noodle_session_replays", "KV caches prefilled again.", ["reason"], registry=registry)
+        self.preemptions = Counter(
+            "noodle_preemptions",
+            "Sessions that gave their KV rows to older ones and were prefilled again.",
+            registry=registry,
+        )
+        self.prefix_queries = Counter(
+            "noodle_prefix_cache_queries", "Tokens of sessions that were to be prefilled.", registry=registry
+        )
+        self.prefix_hits = Counter(
+            "noodle_prefix_cache_hits", "Of these, tokens whose KV rows were there already.", registry=registry
+        )
+        self.kept_tokens = Gauge(
+            "noodle_prefix_cache_tokens", "Tokens of ended requests whose KV rows are kept.", registry=registry
+        )
         self.travel = TravelMetrics(registry)
         self.stage_computed = Histogram(
             "noodle_stage_computed_seconds",

@@ -101,6 +101,7 @@ class StageState(Struct, frozen=True):
     kv_budget_bytes: int = 0
     kv_bytes_per_token: int = 0
     kv_bytes_held: int = 0
+    kv_counts_reservations: bool = False  # a session takes all the room that it reserves from its start (a card)
     sessions: int = 0
     weight_bytes: int = 0
     device: str = ""  # "cpu" or "cuda"; this and the next two once it has measured

@@ -14,7 +14,8 @@ from services.coordinator import scheduler as scheduler_module
 from services.coordinator.generate import GenerationLoop
 from services.coordinator.generation import GenerationRequest
 from services.coordinator.pipeline import PipelineDown, PipelineUp, ResultArrived
-from services.coordinator.scheduler import Limits, Scheduler
+from services.coordinator.scheduler import Scheduler
+from services.coordinator.session import Limits
 from tests.support.cluster import wait_until
 
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
