@@ -13,7 +13,7 @@ from noodle.config import CoordinatorConfig
 from noodle.logs import bind_request
 from noodle.metrics import install_metrics_route
 from noodle.web import install_error_handlers
-from services.coordinator import about_routes, generate_routes, guide_schemas, openai_routes
+from services.coordinator import about_routes, generate_routes, guide_schemas, openai_routes, request_routes
 from services.coordinator.clients import Clients, take_request_id
 from services.coordinator.cors import install_cors
 from services.coordinator.engine import Engine
@@ -26,6 +26,7 @@ OPERATIONS = (
     *about_routes.OPERATIONS,
     *openai_routes.OPERATIONS,
     *generate_routes.OPERATIONS,
+    *request_routes.OPERATIONS,
     *guide_schemas.OPERATIONS,
     METRICS,
 )
@@ -43,6 +44,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
     app.register_blueprint(about_routes.about_routes(config, engine, clients))
     app.register_blueprint(openai_routes.openai_routes(config, engine, clients))
     app.register_blueprint(generate_routes.generate_routes(config, engine, clients))
+    app.register_blueprint(request_routes.request_routes(engine, clients))
     app.register_blueprint(guide_routes(config, engine, clients.require))
     install_report_routes(app, config.reports_dir, clients.require)
     install_weight_routes(app, engine.weights, config.cluster_token)

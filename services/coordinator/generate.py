@@ -1,7 +1,7 @@
 """THE loop: a request becomes a session, sessions become steps, results become tokens. Start reading here.
 
     HTTP thread: submit() -> Generation         loop thread: next_step() -> pipeline.send()
-    HTTP thread: Generation.next()  <-  token   loop thread: result -> scheduler.apply() -> Generation
+    HTTP thread: its reader.next()  <-  token   loop thread: result -> scheduler.apply() -> Generation
 
 The other loop is services/stage/worker.py. This one knows sessions, steps and the pipeline's two connections, but
 neither text nor routes.
@@ -11,25 +11,28 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, TooManyRequests, Unprocessable
+from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, RequestTimedOut, Unprocessable
 from noodle.logs import about
 from noodle.messages import LiveSessions, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan
+from noodle.work_queue import RecordedToken, RequestRecord
 from services.coordinator.generation import (
-    Client,
+    FINISHED,
     Generation,
     GenerationRequest,
     PromptComputed,
     Token,
     record_of,
     session_id_of,
+    session_of,
+    token_of,
 )
+from services.coordinator.open_requests import OpenRequest, OpenRequests
 from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.recorder import Recorder
 from services.coordinator.recovery import Recovery
@@ -48,8 +51,10 @@ class _Submitted:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cancelled:
+class _Ended:
     request_id: str
+    outcome: str
+    error: NoodleError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +74,7 @@ class _StandBy:
     error: NoodleError
 
 
-_Event = PipelineEvent | _Submitted | _Cancelled | _Activate | _LimitsChanged | _StandBy
-
-
-@dataclass(slots=True)
-class _Open:
-    """The books of one open request."""
-
-    generation: Generation
-    arrived_at: float
-    client_name: str
-    tokens: int = 0
-    last_token_at: float | None = None
+_Event = PipelineEvent | _Submitted | _Ended | _Activate | _LimitsChanged | _StandBy
 
 
 @dataclass(slots=True)
@@ -109,13 +103,11 @@ class GenerationLoop:
     ) -> None:
         self._scheduler, self._recorder, self._metrics = scheduler, recorder, metrics
         self._make_pipeline = make_pipeline
-        self._maximum_open, self._recovery = maximum_open, Recovery(recovery_seconds)
+        self._recovery = Recovery(recovery_seconds)
         self._keeps_rows = keeps_rows  # of ended sessions, for others that begin alike
         # Unbounded by itself; its writers are bounded: open requests, and results of at most the steps in flight.
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
-        self._open: dict[str, _Open] = {}
-        self._open_lock = threading.Lock()
-        self._ended = threading.Condition(self._open_lock)
+        self._open = OpenRequests(maximum_open)
         self._pipeline: Pipeline | None = None
         self._pending: _Activate | None = None
         self._draining = False
@@ -126,8 +118,11 @@ class GenerationLoop:
 
     # called by HTTP threads
 
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Take a request in; raises NotReady, TooManyRequests, QueueUnavailable; Unprocessable if it can never fit."""
+    def submit(self, request: GenerationRequest) -> tuple[RequestRecord, Generation]:
+        """Take a request in and record it.
+
+        Raises NotReady, TooManyRequests, QueueUnavailable, and Unprocessable if it can never fit.
+        """
         limits = self._scheduler.limits
         if self._draining:
             raise NotReady("The coordinator is stopping.", retry_after_seconds=5)
@@ -141,48 +136,57 @@ class GenerationLoop:
                 cure="Ask for fewer tokens, or give the stages more memory (NOODLE_KV_BYTES).",
             )
         request_id = session_id_of(request.request_id)
-        generation = Generation(request_id, self._cancel)
-        with self._open_lock:
-            if len(self._open) >= self._maximum_open:
-                raise TooManyRequests(
-                    f"{len(self._open)} requests are open, which is the limit.", retry_after_seconds=2
-                )
-            self._refuse_over_limit(request.client)
-            self._open[request_id] = _Open(generation, time.monotonic(), request.client.name)
+        record = record_of(request_id, request)
+        generation = Generation(request_id, self.leave, self._finish, request.resume_seconds)
+        deadline = time.monotonic() + request.timeout_seconds if request.timeout_seconds else None
+        self._open.add(OpenRequest(generation, request.client.name, deadline), request.client)
         try:
-            self._recorder.begin(record_of(request_id, request))
+            self._recorder.begin(record)
         except NoodleError:
-            with self._open_lock:
-                self._open.pop(request_id, None)
+            self._open.pop(request_id)
             raise
-        session = Session(
-            request_id,
-            list(request.prompt_token_ids),
-            len(request.prompt_token_ids),
-            request.maximum_new_tokens,
-            request.sampling,
-            request.end_token_ids,
-            request.want_logprob,
-            request.top_logprobs,
-            [None] * (len(request.prompt_token_ids) - 1) if request.score_prompt else None,
-            client_name=request.client.name,
-            priority=request.priority,
-        )
-        self._events.put(_Submitted(session))
+        self._events.put(_Submitted(session_of(record, request.end_token_ids)))
+        return record, generation
+
+    def go_on(
+        self, record: RequestRecord, tokens: list[RecordedToken], end_token_ids: frozenset[int], return_seconds: float
+    ) -> Generation | None:
+        """Take up a request that a coordinator before this one had in progress; None when it is open here.
+
+        Its client has at least `return_seconds` to come back.
+        """
+        if record.score_prompt:  # the scores were not recorded, and come before the first token
+            tokens = []
+        resume_seconds = max(record.resume_seconds, return_seconds)
+        generation = Generation(record.request_id, self.leave, self._finish, resume_seconds)
+        generation.unread_since = time.monotonic()
+        deadline = None
+        if record.deadline_unix_seconds:
+            deadline = time.monotonic() + max(0.0, record.deadline_unix_seconds - time.time())
+        opened = OpenRequest(generation, record.client_name, deadline, tokens=len(tokens))
+        if not self._open.take_back(opened):
+            return None
+        for token in tokens:
+            generation.put(token_of(token))
+        self._recorder.go_on(record, list(tokens))
+        session = session_of(record, end_token_ids)
+        session.token_ids += [token.token_id for token in tokens]
+        if tokens:
+            opened.last_token_at = opened.arrived_at
+        if len(tokens) >= record.max_new_tokens or (tokens and tokens[-1].finish_reason):
+            self._events.put(_Ended(record.request_id, "finished", None))  # all but its end was recorded
+        else:
+            self._events.put(_Submitted(session))
         return generation
 
-    def _refuse_over_limit(self, client: Client) -> None:
-        """Raise TooManyRequests when this client has as many requests in progress as it may; the lock is held."""
-        open_count = sum(books.client_name == client.name for books in self._open.values())
-        if client.maximum_open and open_count >= client.maximum_open:
-            raise TooManyRequests(
-                f"{open_count} requests of this key are in progress, which is its limit.",
-                cure="Wait for one of them, or raise NOODLE_MAX_REQUESTS_PER_KEY.",
-                retry_after_seconds=1,
-            )
+    def leave(self, request_id: str) -> None:
+        """Nobody wants it any more: end it on every stage."""
+        cancelled = GenerationFailed("The request was cancelled.", cure="Send it again.")
+        self._events.put(_Ended(request_id, "cancelled", cancelled))
 
-    def _cancel(self, request_id: str) -> None:
-        self._events.put(_Cancelled(request_id))
+    def _finish(self, request_id: str) -> None:
+        """Its text is complete, though more tokens might follow."""
+        self._events.put(_Ended(request_id, "finished", None))
 
     @property
     def kept_rows(self) -> int:
@@ -206,8 +210,7 @@ class GenerationLoop:
     def drain(self, seconds: float) -> None:
         """Refuse new requests, and return when the open ones have ended or the time is over."""
         self._draining = True
-        with self._ended:
-            self._ended.wait_for(lambda: not self._open, seconds)
+        self._open.wait_until_none(seconds)
 
     def stop(self) -> None:
         """End the loop; open requests end with an error."""
@@ -223,7 +226,7 @@ class GenerationLoop:
             except queue.Empty:
                 event = _NOTHING
             if event is None:
-                self._end_all(NotReady("The coordinator is stopping.", retry_after_seconds=5))
+                self._hand_over(NotReady("The coordinator is stopping.", retry_after_seconds=5))
                 self._close_pipeline()
                 return
             self._handle(event)
@@ -238,8 +241,8 @@ class GenerationLoop:
             self._take_result(event.result)
         elif isinstance(event, _Submitted):
             self._scheduler.add(event.session)
-        elif isinstance(event, _Cancelled):
-            self._end(event.request_id, "cancelled", None)
+        elif isinstance(event, _Ended):
+            self._end(event.request_id, event.outcome, event.error)
         elif isinstance(event, PipelineUp):
             self._pipeline_is_up(event)
         elif isinstance(event, PipelineDown):
@@ -303,7 +306,8 @@ class GenerationLoop:
         if new.token_id is None:
             return
         books.generation.put(Token(new.token_id, new.logprob, new.finish_reason, new.top))
-        self._recorder.token(new.session.session_id, new.token_id)
+        recorded = RecordedToken(new.token_id, new.logprob, new.finish_reason or "", list(new.top))
+        self._recorder.token(new.session.session_id, recorded)
         self._metrics.generated_tokens.inc()
         if books.last_token_at is None:
             self._metrics.time_to_first_token.observe(now - books.arrived_at)
@@ -315,13 +319,10 @@ class GenerationLoop:
 
     def _end(self, request_id: str, outcome: str, error: NoodleError | None) -> None:
         """Close a request's books and free its KV rows everywhere; harmless when it has ended."""
-        with self._open_lock:
-            books = self._open.pop(request_id, None)
-            self._ended.notify_all()
+        books = self._open.pop(request_id)
         if books is None:
             return
-        if error is not None:
-            books.generation.put(error)
+        books.generation.end(error or FINISHED)
         self._metrics.requests.labels(outcome, books.client_name).inc()
         log.info(
             "%s after %d new tokens and %.2f s, for %s%s",
@@ -332,15 +333,17 @@ class GenerationLoop:
             f": {error}" if error is not None else "",
             extra=about(request_id),
         )
-        self._recorder.end(request_id)
+        self._recorder.end(request_id, outcome if error is None else str(error))
         self._recovery.forget(request_id)
         freed = self._scheduler.remove(request_id, keep_rows=self._keeps_rows and outcome == "finished")
         if freed:
             self._tell_live_sessions(released=freed)
 
-    def _end_all(self, error: NoodleError) -> None:
-        for request_id in list(self._open):
-            self._end(request_id, "failed", error)
+    def _hand_over(self, error: NoodleError) -> None:
+        """Let go of every open request; the coordinator that leads next goes on with what is recorded of it."""
+        for request_id, _ in self._open.all():
+            self._recorder.hand_over(request_id)
+            self._end(request_id, "handed_over", error)
 
     def _tell_live_sessions(self, *, released: list[str] | None = None, frees_unlisted: bool = False) -> None:
         """Tell every stage which sessions live; one that is away now is told when the pipeline stands again."""
@@ -390,7 +393,7 @@ class GenerationLoop:
 
     def _end_out_of_time(self, now: float) -> None:
         """The pipeline is down: note it for every open request, and end those that have waited for too long."""
-        arrived_at = {request_id: books.arrived_at for request_id, books in list(self._open.items())}
+        arrived_at = {request_id: books.arrived_at for request_id, books in self._open.all()}
         is_busy = self._scheduler.steps_in_flight > 0
         self._recovery.broke(self.state.detail, now, arrived_at, is_busy=is_busy)
         for request_id, error in self._recovery.out_of_time(now).items():
@@ -419,7 +422,7 @@ class GenerationLoop:
         log.info("plan %d is active, coordinator epoch %d", activate.plan.version, activate.coordinator_epoch)
 
     def _stand_by(self, error: NoodleError) -> None:
-        self._end_all(error)
+        self._hand_over(error)
         self._close_pipeline()
         self._scheduler.limits = None
         self._pending = None
@@ -434,6 +437,7 @@ class GenerationLoop:
         self._metrics.running.set(len(self._scheduler.running))
         self._metrics.waiting.set(self._scheduler.waiting_count)
         self._count()
+        self._end_left_and_late(now)
         if self.state.up:
             # what a pipeline that stands again was given may come late; only a step that is lost is not tried again
             late = self._recovery.out_of_time(now)
@@ -445,6 +449,18 @@ class GenerationLoop:
                 self._tell_live_sessions()
         elif self.state.plan is not None:
             self._end_out_of_time(now)
+
+    def _end_left_and_late(self, now: float) -> None:
+        """End requests whose client did not come back, and those that took longer than they may."""
+        for request_id, books in self._open.all():
+            if books.generation.is_left(now):
+                self._end(request_id, "cancelled", GenerationFailed("The request's client did not come back in time."))
+            elif books.deadline is not None and now >= books.deadline:
+                late = RequestTimedOut(
+                    f"The request was not finished in the time that it gave; it has {books.tokens} tokens.",
+                    cure="Ask for fewer tokens, or raise timeout_seconds.",
+                )
+                self._end(request_id, "failed", late)
 
     def _count(self) -> None:
         """Let the metrics have what the scheduler counted since the last tick."""
@@ -460,4 +476,4 @@ def _lost_too_often() -> NoodleError:
     return GenerationFailed("The request's steps were lost too often.", cure="See the stages' logs.")
 
 
-_NOTHING = _Cancelled("")  # a tick: nothing happened
+_NOTHING = _Ended("", "", None)  # a tick: nothing happened

@@ -50,6 +50,8 @@ HONOURED = frozenset(
         "stop",
         "ignore_eos",
         "priority",
+        "resume_seconds",
+        "timeout_seconds",
         "details",
         "return_full_text",
         "decoder_input_details",

@@ -48,6 +48,7 @@ class Leadership:
         self._active_version = 0
         self._limits: Limits | None = None
         self.view = ClusterView()
+        self.led = threading.Semaphore(0)  # released whenever this coordinator takes the lead
         self.stopping = threading.Event()
 
     @property
@@ -76,6 +77,7 @@ class Leadership:
     def stop(self) -> None:
         """Give the lead away at once."""
         self.stopping.set()
+        self.led.release()
         try:
             if self._epoch is not None:
                 self._queue.end_lease(self._name)
@@ -90,6 +92,7 @@ class Leadership:
         self._active_version = 0  # activate anew under the new epoch
         if self._epoch is not None:
             log.info("this coordinator leads, epoch %d", self._epoch)
+            self.led.release()
             self.view.leader = self._name
             return
         self.view.leader = self._queue.leader() or ""

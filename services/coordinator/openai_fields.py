@@ -20,6 +20,8 @@ HONOURED = frozenset(
         "stream_options",
         "ignore_eos",
         "priority",
+        "resume_seconds",
+        "timeout_seconds",
         "logprobs",
     }
 )

@@ -26,7 +26,9 @@ from services.coordinator.openai_request import MAXIMUM_STOP_STRINGS, MAXIMUM_TE
 from services.coordinator.parameters import (
     MAXIMUM_NEW_TOKENS,
     MAXIMUM_PRIORITY,
+    MAXIMUM_RESUME_SECONDS,
     MAXIMUM_STOP_CHARACTERS,
+    MAXIMUM_TIMEOUT_SECONDS,
     MAXIMUM_TOP_K,
 )
 from services.coordinator.request_body import JsonObject
@@ -35,6 +37,8 @@ NEW_TOKENS = integer(1, MAXIMUM_NEW_TOKENS)
 STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAXIMUM_STOP_CHARACTERS}
 TOP_P = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 PRIORITY = integer(-MAXIMUM_PRIORITY, MAXIMUM_PRIORITY)
+RESUME_SECONDS = number(0, MAXIMUM_RESUME_SECONDS)
+TIMEOUT_SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": MAXIMUM_TIMEOUT_SECONDS}
 SEED = integer(-(1 << 63), (1 << 63) - 1)
 
 
@@ -55,6 +59,8 @@ HONOURED = {
     "stream_options": asked({}, {"include_usage": BOOLEAN}, STREAM_OPTIONS_NEUTRAL),
     "ignore_eos": BOOLEAN,
     "priority": PRIORITY,
+    "resume_seconds": RESUME_SECONDS,
+    "timeout_seconds": TIMEOUT_SECONDS,
     **dict.fromkeys(sorted(HARMLESS), ANYTHING),
 }
 TEXT_PART = always({"type": one_of("text"), "text": STRING})

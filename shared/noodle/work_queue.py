@@ -8,7 +8,7 @@ noodle:stage:<id>:state         string, StageState, expires: the stage's heartbe
 noodle:coordinator:leader       string, name of the coordinator that leads, expires: a lease by the server's clock
 noodle:coordinator:epoch        counter, raised by each coordinator that takes the lead
 noodle:request:<id>             string, RequestRecord as JSON, expires some time after its last change
-noodle:request:<id>:tokens      list of token ids generated so far, expires with it
+noodle:request:<id>:tokens      list of tokens generated so far, expires with it
 noodle:hop:<stage id>           stream, what that stage is to compute: token ids or references; bounded, expires
 noodle:results                  stream, what the last stage made of it; bounded, expires
 """
@@ -23,6 +23,7 @@ import msgspec
 import redis
 
 from noodle.errors import QueueUnavailable
+from noodle.messages import TokenLogprob
 from noodle.plan import MachineReport, Plan, PlannerState, StageState
 
 CONNECT_TIMEOUT_SECONDS = 2.0
@@ -46,7 +47,7 @@ Value = TypeVar("Value", bound=msgspec.Struct)
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
-    """What is needed to compute a request again from the start (design D2)."""
+    """What is needed to compute a request again from the start, and to give it to whoever asks for it (design D2)."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -57,6 +58,29 @@ class RequestRecord(msgspec.Struct, frozen=True):
     seed: int
     stop: list[str]
     ignore_eos: bool
+    client_request_id: str = ""  # what the client calls it
+    client_name: str = ""  # of the key that it came with; nobody else may read it
+    priority: int = 0
+    want_logprob: bool = False
+    top_logprobs: int = 0
+    score_prompt: bool = False
+    goes_on: bool = True  # whether the answer continues the prompt's own text
+    resume_seconds: float = 0.0  # how long it goes on without a reader
+    idempotency_key: str = ""
+    body_digest: str = ""
+    answer_id: str = ""  # in OpenAI's shapes, with when it was created
+    created_unix_seconds: int = 0
+    deadline_unix_seconds: float = 0.0  # 0 is none
+    outcome: str = ""  # empty while it is open, "finished", or why it ended early
+
+
+class RecordedToken(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """One generated token of a recorded request."""
+
+    token_id: int
+    logprob: float | None = None
+    finish_reason: str = ""
+    top: list[TokenLogprob] = []
 
 
 def hop_stream(stage_id: int) -> str:
@@ -167,25 +191,25 @@ class WorkQueue:
 
     # requests in progress
 
-    def record_request(self, record: RequestRecord, token_ids: Sequence[int] = ()) -> None:
+    def record_request(self, record: RequestRecord, tokens: Sequence[RecordedToken] = ()) -> None:
         """Keep a request; what was kept of it before is replaced."""
         key = f"noodle:request:{record.request_id}"
         with self._told():
             pipeline = self._redis.pipeline(transaction=True)
             pipeline.set(key, msgspec.json.encode(record), ex=RECORD_EXPIRES_SECONDS)
             pipeline.delete(f"{key}:tokens")
-            if token_ids:
-                pipeline.rpush(f"{key}:tokens", *token_ids)
+            if tokens:
+                pipeline.rpush(f"{key}:tokens", *map(msgspec.json.encode, tokens))
                 pipeline.expire(f"{key}:tokens", RECORD_EXPIRES_SECONDS)
             pipeline.execute()
 
-    def record_tokens(self, batches: dict[str, list[int]]) -> None:
+    def record_tokens(self, batches: dict[str, list[RecordedToken]]) -> None:
         """Append generated tokens to their requests, in one trip."""
         with self._told():
             pipeline = self._redis.pipeline(transaction=False)
-            for request_id, token_ids in batches.items():
+            for request_id, tokens in batches.items():
                 key = f"noodle:request:{request_id}"
-                pipeline.rpush(f"{key}:tokens", *token_ids)
+                pipeline.rpush(f"{key}:tokens", *map(msgspec.json.encode, tokens))
                 pipeline.expire(f"{key}:tokens", RECORD_EXPIRES_SECONDS)
                 pipeline.expire(key, RECORD_EXPIRES_SECONDS)
             pipeline.execute()
@@ -195,13 +219,24 @@ class WorkQueue:
         with self._told():
             self._redis.delete(f"noodle:request:{request_id}", f"noodle:request:{request_id}:tokens")
 
-    def recorded_request(self, request_id: str) -> tuple[RequestRecord, list[int]] | None:
-        """A request in progress with its tokens so far."""
+    def recorded_request(self, request_id: str) -> tuple[RequestRecord, list[RecordedToken]] | None:
+        """A request, in progress or ended, with its tokens so far."""
         record = self._get(f"noodle:request:{request_id}", RequestRecord)
         if record is None:
             return None
+        key = f"noodle:request:{request_id}:tokens"
         with self._told():
-            return record, [int(token) for token in self._redis.lrange(f"noodle:request:{request_id}:tokens", 0, -1)]
+            tokens: Any = self._redis.lrange(key, 0, -1)
+        decoded = [self._decoded(key, token, RecordedToken) for token in tokens]
+        return record, [token for token in decoded if token is not None]
+
+    def recorded_requests(self) -> list[tuple[RequestRecord, list[RecordedToken]]]:
+        """All requests that are kept, for a coordinator that takes the lead."""
+        with self._told():
+            keys = [key.decode() for key in self._redis.scan_iter(match="noodle:request:*", count=1000)]
+        names = sorted(key.removeprefix("noodle:request:") for key in keys if not key.endswith(":tokens"))
+        found = [self.recorded_request(name) for name in names]
+        return [each for each in found if each is not None]
 
     # the queued way of a hop
 

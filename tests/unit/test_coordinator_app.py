@@ -134,5 +134,6 @@ def test_no_status_of_an_error_is_one_that_the_document_does_not_know():
     from services.coordinator.openapi import ERROR_TEXTS
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.RequestError)]
-    statuses = {kind.http_status for kind in [*kinds, errors.NotReady, errors.QueueUnavailable, NoodleError]}
-    assert statuses - {405, 409, errors.Gone.http_status} == set(ERROR_TEXTS)
+    others = [errors.NotReady, errors.QueueUnavailable, errors.RequestTimedOut, NoodleError]
+    statuses = {kind.http_status for kind in [*kinds, *others]}
+    assert statuses - {405, errors.Gone.http_status} == set(ERROR_TEXTS)

@@ -6,10 +6,11 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 
-from noodle.errors import GenerationFailed, LinkLost
+from noodle.errors import GenerationFailed, LinkLost, RequestTimedOut
 from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanResult, Step, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan, StageAssignment
+from noodle.work_queue import RecordedToken, RequestRecord
 from services.coordinator import scheduler as scheduler_module
 from services.coordinator.generate import GenerationLoop
 from services.coordinator.generation import GenerationRequest
@@ -29,10 +30,16 @@ class SilentRecorder:
     def begin(self, record):
         pass
 
-    def token(self, request_id, token_id):
+    def go_on(self, record, tokens):
         pass
 
-    def end(self, request_id):
+    def token(self, request_id, token):
+        pass
+
+    def end(self, request_id, outcome):
+        pass
+
+    def hand_over(self, request_id):
         pass
 
 
@@ -85,8 +92,9 @@ class Rig:
         self.tell(PipelineDown(1, LOST))
         wait_until(lambda: not self.loop.state.up, WAIT_SECONDS, "the loop knows that the pipeline is broken")
 
-    def submit(self, prompt=5, new=4):
-        return self.loop.submit(GenerationRequest(list(range(3, 3 + prompt)), new, SamplingParameters(), frozenset()))
+    def submit(self, prompt=5, new=4, **options):
+        asked = GenerationRequest(list(range(3, 3 + prompt)), new, SamplingParameters(), frozenset(), **options)
+        return self.loop.submit(asked)[1].open_reader()
 
     def step(self, number):
         """The step that was sent as this one, counted from 1."""
@@ -264,3 +272,61 @@ def test_a_pipeline_that_says_again_that_it_stands_gets_the_steps_on_their_way_a
     step = rig.step(1)
     rig.up()
     assert rig.step(2) == step
+
+
+def test_a_request_that_takes_longer_than_it_may_ends_with_what_it_has(rig):
+    request = rig.submit(timeout_seconds=0.5)
+    rig.answer(rig.step(1))
+    assert wait_until(lambda: request.next(0.05), WAIT_SECONDS, "a token").token_id == 7
+    with pytest.raises(RequestTimedOut) as late:
+        wait_until(lambda: request.next(0.05), WAIT_SECONDS, "no second token comes")
+    error = late.value
+    assert "has 1 tokens" in str(error)
+
+
+def test_a_request_whose_client_may_come_back_goes_on_without_it_for_so_long(rig):
+    _, generation = rig.loop.submit(
+        GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset(), resume_seconds=0.6)
+    )
+    generation.open_reader().cancel()
+    rig.answer(rig.step(1))
+    again = generation.open_reader()
+    assert wait_until(lambda: again.next(0.05), WAIT_SECONDS, "the token that came meanwhile").token_id == 7
+    again.cancel()
+    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "nobody came back")
+    assert "did not come back" in str(generation.failure)
+
+
+def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
+    _, generation = rig.loop.submit(GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset()))
+    first, second = generation.open_reader(), generation.open_reader()
+    rig.answer(rig.step(1))
+    for reader in (first, second):
+        assert wait_until(lambda reader=reader: reader.next(0.05), WAIT_SECONDS, "a token").token_id == 7
+    first.cancel()
+    first.cancel()
+    rig.answer(rig.step(2), 8)
+    assert wait_until(lambda: second.next(0.05), WAIT_SECONDS, "a token").token_id == 8
+    second.cancel()
+    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it is cancelled")
+
+
+def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorded_token(rig):
+    record = RequestRecord("r", [3, 4, 5], 4, 0.0, 1.0, 0, 0, [], True)
+    generation = rig.loop.go_on(record, [RecordedToken(7), RecordedToken(8)], frozenset(), 30.0)
+    assert rig.loop.go_on(record, [], frozenset(), 30.0) is None
+    step = rig.step(1)
+    assert [(span.first_position, span.token_count) for span in step.spans] == [(0, 5)]
+    rig.answer(step, 9)
+    rig.answer(rig.step(2), 10)
+    reader = generation.open_reader()
+    tokens = [wait_until(lambda: reader.next(0.05), WAIT_SECONDS, "a token") for _ in range(4)]
+    assert [token.token_id for token in tokens] == [7, 8, 9, 10]
+    assert tokens[-1].finish_reason == "length"
+
+
+def test_a_request_of_which_all_but_the_end_was_recorded_ends(rig):
+    record = RequestRecord("r", [3, 4, 5], 1, 0.0, 1.0, 0, 0, [], True)
+    generation = rig.loop.go_on(record, [RecordedToken(7, finish_reason="length")], frozenset(), 30.0)
+    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it has ended")
+    assert generation.failure is None
