@@ -12,7 +12,7 @@ COMMANDS = (
     # a connection
     "auth", "client|setinfo", "client|setname", "echo", "hello", "info", "multi", "exec", "discard", "ping", "quit",
     # values and lists
-    "del", "expire", "get", "incr", "lrange", "mget", "pexpire", "rpush", "scan", "set",
+    "del", "expire", "get", "incrby", "lrange", "mget", "pexpire", "rpush", "scan", "set",
     # the lease and a stage's place, each in one step on the server
     "eval",
     # the queued way of a hop
