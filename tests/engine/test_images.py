@@ -1,6 +1,7 @@
 """The images as they are built: what is in them, what is not, and what a change costs."""
 
 import json
+import re
 import shutil
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 from noodle import __version__
 from tests.engine.engine import CONTROL, ROOT, STAGE, build, docker, in_image, run
-from tests.unit.test_images import locked
+from tests.unit.test_images import GPU, locked, text_of
 
 CODE_CHANGE_SECONDS = 60.0  # of which a slow disk takes most; installing torch takes minutes
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "ld", "as", "make", "nvcc")
@@ -90,6 +91,14 @@ def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_the
         print(f"a change of code: {seconds:.1f} s")
     finally:
         run(["docker", "image", "rm", changed])
+
+
+def test_the_look_for_a_cards_kernels_refuses_a_wheel_without_them():
+    (look,) = re.findall(r'^RUN python -c "(import sys, torch; .+)" \$TORCH_KERNELS$', text_of(GPU), re.MULTILINE)
+    wheel = in_image(STAGE, "python", "-c", "import torch; print(*torch.cuda.get_arch_list())").stdout.split()
+    assert in_image(STAGE, "python", "-c", look, "sm_60", "sm_61").returncode != 0  # this wheel is none for Pascal
+    if wheel:  # the wheel of an index for CPUs has none at all
+        assert in_image(STAGE, "python", "-c", look, wheel[0], "sm_61").returncode == 0
 
 
 def test_the_file_for_a_card_is_read_by_this_engine():
