@@ -87,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--folder", help="noodle's folder (the current one)")
     init.set_defaults(run=_init)
 
+    leave = commands.add_parser("leave", help="move a stage's layers to the others, so that its machine may go")
+    leave.add_argument("--url", help="the stage that leaves (NOODLE_ADVERTISE_URL)")
+    leave.set_defaults(run=_leave)
+
     verify = commands.add_parser("verify", help="compare the cluster's tokens with the unsplit model's")
     verify.add_argument("--prompts", type=_at_least(1), help="how many of the built-in prompts (all)")
     verify.add_argument("--new-tokens", type=_at_least(1), default=64, help="tokens per prompt (64)")
@@ -202,6 +206,12 @@ def _status(options: argparse.Namespace) -> int:
     from services.cli.status import status
 
     return status(command_config(process_environment()), options.url, as_json=options.json)
+
+
+def _leave(options: argparse.Namespace) -> int:
+    from services.cli.leave import leave
+
+    return leave(command_config(process_environment()), options.url)
 
 
 def _generate(options: argparse.Namespace) -> int:

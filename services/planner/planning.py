@@ -1,12 +1,13 @@
 """The planner's loop: waits for the stages, cuts the model by what they measured, writes the plan.
 
-A stage that falls silent keeps its layers: it may come back. Knows no request.
+A stage that falls silent keeps its layers for a while: it may come back (attendance.py). Knows no request.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from noodle.model_files import names_a_path, read_config
 from noodle.plan import MachineReport, ModelShape, Plan, PlannerState
 from noodle.weight_cache import WeightCache
 from noodle.work_queue import WorkQueue
+from services.planner.attendance import Attendance, AttendanceBook
 from services.planner.model_shape import read_model_shape
 from services.planner.partition import partition
 from services.planner.prediction import HopCost
@@ -40,6 +42,7 @@ class Planning:
         self.shape: ModelShape | None = None
         self.plan: Plan | None = None
         self.reports: list[MachineReport] = []
+        self._attendance = AttendanceBook(config.stage_return_seconds)
         self._weights: WeightCache | None = None  # None: the model's folder is here, or not yet asked for
         self.stopping = threading.Event()
 
@@ -99,16 +102,18 @@ class Planning:
         assert self.shape is not None  # noqa: S101  # read_shape comes first, or the process has ended
         self.reports = self._queue.reports()
         self.plan = self._queue.plan()
-        chosen = self.reports[: self._config.stage_count]
+        there = self._attendance.look(self.plan, self.reports, self._config.stage_count, time.monotonic())
+        chosen = there.machines
         if strange := strangers_among(chosen, self.shape):
             if self.state.detail != strange:
                 log.error("no plan is possible: %s", strange)
             self.state = PlannerState("failed", strange)
             return
-        if self.plan is not None and still_holds(self.plan, self.shape, chosen, self._config):
-            self.state = PlannerState("planned", self.plan.reason, self.plan.version)
+        holds = self.plan is not None and still_holds(self.plan, self.shape, chosen, self._config)
+        if self.plan is not None and holds and (there.is_settled or self._config.split is not None or not chosen):
+            self.state = PlannerState("planned", in_words(self.plan, there), self.plan.version)
             return
-        if len(chosen) < self._config.stage_count:
+        if not holds and len(chosen) < self._config.stage_count:
             self.state = PlannerState("waiting", self._missing(chosen))
             return
         try:
@@ -121,10 +126,18 @@ class Planning:
                 hop=ASSUMED_HOP,
             )
         except NoodleError as error:
+            if holds and self.plan is not None:  # nothing is better without those that are gone
+                detail = f"{in_words(self.plan, there)} No plan is possible without it: {error}"
+                if self.state.detail != detail:
+                    log.warning("%s", detail)
+                self.state = PlannerState("planned", detail, self.plan.version)
+                return
             if self.state.phase != "failed":
                 log.error("no plan is possible: %s", error)
             self.state = PlannerState("failed", str(error))
             return
+        if there.gone:
+            log.warning("layers move away from stage %s", ", ".join(map(str, there.gone)))
         self.plan = msgspec.structs.replace(plan, version=self._queue.next_plan_version())
         self._queue.put_plan(self.plan)
         self.state = PlannerState("planned", self.plan.reason, self.plan.version)
@@ -133,6 +146,17 @@ class Planning:
     def _missing(self, chosen: Sequence[MachineReport]) -> str:
         known = ", ".join(f"stage {report.stage_id} on {report.machine}" for report in chosen)
         return f"{len(chosen)} of {self._config.stage_count} stages have measured their machine ({known or 'none yet'})"
+
+
+def in_words(plan: Plan, there: Attendance) -> str:
+    """Why the plan is as it is, and who of it is not there."""
+    said = dict.fromkeys(there.away, "is away") | dict.fromkeys(there.gone, "does not come back, or leaves")
+    missing = [
+        f"Stage {stage.stage_id} on {stage.machine} {said[stage.stage_id]}."
+        for stage in plan.stages
+        if stage.stage_id in said
+    ]
+    return " ".join([*missing, plan.reason])
 
 
 def check_wishes(shape: ModelShape, config: PlannerConfig) -> None:
@@ -172,7 +196,7 @@ def still_holds(plan: Plan, shape: ModelShape, reports: Sequence[MachineReport],
     """Whether an existing plan suits these settings and no reporting stage contradicts it; absent ones do not."""
     if (plan.model_digest, plan.context_length) != (shape.digest, shape.context_length):
         return False
-    if len(plan.stages) != config.stage_count:
+    if len(plan.stages) > config.stage_count:  # fewer are those that are left of them
         return False
     if config.split is not None and config.split != tuple(s.end_layer - s.start_layer for s in plan.stages):
         return False

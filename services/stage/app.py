@@ -56,6 +56,13 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
             }
         return json_response(answer, 503 if state.phase == "failed" else 200)
 
+    @app.post("/leave")
+    def leave() -> Response:
+        require_token(config.cluster_token)
+        plan = lifecycle.leave()
+        layers = None if plan is None or (index := plan.index_of(config.stage_id)) is None else plan.stages[index]
+        return json_response({"stage_id": config.stage_id, "machine": config.machine, "layers": layers})
+
     @app.post("/hop")
     def hop() -> Response:
         require_token(config.cluster_token)

@@ -185,6 +185,16 @@ class Lifecycle:
         log.info("%d bytes of weights were fetched since the start", self._weights.fetched_bytes)
         self._say(detail=layers)
 
+    def leave(self) -> Plan | None:
+        """Ask for this stage's layers to be moved to the others, until it starts again; gives the newest plan."""
+        if self._report is None:
+            raise NotReady(f"Stage {self._config.stage_id} still measures its machine.", retry_after_seconds=2)
+        if not self._report.leaving:
+            log.info("this stage wants to leave: its layers go to the others")
+            self._report = msgspec.structs.replace(self._report, leaving=True)
+            self._beat_now.set()
+        return self._queue.plan()
+
     def stop(self) -> None:
         """Say goodbye: what this stage said of itself is taken back."""
         self.stopping.set()

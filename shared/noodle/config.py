@@ -200,12 +200,18 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_MAX_BODY_BYTES", str(8 << 20), _whole(1024, 1 << 30), "bytes of a request's body; more get 413"),
     Variable("NOODLE_STEP_TOKENS", "512", _whole(1, 8192), "tokens in one step; longer prompts go in chunks of it"),
     Variable(
+        "NOODLE_STAGE_RETURN_SECONDS",
+        "20",
+        _seconds,
+        "how long a stage may be silent until the planner gives its layers to the others, if they have room",
+    ),
+    Variable(
         "NOODLE_PREFIX_CACHE",
         "on",
         _one_of("on", "off"),
         "whether KV rows of ended requests are kept, until their room is needed, for prompts that begin alike",
     ),
-    Variable("NOODLE_RECOVERY_SECONDS", "10", _seconds, "how long an open request waits for a lost stage to return"),
+    Variable("NOODLE_RECOVERY_SECONDS", "120", _seconds, "how long an open request waits for a lost stage to return"),
     # where things are kept
     Variable("NOODLE_CACHE_DIR", "~/.cache/noodle", _path, "converted models and measurements; safe to delete"),
     Variable("NOODLE_REPORTS_DIR", "~/.local/share/noodle/reports", _path, "reports that the coordinator keeps"),
@@ -322,6 +328,7 @@ class PlannerConfig(ServiceConfig):
 
     coordinator_url: str  # asked for the model's shape where its folder is not here
     stage_count: int
+    stage_return_seconds: float
     split: tuple[int, ...] | None
     context_length: int | None
 
@@ -353,6 +360,7 @@ class CommandConfig:
     state_dir: Path
     cache_dir: Path
     coordinator_url: str
+    stage_url: str  # of this machine's stage
     api_key: str  # the first, where several are set
     cluster_token: str
     machine: str
@@ -417,6 +425,7 @@ def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
         **_service_values(values, "NOODLE_PLANNER_BIND"),
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
         stage_count=values["NOODLE_STAGES"],
+        stage_return_seconds=values["NOODLE_STAGE_RETURN_SECONDS"],
         split=split,
         context_length=values["NOODLE_CONTEXT_LENGTH"] or None,
     )
@@ -461,6 +470,7 @@ def command_config(environment: Mapping[str, str]) -> CommandConfig:
         state_dir=values["NOODLE_STATE_DIR"],
         cache_dir=values["NOODLE_CACHE_DIR"],
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
+        stage_url=values["NOODLE_ADVERTISE_URL"] or f"http://{values['NOODLE_STAGE_BIND']}",
         api_key=api_keys[0].key if api_keys else "",
         cluster_token=_secret(values, "NOODLE_CLUSTER_TOKEN"),
         machine=_machine_name(values),

@@ -53,6 +53,7 @@ class MachineReport(Struct, frozen=True):
     prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
     head_decode_seconds: float  # norm, head and sampling of one row
     source: Source = "measured"
+    leaving: bool = False  # it wants its layers moved to the others
 
 
 class StageAssignment(Struct, frozen=True):
