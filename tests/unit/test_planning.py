@@ -132,7 +132,7 @@ def test_a_stage_that_leaves_is_not_waited_for(clock):
 
 def test_without_room_on_those_that_are_left_the_plan_stays_and_that_is_said(clock):
     shape = msgspec.structs.replace(SHAPE, layer_bytes=(1 << 20,) * 6)
-    queue = Queue(report(0, free_bytes=5 << 20), report(1, free_bytes=5 << 20))
+    queue = Queue(report(0, free_bytes=5 << 20), report(1, free_bytes=5 << 20, machine="b"))
     planning = Planning(config(NOODLE_STAGE_RETURN_SECONDS="20"), queue)
     planning.shape = shape
     planning._look()
