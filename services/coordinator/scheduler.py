@@ -166,6 +166,7 @@ class Scheduler:
         )
         self._next_step_id += 1
         flight = InFlight(step, token_ids.tobytes(), now, now + self._deadline_seconds(len(token_ids), limits))
+        flight.decodes = any(session.decodes for session, _ in chosen)
         flight.sessions = {span.session_id: span.session_epoch for span in spans}
         self._in_flight[step.step_id] = flight
         return flight
@@ -354,7 +355,11 @@ class Scheduler:
         """Sessions and how many of their tokens: decode first, in as many steps as pay, then prompts in order."""
         budget = self._step_tokens
         decoding = sum(session.decodes for session in self._running.values())
-        most_decodes = min(budget, math.ceil(decoding / costs.micro_batches(decoding))) if decoding else 0
+        most_decodes = 0
+        if decoding:
+            steps = costs.micro_batches(decoding)
+            if sum(flight.decodes for flight in self._in_flight.values()) < steps:  # else they gather for a larger one
+                most_decodes = min(budget, math.ceil(decoding / steps))
         chosen: dict[str, int] = {}
         wanted: set[str] = set()  # whose rows others copy in this step
         for session in self.running:

@@ -84,6 +84,7 @@ class InFlight:
     body: bytes
     sent_at: float
     deadline: float
+    decodes: bool = False  # some of its spans are the newest token of a session
     sessions: dict[str, int] = field(default_factory=dict)  # session id to epoch, of spans that are not back
 
 

@@ -1,7 +1,8 @@
 """What a step costs on each stage, learnt from the steps that came back, and how to cut work by it; pure.
 
-A stage's step of n tokens takes `fixed + per_token * n` seconds: reading the weights, and computing. Decode steps and
-chunks of prompts are learnt apart, for a few rows are multiplied in another way than many.
+A stage's step of n tokens takes about `fixed + per_token * n` seconds: reading the weights, and computing. Chunks of
+prompts follow that line. Steps of few tokens do not: two rows may cost half as much again as one, and eight the same as
+two, for other kernels multiply them. So decode costs are kept by number of tokens too, and cuts are tried out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ PRIOR_WEIGHT = 0.5  # of what is assumed before anything is measured, in steps
 PRIOR_DECODE_SHARE = 0.2
 PRIOR_PREFILL_SHARE = 0.1
 SMALLEST_CHUNK_TOKENS = 32  # below it a chunk costs nearly as much as a larger one: weights are read for each
+MEAN_WEIGHT = 0.1  # of the newest step in the mean of steps with as many tokens
+KNOWN_STEPS = 3  # so many steps make a mean that is better than the line
+TRIAL_STEPS = 8  # how long another cut is tried out, in decode steps
+TRIAL_INTERVAL_STEPS = 256  # how often
+WORTH_CHANGING = 0.97  # another cut must promise this share of the seconds
 DECODE_GAP_SECONDS = 0.5  # how much later a running stream's next token may be for one chunk of another's prompt
 
 
@@ -54,20 +60,43 @@ class LineFit:
             self._sums[place] += weight * value
 
 
+class DecodeCosts:
+    """Of one stage's decode steps: a mean for each number of tokens that has been seen, and a line for the others."""
+
+    def __init__(self, line: LineFit) -> None:
+        self._line = line
+        self._means: dict[int, tuple[int, float]] = {}  # tokens: steps seen, mean seconds
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """One step that was measured."""
+        self._line.add(tokens, seconds)
+        seen, mean = self._means.get(tokens, (0, 0.0))
+        weight = max(MEAN_WEIGHT, 1 / (seen + 1))
+        self._means[tokens] = seen + 1, mean + weight * (seconds - mean)
+
+    def seconds(self, tokens: int) -> float:
+        """Of a step of so many tokens."""
+        seen, mean = self._means.get(tokens, (0, 0.0))
+        return mean if seen >= KNOWN_STEPS else self._line.seconds(tokens)
+
+
 class StepCosts:
     """The costs of one plan's stages, in pipeline order."""
 
     def __init__(self, limits: Limits) -> None:
         one = max(1e-6, limits.decode_seconds / limits.stage_count)
-        self._decode = [_prior(one, PRIOR_DECODE_SHARE, 1, 16) for _ in range(limits.stage_count)]
+        self._decode = [DecodeCosts(_prior(one, PRIOR_DECODE_SHARE, 1, 16)) for _ in range(limits.stage_count)]
         self._prefill = [_prior(one, PRIOR_PREFILL_SHARE, 32, 512) for _ in range(limits.stage_count)]
+        self._chosen: dict[int, int] = {}  # by number of sessions
+        self._steps = 0  # decode steps that came back
 
     def add(self, token_count: int, is_decode: bool, timings: Sequence[StageTiming]) -> None:
         """Take in a step that passed through all stages."""
-        fits = self._decode if is_decode else self._prefill
-        if len(timings) == len(fits):
-            for fit, timing in zip(fits, timings, strict=True):
-                fit.add(token_count, timing.computed_seconds)
+        costs: Sequence[DecodeCosts | LineFit] = self._decode if is_decode else self._prefill
+        self._steps += is_decode
+        if len(timings) == len(costs):
+            for cost, timing in zip(costs, timings, strict=True):
+                cost.add(token_count, timing.computed_seconds)
 
     def micro_batches(self, sessions: int) -> int:
         """Into how many steps to cut the decode tokens of so many sessions, for the most tokens per second.
@@ -75,13 +104,23 @@ class StepCosts:
         With m steps on their way, a round takes what the busiest stage computes for all m, or the whole way of one if
         that is longer. One is allowed: a step of all costs least where a step's fixed part is most of it.
         """
-        best, best_seconds = 1, math.inf
-        for count in range(1, min(len(self._decode), sessions) + 1):
-            each = [fit.seconds(math.ceil(sessions / count)) for fit in self._decode]
-            seconds = max(count * max(each), sum(each))
-            if seconds < best_seconds * 0.999:
+        most = min(len(self._decode), sessions)
+        rounds, step_of_round = divmod(self._steps, TRIAL_INTERVAL_STEPS)
+        if rounds and step_of_round < TRIAL_STEPS:  # now and then another cut, so that its costs are known
+            return rounds % most + 1
+        best = min(self._chosen.get(sessions, most), most)
+        best_seconds = self._round_seconds(sessions, best)
+        for count in range(1, most + 1):
+            seconds = self._round_seconds(sessions, count)
+            if seconds < best_seconds * WORTH_CHANGING:
                 best, best_seconds = count, seconds
+        self._chosen[sessions] = best
         return best
+
+    def _round_seconds(self, sessions: int, count: int) -> float:
+        """What one token of each session takes, in so many steps."""
+        each = [cost.seconds(math.ceil(sessions / count)) for cost in self._decode]
+        return max(count * max(each), sum(each))
 
     def chunk_tokens(self, prompt_tokens: int, *, others_decode: bool) -> int:
         """How many tokens of a prompt one step takes.

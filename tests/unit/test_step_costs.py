@@ -4,13 +4,13 @@ import pytest
 
 from noodle.messages import StageTiming
 from services.coordinator.session import Limits
-from services.coordinator.step_costs import SMALLEST_CHUNK_TOKENS, StepCosts
+from services.coordinator.step_costs import SMALLEST_CHUNK_TOKENS, TRIAL_INTERVAL_STEPS, StepCosts
 
 
 def costs_of(*stages, prefill=False, tokens=(1, 4, 16)):
     """Learnt from many steps of these (fixed, per token) stages."""
     costs = StepCosts(Limits(1, len(stages), 1000, 1000, 0.05, 0.02))
-    for _ in range(100):
+    for _ in range(80):  # fewer than until another cut is tried
         for count in tokens:
             timings = [StageTiming(i, 0.0, fixed + per * count, 0.0) for i, (fixed, per) in enumerate(stages)]
             costs.add(count, not prefill, timings)
@@ -19,7 +19,7 @@ def costs_of(*stages, prefill=False, tokens=(1, 4, 16)):
 
 def test_a_line_is_learnt_and_what_was_assumed_forgotten():
     costs = costs_of((0.02, 0.003), (0.03, 0.001))
-    assert costs._decode[0].line() == pytest.approx((0.02, 0.003), rel=1e-3)
+    assert costs._decode[0].seconds(4) == pytest.approx(0.032, rel=1e-3)
     assert costs._decode[1].seconds(10) == pytest.approx(0.04, rel=1e-3)
 
 
@@ -54,6 +54,25 @@ def test_one_stage_takes_a_prompt_whole_unless_it_keeps_others_waiting():
 
 def test_timings_of_fewer_stages_than_the_plan_has_teach_nothing():
     costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
-    before = costs._decode[0].line()
+    before = costs._decode[0].seconds(1)
     costs.add(1, True, [StageTiming(0, 0.0, 9.0, 0.0)])
-    assert costs._decode[0].line() == before
+    assert costs._decode[0].seconds(1) == before
+
+
+def test_costs_that_jump_are_known_by_their_number_of_tokens():
+    """As they do on a CPU: one row by one kernel, more by another, and four cost no more than two."""
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    seconds = {1: 0.015, 2: 0.024, 4: 0.020, 8: 0.021}
+    for _ in range(5):
+        for count, each in seconds.items():
+            costs.add(count, True, [StageTiming(i, 0.0, each, 0.0) for i in range(2)])
+    assert [costs.micro_batches(count) for count in (2, 4, 8)] == [2, 1, 2]
+
+
+def test_now_and_then_every_cut_is_tried():
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    tried = set()
+    for _ in range(3 * TRIAL_INTERVAL_STEPS):
+        tried.add(costs.micro_batches(8))
+        costs.add(4, True, [StageTiming(i, 0.0, 0.02, 0.0) for i in range(2)])
+    assert tried == {1, 2}
