@@ -99,6 +99,11 @@ class InFlight:
     deadline: float
     sessions: dict[str, int] = field(default_factory=dict)  # session id to epoch, of spans that are not back
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it has one token of each of its sessions, and no chunk of a prompt."""
+        return len(self.step.spans) == self.step.shape[0]
+
 
 @dataclass(frozen=True, slots=True)
 class NewToken:
@@ -160,6 +165,11 @@ class Scheduler:
     def steps_in_flight(self) -> int:
         """Steps that are not wholly answered."""
         return len(self._in_flight)
+
+    @property
+    def promised_share(self) -> float:
+        """Of the tightest stage's room for KV rows, what running sessions were promised."""
+        return self._promised_tokens / self.limits.kv_tokens if self.limits and self.limits.kv_tokens else 0.0
 
     def add(self, session: Session) -> None:
         """Put a session at the end of the line."""

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.errors import GenerationFailed, LinkLost
-from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanResult, Step, StepResult
+from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanResult, StageTiming, Step, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan, StageAssignment
 from services.coordinator import scheduler as scheduler_module
@@ -60,10 +60,11 @@ class Rig:
 
     def __init__(self, kv_tokens=1000):
         self.pipeline = StandInPipeline()
+        self.registry = CollectorRegistry()
         self.loop = GenerationLoop(
             Scheduler(step_tokens=64, maximum_running=8),
             SilentRecorder(),
-            CoordinatorMetrics(CollectorRegistry()),
+            CoordinatorMetrics(self.registry),
             lambda plan, epoch, tell: self.pipeline,
             maximum_open=16,
             recovery_seconds=RECOVERY_SECONDS,
@@ -92,12 +93,12 @@ class Rig:
         wait_until(lambda: len(self.pipeline.steps) >= number, WAIT_SECONDS, f"step {number}")
         return self.pipeline.steps[number - 1]
 
-    def answer(self, step, token_id=7):
+    def answer(self, step, token_id=7, timings=()):
         spans = [
             SpanResult(s.session_id, s.session_epoch, s.first_position, s.token_count, token_id if s.sampling else None)
             for s in step.spans
         ]
-        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], [])))
+        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], list(timings))))
 
     def refuse(self, step, reason):
         refusals = [
@@ -263,3 +264,28 @@ def test_a_pipeline_that_says_again_that_it_stands_gets_the_steps_on_their_way_a
     step = rig.step(1)
     rig.up()
     assert rig.step(2) == step
+
+
+def test_the_parts_of_a_requests_time_between_tokens_add_up_to_it(rig):
+    timings = [StageTiming(0, 0.0, 0.001, 0.0001), StageTiming(1, 0.0002, 0.002, 0.0)]
+    request = rig.submit(new=4)
+    for number in range(1, 5):
+        rig.answer(rig.step(number), token_id=number, timings=timings)
+    wait_until(lambda: request.request_id not in rig.loop._open, WAIT_SECONDS, "the request has ended")
+
+    def value(name, **labels):
+        return rig.registry.get_sample_value(name, labels)
+
+    # the result that ended the request is counted after its end
+    wait_until(lambda: value("noodle_step_seconds_count", kind="decode") == 3, WAIT_SECONDS, "three decode steps")
+    assert value("noodle_step_seconds_count", kind="prefill") == 1
+    whole = value("noodle_inter_token_latency_seconds_sum")
+    parts = [
+        value("noodle_token_stage_seconds_total", part=part, stage=stage, machine="vm")
+        for part in ("compute", "wait", "send")
+        for stage in ("0", "1")
+    ]
+    assert parts == pytest.approx([0.003, 0.006, 0.0, 0.0006, 0.0003, 0.0])
+    hop = value("noodle_token_hop_seconds_total")
+    assert hop == pytest.approx(max(0.0, whole - sum(parts)), abs=3 * 0.0033)
+    assert value("noodle_e2e_request_latency_seconds_count") == 1
