@@ -16,7 +16,7 @@ import msgspec
 
 log = logging.getLogger(__name__)
 
-UNSENT_BYTES = 4 << 20  # days of snapshots; then the oldest go
+UNSENT_BYTES = 4 << 20  # about two days of snapshots; then the oldest go
 ROOM_MADE = 0.25  # of the bound at once, so that the file is not written anew for each line
 
 JsonObject = dict[str, Any]

@@ -61,10 +61,13 @@ def _unpack_package(folder: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     (work / "lists" / "partial").mkdir(parents=True)
     (work / "unpacked").mkdir()
-    own_lists = ("-o", f"Dir::State::Lists={work / 'lists'}", "-o", f"Dir::Cache={work}", "-o", "APT::Sandbox::User=")
     run = {"cwd": work, "check": True, "capture_output": True, "text": True, "timeout": PACKAGE_SECONDS}
-    subprocess.run(["apt-get", *own_lists, "update"], **run)
-    subprocess.run(["apt-get", *own_lists, "download", "prometheus"], **run)
+    try:
+        subprocess.run(["apt-get", "download", "prometheus"], **run)
+    except subprocess.CalledProcessError:  # this machine has no lists of packages, or old ones: by lists of our own
+        own = ("-o", f"Dir::State::Lists={work / 'lists'}", "-o", f"Dir::Cache={work}", "-o", "APT::Sandbox::User=")
+        subprocess.run(["apt-get", *own, "update"], **run)
+        subprocess.run(["apt-get", *own, "download", "prometheus"], **run)
     (package,) = work.glob("prometheus_*.deb")
     subprocess.run(["dpkg-deb", "-x", str(package), str(work / "unpacked")], **run)
     shutil.rmtree(folder, ignore_errors=True)
