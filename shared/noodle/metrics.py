@@ -146,24 +146,28 @@ class StepMetrics:
         since_last_seconds: float,
     ) -> None:
         """Count one step; `tokens` of it are not the first of their request, and came `since_last_seconds` in sum
-        after the one before them."""
+        after the one before them.
+
+        The next stage may compute already while the one before still returns from sending (its process was put aside):
+        of sending counts what the others leave, so that the parts of a token's time always add up to it.
+        """
         self._trips[is_decode].observe(trip_seconds)
-        told_seconds = 0.0
-        for timing in timings:
-            stage = self._stages.get(timing.stage_id)
-            if stage is None:
-                continue
-            computed, waited, sent = timing.computed_seconds, timing.waited_seconds, timing.sent_seconds
-            stage.compute.observe(computed)
-            stage.wait.observe(waited)
-            stage.send.observe(sent)
-            if tokens:
-                stage.token_compute.inc(tokens * computed)
-                stage.token_wait.inc(tokens * waited)
-                stage.token_send.inc(tokens * sent)
-                told_seconds += computed + waited + sent
-        if tokens:
-            self._token_hop.inc(max(0.0, since_last_seconds - tokens * told_seconds))
+        known = [(stage, timing) for timing in timings if (stage := self._stages.get(timing.stage_id)) is not None]
+        for stage, timing in known:
+            stage.compute.observe(timing.computed_seconds)
+            stage.wait.observe(timing.waited_seconds)
+            stage.send.observe(timing.sent_seconds)
+        if not tokens:
+            return
+        there = sum(timing.computed_seconds + timing.waited_seconds for _, timing in known)
+        rest_seconds = max(0.0, since_last_seconds - tokens * there)
+        send_seconds = tokens * sum(timing.sent_seconds for _, timing in known)
+        send_share = min(1.0, rest_seconds / send_seconds) if send_seconds else 0.0
+        for stage, timing in known:
+            stage.token_compute.inc(tokens * timing.computed_seconds)
+            stage.token_wait.inc(tokens * timing.waited_seconds)
+            stage.token_send.inc(tokens * timing.sent_seconds * send_share)
+        self._token_hop.inc(max(0.0, rest_seconds - send_seconds * send_share))
 
 
 class TravelMetrics:

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from services.stage.metrics_sender import SNAPSHOT_SECONDS
 from tests.support.cluster import running_cluster, wait_until
 from tests.support.prometheus import (
     GRAFANA,
@@ -71,6 +72,18 @@ def test_the_parts_of_a_tokens_time_add_up_to_the_time_between_tokens(prometheus
     parts = prometheus.query("sum(noodle_token_stage_seconds_total) + sum(noodle_token_hop_seconds_total)")
     whole = prometheus.query("sum(noodle_inter_token_latency_seconds_sum)")
     assert float(parts[0]["value"][1]) == pytest.approx(float(whole[0]["value"][1]), rel=0.05)
+
+
+def test_every_stage_has_told_the_coordinator_what_it_measured(prometheus, cluster):
+    def told():
+        entries = cluster.get("/log_metrics?last=100")[1]["entries"]
+        return {entry["metrics"]["stage_id"]: entry for entry in entries}
+
+    wait_until(lambda: set(told()) == {0, 1}, SNAPSHOT_SECONDS + DATA_SECONDS, "both stages have sent a snapshot")
+    for entry in told().values():
+        assert len(entry["entry_id"]) == 32
+        assert entry["metrics"]["machine_memory_bytes"] > 0
+    assert {sample["value"][1] for sample in prometheus.query("noodle_stage_unsent_snapshots")} == {"0"}
 
 
 def test_the_configuration_is_one_that_promtool_finds_right(tmp_path):

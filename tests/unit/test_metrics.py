@@ -162,6 +162,19 @@ def test_a_tokens_time_is_told_in_parts_that_add_up(steps):
     assert value("noodle_step_seconds_sum", kind="decode") == pytest.approx(0.040)
 
 
+def test_of_sending_that_overlaps_with_what_comes_after_it_only_the_rest_is_counted(steps):
+    metrics, value = steps
+    timings = [StageTiming(0, 0.001, 0.010, 0.030), StageTiming(1, 0.003, 0.020, 0.010)]
+    metrics.came_back(timings, 0.040, is_decode=True, tokens=2, since_last_seconds=0.088)
+    sent = [
+        value("noodle_token_stage_seconds_total", part="send", stage=str(stage), machine=machine)
+        for stage, machine in STAGES
+    ]
+    assert sent == pytest.approx([0.015, 0.005])  # 0.088 less twice 0.034 are left for both, three to one
+    assert value("noodle_token_hop_seconds_total") == pytest.approx(0.0, abs=1e-12)
+    assert value("noodle_stage_send_seconds_sum", stage="0", machine="machine-a") == pytest.approx(0.030)
+
+
 def test_a_step_without_a_second_token_counts_as_a_step_alone(steps):
     metrics, value = steps
     metrics.came_back(TIMINGS, 0.5, is_decode=False, tokens=0, since_last_seconds=0.0)
