@@ -19,6 +19,7 @@ from services.coordinator.cors import install_cors
 from services.coordinator.engine import Engine
 from services.coordinator.guide_routes import guide_routes
 from services.coordinator.openapi import METRICS, document, openapi_routes
+from services.coordinator.prometheus_targets import install_targets_route
 from services.coordinator.reports import install_report_routes
 from services.coordinator.weight_store import install_weight_routes
 
@@ -38,6 +39,7 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
     app.url_map.merge_slashes = False  # no answer of ours is a redirection
     install_error_handlers(app)
     install_metrics_route(app, registry, config.cluster_token)
+    install_targets_route(app, config, engine)
     install_request_ids(app)
     install_cors(app, config.cors_origins)
     clients = Clients(config)

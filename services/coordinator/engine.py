@@ -16,7 +16,8 @@ from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.logs import about
 from noodle.messages import SamplingParameters
 from noodle.metrics import CoordinatorMetrics
-from noodle.plan import Plan
+from noodle.plan import MachineReport, Plan
+from noodle.scraped_metrics import PlannedStage, PlanSeen
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
 from services.coordinator.event_streams import Started
@@ -65,7 +66,7 @@ class Engine:
     def __init__(self, config: CoordinatorConfig, metrics: CoordinatorMetrics) -> None:
         self._config = config
         self.metrics = metrics
-        work_queue = WorkQueue(config.valkey_url, config.valkey_password)
+        self._work_queue = work_queue = WorkQueue(config.valkey_url, config.valkey_password)
         self._streams = WorkQueue(config.valkey_url, config.valkey_password, STREAM_TIMEOUT_SECONDS)
         self.recorder = Recorder(work_queue)
         self.loop = GenerationLoop(
@@ -140,6 +141,33 @@ class Engine:
     def context_length(self) -> int:
         """Tokens of the longest session that the active plan promises."""
         return self.plan.context_length
+
+    def reports(self) -> list[MachineReport]:
+        """What every registered stage said of its machine; empty while Valkey is away."""
+        try:
+            return self._work_queue.reports()
+        except QueueUnavailable as error:
+            log.debug("no reports read: %s", error)
+            return []
+
+    def plan_seen(self) -> PlanSeen:
+        """The active plan and whether it is computed by, for /metrics."""
+        state, said = self.loop.state, self.leadership.view.stages
+        if state.plan is None:
+            return PlanSeen(0, (), is_up=False)
+        stages = [
+            PlannedStage(
+                stage.stage_id,
+                stage.machine,
+                stage.start_layer,
+                stage.end_layer,
+                stage.dtype,
+                stage.decode_seconds,
+                said[stage.stage_id].device_name if stage.stage_id in said else "",
+            )
+            for stage in state.plan.stages
+        ]
+        return PlanSeen(state.plan.version, stages, is_up=state.up)
 
     def start(
         self,

@@ -283,8 +283,11 @@ class GenerationLoop:
         self._send_steps()  # the stages first: text, books and counts have time while they compute
         computed_seconds = sum(timing.computed_seconds for timing in result.timings)
         ended: list[str] = []
+        since_last: list[float] = []
         for token in tokens:
-            self._deliver(token, now, computed_seconds)
+            waited_seconds = self._deliver(token, now, computed_seconds)
+            if waited_seconds is not None:
+                since_last.append(waited_seconds)
             if token.finish_reason is not None:
                 ended.append(token.session.session_id)
         for request_id in ended:
@@ -292,30 +295,38 @@ class GenerationLoop:
         for session, refusal in fatal:
             message = f"Stage {refusal.stage_id} refused a step of this request: {refusal.message} ({refusal.reason})."
             self._end(session.session_id, "failed", GenerationFailed(message))
-        for timing in result.timings:
-            self._metrics.stage_computed.labels(str(timing.stage_id)).observe(timing.computed_seconds)
-            self._metrics.stage_waited.labels(str(timing.stage_id)).observe(timing.waited_seconds)
+        self._metrics.steps.came_back(
+            result.timings,
+            now - flight.sent_at,
+            is_decode=flight.is_decode,
+            tokens=len(since_last),
+            since_last_seconds=sum(since_last),
+        )
 
-    def _deliver(self, new: NewToken, now: float, computed_seconds: float) -> None:
+    def _deliver(self, new: NewToken, now: float, computed_seconds: float) -> float | None:
+        """Hand one token to its request; gives the seconds since the one before it, None for a first one."""
         books = self._open.get(new.session.session_id)
         if books is None:
-            return
+            return None
         if books.last_token_at is None and (new.session.scores is not None or new.token_id is None):
             scores = tuple(score for score in new.session.scores or () if score is not None)
             books.generation.put(PromptComputed(scores, is_all=new.token_id is None))
         if new.token_id is None:
-            return
+            return None
         books.generation.put(Token(new.token_id, new.logprob, new.finish_reason, new.top))
         recorded = RecordedToken(new.token_id, new.logprob, new.finish_reason or "", list(new.top))
         self._recorder.token(new.session.session_id, recorded)
         self._metrics.generated_tokens.inc()
+        since_last_seconds = None
         if books.last_token_at is None:
             self._metrics.time_to_first_token.observe(now - books.arrived_at)
         else:
-            self._metrics.inter_token.observe(now - books.last_token_at)
-            self._metrics.token_overhead.observe(max(0.0, now - books.last_token_at - computed_seconds))
+            since_last_seconds = now - books.last_token_at
+            self._metrics.inter_token.observe(since_last_seconds)
+            self._metrics.token_overhead.observe(max(0.0, since_last_seconds - computed_seconds))
         books.last_token_at = now
         books.tokens += 1
+        return since_last_seconds
 
     def _end(self, request_id: str, outcome: str, error: NoodleError | None) -> None:
         """Close a request's books and free its KV rows everywhere; harmless when it has ended."""
@@ -323,12 +334,15 @@ class GenerationLoop:
         if books is None:
             return
         books.generation.end(error or FINISHED)
+        seconds = time.monotonic() - books.arrived_at
         self._metrics.requests.labels(outcome, books.client_name).inc()
+        if outcome == "finished":
+            self._metrics.request_seconds.observe(seconds)
         log.info(
             "%s after %d new tokens and %.2f s, for %s%s",
             outcome,
             books.tokens,
-            time.monotonic() - books.arrived_at,
+            seconds,
             books.client_name,
             f": {error}" if error is not None else "",
             extra=about(request_id),
@@ -417,6 +431,7 @@ class GenerationLoop:
         self.state = LoopState(activate.plan, False, f"connecting to the stages of plan {activate.plan.version}")
         self._scheduler.limits = activate.limits
         self._scheduler.coordinator_epoch = activate.coordinator_epoch
+        self._metrics.steps.begin_plan((stage.stage_id, stage.machine) for stage in activate.plan.stages)
         self._replay("new_plan")
         self._pipeline = self._make_pipeline(activate.plan, activate.coordinator_epoch, self._events.put)
         log.info("plan %d is active, coordinator epoch %d", activate.plan.version, activate.coordinator_epoch)
@@ -438,6 +453,7 @@ class GenerationLoop:
         self._metrics.waiting.set(self._scheduler.waiting_count)
         self._count()
         self._end_left_and_late(now)
+        self._metrics.kv_use.set(self._scheduler.used_share)
         if self.state.up:
             # what a pipeline that stands again was given may come late; only a step that is lost is not tried again
             late = self._recovery.out_of_time(now)

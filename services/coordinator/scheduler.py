@@ -98,6 +98,12 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
+    def used_share(self) -> float:
+        """Of the tightest stage's room for KV rows, what running and kept sessions hold."""
+        limits = self._limits
+        return self._books.rows / limits.kv_tokens if limits and limits.kv_tokens else 0.0
+
+    @property
     def kept_rows(self) -> int:
         """KV rows of ended sessions, which give way to whoever needs room."""
         return self._books.kept_rows
@@ -180,8 +186,7 @@ class Scheduler:
         if flight is None or result.coordinator_epoch != self.coordinator_epoch:
             return None, [], []
         if self._costs is not None and not result.refusals:
-            is_decode = all(span.token_count == 1 for span in flight.step.spans)
-            self._costs.add(flight.step.shape[0], is_decode, result.timings)
+            self._costs.add(flight.step.shape[0], flight.is_decode, result.timings)
         tokens: list[NewToken] = []
         fatal: list[tuple[Session, SpanRefusal]] = []
         without_room: list[Session] = []

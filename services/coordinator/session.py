@@ -87,6 +87,11 @@ class InFlight:
     decodes: bool = False  # some of its spans are the newest token of a session
     sessions: dict[str, int] = field(default_factory=dict)  # session id to epoch, of spans that are not back
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it has one token of each of its sessions, and no chunk of a prompt."""
+        return len(self.step.spans) == self.step.shape[0]
+
 
 @dataclass(frozen=True, slots=True)
 class NewToken:

@@ -14,6 +14,7 @@ from noodle.errors import Conflict, InvalidRequest
 from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
 from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.metrics import install_metrics_route
+from noodle.scraped_metrics import service_registry
 from noodle.web import (
     Service,
     has_token,
@@ -26,6 +27,7 @@ from noodle.web import (
 from noodle.work_queue import WorkQueue
 from services.stage.guide_routes import guide_routes
 from services.stage.lifecycle import Lifecycle, new_boot_id
+from services.stage.metrics_sender import MetricsSender
 from services.stage.queued_transport import TAKE_SECONDS, confirmed_by
 from services.stage.stage import Stage
 from services.stage.transport import maximum_frame_bytes, unbuffered_read
@@ -118,9 +120,12 @@ class StageService(Service):
 
     def create_app(self) -> Flask:
         """Wire stage, lifecycle and routes; nothing heavy is imported yet."""
-        registry = CollectorRegistry()
+        registry, machine = service_registry(self.name, self._config.machine)
         streams = WorkQueue(self._config.valkey_url, self._config.valkey_password, STREAM_TIMEOUT_SECONDS)
         self._stage = Stage(self._config, new_boot_id(), registry, streams)
+        machine.read_card = lambda: self._stage.read_card()
+        self._sender = MetricsSender(self._config, self._stage.boot_id, registry)
+        self._stage.metrics.unsent_snapshots.set_function(lambda: self._sender.unsent_count)
         work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
         self._lifecycle = Lifecycle(self._config, self._stage, work_queue)
         return create_app(self._config, self._stage, self._lifecycle, registry)
@@ -131,9 +136,11 @@ class StageService(Service):
         self._stage.start_queue()
         start_loop("beat", self._lifecycle.beat, self.name)
         start_loop("plans", self._lifecycle.follow_plans, self.name)
+        self._sender.start()
 
     def stop(self) -> None:
         """Say goodbye and close every connection."""
+        self._sender.stopping.set()
         self._lifecycle.stop()
         self._stage.close()
 

@@ -15,6 +15,7 @@ from noodle.config import StageConfig
 from noodle.errors import PlanDoesNotFit
 from noodle.model_files import model_digest, read_config
 from noodle.plan import MINIMUM_SESSION_TOKENS, MachineReport, Plan
+from noodle.scraped_metrics import CardUse
 from services.stage.forward_sessions import FORWARD_KV_BYTES, ForwardSessions
 from services.stage.stage import Stage
 from services.stage.worker import Role
@@ -67,6 +68,15 @@ def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: P
         head_decode_seconds=seconds.head_decode_seconds,
         source=seconds.source,
     )
+
+
+def card_reader() -> Callable[[], CardUse]:
+    """How to look at the card that this stage computes on; torch stands already when this is called."""
+    import torch
+
+    from services.stage.device import card_use
+
+    return lambda: card_use(torch)
 
 
 def load_role(

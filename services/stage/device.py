@@ -5,16 +5,17 @@ The few calls to CUDA stand behind `torch.cuda`, which is handed in, so that thi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from noodle.errors import ConfigurationError
+from noodle.machine import container_use
+from noodle.scraped_metrics import CardUse
 
 DTYPES = ("float32", "float16", "bfloat16")
 NEWEST_OF_CU126 = (9, 0)  # the newest cards that wheels of that index have kernels for
-NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,22 @@ def device_name(device: str, torch: Any) -> str:
     return "CPU"
 
 
+def card_use(torch: Any) -> CardUse:
+    """The card now; how busy and how warm it is where its driver's own library tells (the package nvidia-ml-py)."""
+    free_bytes, memory_bytes = torch.cuda.mem_get_info()
+    busy_percent, celsius = _told(torch.cuda.utilization), _told(torch.cuda.temperature)
+    busy_share = None if busy_percent is None else busy_percent / 100
+    return CardUse(device_name("cuda", torch), int(memory_bytes), int(free_bytes), busy_share, celsius)
+
+
+def _told(ask: Callable[[], float]) -> float | None:
+    """What the driver answers, None where it does not."""
+    try:
+        return float(ask())
+    except Exception:  # noqa: BLE001  # whatever a driver raises, the other metrics are told without this one
+        return None
+
+
 def free_memory(
     device: str, torch: Any, *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
 ) -> FreeMemory:
@@ -103,7 +120,11 @@ def free_memory(
         free_bytes, _ = torch.cuda.mem_get_info()
         return FreeMemory(int(free_bytes), "the card's driver")
     candidates = [FreeMemory(_available_bytes(proc / "meminfo"), "MemAvailable of the system")]
-    candidates += _cgroup_headroom(cgroup)
+    container = container_use(cgroup)
+    if container.memory_limit_bytes is not None and container.memory_bytes is not None:
+        free_bytes = max(0, container.memory_limit_bytes - container.memory_bytes)
+        source = f"the container's memory limit (cgroup v{container.cgroup_version})"
+        candidates.append(FreeMemory(free_bytes, source))
     return min(candidates, key=lambda memory: memory.free_bytes)
 
 
@@ -149,41 +170,3 @@ def _available_bytes(meminfo: Path) -> int:
     raise ConfigurationError(
         f"{meminfo} does not say how much memory is available.", cure="Run the stage on Linux, or in its container."
     )
-
-
-def _cgroup_headroom(cgroup: Path) -> list[FreeMemory]:
-    """What the container's memory limit leaves, by cgroup version 2 or 1; empty when there is no limit.
-
-    Pages of files count as used there, but the system takes them back: those not in use are added again.
-    """
-    headroom = []
-    for version, folder, limit_name, used_name, inactive_name in (
-        ("2", cgroup, "memory.max", "memory.current", "inactive_file"),
-        ("1", cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        limit_bytes = _number_in(folder / limit_name)
-        used_bytes = _number_in(folder / used_name)
-        if limit_bytes is None or used_bytes is None or limit_bytes >= NO_LIMIT_BYTES:
-            continue
-        reclaimable_bytes = _named_number_in(folder / "memory.stat", inactive_name)
-        free_bytes = max(0, limit_bytes - used_bytes + reclaimable_bytes)
-        headroom.append(FreeMemory(free_bytes, f"the container's memory limit (cgroup v{version})"))
-    return headroom
-
-
-def _number_in(path: Path) -> int | None:
-    """The number a file holds; None when it is not there or says `max`."""
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="ascii").strip()
-    return int(text) if text.isdigit() else None
-
-
-def _named_number_in(path: Path, name: str) -> int:
-    if not path.is_file():
-        return 0
-    for line in path.read_text(encoding="ascii").splitlines():
-        key, _, number = line.partition(" ")
-        if key == name:
-            return int(number)
-    return 0

@@ -24,7 +24,7 @@ from noodle.model_files import names_a_path
 from noodle.plan import MachineReport, Plan, StagePhase, StageState
 from noodle.weight_cache import WeightCache
 from noodle.work_queue import WorkQueue
-from services.stage.computing import load_role, measured_report
+from services.stage.computing import card_reader, load_role, measured_report
 from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ class Lifecycle:
         self._report = measured_report(
             self._config, self._stage.boot_id, folder, lambda done, what: self._say("measuring", what, done)
         )
+        if self._report.device == "cuda":
+            self._stage.read_card = card_reader()
         with self._lock:
             self._state = msgspec.structs.replace(
                 self._state,

@@ -346,8 +346,6 @@ class Worker:
             log.info("%s", refusal.message, extra=about(refusal.session_id))
             self._count_refusals([refusal])
             self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[refusal]))
-        self._metrics.kv_bytes.set(role.model_slice.kv_bytes_held())
-        self._metrics.sessions.set(len(self._sessions))
 
     def _release(self, session_ids: list[str]) -> None:
         if self._role is not None:

@@ -215,7 +215,12 @@ VARIABLES: tuple[Variable, ...] = (
     # where things are kept
     Variable("NOODLE_CACHE_DIR", "~/.cache/noodle", _path, "converted models and measurements; safe to delete"),
     Variable("NOODLE_REPORTS_DIR", "~/.local/share/noodle/reports", _path, "reports that the coordinator keeps"),
-    Variable("NOODLE_STATE_DIR", "~/.local/state/noodle", _path, "what a running `noodle up` keeps, and metrics.jsonl"),
+    Variable(
+        "NOODLE_STATE_DIR",
+        "~/.local/state/noodle",
+        _path,
+        "what a running `noodle up` keeps, metrics.jsonl, and what a stage has not been able to send to it",
+    ),
     Variable("NOODLE_METRICS_FILE", "", _text, "file of POST /log_metrics; empty: metrics.jsonl in NOODLE_STATE_DIR"),
     Variable("NOODLE_LOG_FORMAT", "pretty", _one_of("pretty", "json"), "how log lines are written"),
     # ports of `noodle up`, and where containers publish theirs
@@ -301,13 +306,13 @@ class ServiceConfig:
     cache_dir: Path
     log_format: str
     transport: str  # auto, direct or queue
+    machine: str
 
 
 @dataclass(frozen=True)
 class CoordinatorConfig(ServiceConfig):
     """What the coordinator is told; sizes in bytes or tokens as named."""
 
-    machine: str
     api_keys: tuple[ApiKey, ...]  # empty: no key is asked for (loopback only)
     cors_origins: tuple[str, ...]
     maximum_requests_per_key: int  # 0: no limit
@@ -339,8 +344,8 @@ class StageConfig(ServiceConfig):
 
     coordinator_url: str  # asked for weights where the model's folder is not here
     stage_id: int
-    machine: str
     advertise_url: str
+    state_dir: Path
     device: str
     dtype: str
     threads: int  # 0: one per core
@@ -380,6 +385,7 @@ def _service_values(values: Mapping[str, Any], bind_name: str) -> dict[str, Any]
         "cache_dir": values["NOODLE_CACHE_DIR"],
         "log_format": values["NOODLE_LOG_FORMAT"],
         "transport": values["NOODLE_TRANSPORT"],
+        "machine": _machine_name(values),
     }
 
 
@@ -395,7 +401,6 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
         )
     return CoordinatorConfig(
         **_service_values(values, "NOODLE_COORDINATOR_BIND"),
-        machine=_machine_name(values),
         api_keys=api_keys,
         cors_origins=values["NOODLE_CORS_ORIGINS"],
         maximum_requests_per_key=values["NOODLE_MAX_REQUESTS_PER_KEY"],
@@ -447,8 +452,8 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
         **_service_values(values, "NOODLE_STAGE_BIND"),
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
         stage_id=values["NOODLE_STAGE_ID"],
-        machine=_machine_name(values),
         advertise_url=advertise_url,
+        state_dir=values["NOODLE_STATE_DIR"],
         device=values["NOODLE_DEVICE"],
         dtype=values["NOODLE_DTYPE"],
         threads=values["NOODLE_THREADS"],

@@ -135,9 +135,13 @@ class ChainLink(Struct, frozen=True):
 
 
 class KeepAlive(Struct, frozen=True, tag="alive"):
-    """Sent each second when nothing else is; upwards it carries the state of this stage and of all behind it."""
+    """Sent each second when nothing else is; upwards it carries the state of this stage and of all behind it.
+
+    One that carries a number down a hop is answered at once by one with that number: so the hop's round trip is known.
+    """
 
     chain: Annotated[list[ChainLink], Meta(max_length=1024)] = []
+    echo: Version = 0  # 0 asks for nothing
 
 
 class HopRefused(Struct, frozen=True, tag="refused"):

@@ -98,6 +98,14 @@ def test_a_step_of_another_plan_or_an_older_coordinator_is_dropped(caller):
     assert dropped >= 2
 
 
+def test_a_keep_alive_with_a_number_is_answered_at_once_by_one_with_the_same(direct_caller):
+    wait_until(lambda: len(direct_caller.round_trips) >= 2, 10, "two round trips")
+    assert all(0 < seconds < 0.9 for seconds in direct_caller.round_trips)  # and not with the next keep-alive
+    echoes = {message.echo for message in direct_caller.heard if isinstance(message, KeepAlive)}
+    assert {0, 1, 2} <= echoes
+    assert direct_caller.rig.metric(0, "noodle_hop_round_trip_seconds_count") >= 1  # stage 0 asks stage 1
+
+
 def test_the_same_step_again_gives_the_same_token(caller):
     caller.send(TOKENS)
     caller.send(TOKENS)

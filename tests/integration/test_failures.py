@@ -127,7 +127,7 @@ def test_a_cut_pipeline_with_little_room_leaves_no_request_without_its_rows(tiny
 def open_requests(cluster):
     """How many sessions hold rows, by the coordinator's metrics."""
     _, text = cluster.get("/metrics", cluster.token)
-    line = next(line for line in text.decode().splitlines() if line.startswith("noodle_requests_running "))
+    line = next(line for line in text.decode().splitlines() if line.startswith("noodle_num_requests_running "))
     return float(line.split()[1])
 
 

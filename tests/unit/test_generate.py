@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.errors import GenerationFailed, LinkLost, RequestTimedOut
-from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanResult, Step, StepResult
+from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanResult, StageTiming, Step, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan, StageAssignment
 from noodle.work_queue import RecordedToken, RequestRecord
@@ -68,10 +68,11 @@ class Rig:
 
     def __init__(self, kv_tokens=1000):
         self.pipeline = StandInPipeline()
+        self.registry = CollectorRegistry()
         self.loop = GenerationLoop(
             Scheduler(step_tokens=64, maximum_running=8),
             SilentRecorder(),
-            CoordinatorMetrics(CollectorRegistry()),
+            CoordinatorMetrics(self.registry),
             lambda plan, epoch, tell: self.pipeline,
             maximum_open=16,
             recovery_seconds=RECOVERY_SECONDS,
@@ -101,12 +102,12 @@ class Rig:
         wait_until(lambda: len(self.pipeline.steps) >= number, WAIT_SECONDS, f"step {number}")
         return self.pipeline.steps[number - 1]
 
-    def answer(self, step, token_id=7):
+    def answer(self, step, token_id=7, timings=()):
         spans = [
             SpanResult(s.session_id, s.session_epoch, s.first_position, s.token_count, token_id if s.sampling else None)
             for s in step.spans
         ]
-        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], [])))
+        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], list(timings))))
 
     def refuse(self, step, reason):
         refusals = [
@@ -330,3 +331,27 @@ def test_a_request_of_which_all_but_the_end_was_recorded_ends(rig):
     generation = rig.loop.go_on(record, [RecordedToken(7, finish_reason="length")], frozenset(), 30.0)
     wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it has ended")
     assert generation.failure is None
+
+
+def test_the_parts_of_a_requests_time_between_tokens_add_up_to_it(rig):
+    timings = [StageTiming(0, 0.0, 1e-6, 1e-7), StageTiming(1, 2e-7, 2e-6, 0.0)]
+    request = rig.submit(new=4)
+    for number in range(1, 5):
+        rig.answer(rig.step(number), token_id=number, timings=timings)
+    wait_until(lambda: rig.loop._open.get(request.request_id) is None, WAIT_SECONDS, "the request has ended")
+
+    def value(name, **labels):
+        return rig.registry.get_sample_value(name, labels)
+
+    # the result that ended the request is counted after its end
+    wait_until(lambda: value("noodle_step_seconds_count", kind="decode") == 3, WAIT_SECONDS, "three decode steps")
+    assert value("noodle_step_seconds_count", kind="prefill") == 1
+    whole = value("noodle_inter_token_latency_seconds_sum")
+    parts = [
+        value("noodle_token_stage_seconds_total", part=part, stage=stage, machine="vm")
+        for part in ("compute", "wait", "send")
+        for stage in ("0", "1")
+    ]
+    assert parts == pytest.approx([3e-6, 6e-6, 0.0, 6e-7, 3e-7, 0.0])
+    assert value("noodle_token_hop_seconds_total") == pytest.approx(whole - sum(parts))
+    assert value("noodle_e2e_request_latency_seconds_count") == 1
