@@ -53,7 +53,7 @@ lock: $(DEV_STAMP) ## resolve both lock files anew, keeping the versions that st
 	$(LOCK) --extra dev --output-file requirements-dev.lock
 	$(IMAGE_LOCK) --extra control --output-file requirements-control.lock
 	$(IMAGE_LOCK) --extra stage --output-file requirements-stage.lock
-	sed -i -E '/$(OF_TORCH)/d' requirements-stage.lock
+	sed -i -E '/^nvidia-ml-py==/b;/$(OF_TORCH)/d' requirements-stage.lock
 
 clean: ## remove the virtual environment and every cache of the tools (not the model cache)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 CPU, GPU = (ROOT / f"Dockerfile.{kind}" for kind in ("cpu", "gpu"))
 COMPOSE_FILES = sorted(ROOT.glob("docker-compose*.yml"))
 # a card's libraries come from the wheel index of an image, never from a lock
-OF_TORCH = re.compile(r"(torch|triton|(nvidia|cuda)-[a-z0-9-]+)")
+OF_TORCH = re.compile(r"(torch|triton|(nvidia|cuda)-(?!ml-py)[a-z0-9-]+)")
 
 
 def text_of(path):
