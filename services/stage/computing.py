@@ -70,7 +70,7 @@ def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: P
     )
 
 
-def card_reader() -> Callable[[], CardUse]:
+def card_reader() -> Callable[[], CardUse | None]:
     """How to look at the card that this stage computes on; torch stands already when this is called."""
     import torch
 

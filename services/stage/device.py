@@ -93,9 +93,15 @@ def device_name(device: str, torch: Any) -> str:
     return "CPU"
 
 
-def card_use(torch: Any) -> CardUse:
-    """The card now; how busy and how warm it is where its driver's own library tells (the package nvidia-ml-py)."""
-    free_bytes, memory_bytes = torch.cuda.mem_get_info()
+def card_use(torch: Any) -> CardUse | None:
+    """The card now; how busy and how warm it is where its driver's own library tells (the package nvidia-ml-py).
+
+    None when the card has failed: the stage's steps say why, and its other metrics are needed then most.
+    """
+    try:
+        free_bytes, memory_bytes = torch.cuda.mem_get_info()
+    except RuntimeError:
+        return None
     busy_percent, celsius = _told(torch.cuda.utilization), _told(torch.cuda.temperature)
     busy_share = None if busy_percent is None else busy_percent / 100
     return CardUse(device_name("cuda", torch), int(memory_bytes), int(free_bytes), busy_share, celsius)

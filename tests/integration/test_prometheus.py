@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from services.stage.metrics_sender import SNAPSHOT_SECONDS
-from tests.support.cluster import running_cluster, wait_until
+from tests.support.cluster import wait_until
 from tests.support.prometheus import (
     GRAFANA,
     RATE_INTERVAL,
@@ -16,6 +16,7 @@ from tests.support.prometheus import (
     running_prometheus,
     without_data_here,
 )
+from tests.support.two_machines import two_machines
 
 SHORTEST_RATE_INTERVAL = "20s"  # four scrapes of five seconds: what Grafana puts in at the shortest
 DATA_SECONDS = 60.0
@@ -29,15 +30,15 @@ QUERIES = [
 
 @pytest.fixture(scope="module")
 def cluster(tiny_folder, tmp_path_factory):
-    programs()  # before a cluster is started for nothing
-    with running_cluster(tmp_path_factory.mktemp("cluster") / "state", tiny_folder, 2) as running:
+    programs()  # before services are started for nothing
+    with two_machines(tmp_path_factory.mktemp("machines") / "run", tiny_folder) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def prometheus(cluster, tmp_path_factory):
     """One that has scraped every service while requests were computed."""
-    text = configuration(f"127.0.0.1:{cluster.port}", cluster.state_dir / "run" / "cluster_token")
+    text = configuration(f"127.0.0.1:{cluster.port}", cluster.token_path)
     with running_prometheus(tmp_path_factory.mktemp("prometheus") / "run", text) as running:
         wait_until(lambda: len(running.targets()) == 4, DATA_SECONDS, "Prometheus is told of every service")
 
@@ -66,6 +67,21 @@ def test_a_panels_query_is_understood_and_has_data(prometheus, expression):
         return
     values = [float(sample["value"][1]) for sample in samples]
     assert [value for value in values if math.isfinite(value)], f"{expression} has {samples}"
+
+
+def test_what_one_machine_measures_of_another_is_said_of_that_one(prometheus):
+    def machines(query):
+        return {sample["metric"]["machine"] for sample in prometheus.query(query)}
+
+    assert machines("noodle_machine_memory_bytes") == {"machine-a", "machine-b"}
+    for of_stage_1 in (
+        'noodle_token_stage_seconds_total{stage="1"}',  # these two are the coordinator's, which is on machine-a
+        'noodle_plan_stage_layers{stage="1"}',
+        'noodle_stage_kv_capacity_bytes{stage="1"}',
+        'process_resident_memory_bytes{stage="1"}',
+    ):
+        assert machines(of_stage_1) == {"machine-b"}, of_stage_1
+    assert machines('up{service="coordinator"}') == {"machine-a"}
 
 
 def test_the_parts_of_a_tokens_time_add_up_to_the_time_between_tokens(prometheus):

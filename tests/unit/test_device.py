@@ -171,7 +171,14 @@ def test_free_memory_of_a_card_is_what_its_driver_says():
 
 def test_a_card_is_told_of_as_far_as_its_driver_tells():
     card = CardUse("NVIDIA GeForce GTX 1050", 4_000_000_000, 3_000_000_000, busy_share=0.25, celsius=None)
-    assert card_use(fake_torch(capability=(6, 1))) == card
+    torch = fake_torch(capability=(6, 1))
+    assert card_use(torch) == card
+
+    def failed():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    torch.cuda.mem_get_info = failed
+    assert card_use(torch) is None
 
 
 def test_this_machine_has_some_memory():

@@ -1,9 +1,13 @@
 import msgspec
 import pytest
+from prometheus_client import CollectorRegistry
 
 from noodle.config import planner_config
 from noodle.errors import ConfigurationError
+from noodle.metrics import PlannerMetrics
 from noodle.plan import MachineReport, ModelShape, Plan, StageAssignment
+from noodle.work_queue import WorkQueue
+from services.planner.app import watch
 from services.planner.planning import Planning, check_wishes, still_holds
 
 SHAPE = ModelShape("digest", "tiny", "llama", 6, 64, 300, 256, 4.0, (1,) * 6, 1, 1, 64)
@@ -162,3 +166,21 @@ def test_nobody_at_all_moves_no_layers(clock):
     clock[0] += 100
     planning._look()
     assert queue.newest.version == 1
+
+
+def test_metrics_show_who_reports_and_what_the_plan_predicts():
+    registry = CollectorRegistry()
+    planning = Planning(config(), WorkQueue("redis://127.0.0.1:1", ""))
+    watch(planning, 2, PlannerMetrics(registry))
+    assert registry.get_sample_value("noodle_plan_version") == 0
+    planning.reports = [report(0), report(1), report(2, machine="b")]
+    planning.plan = msgspec.structs.replace(
+        PLAN, stages=tuple(msgspec.structs.replace(stage, decode_seconds=0.01) for stage in STAGES)
+    )
+    values = {
+        name: registry.get_sample_value(f"noodle_{name}")
+        for name in ("planner_machines", "planner_stages", "planner_wanted_stages", "plan_version")
+    }
+    assert values == {"planner_machines": 2, "planner_stages": 3, "planner_wanted_stages": 2, "plan_version": 1}
+    # two stages, and three hops of the millisecond that is assumed
+    assert registry.get_sample_value("noodle_plan_predicted_token_seconds") == pytest.approx(0.023)
