@@ -103,6 +103,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(plan)
     plan.set_defaults(run=_plan)
 
+    doctor = commands.add_parser("doctor", help="what keeps this machine out of the cluster, each with its cure")
+    doctor.add_argument("--json", action="store_true", help="as one JSON object")
+    doctor.set_defaults(run=_doctor)
+
+    firewall = commands.add_parser("firewall", help="who may come to the ports that this machine publishes")
+    act = firewall.add_mutually_exclusive_group()
+    act.add_argument("--apply", action="store_true", help="set the rules, now and at each boot (as root)")
+    act.add_argument("--undo", action="store_true", help="take them away again (as root)")
+    firewall.add_argument(
+        "--clients", nargs="+", metavar="ADDRESS", help="addresses or networks of people's machines, for 8080 and 3000"
+    )
+    firewall.set_defaults(run=_firewall)
+
     convert = commands.add_parser("convert", help="make a folder that noodle reads out of a .gguf file (needs torch)")
     convert.add_argument("file", help="the .gguf file")
     convert.add_argument("folder", help="the folder to write")
@@ -291,6 +304,24 @@ def _plan(options: argparse.Namespace) -> int:
 
     target = find_target(command_config(process_environment()), options.url, options.key)
     return plan(target, options.nodes, as_json=options.json)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from services.cli.doctor import doctor
+
+    environment = process_environment()
+    return doctor(command_config(environment), environment, Path.cwd(), as_json=options.json)
+
+
+def _firewall(options: argparse.Namespace) -> int:
+    from services.cli.firewall import Act, firewall
+    from services.cli.programs import this_system
+    from services.cli.project import require_project
+
+    if options.undo and options.clients:
+        raise ConfigurationError("--clients is for setting rules, and --undo sets none.", cure="Leave one of them out.")
+    act: Act = "apply" if options.apply else "undo" if options.undo else "show"
+    return firewall(require_project(Path.cwd()), this_system(), options.clients or (), act)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from noodle.config import CoordinatorConfig
 from noodle.errors import NotReady, StartError
 from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.metrics import CoordinatorMetrics
-from noodle.plan import Plan
+from noodle.plan import MachineReport, Plan
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
 from services.coordinator.event_streams import Started
@@ -48,7 +48,7 @@ class Engine:
     def __init__(self, config: CoordinatorConfig, metrics: CoordinatorMetrics) -> None:
         self._config = config
         self.metrics = metrics
-        work_queue = WorkQueue(config.valkey_url, config.valkey_password)
+        self._work_queue = work_queue = WorkQueue(config.valkey_url, config.valkey_password)
         self._streams = WorkQueue(config.valkey_url, config.valkey_password, STREAM_TIMEOUT_SECONDS)
         self.recorder = Recorder(work_queue)
         self.loop = GenerationLoop(
@@ -106,6 +106,10 @@ class Engine:
             prompt_name="messages",
         )
         return self.token_ids(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+    def reports(self) -> list[MachineReport]:
+        """What every stage that beats says of its machine; raises QueueUnavailable."""
+        return self._work_queue.reports()
 
     @property
     def plan(self) -> Plan:

@@ -321,6 +321,7 @@ class CommandConfig:
     coordinator_url: str
     api_key: str  # the first, where several are set
     cluster_token: str
+    valkey_password: str
     machine: str
     threads: int
     device: str
@@ -428,6 +429,7 @@ def command_config(environment: Mapping[str, str]) -> CommandConfig:
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
         api_key=api_keys[0].key if api_keys else "",
         cluster_token=_secret(values, "NOODLE_CLUSTER_TOKEN"),
+        valkey_password=_secret(values, "NOODLE_VALKEY_PASSWORD"),
         machine=_machine_name(values),
         threads=values["NOODLE_THREADS"],
         device=values["NOODLE_DEVICE"],
