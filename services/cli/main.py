@@ -75,6 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(generate)
     generate.set_defaults(run=_generate, raw=False)
 
+    init = commands.add_parser("init", help="make this folder ready for `docker compose up`: .env and secrets")
+    init.add_argument("--machine", choices=("single", "a", "b"), help="the whole on one host (the default), or A or B")
+    init.add_argument("--address", help="this machine's IPv4 address on the home network")
+    init.add_argument("--peer", help="on A: the IPv4 address of machine B")
+    init.add_argument("--join", help="on B: the text that `noodle init` printed on A")
+    init.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute stage 0 on an NVIDIA card")
+    init.add_argument("--stages", type=_at_least(1), help="stages of all machines together (NOODLE_STAGES, 2)")
+    init.add_argument("--model", help="the default's name, a hub id, or models/NAME in this folder (NOODLE_MODEL)")
+    init.add_argument("--name", help="what this machine is called (NOODLE_MACHINE, machine-a or machine-b)")
+    init.add_argument("--folder", help="noodle's folder (the current one)")
+    init.set_defaults(run=_init)
+
     verify = commands.add_parser("verify", help="compare the cluster's tokens with the unsplit model's")
     verify.add_argument("--prompts", type=_at_least(1), help="how many of the built-in prompts (all)")
     verify.add_argument("--new-tokens", type=_at_least(1), default=64, help="tokens per prompt (64)")
@@ -219,6 +231,22 @@ def _generate(options: argparse.Namespace) -> int:
     }
     given = {name: value for name, value in parameters.items() if value is not None}
     return generate(target, prompt, given, raw=options.raw)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from services.cli.init import init
+    from services.cli.machine_settings import Wish
+
+    wish = Wish(
+        machine=options.machine,
+        address=options.address,
+        peer=options.peer,
+        gpu=options.gpu,
+        stages=options.stages,
+        model=options.model,
+        name=options.name,
+    )
+    return init(Path(options.folder or "."), wish, options.join)
 
 
 def _verify(options: argparse.Namespace) -> int:

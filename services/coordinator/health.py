@@ -13,7 +13,8 @@ def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
     """Status and everything that /health says: what is being waited for, and who computes what."""
     view, leads, loop = engine.leadership.view, engine.leadership.leads, engine.loop.state
     up = loop.up and engine.loaded is not None
-    waits = waiting_for(view, leads, loop.detail, loop.up) or ([] if up else [engine.detail])
+    waits = [] if engine.loaded else [engine.detail]  # the others wait for the model's files too
+    waits += waiting_for(view, leads, loop.detail, loop.up)
     failed = engine.failure or next((state.detail for state in view.stages.values() if state.phase == "failed"), "")
     if not failed and view.planner is not None and view.planner.phase == "failed":
         failed = view.planner.detail

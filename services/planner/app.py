@@ -42,7 +42,7 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
 
     @app.get("/health")
     def health() -> Response:
-        state = planning.state
+        state = planning.told_state
         status = {"planned": "ready"}.get(state.phase, state.phase)
         answer: dict[str, Any] = {"service": "planner", "status": status}
         if has_token(config.cluster_token):

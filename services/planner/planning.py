@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from noodle import __version__
 from noodle.config import PlannerConfig
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
 from noodle.families import check_supported
@@ -39,7 +40,14 @@ class Planning:
         self.shape: ModelShape | None = None
         self.plan: Plan | None = None
         self.reports: list[MachineReport] = []
+        self._weights: WeightCache | None = None  # None: the model's folder is here, or not yet asked for
         self.stopping = threading.Event()
+
+    @property
+    def told_state(self) -> PlannerState:
+        """What the planner does now, with what hinders it."""
+        waits_for = self._weights.waits_for if self._weights is not None else ""
+        return msgspec.structs.replace(self.state, detail=waits_for) if waits_for else self.state
 
     @property
     def has_folder(self) -> bool:
@@ -60,10 +68,10 @@ class Planning:
             folder = Path(config.model)
         else:
             self.state = PlannerState("starting", f"asking {config.coordinator_url} for the model's shape")
-            weights = WeightCache(
+            self._weights = WeightCache(
                 config.cache_dir, config.coordinator_url, config.cluster_token, self.stopping, "the planner's machine"
             )
-            folder = weights.prepare()
+            folder = self._weights.prepare()
         check_supported(read_config(folder))
         shape = read_model_shape(folder, self._config.context_length)
         check_wishes(shape, self._config)
@@ -83,6 +91,8 @@ class Planning:
                 if not away:
                     log.warning("can not look at the machines: %s", error)
                 away = True
+                if self.state.phase != "planned":  # a plan holds without Valkey too
+                    self.state = PlannerState("waiting", str(error))
             self.stopping.wait(LOOK_SECONDS)
 
     def _look(self) -> None:
@@ -90,6 +100,11 @@ class Planning:
         self.reports = self._queue.reports()
         self.plan = self._queue.plan()
         chosen = self.reports[: self._config.stage_count]
+        if strange := strangers_among(chosen, self.shape):
+            if self.state.detail != strange:
+                log.error("no plan is possible: %s", strange)
+            self.state = PlannerState("failed", strange)
+            return
         if self.plan is not None and still_holds(self.plan, self.shape, chosen, self._config):
             self.state = PlannerState("planned", self.plan.reason, self.plan.version)
             return
@@ -133,6 +148,24 @@ def check_wishes(shape: ModelShape, config: PlannerConfig) -> None:
             f"but the model has {shape.layer_count}.",
             cure="Change the split so that it adds up.",
         )
+
+
+def strangers_among(reports: Sequence[MachineReport], shape: ModelShape) -> str:
+    """Which stages run another noodle or have another model than this planner, and the cure; empty when none does."""
+    for report in reports:
+        who = f"Stage {report.stage_id} on {report.machine}"
+        if report.noodle_version != __version__:
+            return (
+                f"{who} runs noodle {report.noodle_version}, and the planner {__version__}. Bring every machine to the "
+                "same version, and start it again (with Docker: docker compose up --detach --build)."
+            )
+        if report.model_digest != shape.digest:
+            return (
+                f"{who} has other weights ({report.model_digest[:12]}) than the coordinator's model {shape.name} "
+                f"({shape.digest[:12]}). Leave NOODLE_MODEL out there, so that its weights come from the coordinator, "
+                "or set the same one, and start it again."
+            )
+    return ""
 
 
 def still_holds(plan: Plan, shape: ModelShape, reports: Sequence[MachineReport], config: PlannerConfig) -> bool:

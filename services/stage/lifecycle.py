@@ -43,6 +43,8 @@ class Lifecycle:
         self._state = StageState(config.stage_id, config.machine, stage.boot_id, "starting", transport=config.transport)
         self._report: MachineReport | None = None
         self._weights: WeightCache | None = None  # None: all of the model is in a folder here
+        self._refusal = ""  # why this stage may not take part, while another one has its number
+        self._silence = ""  # why Valkey hears nothing of this stage
         self._beat_now = threading.Event()
         self._loads: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # asked for by hand
         stage.chain.own_changed = self._beat_now.set
@@ -52,8 +54,13 @@ class Lifecycle:
     def state(self) -> StageState:
         """What the stage does now, with what it holds."""
         with self._lock:
+            state = self._state
+            if self._refusal:
+                state = msgspec.structs.replace(state, phase="failed", ready_version=0)
+            hindrance = self._refusal or self._silence or (self._weights.waits_for if self._weights else "")
             return msgspec.structs.replace(
-                self._state,
+                state,
+                detail=hindrance or state.detail,
                 kv_bytes_held=self._stage.kv_bytes_held(),
                 sessions=self._stage.worker.session_count,
                 outbox_bytes=self._stage.outbox.held_bytes,
@@ -67,21 +74,36 @@ class Lifecycle:
 
     def beat(self) -> None:
         """Tell Valkey each second, and at once when the phase changes; goes on through Valkey's absences."""
-        silent = False
         while not self.stopping.is_set():
             self._beat_now.clear()
             try:
-                if self._report is not None:
+                self._claim_number()
+                if self._report is not None and not self._refusal:
                     self._queue.put_report(self._report)
-                self._queue.put_stage_state(self.state)
-                if silent:
+                if not self._refusal:
+                    self._queue.put_stage_state(self.state)
+                if self._silence:
                     log.info("Valkey answers again")
-                silent = False
+                self._silence = ""
             except QueueUnavailable as error:
-                if not silent:
+                if not self._silence:
                     log.warning("can not beat: %s", error)
-                silent = True
+                self._silence = str(error)
             self._beat_now.wait(BEAT_SECONDS)
+
+    def _claim_number(self) -> None:
+        """Say that this stage has its number, and see whether another one says so too: then this one waits."""
+        config = self._config
+        owner = self._queue.claim_stage(config.stage_id, config.advertise_url)
+        refusal = "" if owner == config.advertise_url else (
+            f"The number {config.stage_id} is taken by the stage at {owner}, so this one at {config.advertise_url} on "
+            f"{config.machine} may not take part. Give it another NOODLE_STAGE_ID, or stop the other one."
+        )  # fmt: skip
+        if refusal and not self._refusal:
+            log.error("%s", refusal)
+        elif self._refusal and not refusal:
+            log.info("the number %d is free: this stage takes part", config.stage_id)
+        self._refusal = refusal
 
     def follow_plans(self) -> None:
         """Measure, then load whatever the newest plan gives this stage, until `stop`."""
@@ -99,7 +121,7 @@ class Lifecycle:
         self._say("waiting", "for a plan")
         while not self.stopping.is_set():
             plan = self._newest_plan()
-            if plan is not None and plan.version > self._stage.plan_version:
+            if plan is not None and plan.version > self._stage.plan_version and not self._refusal:
                 self._follow(plan, folder)
             self._load_by_hand(folder, PLAN_POLL_SECONDS)
 
@@ -173,7 +195,7 @@ class Lifecycle:
         self.stopping.set()
         self._beat_now.set()
         try:
-            self._queue.forget_stage(self._config.stage_id)
+            self._queue.forget_stage(self._config.stage_id, self._config.advertise_url)
         except QueueUnavailable as error:
             log.warning("could not say goodbye: %s", error)
 

@@ -6,8 +6,10 @@ A value that means nothing, or a NOODLE_ variable that does not exist, stops the
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,10 @@ from urllib.parse import urlsplit
 from noodle.api_keys import ApiKey, read_api_keys
 from noodle.errors import ConfigurationError
 from noodle.plan import MINIMUM_SESSION_TOKENS
+
+CURE_OF_A_FILE = (
+    "Write the secret into it; with Docker `docker compose run --rm init` does, and lets its containers read it."
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,16 @@ def _address(value: str) -> Address:
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError("host:port, as 127.0.0.1:8080")
     return Address(host.strip("[]"), int(port))
+
+
+def _ipv4(value: str) -> str:
+    return str(ipaddress.IPv4Address(value)) if value else value
+
+
+def _memory(value: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*[mg]", value):
+        raise ValueError("megabytes or gigabytes, as 512m or 8g")
+    return value
 
 
 def _url(value: str) -> str:
@@ -190,11 +206,20 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("NOODLE_STATE_DIR", "~/.local/state/noodle", _path, "what a running `noodle up` keeps, and metrics.jsonl"),
     Variable("NOODLE_METRICS_FILE", "", _text, "file of POST /log_metrics; empty: metrics.jsonl in NOODLE_STATE_DIR"),
     Variable("NOODLE_LOG_FORMAT", "pretty", _one_of("pretty", "json"), "how log lines are written"),
-    # ports of `noodle up`
-    Variable("NOODLE_COORDINATOR_PORT", "8080", _whole(1, 65535), "`noodle up`: port of the coordinator"),
+    # ports of `noodle up`, and where containers publish theirs
+    Variable("NOODLE_COORDINATOR_PORT", "8080", _whole(1, 65535), "`noodle up` and containers: the coordinator's port"),
     Variable("NOODLE_PLANNER_PORT", "8079", _whole(1, 65535), "`noodle up`: port of the planner"),
     Variable("NOODLE_FIRST_STAGE_PORT", "8081", _whole(1, 65535), "`noodle up`: port of stage 0; the others follow"),
-    Variable("NOODLE_VALKEY_PORT", "6379", _whole(1, 65535), "`noodle up`: port of Valkey"),
+    Variable("NOODLE_VALKEY_PORT", "6379", _whole(1, 65535), "`noodle up` and containers: port of Valkey"),
+    # containers; `noodle init` writes these into .env, compose reads them
+    Variable("NOODLE_LAN_ADDRESS", "", _ipv4, "containers: this machine's IPv4 address, where its ports are published"),
+    Variable("NOODLE_PEER_ADDRESS", "", _ipv4, "containers: the other machine's IPv4 address"),
+    Variable("NOODLE_STAGE_0_PORT", "8081", _whole(1, 65535), "containers: published port of stage 0"),
+    Variable(
+        "NOODLE_STAGE_1_PORT", "8082", _whole(1, 65535), "containers: published port of stage 1; 8081 on machine B"
+    ),
+    Variable("NOODLE_GRAFANA_PORT", "3000", _whole(1, 65535), "containers: published port of Grafana"),
+    Variable("NOODLE_STAGE_MEMORY", "8g", _memory, "containers: memory a stage may take, as 512m or 8g"),
 )
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
 
@@ -230,9 +255,11 @@ def _secret(values: Mapping[str, Any], name: str) -> str:
     try:
         secret = Path(file_name).expanduser().read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise ConfigurationError(f"{name}_FILE names {file_name}, which can not be read: {error.strerror}.") from error
+        raise ConfigurationError(
+            f"{name}_FILE names {file_name}, which can not be read: {error.strerror}.", cure=CURE_OF_A_FILE
+        ) from error
     if not secret:
-        raise ConfigurationError(f"{name}_FILE names {file_name}, which is empty.")
+        raise ConfigurationError(f"{name}_FILE names {file_name}, which is empty.", cure=CURE_OF_A_FILE)
     return secret
 
 
@@ -445,7 +472,10 @@ def process_environment() -> dict[str, str]:
 
 def env_example() -> str:
     """The text of .env.example: every variable with its remark and default; a test holds the file to it."""
-    lines = ["# Every variable of noodle, with its unit and default. Copy to .env and change what you need.", ""]
+    lines = [
+        "# Every variable of noodle, with its unit and default. `noodle init` makes .env; add there what you need.",
+        "",
+    ]
     for variable in VARIABLES:
         lines += [f"# {variable.remark}", f"#{variable.name}={variable.default}", ""]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ noodle:plan                     string, the newest Plan as JSON; written by the 
 noodle:plan:version             counter, the highest plan version ever given out
 noodle:planner                  string, PlannerState, expires
 noodle:stage:<id>:report        string, MachineReport, expires; written by the stage
+noodle:stage:<id>:owner         string, URL of the stage that has this number, expires: a lease as the coordinator's
 noodle:stage:<id>:state         string, StageState, expires: the stage's heartbeat
 noodle:coordinator:leader       string, name of the coordinator that leads, expires: a lease by the server's clock
 noodle:coordinator:epoch        counter, raised by each coordinator that takes the lead
@@ -41,6 +42,12 @@ RENEW_LEASE = (
     "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end return 0"
 )
 END_LEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
+
+# Take a stage's number unless another one has it, in one step; gives the one that has it now.
+CLAIM_STAGE = (
+    "local owner = redis.call('get', KEYS[1]) if owner and owner ~= ARGV[1] then return owner end "
+    "redis.call('set', KEYS[1], ARGV[1], 'ex', ARGV[2]) return ARGV[1]"
+)
 
 Value = TypeVar("Value", bound=msgspec.Struct)
 
@@ -107,6 +114,16 @@ class WorkQueue:
         """What the planner does, None when it has been silent."""
         return self._get("noodle:planner", PlannerState)
 
+    def claim_stage(self, stage_id: int, url: str) -> str:
+        """Say with each beat that the stage at this URL has this number; gives the URL of the one that really has it.
+
+        A stage that starts again has the same URL, and takes its number up at once.
+        """
+        with self._told():
+            key = f"noodle:stage:{stage_id}:owner"
+            owner = self._redis.eval(CLAIM_STAGE, 1, key, url, str(BEAT_EXPIRES_SECONDS))
+            return owner.decode() if isinstance(owner, bytes) else url
+
     def put_report(self, report: MachineReport) -> None:
         """Say what this stage's machine can do; gone when the stage falls silent."""
         with self._told():
@@ -135,10 +152,11 @@ class WorkQueue:
         decoded = (self._decoded(key, value, StageState) for key, value in zip(keys, values, strict=True))
         return {state.stage_id: state for state in decoded if state is not None}
 
-    def forget_stage(self, stage_id: int) -> None:
-        """Take a stage's report and state away: it says goodbye."""
+    def forget_stage(self, stage_id: int, url: str) -> None:
+        """Take away what the stage at this URL said of itself: it says goodbye, and its number is free."""
         with self._told():
-            self._redis.delete(f"noodle:stage:{stage_id}:report", f"noodle:stage:{stage_id}:state")
+            if self._redis.eval(END_LEASE, 1, f"noodle:stage:{stage_id}:owner", url):
+                self._redis.delete(f"noodle:stage:{stage_id}:report", f"noodle:stage:{stage_id}:state")
 
     # who leads
 
