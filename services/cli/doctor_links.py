@@ -18,7 +18,7 @@ CLOCK_SECONDS = 5.0  # more than HTTP's whole seconds and a slow answer make
 
 JOIN_CURE = (
     "on machine A: docker compose run --rm init   (prints B's join line again)\n"
-    "on machine B: docker compose run --rm init --machine b --join ...   (with that line), then docker compose up -d"
+    "on machine B: delete secrets/, docker compose run --rm init --machine b --join ..., docker compose up -d"
 )
 FIREWALL_CURE = (
     "ping {host}   (is it on, and on this network?)\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Literal
 
 Run = Callable[[Sequence[str], float], "Ran"]
 System = Literal["linux", "windows", "other"]
+KEPT_LINES = 40  # of a program that is followed
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,55 @@ def is_wsl() -> bool:
         return "microsoft" in Path("/proc/sys/kernel/osrelease").read_text(encoding="ascii").lower()
     except OSError:  # no Linux at all
         return False
+
+
+def follow_program(
+    arguments: Sequence[str],
+    seconds: float,
+    say: Callable[[str], None],
+    *,
+    folder: Path | None = None,
+    sent: bytes = b"",
+) -> Ran:
+    """The same for a program that takes minutes: each line that it prints is said at once, the last ones are kept."""
+    try:
+        process = subprocess.Popen(
+            list(arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
+        )
+    except FileNotFoundError:
+        return Ran(code=127, is_missing=True)
+    late = threading.Event()
+
+    def end_late() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, end_late)
+    timer.daemon = True
+    timer.start()
+    feeder = threading.Thread(target=_feed, args=(process, sent), daemon=True)
+    feeder.start()
+    kept: deque[str] = deque(maxlen=KEPT_LINES)
+    try:
+        assert process.stdout is not None  # noqa: S101  # asked for above
+        for raw in process.stdout:
+            line = raw.decode(errors="replace").rstrip()
+            kept.append(line)
+            say(line)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    feeder.join()
+    return Ran(code, "\n".join(kept), is_late=late.is_set())
+
+
+def _feed(process: subprocess.Popen[bytes], sent: bytes) -> None:
+    assert process.stdin is not None  # noqa: S101  # asked for by whoever calls this
+    with contextlib.suppress(OSError):  # it ended, or takes no input; its exit code tells
+        process.stdin.write(sent)
+    with contextlib.suppress(OSError):
+        process.stdin.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from noodle.errors import ConfigurationError
+from services.cli.env_file import read_values
 
 ENV_NAME = ".env"
 COMPOSE_NAME = "docker-compose.yml"
@@ -140,7 +141,7 @@ def find_project(folder: Path) -> Project | None:
     """The project of a folder, None when it has no .env that `noodle init` wrote; raises ConfigurationError."""
     path = folder / ENV_NAME
     try:
-        values = parse_env(path.read_text(encoding="utf-8"))
+        values = read_values(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -166,20 +167,3 @@ def require_project(folder: Path) -> Project:
             cure="Go to noodle's folder and run `docker compose run --rm init` first (or `noodle init --machine a`).",
         )
     return project
-
-
-def parse_env(text: str) -> dict[str, str]:
-    """NAME=value lines, as compose reads them: remarks, quotes around a value, later lines win."""
-    values: dict[str, str] = {}
-    for line in text.splitlines():
-        stripped = line.strip().removeprefix("export ").strip()
-        name, equals, value = stripped.partition("=")
-        if not equals or stripped.startswith("#"):
-            continue
-        value = value.strip()
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        else:
-            value = value.partition(" #")[0].rstrip()
-        values[name.strip()] = value
-    return values
