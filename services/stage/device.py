@@ -13,6 +13,7 @@ from typing import Any
 from noodle.errors import ConfigurationError
 
 DTYPES = ("float32", "float16", "bfloat16")
+NEWEST_OF_CU126 = (9, 0)  # the newest cards that wheels of that index have kernels for
 NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
 
 
@@ -52,8 +53,7 @@ def choose_device(wanted: str, torch: Any) -> Choice:
         raise ConfigurationError(
             f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, but this torch "
             f"{torch.__version__} was built for {', '.join(kernels) or 'no card'}.",
-            cure="Use the image of Dockerfile.gpu (torch 2.14.1 from the cu126 index is the last one for Pascal), or "
-            "set NOODLE_DEVICE=cpu.",
+            cure=f"Use {_image_for(capability)}, or set NOODLE_DEVICE=cpu.",
         )
     reason = "configured" if wanted == "cuda" else "a CUDA device is there that this torch has kernels for"
     return Choice("cuda", reason)
@@ -110,6 +110,16 @@ def free_memory(
 def free_memory_bytes(device: str, torch: Any) -> int:
     """Free bytes of the memory that a slice on `device` lives in."""
     return free_memory(device, torch).free_bytes
+
+
+def _image_for(capability: tuple[int, int]) -> str:
+    """Which image has kernels for a card, in words."""
+    if capability <= NEWEST_OF_CU126:
+        return "the image of Dockerfile.gpu as it is (torch 2.14.1 from the cu126 index is the last one for Pascal)"
+    return (
+        "the image of Dockerfile.gpu with torch from a newer index (in .env: TORCH_GPU_INDEX_URL="
+        f"https://download.pytorch.org/whl/cu130 and TORCH_KERNELS=sm_{capability[0]}{capability[1]})"
+    )
 
 
 def _has_kernels_for(capability: tuple[int, int], kernels: Iterable[str]) -> bool:

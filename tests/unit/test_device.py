@@ -67,6 +67,13 @@ def test_a_pascal_card_under_a_torch_without_its_kernels_is_refused_with_the_way
     assert "cu126" in refusal.value.cure
 
 
+def test_a_card_that_is_too_new_for_the_image_is_told_what_to_build_it_with():
+    with pytest.raises(ConfigurationError) as refusal:
+        choose_device("cuda", fake_torch(capability=(12, 0), kernels=CU126))
+    assert "cu130" in refusal.value.cure
+    assert "TORCH_KERNELS=sm_120" in refusal.value.cure
+
+
 @pytest.mark.parametrize(
     ("capability", "kernels", "runs"),
     [

@@ -70,11 +70,12 @@ def test_the_image_for_a_card_differs_in_torch_alone():
     only_gpu = [line for line in gpu if line not in cpu]
     only_cpu = [line for line in cpu if line not in gpu]
     assert [line.split()[0] for line in only_cpu] == ["ARG", "LABEL"]
-    assert [line.split()[0] for line in only_gpu] == ["ARG", "RUN", "ENV", "LABEL"]
-    index, kernels = only_gpu[0], only_gpu[1]
+    assert [line.split()[0] for line in only_gpu] == ["ARG", "ARG", "RUN", "ENV", "LABEL"]
+    index, needed, look = only_gpu[:3]
     assert index == "ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126"
-    assert "get_arch_list()" in kernels
-    assert "{'sm_60', 'sm_61'}" in kernels
+    assert needed == 'ARG TORCH_KERNELS="sm_60 sm_61"'
+    assert "get_arch_list()" in look
+    assert look.endswith("$TORCH_KERNELS")
 
 
 @pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)

@@ -1,0 +1,229 @@
+"""Two machines on one engine: two compose projects, a core and a network each, that meet at published ports alone."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.engine.engine import CONTROL, docker, run
+from tests.engine.project import Project
+from tests.support.cluster import request, wait_until
+
+pytestmark = pytest.mark.timeout(900)
+
+# of every port that a machine publishes; what a stranger's connection gets
+STRANGER = """
+import json, socket, sys, urllib.error, urllib.request
+found = {}
+for address, port, path in json.loads(sys.argv[1]):
+    key = f"{address}:{port}{path}"
+    try:
+        if path == "valkey":
+            with socket.create_connection((address, port), 3) as connection:
+                connection.sendall(b"*1\\r\\n$4\\r\\nPING\\r\\n*2\\r\\n$3\\r\\nGET\\r\\n$11\\r\\nnoodle:plan\\r\\n")
+                found[key] = connection.recv(400).decode()
+        else:
+            with urllib.request.urlopen(f"http://{address}:{port}{path}", timeout=3) as answer:
+                found[key] = [answer.status, answer.read(400).decode()]
+    except urllib.error.HTTPError as error:
+        found[key] = [error.code, ""]
+    except OSError as error:
+        found[key] = ["nothing", str(error)]
+print(json.dumps(found))
+"""
+
+
+class Pair:
+    """Machine A and machine B; each is its own project, at an address of its own on this host."""
+
+    def __init__(self, folder, networks):
+        self.networks = networks
+        self.address_a, self.address_b = (_gateway(network) for network in networks)
+        for name in ("a", "b"):
+            (folder / name).mkdir()
+        self.a, self.b = Project(folder / "a", core=0), Project(folder / "b", core=1)
+
+    def init(self):
+        printed = self.a.init("--machine", "a", "--address", self.address_a, "--peer", self.address_b)
+        join = printed.rsplit("--join ", 1)[1].split()[0]
+        self.b.init("--machine", "b", "--join", join)
+
+    @property
+    def stage_1_port(self):
+        return self.b.ports["STAGE_1"]
+
+    def stop(self):
+        """As both machines do when they are switched off."""
+        self.a.compose("stop", "--timeout", "20")
+        self.b.compose("stop", "--timeout", "20")
+
+    def layers(self):
+        """[start, end) of each stage by the coordinator's /health."""
+        return [stage["layers"] for stage in self.a.health()["stages"]]
+
+    def tensor_bytes(self, start, end):
+        """Bytes of the tensors that a stage with these layers needs, by the coordinator's manifest."""
+        _, manifest = request(self.a.port, "GET", "/weights", token=self.a.token)
+        tensors = {tensor["name"]: tensor["byte_count"] for tensor in manifest["tensors"]}
+        layers = {f"model.layers.{layer}." for layer in range(start, end)}
+        last = max(int(name.split(".")[2]) for name in tensors if ".layers." in name)
+        names = {name for name in tensors if any(name.startswith(prefix) for prefix in layers)}
+        if start == 0:
+            names.add("model.embed_tokens.weight")
+        if end == last + 1:  # the head is tied to the embedding
+            names |= {"model.norm.weight", "model.embed_tokens.weight"}
+        return sum(tensors[name] for name in names)
+
+
+def _gateway(network):
+    return json.loads(docker("network", "inspect", network))[0]["IPAM"]["Config"][0]["Gateway"]
+
+
+@pytest.fixture(scope="module")
+def pair(images, tmp_path_factory):
+    """Two machines that are ready."""
+    folder = tmp_path_factory.mktemp("pair")
+    networks = []
+    pair = None
+    try:
+        for name in ("a", "b"):  # only to have two addresses on this host
+            networks.append(f"noodle-test-lan-{name}-{folder.name}-{time.time_ns() % 10**9}")
+            docker("network", "create", networks[-1])
+        pair = Pair(folder, networks)
+        pair.init()
+        pair.b.up()  # B first: it waits for A
+        pair.a.up()
+        print(f"two machines, B first: ready {pair.a.wait_ready():.1f} s after A's up")
+        yield pair
+    finally:
+        if pair is not None:
+            pair.a.down()
+            pair.b.down()
+        for network in networks:
+            run(["docker", "network", "rm", network])
+    assert pair.a.left_behind() == pair.b.left_behind() == []
+
+
+def test_the_tokens_are_those_of_the_unsplit_model(pair, model_folder):
+    target = ("--url", f"http://{pair.address_a}:{pair.a.port}", "--key", pair.a.api_key)
+    command = [sys.executable, "-m", "services.cli", "verify", "--prompts", "8", "--new-tokens", "32", *target]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_b_has_fetched_its_own_tensors_and_no_other_byte_and_nothing_when_it_starts_again(pair):
+    start, end = pair.layers()[1]
+    assert pair.b.fetched_bytes("stage-1") == pair.tensor_bytes(start, end)
+    print(f"B fetched {pair.b.fetched_bytes('stage-1')} bytes for layers {start} to {end - 1}")
+    pair.b.up(options=("--force-recreate",))
+    pair.a.wait_ready()
+    wait_until(lambda: "were fetched" in pair.b.logs("stage-1"), 120, "B has loaded again")
+    assert pair.b.fetched_bytes("stage-1") == 0
+
+
+def test_a_cut_that_moves_by_a_layer_moves_the_bytes_of_that_layer(pair):
+    start, end = pair.layers()[1]
+    pair.a.env_path.write_text(pair.a.env_path.read_text() + f"NOODLE_SPLIT={start - 1},{end - start + 1}\n")
+    before = pair.b.fetched_bytes("stage-1")
+    pair.a.up("planner")
+    wait_until(lambda: pair.a.health().get("status") == "ready" and pair.layers()[1][0] == start - 1, 120, "the cut")
+    moved = pair.b.fetched_bytes("stage-1") - before
+    assert moved == pair.tensor_bytes(start - 1, start)
+    print(f"the cut moved by a layer: {moved} bytes")
+
+
+def test_a_third_network_gets_health_and_nothing_else_from_every_port(pair):
+    network = f"{pair.networks[0]}-third"
+    docker("network", "create", network)
+    ports = [
+        (pair.address_a, pair.a.port),
+        (pair.address_a, pair.a.ports["STAGE_0"]),
+        (pair.address_b, pair.stage_1_port),
+    ]
+    paths = ("/health", "/metrics", "/weights", "/v1/models", "/info", "/activations/1", "/results", "/reports")
+    asked = [(address, port, path) for address, port in ports for path in paths]
+    asked.append((pair.address_a, pair.a.ports["VALKEY"], "valkey"))
+    inside = [
+        (
+            project.inspect(service)["NetworkSettings"]["Networks"][f"{project.name}_default"]["IPAddress"],
+            port,
+            "/health",
+        )
+        for project, service, port in (
+            (pair.a, "planner", 8079),
+            (pair.a, "coordinator", 8080),
+            (pair.b, "stage-1", 8081),
+        )
+    ]
+    try:
+        said = docker(
+            "run", "--rm", "--network", network, CONTROL, "python", "-c", STRANGER, json.dumps(asked + inside)
+        )
+    finally:
+        docker("network", "rm", network)
+    found = json.loads(said)
+    for address, port, path in asked:
+        answer = found[f"{address}:{port}{path}"]
+        if path == "valkey":
+            assert answer.splitlines() == ["-NOAUTH Authentication required."] * 2
+        elif path == "/health":
+            assert answer[0] == 200
+            assert set(json.loads(answer[1])) == {"service", "status"}
+        else:
+            assert answer[0] in (401, 404), (port, path, answer)
+    for address, port, path in inside:
+        assert found[f"{address}:{port}{path}"][0] == "nothing"
+
+
+ORDERS = {
+    "A first": lambda pair: (pair.a.compose("start"), _says(pair, "stage"), pair.b.compose("start")),
+    "B first": lambda pair: (pair.b.compose("start"), _b_waits(pair), pair.a.compose("start")),
+    "Valkey last": lambda pair: _last(pair, "valkey", "Valkey at"),
+    "planner last": lambda pair: _last(pair, "planner", "the planner"),
+    "coordinator last": lambda pair: _last(pair, "coordinator", None),
+    "all at once": lambda pair: _both(pair),
+}
+
+
+def _both(pair):
+    commands = [["docker", "compose", "start"]] * 2
+    running = [
+        subprocess.Popen(command, cwd=project.folder, env=project.environment, stderr=subprocess.DEVNULL)
+        for command, project in zip(commands, (pair.a, pair.b), strict=True)
+    ]
+    assert [each.wait(120) for each in running] == [0, 0]
+
+
+def _says(pair, what):
+    """Wait until A's /health names what it waits for."""
+    wait_until(lambda: any(what in each for each in pair.a.health().get("waiting_for", [])), 120, f"waits for {what}")
+
+
+def _b_waits(pair):
+    wait_until(lambda: pair.b.health(pair.stage_1_port).get("detail"), 60, "B says what it waits for")
+
+
+def _last(pair, service, said):
+    """Everything but one part, then that one; what is there says meanwhile that it waits."""
+    containers = {
+        name: pair.a.container(name) for name in ("valkey", "planner", "coordinator", "stage-0", "prometheus")
+    }
+    docker("start", *(each for name, each in containers.items() if name != service))
+    pair.b.compose("start")
+    if said is not None:
+        _says(pair, said)
+    else:
+        _b_waits(pair)
+    docker("start", containers[service])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_of_starting_gets_ready_by_itself(pair, order):
+    pair.stop()
+    ORDERS[order](pair)
+    seconds = pair.a.wait_ready()
+    print(f"{order}: ready {seconds:.1f} s after the last start")
+    assert len(pair.a.generate("The sky is blue because", 8)) == 8
