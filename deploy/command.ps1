@@ -15,3 +15,5 @@ function Invoke-Noodle([string[]]$Options) {
     $Env:PYTHONPATH = "$PWD;$PWD\shared"
     & $python -m services.cli @Options
 }
+
+function noodle { Invoke-Noodle $args }

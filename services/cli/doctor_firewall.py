@@ -25,6 +25,7 @@ APPLY = {
     "windows": "deploy\\firewall.ps1 -Apply   (as administrator)",
     "other": "close the ports by this system's firewall",
 }
+AS_ROOT = "sudo bash -c 'source deploy/command.sh; noodle doctor'"
 WHY = "anyone on the network may knock at them; each has a lock, and one that is not reached needs none"
 ASK_WINDOWS = (
     "@{profiles=@(Get-NetFirewallProfile | Where-Object Enabled -eq 'True' | ForEach-Object Name); "
@@ -93,7 +94,7 @@ def check_firewall(facts: FirewallFacts, where: str, system: System) -> list[Out
         outcomes.append(warning("firewall", where, what, why=WHY, cure=APPLY[system]))
     else:
         reason = f"rules are set at each boot by {SCRIPT_PATH}; whether they stand now, only root may read"
-        outcomes.append(skipped("firewall", where, f"{reason} ({facts.unread}): sudo noodle doctor"))
+        outcomes.append(skipped("firewall", where, f"{reason} ({facts.unread}): {AS_ROOT}"))
     return outcomes
 
 
