@@ -17,10 +17,11 @@ import msgspec
 from msgspec import Struct
 
 from noodle import __version__
+from noodle.addresses import host_of
 from noodle.config import CommandConfig
 from noodle.errors import NoodleError
 from noodle.reach import REACH_PATH, Reached, ReachReport, Target, try_all, try_service, try_valkey
-from services.cli.doctor_addresses import check_advertised, check_names, host_of, resolve, unresolved
+from services.cli.doctor_addresses import check_advertised, check_names, resolve, unresolved
 from services.cli.doctor_docker import DockerFacts, check_docker, gather_docker
 from services.cli.doctor_firewall import check_firewall, gather_firewall
 from services.cli.doctor_gpu import GPU_COMPOSE_NAME, check_gpu, gather_gpu

@@ -143,8 +143,16 @@ def _check_kernels(card: Card, facts: GpuFacts, where: str) -> Outcome:
         where,
         f"{facts.image} has no kernels for {card.name} ({card.capability}), only {' '.join(facts.architectures)}.",
         why="every step would fail with `no kernel image is available`",
-        cure="docker compose build --no-cache stage-0   (Dockerfile.gpu: torch 2.14.1 from the cu126 index)",
+        cure=_other_wheel(card.capability) + "docker compose build --no-cache stage-0",
     )
+
+
+def _other_wheel(capability: float) -> str:
+    """What to set first: cu126, the default of Dockerfile.gpu, is the index for old cards, cu130 that for new ones."""
+    if capability < FIRST_TURING:
+        return "take TORCH_GPU_INDEX_URL and TORCH_KERNELS out of .env (the default, cu126, has Pascal)\n"
+    kernels = f"sm_{round(capability * 10)}"
+    return f"in .env: TORCH_GPU_INDEX_URL=https://download.pytorch.org/whl/cu130 and TORCH_KERNELS={kernels}\n"
 
 
 def runs_on(capability: float, architectures: tuple[str, ...]) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
+from noodle.addresses import host_of
 from noodle.reach import Reached, ReachReport
-from services.cli.doctor_addresses import LOOK_UP, host_of
+from services.cli.doctor_addresses import LOOK_UP
 from services.cli.doctor_outcome import Outcome, error, ok, skipped, warning
 from services.cli.programs import System
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from noodle.addresses import host_of
 from noodle.config import CommandConfig, read_variables
 from noodle.errors import ConfigurationError, NoodleError
 from noodle.reach import Target
-from services.cli.doctor_addresses import host_of
 from services.cli.doctor_outcome import Outcome, error, ok, skipped
 from services.cli.programs import System
 from services.cli.project import DEFAULT_PORTS, ENV_NAME, LOOPBACK, Project, find_project

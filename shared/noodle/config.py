@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from noodle.addresses import host_of
 from noodle.api_keys import ApiKey, read_api_keys
 from noodle.errors import ConfigurationError
 from noodle.plan import MINIMUM_SESSION_TOKENS
@@ -427,6 +428,11 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
                 cure="Set NOODLE_ADVERTISE_URL to this machine's address, as http://192.168.1.102:8081.",
             )
         advertise_url = f"http://{bind}"
+    elif host_of(advertise_url) in ("0.0.0.0", "::"):
+        raise ConfigurationError(
+            f"NOODLE_ADVERTISE_URL is {advertise_url}, and nobody can be found at an address that means every address.",
+            cure="Write this machine's own address on your network, as http://192.168.1.102:8081.",
+        )
     return StageConfig(
         **_service_values(values, "NOODLE_STAGE_BIND"),
         coordinator_url=values["NOODLE_COORDINATOR_URL"],

@@ -6,8 +6,9 @@ from contextlib import closing
 
 import pytest
 
+from noodle.addresses import why_it_points_at_itself
 from services.cli import firewall_rules
-from services.cli.doctor_addresses import check_advertised, check_names, unresolved, why_it_points_at_itself
+from services.cli.doctor_addresses import check_advertised, check_names, unresolved
 from services.cli.doctor_docker import DockerFacts, check_docker, gather_docker, version_of
 from services.cli.doctor_firewall import FirewallFacts, check_firewall, ports_in
 from services.cli.doctor_gpu import Card, GpuFacts, check_gpu, parse_cards, runs_on
