@@ -23,14 +23,14 @@ from noodle.errors import NoodleError
 from noodle.reach import REACH_PATH, Reached, ReachReport, Target, try_all, try_service, try_valkey
 from services.cli.doctor_addresses import check_advertised, check_names, resolve, unresolved
 from services.cli.doctor_docker import DockerFacts, check_docker, gather_docker
-from services.cli.doctor_firewall import check_firewall, gather_firewall
+from services.cli.doctor_firewall import LOOPBACK_ALONE, FirewallFacts, check_firewall, gather_firewall
 from services.cli.doctor_gpu import GPU_COMPOSE_NAME, check_gpu, gather_gpu
 from services.cli.doctor_jobs import Job
 from services.cli.doctor_links import Here, check_digests, check_reached, check_versions, check_way_back
 from services.cli.doctor_memory import Need, check_memory, gather_memory, need_of
 from services.cli.doctor_outcome import Outcome, Report, error, ok, skipped, text_of
 from services.cli.doctor_ports import PortFacts, check_port, gather_port
-from services.cli.doctor_situation import Situation, find_situation, ports_to_try
+from services.cli.doctor_situation import UP_ROLE, Situation, find_situation, ports_to_try
 from services.cli.http_client import error_in, get_json, post_for_answer
 from services.cli.programs import Run, System, is_wsl, run_program, this_system
 
@@ -83,7 +83,9 @@ def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list
     folder = project.folder if project else None
     gpu_job = Job("asking the card", lambda: gather_gpu(run, system, folder, is_wanted=wants_gpu))
     memory_job = Job("reading memory", lambda: gather_memory(run, _or_none(docker_job, end), cache_dir))
-    firewall_job = Job("reading the firewall", lambda: gather_firewall(run, system, project))
+    is_up = situation.role == UP_ROLE  # which listens on loopback alone
+    up_facts = FirewallFacts(nothing_to_close=LOOPBACK_ALONE)
+    firewall_job = Job("reading the firewall", lambda: up_facts if is_up else gather_firewall(run, system, project))
     port_jobs = [
         Job(f"trying port {port}", partial(gather_port, run, service, variable, address, port, situation.own_ports))
         for service, variable, address, port in ports_to_try(situation)
@@ -101,6 +103,8 @@ def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list
     outcomes += _made("gpu", where, lambda: check_gpu(gpu_job.value(end), docker, where, system, is_wanted=wants_gpu))
     for job in port_jobs:
         outcomes += _made("port", where, partial(_check_port, job, where, system, end))
+    if not port_jobs:
+        outcomes.append(skipped("port", where, "no port of a service is configured yet"))
     names_end = min(end, time.monotonic() + NAMES_SECONDS)
     outcomes += _made("names", where, lambda: check_names(hosts, names_job.value(names_end), where, system))
     outcomes += [check_advertised(what, url, name, where, system) for what, url, name in situation.advertised]
@@ -188,6 +192,8 @@ def _check_registered(situation: Situation, links: Links, here: Here) -> list[Ou
 
 def ask_plan(situation: Situation) -> Planned:
     """The plan for the machines that are registered; raises nothing."""
+    if not situation.coordinator_url:
+        return Planned(reason="this machine has no coordinator yet")
     if not situation.token:
         return Planned(reason="no cluster token is known here")
     url = situation.coordinator_url

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 from noodle.addresses import host_of, why_it_points_at_itself
-from services.cli.doctor_outcome import Outcome, error, ok
+from services.cli.doctor_outcome import Outcome, error, ok, skipped
 from services.cli.programs import System
 
 LOOK_UP = {
@@ -59,6 +59,8 @@ def resolve(host: str) -> object:
 
 def check_names(hosts: Sequence[str], missing: Sequence[str], where: str, system: System) -> list[Outcome]:
     """Every host that this machine's configuration names."""
+    if not hosts:
+        return [skipped("names", where, "no address of a service is configured yet")]
     names = [host for host in dict.fromkeys(hosts) if not _is_address(host)]
     if not names:
         return [ok("names", where, "only IP addresses are used")]

@@ -27,6 +27,7 @@ APPLY = {
 }
 AS_ROOT = "sudo bash -c 'source deploy/command.sh; noodle doctor'"
 WHY = "anyone on the network may knock at them; each has a lock, and one that is not reached needs none"
+LOOPBACK_ALONE = "its ports are on 127.0.0.1 alone"
 ASK_WINDOWS = (
     "@{profiles=@(Get-NetFirewallProfile | Where-Object Enabled -eq 'True' | ForEach-Object Name); "
     "networks=@(Get-NetConnectionProfile | ForEach-Object { [string]$_.NetworkCategory }); "
@@ -52,8 +53,10 @@ class FirewallFacts(Struct, frozen=True):
 
 def gather_firewall(run: Run, system: System, project: Project | None) -> FirewallFacts:
     """Read what this user may."""
-    if project is None or project.role == "single":
-        return FirewallFacts(nothing_to_close="its ports are on 127.0.0.1 alone")
+    if project is None:
+        return FirewallFacts()
+    if project.role == "single":
+        return FirewallFacts(nothing_to_close=LOOPBACK_ALONE)
     try:
         openings = firewall_rules.openings_of(project, (), own_networks(project) if system == "linux" else ())
         expected = firewall_rules.linux_script(openings, project.lan_address)
@@ -80,6 +83,8 @@ def gather_firewall(run: Run, system: System, project: Project | None) -> Firewa
 
 def check_firewall(facts: FirewallFacts, where: str, system: System) -> list[Outcome]:
     """Open ports are a warning: each of them has its lock."""
+    if not facts.expected_script and not facts.nothing_to_close:
+        return [skipped("firewall", where, "no container publishes a port to the network here, that .env would tell")]
     if facts.nothing_to_close:
         return [ok("firewall", where, facts.nothing_to_close)]
     if system == "windows":

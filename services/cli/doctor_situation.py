@@ -14,12 +14,13 @@ from noodle.addresses import host_of
 from noodle.config import CommandConfig, read_variables
 from noodle.errors import ConfigurationError, NoodleError
 from noodle.reach import Target
-from services.cli.doctor_outcome import Outcome, error, ok, skipped
+from services.cli.doctor_outcome import Outcome, error, ok, skipped, warning
 from services.cli.programs import System
-from services.cli.project import DEFAULT_PORTS, ENV_NAME, LOOPBACK, Project, find_project
+from services.cli.project import COMPOSE_NAME, DEFAULT_PORTS, ENV_NAME, LOOPBACK, Project, find_project
 from services.cli.run_state import RunFolder, RunRecord, run_folder_path, running
 
-UP_ROLE, HAND_ROLE = "noodle up", "by hand"
+UP_ROLE, HAND_ROLE, NEW_ROLE = "noodle up", "by hand", "not set up"
+WAYS = ("NOODLE_COORDINATOR_URL", "NOODLE_VALKEY_URL", "NOODLE_ADVERTISE_URL")  # one of them makes a machine by hand
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,21 @@ def find_situation(config: CommandConfig, environment: Mapping[str, str], folder
     record = running(config.state_dir)
     if record is not None:
         return _of_run(record, config, system)
+    if (folder / COMPOSE_NAME).is_file() and not any(environment.get(name) for name in WAYS):
+        return _of_new_machine(config, folder, system)
     return _of_variables(config, environment, folder, system)
+
+
+def _of_new_machine(config: CommandConfig, folder: Path, system: System) -> Situation:
+    """A folder in which nothing was done yet: the machine itself can be looked at, and nobody else."""
+    finding = warning(
+        "settings",
+        config.machine,
+        f"{folder} has no .env yet that says what this machine is.",
+        why="it is not known whom this machine must reach; only the machine itself is looked at",
+        cure="docker compose run --rm init   (alone; with --machine a or b for one of two)",
+    )
+    return Situation(NEW_ROLE, config.machine, system, None, LOOPBACK, "", (), frozenset(), True, outcomes=(finding,))
 
 
 def _of_project(project: Project, system: System) -> Situation:
