@@ -27,7 +27,6 @@ ip -n inside addr add 172.30.0.2/16 dev eth0
 ip -n inside link set eth0 up
 ip -n inside link set lo up
 ip -n inside route add default via 172.30.0.1
-sysctl -q -w net.ipv4.ip_forward=1
 
 # as Docker leaves it: published ports are rewritten before routing, and every forwarded packet asks DOCKER-USER first
 iptables -N DOCKER-USER
