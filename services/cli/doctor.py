@@ -35,6 +35,7 @@ from services.cli.http_client import error_in, get_json, post_for_answer
 from services.cli.programs import Run, System, is_wsl, run_program, this_system
 
 DOCTOR_SECONDS = 28.0  # all of it, also when every packet is dropped
+SPARE_SECONDS = 1.0  # of it, for what comes after Docker has not answered
 NAMES_SECONDS = 10.0  # a resolver that does not answer
 REACH_SECONDS = 12.0  # a service's answer about whom it reaches
 PLAN_SECONDS = 8.0
@@ -82,7 +83,7 @@ def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list
     docker_job = Job("asking Docker", lambda: gather_docker(run))
     folder = project.folder if project else None
     gpu_job = Job("asking the card", lambda: gather_gpu(run, system, folder, is_wanted=wants_gpu))
-    memory_job = Job("reading memory", lambda: gather_memory(run, _or_none(docker_job, end), cache_dir))
+    memory_job = Job("reading memory", lambda: gather_memory(run, _or_none(docker_job, end - SPARE_SECONDS), cache_dir))
     is_up = situation.role == UP_ROLE  # which listens on loopback alone
     up_facts = FirewallFacts(nothing_to_close=LOOPBACK_ALONE)
     firewall_job = Job("reading the firewall", lambda: up_facts if is_up else gather_firewall(run, system, project))
@@ -104,7 +105,7 @@ def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list
     for job in port_jobs:
         outcomes += _made("port", where, partial(_check_port, job, where, system, end))
     if not port_jobs:
-        outcomes.append(skipped("port", where, "no port of a service is configured yet"))
+        outcomes.append(skipped("port", where, "nothing here says which ports this machine is to publish"))
     names_end = min(end, time.monotonic() + NAMES_SECONDS)
     outcomes += _made("names", where, lambda: check_names(hosts, names_job.value(names_end), where, system))
     outcomes += [check_advertised(what, url, name, where, system) for what, url, name in situation.advertised]
@@ -197,21 +198,28 @@ def ask_plan(situation: Situation) -> Planned:
     if not situation.token:
         return Planned(reason="no cluster token is known here")
     url = situation.coordinator_url
+    health: dict[str, Any] = {}
     try:
         _, health = get_json(f"{url}/health", situation.token, HEALTH_SECONDS)
         status, answer = post_for_answer(f"{url}/plan/generate", {}, situation.token, PLAN_SECONDS)
     except NoodleError as problem:
+        if health.get("status") == "failed":  # it says why itself; for very many layers the planner answers late
+            return Planned(refusal=str(health.get("detail")), phases=_phases(health))
         return Planned(reason=problem.message)
-    phases = {
-        int(stage["stage_id"]): str(stage.get("phase", ""))
-        for stage in health.get("stages") or ()
-        if isinstance(stage, dict) and isinstance(stage.get("stage_id"), int)
-    }
+    phases = _phases(health)
     if status != 200:
         refused = error_in(answer)
         cures = tuple(str(cure["text"]) for cure in (answer.get("short") or {}).get("cures", ()))
         return Planned(refusal=refused.message if refused else f"answered {status}", cures=cures, phases=phases)
     return Planned(answer, phases=phases)
+
+
+def _phases(health: Mapping[str, Any]) -> dict[int, str]:
+    return {
+        int(stage["stage_id"]): str(stage.get("phase", ""))
+        for stage in health.get("stages") or ()
+        if isinstance(stage, dict) and isinstance(stage.get("stage_id"), int)
+    }
 
 
 def check_plan(planned: Planned, where: str) -> Outcome:

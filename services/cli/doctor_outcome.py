@@ -96,9 +96,13 @@ def _wrapped(text: str, head: str) -> list[str]:
 def _summary(outcomes: Sequence[Outcome], seconds: float) -> str:
     counts = {status: _count(outcomes, status) for status in LABELS}
     return (
-        f"{counts['error']} errors, {counts['warning']} warnings, {counts['ok']} in order, "
+        f"{_counted(counts['error'], 'error')}, {_counted(counts['warning'], 'warning')}, {counts['ok']} in order, "
         f"{counts['skipped']} skipped, in {seconds:.1f} s."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _count(outcomes: Iterable[Outcome], status: Status) -> int:

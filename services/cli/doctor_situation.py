@@ -20,6 +20,11 @@ from services.cli.project import COMPOSE_NAME, DEFAULT_PORTS, ENV_NAME, LOOPBACK
 from services.cli.run_state import RunFolder, RunRecord, run_folder_path, running
 
 UP_ROLE, HAND_ROLE, NEW_ROLE = "noodle up", "by hand", "not set up"
+UP_VARIABLES = {
+    "coordinator": "NOODLE_COORDINATOR_PORT",
+    "valkey": "NOODLE_VALKEY_PORT",
+    "planner": "NOODLE_PLANNER_PORT",
+}
 WAYS = ("NOODLE_COORDINATOR_URL", "NOODLE_VALKEY_URL", "NOODLE_ADVERTISE_URL")  # one of them makes a machine by hand
 
 
@@ -214,23 +219,20 @@ def _told(read: Callable[[], str], machine: str, outcomes: list[Outcome]) -> str
 
 
 def ports_to_try(situation: Situation) -> list[tuple[str, str, str, int]]:
-    """Service, variable, address and port of all that this machine listens on, or is going to."""
-    if situation.project is None:
-        names = {
-            "coordinator": "NOODLE_COORDINATOR_PORT",
-            "valkey": "NOODLE_VALKEY_PORT",
-            "planner": "NOODLE_PLANNER_PORT",
-        }
+    """Service, variable, address and port of all that this machine listens on, or is going to; none by hand, where
+    nobody says which programs are to be started here."""
+    if situation.project is not None:
+        addresses = dict.fromkeys([LOOPBACK, situation.host])
         return [
-            (target.name, names.get(target.name, "NOODLE_FIRST_STAGE_PORT"), host_of(target.url), _port_of(target))
-            for target in situation.targets
-            if target.name in situation.own_names
+            (published.service, published.variable, address, published.port)
+            for published in situation.project.published()
+            for address in addresses
         ]
-    addresses = dict.fromkeys([LOOPBACK, situation.host])
+    if situation.role != UP_ROLE:
+        return []
     return [
-        (published.service, published.variable, address, published.port)
-        for published in situation.project.published()
-        for address in addresses
+        (target.name, UP_VARIABLES.get(target.name, "NOODLE_FIRST_STAGE_PORT"), host_of(target.url), _port_of(target))
+        for target in situation.targets
     ]
 
 

@@ -198,7 +198,7 @@ def test_a_report_shows_every_outcome_and_fails_only_by_errors():
         "b: gone",
         "cure: one",
         "two",
-        "1 errors, 1 warnings",
+        "1 error, 1 warning,",
     ):
         assert shown in text
     assert msgspec.json.decode(msgspec.json.encode(broken), type=Report) == broken
