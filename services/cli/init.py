@@ -116,6 +116,7 @@ def _next_steps(kind: str, values: Mapping[str, str], secrets: Mapping[str, str]
     if kind == "a":
         join = Join(
             noodle_version=__version__,
+            machine=values["NOODLE_MACHINE"],
             address=values["NOODLE_LAN_ADDRESS"],
             coordinator_port=int(values["NOODLE_COORDINATOR_PORT"]),
             valkey_port=int(values["NOODLE_VALKEY_PORT"]),

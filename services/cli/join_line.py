@@ -21,6 +21,7 @@ class Join(Struct, frozen=True, forbid_unknown_fields=True):
     """Machine A as B must know it."""
 
     noodle_version: str
+    machine: str  # A's name
     address: str
     coordinator_port: int
     valkey_port: int

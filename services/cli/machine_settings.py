@@ -182,6 +182,8 @@ def _name(kind: Kind, wish: Wish, before: Mapping[str, str]) -> str:
         raise ConfigurationError(
             f"--name {name!r} can not be a machine's name.", cure="Use letters, digits, dots, dashes and underscores."
         )
+    if wish.join is not None and wish.join.machine == name:  # stages of one machine share its memory in a plan
+        raise ConfigurationError(f"Machine A is called {name} too.", cure="Call this one otherwise, with --name.")
     return name
 
 

@@ -137,13 +137,13 @@ def test_a_missing_secret_is_named_and_init_makes_it_again(project):
         project.wait_ready()
 
 
-def test_the_health_log_of_the_engine_tells_a_failed_start(project):
+def test_a_model_that_is_not_there_is_named_with_the_forms_it_may_have(project):
     text = project.env_path.read_text(encoding="utf-8")
-    project.env_path.write_text(text.replace("NOODLE_MODEL=", "NOODLE_MODEL=/models/none#"), encoding="utf-8")
+    project.env_path.write_text(text + "NOODLE_MODEL=/models/none\n", encoding="utf-8")
     try:
         done = project.tried("run", "--rm", "--no-deps", "coordinator", seconds=120)
         assert done.returncode == 3
-        assert "NOODLE_MODEL" in done.stderr
+        assert "There is no folder or file '/models/none'" in done.stderr
     finally:
         project.env_path.write_text(text, encoding="utf-8")
 

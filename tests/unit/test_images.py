@@ -119,6 +119,12 @@ def test_every_container_is_locked_down_and_limited(name):
     assert service["stop_grace_period"]
 
 
+def test_an_image_that_is_built_here_is_never_looked_for_elsewhere():
+    built = [service for service in compose()["services"].values() if "build" in service]
+    assert len(built) == 5
+    assert {service["pull_policy"] for service in built} == {"never"}
+
+
 def test_the_one_that_may_change_files_of_this_folder_has_no_network():
     init = compose()["services"]["init"]
     assert init["network_mode"] == "none"

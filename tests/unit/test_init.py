@@ -153,6 +153,12 @@ def test_a_join_line_of_another_cluster_is_refused_while_the_old_secrets_are_the
     assert "delete secrets/" in refused.value.cure
 
 
+def test_two_machines_of_one_name_are_refused(folder, tmp_path_factory, capsys):
+    other, text = joined(folder, tmp_path_factory, capsys)
+    with pytest.raises(ConfigurationError, match="Machine A is called machine-a too"):
+        init(other, Wish(machine="b", name="machine-a"), text)
+
+
 def test_machine_b_without_its_secrets_asks_for_the_join_line(folder, tmp_path_factory, capsys):
     other, text = joined(folder, tmp_path_factory, capsys)
     init(other, Wish(machine="b"), text)
@@ -236,14 +242,16 @@ def test_a_model_is_named_as_the_container_sees_it(given, written):
 
 @pytest.mark.parametrize("change", [lambda text: text[:-5], lambda text: "nonsense", lambda text: text[4:]])
 def test_a_join_line_that_was_not_copied_whole_is_refused(change):
-    text = join_line.encode(Join("0.1.0", "192.168.1.101", 8080, 6379, "192.168.1.102", "t" * 40, "p" * 40))
+    text = join_line.encode(
+        Join("0.1.0", "machine-a", "192.168.1.101", 8080, 6379, "192.168.1.102", "t" * 40, "p" * 40)
+    )
     with pytest.raises(ConfigurationError, match=r"join line") as refused:
         join_line.decode(change(text))
     assert "machine A" in refused.value.cure
 
 
 def test_a_join_line_that_was_wrapped_is_read():
-    join = Join("0.1.0", "192.168.1.101", 8080, 6379, "192.168.1.102", "t" * 40, "p" * 40)
+    join = Join("0.1.0", "machine-a", "192.168.1.101", 8080, 6379, "192.168.1.102", "t" * 40, "p" * 40)
     text = join_line.encode(join)
     assert join_line.decode(text[:30] + "\n  " + text[30:]) == join
 
