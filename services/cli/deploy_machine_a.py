@@ -52,6 +52,7 @@ class MachineA:
         """What B must know."""
         return Join(
             noodle_version=__version__,
+            machine=project.machine,
             address=project.lan_address,
             coordinator_port=project.port("NOODLE_COORDINATOR_PORT"),
             valkey_port=project.port("NOODLE_VALKEY_PORT"),

@@ -24,6 +24,7 @@ IMAGE = "noodle-test-ssh"
 HOST = "machine-b.test"
 JOIN = Join(
     noodle_version="0.1.0",
+    machine="laptop",
     address="192.168.1.101",
     coordinator_port=8080,
     valkey_port=6379,
