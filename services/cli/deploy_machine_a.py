@@ -30,6 +30,7 @@ LOG_LINES = 2000
 READY_LOOK_SECONDS = 1.0
 STALLED_SECONDS = 900.0  # nothing at all changed for so long: it will not become ready
 VERIFY_SECONDS = 3600.0
+VERIFY_PROMPTS = 8  # enough to see a wrong cut or wrong weights; `noodle verify` alone asks all
 VERIFY_SERVICE = "stage-0"  # its image has torch
 
 
@@ -108,6 +109,7 @@ class MachineA:
         model = project.values.get("NOODLE_MODEL", "")
         arguments = ["run", "--rm", "--no-deps", "-T", "--entrypoint", "noodle", "-e", f"NOODLE_MODEL={model}"]
         arguments += ["--volume", f"{self.folder / 'models'}:/models:ro", VERIFY_SERVICE, "verify", "--json"]
+        arguments += ["--prompts", str(VERIFY_PROMPTS)]
         ran = run_program(["docker", "compose", *arguments], VERIFY_SECONDS, folder=self.folder)
         report_path.write_text(ran.output, encoding="utf-8")
         if ran.code not in (0, 1) or not ran.output.lstrip().startswith("{"):

@@ -29,7 +29,7 @@ from services.cli.doctor_jobs import Job
 from services.cli.doctor_links import Here, check_digests, check_reached, check_versions, check_way_back
 from services.cli.doctor_memory import Need, check_memory, gather_memory, need_of
 from services.cli.doctor_outcome import Outcome, Report, error, ok, skipped, text_of
-from services.cli.doctor_ports import PortFacts, check_port, gather_port
+from services.cli.doctor_ports import PROJECT_NAME, PortFacts, check_port, gather_port
 from services.cli.doctor_situation import UP_ROLE, Situation, find_situation, ports_to_try
 from services.cli.http_client import error_in, get_json, post_for_answer
 from services.cli.programs import Run, System, is_wsl, run_program, this_system
@@ -37,7 +37,7 @@ from services.cli.programs import Run, System, is_wsl, run_program, this_system
 DOCTOR_SECONDS = 28.0  # all of it, also when every packet is dropped
 SPARE_SECONDS = 1.0  # of it, for what comes after Docker has not answered
 NAMES_SECONDS = 10.0  # a resolver that does not answer
-REACH_SECONDS = 12.0  # a service's answer about whom it reaches
+REACH_SECONDS = 14.0  # the services' answers about whom they reach
 PLAN_SECONDS = 8.0
 HEALTH_SECONDS = 3.0
 FINDING_EXIT_CODE = 1
@@ -59,6 +59,7 @@ class Planned(Struct, frozen=True):
     cures: tuple[str, ...] = ()
     reason: str = ""  # it could not be asked
     phases: dict[int, str] = {}
+    model: str = ""  # as clients call it
 
 
 def doctor(config: CommandConfig, environment: Mapping[str, str], folder: Path, *, as_json: bool) -> int:
@@ -87,8 +88,10 @@ def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list
     is_up = situation.role == UP_ROLE  # which listens on loopback alone
     up_facts = FirewallFacts(nothing_to_close=LOOPBACK_ALONE)
     firewall_job = Job("reading the firewall", lambda: up_facts if is_up else gather_firewall(run, system, project))
+    name = (project.values.get("COMPOSE_PROJECT_NAME") if project else None) or PROJECT_NAME
+    own = situation.own_ports
     port_jobs = [
-        Job(f"trying port {port}", partial(gather_port, run, service, variable, address, port, situation.own_ports))
+        Job(f"trying port {port}", partial(gather_port, run, service, variable, address, port, own, name))
         for service, variable, address, port in ports_to_try(situation)
     ]
     hosts = [host_of(target.url) for target in situation.targets]
@@ -122,14 +125,14 @@ def try_links(situation: Situation) -> Links:
     """Try every service that this machine must reach, then ask those that answer whom they reach."""
     from_here = _tried(situation, situation.targets)
     asked = [reached for reached in from_here if reached.outcome == "open" and reached.name != "valkey"]
-    jobs = [(each.name, Job(each.name, partial(_ask_reach, each.url, situation.token))) for each in asked]
     reports, unreported = [], []
     end = time.monotonic() + REACH_SECONDS
-    for name, job in jobs:
+    for each in asked:  # one after the other: what they time must not be one another
         try:
+            job = Job(f"asking {each.name}", partial(_ask_reach, each.url, situation.token))
             reports.append(job.value(end))
         except NoodleError as problem:
-            unreported.append((name, problem.message))
+            unreported.append((each.name, problem.message))
     known = {reached.url for reached in from_here}
     named = [
         Target(reached.name, reached.url, reached.machine, reached.version, reached.model_digest)
@@ -139,7 +142,10 @@ def try_links(situation: Situation) -> Links:
         if reached.name.startswith("stage ") and reached.url not in known
     ]
     if not situation.is_alone:  # else they are known by names that only containers know
-        from_here += _tried(situation, named)
+        found = _tried(situation, named)
+        elsewhere = {reached.name for reached in found} - situation.own_names
+        # where a stage says that it is counts for more than the port that was expected
+        from_here = tuple(each for each in from_here if each.outcome == "open" or each.name not in elsewhere) + found
     return Links(from_here, tuple(reports), tuple(unreported))
 
 
@@ -211,7 +217,7 @@ def ask_plan(situation: Situation) -> Planned:
         refused = error_in(answer)
         cures = tuple(str(cure["text"]) for cure in (answer.get("short") or {}).get("cures", ()))
         return Planned(refusal=refused.message if refused else f"answered {status}", cures=cures, phases=phases)
-    return Planned(answer, phases=phases)
+    return Planned(answer, phases=phases, model=str(health.get("model") or answer["plan"]["model"]))
 
 
 def _phases(health: Mapping[str, Any]) -> dict[int, str]:
@@ -229,7 +235,7 @@ def check_plan(planned: Planned, where: str) -> Outcome:
         layers = ", ".join(
             f"{stage['start_layer']} to {stage['end_layer'] - 1} on {stage['node_id']}" for stage in plan["stages"]
         )
-        return ok("plan", where, f"{plan['model']} fits: layers {layers}")
+        return ok("plan", where, f"{planned.model} fits: layers {layers}")
     if planned.refusal:
         cures = "\n".join(["each of these alone cures it:", *planned.cures, "noodle plan   (shows all figures)"])
         why = "no stage loads anything until it fits"

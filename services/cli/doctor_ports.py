@@ -19,7 +19,7 @@ from services.cli.programs import Run, System
 DOCKER_SECONDS = 5.0
 LIST_SECONDS = 5.0
 HEALTH_SECONDS = 1.0
-PROJECT_NAME = "noodle"
+PROJECT_NAME = "noodle"  # of compose, unless .env says another
 
 Holder = Literal["nobody", "noodle", "other", "no_address", "denied"]
 
@@ -35,8 +35,17 @@ class PortFacts(Struct, frozen=True):
     program: str = ""
 
 
-def gather_port(run: Run, service: str, variable: str, address: str, port: int, own_ports: Sequence[int]) -> PortFacts:
-    """Try to listen there; who has it, where that fails. `own_ports` are of a `noodle up` that runs here."""
+def gather_port(
+    run: Run,
+    service: str,
+    variable: str,
+    address: str,
+    port: int,
+    own_ports: Sequence[int],
+    project_name: str = PROJECT_NAME,
+) -> PortFacts:
+    """Try to listen there; who has it, where that fails. `own_ports` are of a `noodle up` that runs here,
+    `project_name` is what compose calls this machine's set."""
     problem = _try_to_listen(address, port)
     if problem is None:
         return PortFacts(service, variable, address, port, "nobody")
@@ -49,7 +58,7 @@ def gather_port(run: Run, service: str, variable: str, address: str, port: int, 
     container = _container_on(run, port)
     if container is not None:
         project, name = container
-        return PortFacts(service, variable, address, port, "noodle" if project == PROJECT_NAME else "other", name)
+        return PortFacts(service, variable, address, port, "noodle" if project == project_name else "other", name)
     if _is_noodle(address, port):
         return PortFacts(service, variable, address, port, "noodle", "a service of noodle")
     return PortFacts(service, variable, address, port, "other", _program_on(run, port))

@@ -102,19 +102,20 @@ def try_all(tries: Sequence[Callable[[], Reached]], targets: Sequence[Target]) -
 
 
 def try_service(target: Target, token: str, *, measures: threading.Lock | None = None) -> Reached:
-    """Try one of noodle's HTTP services; with `measures` its bandwidth as well, one measurement at a time."""
+    """Try one of noodle's HTTP services; with `measures` its bandwidth as well, timed while no other one is."""
     parts = urlsplit(target.url)
     host, port = parts.hostname or "", parts.port or 80
     try:
-        round_trip_seconds = _round_trip(host, port)
         connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
         with contextlib.closing(connection):
             connection.connect()
             connection.sock.settimeout(ANSWER_SECONDS)
             health, clock_ahead_seconds = _health(connection, token)
             if health is None:
-                return _failed(target, "foreign", "what answers there is no noodle", round_trip_seconds)
-            outcome, bytes_per_second = _bandwidth(connection, token, measures)
+                return _failed(target, "foreign", "what answers there is no noodle")
+            with measures or contextlib.nullcontext():  # what is timed has the way for itself
+                round_trip_seconds = _round_trip(host, port)
+                outcome, bytes_per_second = _bandwidth(connection, token, BANDWIDTH_BYTES if measures else 1)
     except (OSError, http.client.HTTPException) as error:
         return _failed(target, *trouble(error))
     details: dict[Outcome, str] = {
@@ -168,7 +169,7 @@ def trouble(error: Exception) -> tuple[Outcome, str]:
     return "foreign", f"the connection broke: {reason}"
 
 
-def _failed(target: Target, outcome: Outcome, detail: str, round_trip_seconds: float | None = None) -> Reached:
+def _failed(target: Target, outcome: Outcome, detail: str) -> Reached:
     return Reached(
         target.name,
         target.url,
@@ -177,7 +178,6 @@ def _failed(target: Target, outcome: Outcome, detail: str, round_trip_seconds: f
         target.machine,
         target.version,
         target.model_digest,
-        round_trip_seconds,
     )
 
 
@@ -211,24 +211,20 @@ def _health(connection: http.client.HTTPConnection, token: str) -> tuple[dict[st
     return answer if is_ours else None, ahead_seconds
 
 
-def _bandwidth(
-    connection: http.client.HTTPConnection, token: str, measures: threading.Lock | None
-) -> tuple[Outcome, float | None]:
+def _bandwidth(connection: http.client.HTTPConnection, token: str, byte_count: int) -> tuple[Outcome, float | None]:
     """Whether the token opens the locked route, and how fast its bytes come."""
-    with measures or contextlib.nullcontext():
-        byte_count = BANDWIDTH_BYTES if measures is not None else 1
-        path = f"{BYTES_PATH}?count={byte_count}"
-        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-        response = connection.getresponse()
-        if response.status != 200:
-            return ("locked" if response.status == 401 else "foreign"), None
-        first = response.read1(READ_BYTES)
-        began = time.monotonic()
-        taken_bytes = 0
-        end = began + BANDWIDTH_SECONDS
-        while first and time.monotonic() < end and (piece := response.read1(READ_BYTES)):
-            taken_bytes += len(piece)
-        seconds = time.monotonic() - began
+    path = f"{BYTES_PATH}?count={byte_count}"
+    connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+    response = connection.getresponse()
+    if response.status != 200:
+        return ("locked" if response.status == 401 else "foreign"), None
+    first = response.read1(READ_BYTES)
+    began = time.monotonic()
+    taken_bytes = 0
+    end = began + BANDWIDTH_SECONDS
+    while first and time.monotonic() < end and (piece := response.read1(READ_BYTES)):
+        taken_bytes += len(piece)
+    seconds = time.monotonic() - began
     return "open", taken_bytes / seconds if taken_bytes >= SMALLEST_TIMED_BYTES and seconds > 0 else None
 
 

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,10 @@ def server_with_engine(images, tmp_path):
         server = SshServer(tmp_path, name)
         server.home = home
         wait_until(lambda: _greets(server.port), 20, "sshd answers")
-        server.run("sh", "-c", f"chmod 666 /var/run/docker.sock; usermod --home {home} anna; mkdir -m 700 {home}/.ssh")
-        server.run(
-            "sh", "-c", f"cp /home/anna/.ssh/authorized_keys {home}/.ssh/ && chown -R anna {home} && chmod 755 {home}"
-        )
+        group = 'getent group "$gid" >/dev/null || groupadd -g "$gid" engine'
+        server.run("sh", "-c", f"gid=$(stat -c %g /var/run/docker.sock); {group}; usermod -aG $gid -d {home} anna")
+        server.run("sh", "-c", f"mkdir -m 700 {home}/.ssh && cp /home/anna/.ssh/authorized_keys {home}/.ssh/")
+        server.run("sh", "-c", f"chown -R anna {home} && chmod 755 {home}")
         yield server
     finally:
         with contextlib.suppress(AssertionError):  # it is gone already
@@ -105,6 +106,8 @@ def test_both_machines_from_one_script_again_and_down(server_with_engine, addres
         assert "stage-1" in (results / "machine-b.log").read_text()
         assert {path.name for path in (folder_b / "secrets").iterdir()} == {"cluster_token", "valkey_password"}
         assert not (folder_b / "tests").exists()
+        in_order(folder_a, a.environment, {"coordinator", "stage 0", "stage 1"})
+        in_order(folder_b, a.environment, {"coordinator", "stage 0", "stage 1"})
         before = [a.container("coordinator"), a.container("stage-0")]
         again = deploy(folder_a, environment, *remote, "--no-verify")
         assert again.returncode == 0, again.stdout + again.stderr[-4000:]
@@ -118,6 +121,19 @@ def test_both_machines_from_one_script_again_and_down(server_with_engine, addres
         a.down()
         run(["docker", "compose", "down", "--volumes", "--remove-orphans"], cwd=folder_b, env=a.environment)
     assert a.left_behind() == []
+
+
+def in_order(folder, environment, told):
+    """noodle doctor in a machine's folder: no error, and these services say whom they reach."""
+    command = [sys.executable, "-m", "services.cli", "doctor"]
+    options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 60, "check": False}
+    print(subprocess.run(command, **options).stdout)
+    done = subprocess.run([*command, "--json"], **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads(done.stdout)["outcomes"]
+    back = {each["what"].split(" reaches ")[0] for each in outcomes if each["check"] == "way back"}
+    assert told <= back
+    assert all(each["status"] != "error" for each in outcomes)
 
 
 def with_test_images(folder, images):
