@@ -13,6 +13,8 @@ from noodle.config import PlannerConfig
 from noodle.errors import NotReady
 from noodle.metrics import PlannerMetrics, install_metrics_route
 from noodle.plan import MachineReport
+from noodle.reach import Target
+from noodle.reach_routes import install_reach_routes
 from noodle.scraped_metrics import PlanCollector, PlanSeen, service_registry
 from noodle.web import (
     Service,
@@ -68,6 +70,15 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
         return json_response(answer, status)
 
     app.register_blueprint(guide)
+    asked = [Target("coordinator", config.coordinator_url), Target("valkey", config.valkey_url)]
+    install_reach_routes(
+        app,
+        config.cluster_token,
+        config.valkey_password,
+        "planner",
+        "",
+        lambda: (planning.shape.digest if planning.shape else "", asked),
+    )
     return app
 
 

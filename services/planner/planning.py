@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from noodle import __version__
+from noodle.addresses import host_of, why_it_points_at_itself
 from noodle.config import PlannerConfig
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
 from noodle.families import check_supported
@@ -104,7 +105,7 @@ class Planning:
         self.plan = self._queue.plan()
         there = self._attendance.look(self.plan, self.reports, self._config.stage_count, time.monotonic())
         chosen = there.machines
-        if strange := strangers_among(chosen, self.shape):
+        if strange := strangers_among(chosen, self.shape) or self_pointing_among(chosen):
             if self.state.detail != strange:
                 log.error("no plan is possible: %s", strange)
             self.state = PlannerState("failed", strange)
@@ -188,6 +189,24 @@ def strangers_among(reports: Sequence[MachineReport], shape: ModelShape) -> str:
                 f"{who} has other weights ({report.model_digest[:12]}) than the coordinator's model {shape.name} "
                 f"({shape.digest[:12]}). Leave NOODLE_MODEL out there, so that its weights come from the coordinator, "
                 "or set the same one, and start it again."
+            )
+    return ""
+
+
+def self_pointing_among(reports: Sequence[MachineReport]) -> str:
+    """Which stage sends the others to themselves, and the cure; empty when none does.
+
+    On one host all may be at 127.0.0.1. One that is there while another is at an address of the network is not.
+    """
+    reasons = {report.stage_id: why_it_points_at_itself(host_of(report.url)) for report in reports}
+    if all(reasons.values()):
+        return ""
+    for report in reports:
+        if reason := reasons[report.stage_id]:
+            return (
+                f"Stage {report.stage_id} on {report.machine} says that it is found at {report.url}, but {reason}. "
+                "Set NOODLE_ADVERTISE_URL there to its machine's address, as http://192.168.1.102:8081 (with Docker: "
+                "NOODLE_LAN_ADDRESS), and start it again."
             )
     return ""
 

@@ -14,6 +14,8 @@ from noodle.errors import Conflict, InvalidRequest
 from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
 from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.metrics import install_metrics_route
+from noodle.reach import Target
+from noodle.reach_routes import install_reach_routes
 from noodle.scraped_metrics import service_registry
 from noodle.web import (
     Service,
@@ -104,7 +106,28 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         return _stream(stage.results.serve(streaming_connection()))
 
     app.register_blueprint(guide_routes(config, stage, lifecycle))
+    install_reach_routes(
+        app,
+        config.cluster_token,
+        config.valkey_password,
+        f"stage {config.stage_id}",
+        config.machine,
+        lambda: (lifecycle.model_digest, _reach_targets(config, stage)),
+    )
     return app
+
+
+def _reach_targets(config: StageConfig, stage: Stage) -> list[Target]:
+    """Whom this stage talks to: where it is configured to, and its neighbours in the plan that it computes by."""
+    targets = [Target("coordinator", config.coordinator_url), Target("valkey", config.valkey_url)]
+    if (role := stage.role) is not None:
+        neighbours = role.plan.stages[max(0, role.index - 1) : role.index + 2]
+        targets += [
+            Target(f"stage {each.stage_id}", each.url, each.machine)
+            for each in neighbours
+            if each.stage_id != config.stage_id
+        ]
+    return targets
 
 
 class StageService(Service):

@@ -67,6 +67,11 @@ class Lifecycle:
                 link=self._stage.chain.links()[0],
             )
 
+    @property
+    def model_digest(self) -> str:
+        """Of the model that this stage serves, empty until the machine is measured."""
+        return self._report.model_digest if self._report is not None else ""
+
     def beat(self) -> None:
         """Tell Valkey each second, and at once when the phase changes; goes on through Valkey's absences."""
         while not self.stopping.is_set():

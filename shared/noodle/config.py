@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from noodle.addresses import host_of
 from noodle.api_keys import ApiKey, read_api_keys
 from noodle.errors import ConfigurationError
 from noodle.plan import MINIMUM_SESSION_TOKENS
@@ -368,6 +369,7 @@ class CommandConfig:
     stage_url: str  # of this machine's stage
     api_key: str  # the first, where several are set
     cluster_token: str
+    valkey_password: str
     machine: str
     threads: int
     device: str
@@ -448,6 +450,11 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
                 cure="Set NOODLE_ADVERTISE_URL to this machine's address, as http://192.168.1.102:8081.",
             )
         advertise_url = f"http://{bind}"
+    elif host_of(advertise_url) in ("0.0.0.0", "::"):
+        raise ConfigurationError(
+            f"NOODLE_ADVERTISE_URL is {advertise_url}, and nobody can be found at an address that means every address.",
+            cure="Write this machine's own address on your network, as http://192.168.1.102:8081.",
+        )
     return StageConfig(
         **_service_values(values, "NOODLE_STAGE_BIND"),
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
@@ -478,6 +485,7 @@ def command_config(environment: Mapping[str, str]) -> CommandConfig:
         stage_url=values["NOODLE_ADVERTISE_URL"] or f"http://{values['NOODLE_STAGE_BIND']}",
         api_key=api_keys[0].key if api_keys else "",
         cluster_token=_secret(values, "NOODLE_CLUSTER_TOKEN"),
+        valkey_password=_secret(values, "NOODLE_VALKEY_PASSWORD"),
         machine=_machine_name(values),
         threads=values["NOODLE_THREADS"],
         device=values["NOODLE_DEVICE"],

@@ -8,7 +8,7 @@ from noodle.metrics import PlannerMetrics
 from noodle.plan import MachineReport, ModelShape, Plan, StageAssignment
 from noodle.work_queue import WorkQueue
 from services.planner.app import watch
-from services.planner.planning import Planning, check_wishes, still_holds
+from services.planner.planning import Planning, check_wishes, self_pointing_among, still_holds
 
 SHAPE = ModelShape("digest", "tiny", "llama", 6, 64, 300, 256, 4.0, (1,) * 6, 1, 1, 64)
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
@@ -184,3 +184,17 @@ def test_metrics_show_who_reports_and_what_the_plan_predicts():
     assert values == {"planner_machines": 2, "planner_stages": 3, "planner_wanted_stages": 2, "plan_version": 1}
     # two stages, and three hops of the millisecond that is assumed
     assert registry.get_sample_value("noodle_plan_predicted_token_seconds") == pytest.approx(0.023)
+
+
+def test_a_stage_at_localhost_beside_one_on_the_network_is_refused_by_name():
+    on_the_network = report(0, url="http://192.168.1.101:8081")
+    told = self_pointing_among([on_the_network, report(1, machine="pc", url="http://localhost:8081")])
+    assert "Stage 1 on pc" in told
+    assert "NOODLE_ADVERTISE_URL" in told
+
+
+def test_stages_of_one_host_may_all_be_at_its_own_addresses():
+    assert self_pointing_among([]) == ""
+    assert self_pointing_among([report(0), report(1)]) == ""
+    assert self_pointing_among([report(0, url="http://stage-0:8081"), report(1, url="http://stage-1:8081")]) == ""
+    assert self_pointing_among([report(0, url="http://10.0.0.1:1"), report(1, url="http://10.0.0.2:1")]) == ""
