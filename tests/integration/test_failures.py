@@ -172,6 +172,16 @@ def layers_of(cluster):
     }
 
 
+def test_a_stage_that_leaves_gives_its_layers_away_and_gets_some_when_it_starts_again(movable):
+    port = movable.stage_ports[1]
+    wait_until(lambda: request(port, "POST", "/leave", {}, token=movable.token)[1]["layers"] is None, 60, "it has left")
+    answers_again(movable)
+    assert layers_of(movable) == {0: 6}
+    os.kill(movable.worker_pid("stage-1"), signal.SIGKILL)
+    wait_until(lambda: len(layers_of(movable)) == 2, 90, "the stage that is back gets layers")
+    answers_again(movable)
+
+
 def test_layers_move_away_from_a_stage_that_stays_silent_and_open_requests_go_on(movable):
     expected = [
         movable.generate(f"request {index}", max_new_tokens=200, ignore_eos=True)["generated_text"]
@@ -187,14 +197,4 @@ def test_layers_move_away_from_a_stage_that_stays_silent_and_open_requests_go_on
         os.kill(frozen, signal.SIGCONT)
     assert [(status, answer.get("generated_text")) for status, answer in answers] == [(200, text) for text in expected]
     wait_until(lambda: len(layers_of(movable)) == 2, 60, "the stage that is back gets layers")
-    answers_again(movable)
-
-
-def test_a_stage_that_leaves_gives_its_layers_away_and_gets_some_when_it_starts_again(movable):
-    port = movable.stage_ports[1]
-    wait_until(lambda: request(port, "POST", "/leave", {}, token=movable.token)[1]["layers"] is None, 60, "it has left")
-    answers_again(movable)
-    assert layers_of(movable) == {0: 6}
-    os.kill(movable.worker_pid("stage-1"), signal.SIGKILL)
-    wait_until(lambda: len(layers_of(movable)) == 2, 90, "the stage that is back gets layers")
     answers_again(movable)

@@ -35,8 +35,8 @@ def measure() -> Section:
     section = Section("kills", "Everything dies")
     section.say(
         f"SmolLM2-135M-Instruct, float32, two stages of one thread on two shared cores, {STREAMS} streams at once, "
-        f"half greedy and half drawn with a seed, {NEW_TOKENS} tokens each; `kill -9` at a random moment, {TIMES} times "
-        "of each kind. Clients come back for the rest of their streams. Equal: the tokens of the undisturbed run."
+        f"half greedy and half drawn with a seed, {NEW_TOKENS} tokens each; `kill -9` at a random moment, {TIMES} "
+        "times of each kind. Clients come back for the rest of their streams. Equal: the tokens of the undisturbed run."
     )
     chance = random.Random(7)
     rows: list[list[object]] = []

@@ -18,7 +18,7 @@ BOUNDED_LABELS = {
 # Units of Prometheus' naming rules, what is counted, and vLLM's own names.
 ENDINGS = re.compile(
     r"_(seconds|bytes|ratio|celsius|cores|info|tokens|steps|results|requests|replays|spans|frames|entries|sessions|"
-    r"snapshots|machines|stages|layers|version|up|running|waiting|perc)$"
+    r"snapshots|machines|stages|layers|preemptions|queries|hits|version|up|running|waiting|perc)$"
 )
 STAGES = [(0, "machine-a"), (1, "machine-b")]
 
