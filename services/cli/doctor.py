@@ -105,8 +105,10 @@ def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list
         "docker", where, lambda: check_docker(docker_job.value(end), where, system, is_needed=situation.needs_docker)
     )
     outcomes += _made("gpu", where, lambda: check_gpu(gpu_job.value(end), docker, where, system, is_wanted=wants_gpu))
-    for job in port_jobs:
-        outcomes += _made("port", where, partial(_check_port, job, where, system, end))
+    ports = [
+        outcome for job in port_jobs for outcome in _made("port", where, partial(_check_port, job, where, system, end))
+    ]
+    outcomes += dict.fromkeys(ports)  # an address that is not this machine's is told once
     if not port_jobs:
         outcomes.append(skipped("port", where, "nothing here says which ports this machine is to publish"))
     names_end = min(end, time.monotonic() + NAMES_SECONDS)
