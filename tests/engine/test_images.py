@@ -46,7 +46,8 @@ def test_control_has_no_torch_and_a_stage_has_the_locked_one():
 
 @pytest.mark.parametrize(("image", "lock"), [(CONTROL, "control"), (STAGE, "stage")])
 def test_it_has_the_locked_versions(image, lock):
-    installed = set(in_image(image, "pip", "list", "--format", "freeze").stdout.lower().splitlines())
+    listed = in_image(image, "pip", "list", "--format", "freeze").stdout.lower()
+    installed = set(listed.replace("_", "-").splitlines())
     wanted = {line.partition(" ;")[0] for _, line in locked(f"requirements-{lock}.lock") if " ;" not in line}
     assert wanted <= installed
 
@@ -85,8 +86,8 @@ def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_the
     seconds = time.monotonic() - began
     try:
         before, after = (config_of(image)["RootFS"]["Layers"] for image in (STAGE, changed))
-        same = sum(1 for one, other in zip(before, after, strict=True) if one == other)
-        assert same == len(before) - 2  # services, and their compiled form with the rights
+        assert before[:-1] == after[:-1]
+        assert before[-1] != after[-1]  # the code
         assert seconds < CODE_CHANGE_SECONDS
         print(f"a change of code: {seconds:.1f} s")
     finally:
@@ -95,10 +96,9 @@ def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_the
 
 def test_the_look_for_a_cards_kernels_refuses_a_wheel_without_them():
     (look,) = re.findall(r'^RUN python -c "(import sys, torch; .+)" \$TORCH_KERNELS$', text_of(GPU), re.MULTILINE)
-    wheel = in_image(STAGE, "python", "-c", "import torch; print(*torch.cuda.get_arch_list())").stdout.split()
-    assert in_image(STAGE, "python", "-c", look, "sm_60", "sm_61").returncode != 0  # this wheel is none for Pascal
-    if wheel:  # the wheel of an index for CPUs has none at all
-        assert in_image(STAGE, "python", "-c", look, wheel[0], "sm_61").returncode == 0
+    refused = in_image(STAGE, "python", "-c", look, "sm_60", "sm_61")  # this image's wheel is none for Pascal
+    assert refused.returncode == 1
+    assert re.search(r"AssertionError: \[('sm_75'.*)?\]", refused.stderr)  # a wheel for CPUs alone has none at all
 
 
 def test_the_file_for_a_card_is_read_by_this_engine():

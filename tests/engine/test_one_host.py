@@ -13,7 +13,7 @@ from tests.support.cluster import request, wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
-NEEDS_NO_MODEL = ("valkey", "planner", "coordinator", "stage-0", "stage-1")
+OF_NOODLE = ("valkey", "planner", "coordinator", "stage-0", "stage-1")
 
 
 def noodle(project, *arguments, seconds=600):
@@ -49,14 +49,14 @@ def test_a_fresh_clone_is_made_ready_by_the_first_command_alone(images, tmp_path
 
 
 def test_the_tokens_are_those_of_the_unsplit_model(project, model_folder):
-    done = noodle(project, "verify", "--new-tokens", "32")
+    done = noodle(project, "verify", "--prompts", "12", "--new-tokens", "24")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_part_is_healthy_by_its_own_check(project):
     def healthy():
-        states = {name: project.inspect(name)["State"] for name in NEEDS_NO_MODEL}
+        states = {name: project.inspect(name)["State"] for name in OF_NOODLE}
         return all(state["Health"]["Status"] == "healthy" for state in states.values())
 
     wait_until(healthy, 60, "all are healthy")
@@ -87,7 +87,9 @@ def test_a_stranger_on_the_published_ports_gets_health_and_nothing_else(project)
             assert request(port, "GET", path, token="a guess of sixteen")[0] in (401, 404), path
 
 
-@pytest.mark.parametrize("service", NEEDS_NO_MODEL)
+@pytest.mark.parametrize(
+    "service", [pytest.param(name, marks=pytest.mark.long if name == "stage-0" else ()) for name in OF_NOODLE]
+)
 def test_a_part_that_is_restarted_while_idle_costs_a_moment(project, service):
     expected = project.generate("The sky is blue because", 12)
     began = time.monotonic()

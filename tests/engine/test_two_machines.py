@@ -35,6 +35,9 @@ print(json.dumps(found))
 """
 
 
+FIRST_CUT = "15,15"  # of 30 layers; without it the cut is by what both measured, which differs from run to run
+
+
 class Pair:
     """Machine A and machine B; each is its own project, at an address of its own on this host."""
 
@@ -43,7 +46,8 @@ class Pair:
         self.address_a, self.address_b = (_gateway(network) for network in networks)
         for name in ("a", "b"):
             (folder / name).mkdir()
-        self.a, self.b = Project(folder / "a", core=0), Project(folder / "b", core=1)
+        self.a = Project(folder / "a", core=0, NOODLE_SPLIT=FIRST_CUT)
+        self.b = Project(folder / "b", core=1)
 
     def init(self):
         printed = self.a.init("--machine", "a", "--address", self.address_a, "--peer", self.address_b)
@@ -54,10 +58,10 @@ class Pair:
     def stage_1_port(self):
         return self.b.ports["STAGE_1"]
 
-    def stop(self):
-        """As both machines do when they are switched off."""
-        self.a.compose("stop", "--timeout", "20")
-        self.b.compose("stop", "--timeout", "20")
+    def cut_power(self):
+        """As both machines end when nobody shuts them down."""
+        self.a.compose("kill")
+        self.b.compose("kill")
 
     def layers(self):
         """[start, end) of each stage by the coordinator's /health."""
@@ -108,7 +112,7 @@ def pair(images, tmp_path_factory):
 
 def test_the_tokens_are_those_of_the_unsplit_model(pair, model_folder):
     target = ("--url", f"http://{pair.address_a}:{pair.a.port}", "--key", pair.a.api_key)
-    command = [sys.executable, "-m", "services.cli", "verify", "--prompts", "8", "--new-tokens", "32", *target]
+    command = [sys.executable, "-m", "services.cli", "verify", "--prompts", "6", "--new-tokens", "24", *target]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -126,10 +130,17 @@ def test_b_has_fetched_its_own_tensors_and_no_other_byte_and_nothing_when_it_sta
 
 def test_a_cut_that_moves_by_a_layer_moves_the_bytes_of_that_layer(pair):
     start, end = pair.layers()[1]
-    pair.a.env_path.write_text(pair.a.env_path.read_text() + f"NOODLE_SPLIT={start - 1},{end - start + 1}\n")
+    text = pair.a.env_path.read_text(encoding="utf-8").replace(FIRST_CUT, f"{start - 1},{end - start + 1}")
+    pair.a.env_path.write_text(text, encoding="utf-8")
     before = pair.b.fetched_bytes("stage-1")
     pair.a.up("planner")
-    wait_until(lambda: pair.a.health().get("status") == "ready" and pair.layers()[1][0] == start - 1, 120, "the cut")
+
+    def is_cut_anew():
+        state = pair.b.health(pair.stage_1_port)
+        return (state["status"], state["detail"]) == ("ready", f"layers {start - 1} to {end - 1}")
+
+    wait_until(is_cut_anew, 120, "B computes one layer more")
+    pair.a.wait_ready()
     moved = pair.b.fetched_bytes("stage-1") - before
     assert moved == pair.tensor_bytes(start - 1, start)
     print(f"the cut moved by a layer: {moved} bytes")
@@ -188,6 +199,9 @@ ORDERS = {
 }
 
 
+SHORT = ("coordinator last", "all at once")  # and B first, which is how the pair is started
+
+
 def _both(pair):
     commands = [["docker", "compose", "start"]] * 2
     running = [
@@ -220,9 +234,11 @@ def _last(pair, service, said):
     docker("start", containers[service])
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(order, marks=() if order in SHORT else pytest.mark.long) for order in ORDERS]
+)
 def test_any_order_of_starting_gets_ready_by_itself(pair, order):
-    pair.stop()
+    pair.cut_power()
     ORDERS[order](pair)
     seconds = pair.a.wait_ready()
     print(f"{order}: ready {seconds:.1f} s after the last start")

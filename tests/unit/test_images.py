@@ -66,7 +66,8 @@ def test_torch_has_the_locked_version(path):
 
 def test_the_image_for_a_card_differs_in_torch_alone():
     cpu, gpu = instructions(CPU, "stage"), instructions(GPU, "stage")
-    assert instructions(CPU, "base") == instructions(GPU, "base")
+    for shared in ("base", "code"):
+        assert instructions(CPU, shared) == instructions(GPU, shared)
     only_gpu = [line for line in gpu if line not in cpu]
     only_cpu = [line for line in cpu if line not in gpu]
     assert [line.split()[0] for line in only_cpu] == ["ARG", "LABEL"]
@@ -89,8 +90,9 @@ def test_old_engines_can_build_it(path):
 def test_the_code_comes_after_what_it_depends_on_and_nothing_runs_as_root(path, target):
     lines = instructions(path, target)
     installs = [index for index, line in enumerate(lines) if "pip install" in line]
-    code = [index for index, line in enumerate(lines) if line.startswith(("COPY services", "COPY shared"))]
-    assert max(installs) < min(code)
+    code = [index for index, line in enumerate(lines) if line.startswith("COPY --from=code")]
+    assert len(code) == 1
+    assert max(installs) < code[0]
     assert "USER 10001:10001" in lines
     assert not [line for line in lines if "apt-get" in line]
     assert f'org.opencontainers.image.version="{__version__}"' in " ".join(lines)
