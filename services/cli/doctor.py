@@ -6,21 +6,18 @@ doctor_*.py files, one subject each. A check that could not be made is told as s
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from noodle import __version__
 from noodle.addresses import host_of
 from noodle.config import CommandConfig
 from noodle.errors import NoodleError
-from noodle.reach import REACH_PATH, Reached, ReachReport, Target, try_all, try_service, try_valkey
 from services.cli.doctor_addresses import check_advertised, check_names, resolve, unresolved
 from services.cli.doctor_docker import DockerFacts, check_docker, gather_docker
 from services.cli.doctor_firewall import LOOPBACK_ALONE, FirewallFacts, check_firewall, gather_firewall
@@ -28,38 +25,17 @@ from services.cli.doctor_gpu import GPU_COMPOSE_NAME, check_gpu, gather_gpu
 from services.cli.doctor_jobs import Job
 from services.cli.doctor_links import Here, check_digests, check_reached, check_versions, check_way_back
 from services.cli.doctor_memory import Need, check_memory, gather_memory, need_of
-from services.cli.doctor_outcome import Outcome, Report, error, ok, skipped, text_of
+from services.cli.doctor_outcome import Outcome, Report, skipped, text_of
+from services.cli.doctor_plan import Planned, ask_plan, check_plan
 from services.cli.doctor_ports import PROJECT_NAME, PortFacts, check_port, gather_port
 from services.cli.doctor_situation import UP_ROLE, Situation, find_situation, ports_to_try
-from services.cli.http_client import error_in, get_json, post_for_answer
+from services.cli.doctor_tries import Links, try_links
 from services.cli.programs import Run, System, is_wsl, run_program, this_system
 
 DOCTOR_SECONDS = 28.0  # all of it, also when every packet is dropped
 SPARE_SECONDS = 1.0  # of it, for what comes after Docker has not answered
 NAMES_SECONDS = 10.0  # a resolver that does not answer
-REACH_SECONDS = 14.0  # the services' answers about whom they reach
-PLAN_SECONDS = 8.0
-HEALTH_SECONDS = 3.0
 FINDING_EXIT_CODE = 1
-
-
-class Links(Struct, frozen=True):
-    """What trying others brought."""
-
-    from_here: tuple[Reached, ...] = ()
-    reports: tuple[ReachReport, ...] = ()  # of services: whom they reach
-    unreported: tuple[tuple[str, str], ...] = ()  # services that were asked and did not say, and why
-
-
-class Planned(Struct, frozen=True):
-    """The plan as the planner answers it, or why there is none."""
-
-    answer: dict[str, Any] | None = None
-    refusal: str = ""  # it does not fit
-    cures: tuple[str, ...] = ()
-    reason: str = ""  # it could not be asked
-    phases: dict[int, str] = {}
-    model: str = ""  # as clients call it
 
 
 def doctor(config: CommandConfig, environment: Mapping[str, str], folder: Path, *, as_json: bool) -> int:
@@ -105,8 +81,10 @@ def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list
         "docker", where, lambda: check_docker(docker_job.value(end), where, system, is_needed=situation.needs_docker)
     )
     outcomes += _made("gpu", where, lambda: check_gpu(gpu_job.value(end), docker, where, system, is_wanted=wants_gpu))
-    for job in port_jobs:
-        outcomes += _made("port", where, partial(_check_port, job, where, system, end))
+    ports = [
+        outcome for job in port_jobs for outcome in _made("port", where, partial(_check_port, job, where, system, end))
+    ]
+    outcomes += dict.fromkeys(ports)  # an address that is not this machine's is told once
     if not port_jobs:
         outcomes.append(skipped("port", where, "nothing here says which ports this machine is to publish"))
     names_end = min(end, time.monotonic() + NAMES_SECONDS)
@@ -119,34 +97,6 @@ def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list
     need = need_of(planned.answer["plan"], where, planned.phases) if planned.answer else None
     outcomes += _made("memory", where, lambda: _check_memory(memory_job, docker, need, planned, situation, end))
     return outcomes
-
-
-def try_links(situation: Situation) -> Links:
-    """Try every service that this machine must reach, then ask those that answer whom they reach."""
-    from_here = _tried(situation, situation.targets)
-    asked = [reached for reached in from_here if reached.outcome == "open" and reached.name != "valkey"]
-    reports, unreported = [], []
-    end = time.monotonic() + REACH_SECONDS
-    for each in asked:  # one after the other: what they time must not be one another
-        try:
-            job = Job(f"asking {each.name}", partial(_ask_reach, each.url, situation.token))
-            reports.append(job.value(end))
-        except NoodleError as problem:
-            unreported.append((each.name, problem.message))
-    known = {reached.url for reached in from_here}
-    named = [
-        Target(reached.name, reached.url, reached.machine, reached.version, reached.model_digest)
-        for report in reports
-        if report.name == "coordinator"
-        for reached in report.reached
-        if reached.name.startswith("stage ") and reached.url not in known
-    ]
-    if not situation.is_alone:  # else they are known by names that only containers know
-        found = _tried(situation, named)
-        elsewhere = {reached.name for reached in found} - situation.own_names
-        # where a stage says that it is counts for more than the port that was expected
-        from_here = tuple(each for each in from_here if each.outcome == "open" or each.name not in elsewhere) + found
-    return Links(from_here, tuple(reports), tuple(unreported))
 
 
 def check_links(situation: Situation, links: Links) -> list[Outcome]:
@@ -197,52 +147,6 @@ def _check_registered(situation: Situation, links: Links, here: Here) -> list[Ou
     ]
 
 
-def ask_plan(situation: Situation) -> Planned:
-    """The plan for the machines that are registered; raises nothing."""
-    if not situation.coordinator_url:
-        return Planned(reason="this machine has no coordinator yet")
-    if not situation.token:
-        return Planned(reason="no cluster token is known here")
-    url = situation.coordinator_url
-    health: dict[str, Any] = {}
-    try:
-        _, health = get_json(f"{url}/health", situation.token, HEALTH_SECONDS)
-        status, answer = post_for_answer(f"{url}/plan/generate", {}, situation.token, PLAN_SECONDS)
-    except NoodleError as problem:
-        if health.get("status") == "failed":  # it says why itself; for very many layers the planner answers late
-            return Planned(refusal=str(health.get("detail")), phases=_phases(health))
-        return Planned(reason=problem.message)
-    phases = _phases(health)
-    if status != 200:
-        refused = error_in(answer)
-        cures = tuple(str(cure["text"]) for cure in (answer.get("short") or {}).get("cures", ()))
-        return Planned(refusal=refused.message if refused else f"answered {status}", cures=cures, phases=phases)
-    return Planned(answer, phases=phases, model=str(health.get("model") or answer["plan"]["model"]))
-
-
-def _phases(health: Mapping[str, Any]) -> dict[int, str]:
-    return {
-        int(stage["stage_id"]): str(stage.get("phase", ""))
-        for stage in health.get("stages") or ()
-        if isinstance(stage, dict) and isinstance(stage.get("stage_id"), int)
-    }
-
-
-def check_plan(planned: Planned, where: str) -> Outcome:
-    """Whether the model fits into the machines."""
-    if planned.answer is not None:
-        plan = planned.answer["plan"]
-        layers = ", ".join(
-            f"{stage['start_layer']} to {stage['end_layer'] - 1} on {stage['node_id']}" for stage in plan["stages"]
-        )
-        return ok("plan", where, f"{planned.model} fits: layers {layers}")
-    if planned.refusal:
-        cures = "\n".join(["each of these alone cures it:", *planned.cures, "noodle plan   (shows all figures)"])
-        why = "no stage loads anything until it fits"
-        return error("plan", where, f"The model does not fit. {planned.refusal}", why=why, cure=cures)
-    return skipped("plan", where, f"there is no plan to look at: {planned.reason}")
-
-
 def _check_port(job: Job[PortFacts], where: str, system: System, end: float) -> list[Outcome]:
     return [check_port(job.value(end), where, system)]
 
@@ -252,28 +156,6 @@ def _check_memory(
 ) -> list[Outcome]:
     reason = planned.reason or "the plan has no layers for this machine"
     return check_memory(job.value(end), docker, need, reason, situation.machine, situation.system)
-
-
-def _tried(situation: Situation, targets: Sequence[Target]) -> tuple[Reached, ...]:
-    measures = threading.Lock()
-    tries: list[Callable[[], Reached]] = [
-        partial(try_valkey, target, situation.valkey_password)
-        if target.name == "valkey"
-        else partial(try_service, target, situation.token, measures=measures)
-        for target in targets
-    ]
-    return try_all(tries, targets)
-
-
-def _ask_reach(url: str, token: str) -> ReachReport:
-    """A service's own report; raises NoodleError."""
-    status, answer = get_json(f"{url}{REACH_PATH}", token, REACH_SECONDS)
-    if status != 200:
-        raise error_in(answer) or NoodleError(f"{url} answered {status}.")
-    try:
-        return msgspec.convert(answer, ReachReport)
-    except msgspec.ValidationError as problem:
-        raise NoodleError(f"{url}{REACH_PATH} answered something else: {problem}.") from problem
 
 
 def _or_none(job: Job[DockerFacts], end: float) -> DockerFacts | None:

@@ -37,7 +37,7 @@ def check_advertised(what: str, url: str, variable: str, where: str, system: Sys
         f"{what} is {url or 'empty'}, and that points at itself: {reason}.",
         why="the other machine would look for it on itself",
         cure=f"{OWN_ADDRESS[system]}   (shows this machine's addresses)\n"
-        f"then set {variable} to the one on the home network, as 192.168.1.101, and `docker compose up -d`",
+        f"then set {variable} to the one on the home network, as 192.168.1.101, and start again",
     )
 
 

@@ -80,7 +80,13 @@ def _not_reached(reached: Reached, here: Here, where: str, shown: str, *, is_fro
     if reached.outcome == "no_such_name":
         look = LOOK_UP[here.system].format(name=host)
         cure = f"{look}   (asks again)\nor put the machine's IP address in its place, in .env"
-        return error("reach", where, f"{shown}: the name {host!r} does not resolve there.", why=why, cure=cure)
+        return error(
+            "reach",
+            where,
+            f"{shown}: the name {host!r} does not resolve {'here' if is_from_here else 'there'}.",
+            why=why,
+            cure=cure,
+        )
     if reached.outcome == "silent":
         what = f"{shown}: packets get no answer ({reached.detail}): a firewall drops them, or the machine is off."
         return error("reach", where, what, why=why, cure=FIREWALL_CURE.format(host=host))

@@ -75,9 +75,9 @@ def check_port(facts: PortFacts, where: str, system: System) -> Outcome:
     if facts.holder == "no_address":
         what = f"{facts.address} is not an address of this machine (NOODLE_LAN_ADDRESS in .env)."
         look = {"linux": "ip -4 address", "windows": "ipconfig", "other": "ifconfig"}[system]
-        return error(
-            "address", where, what, why=why, cure=f"{look}   (then put the right one into .env, or run init again)"
-        )
+        why = "no port can be published on it, and compose starts nothing"
+        cure = f"{look}   (then put the right one into .env, or run init again)"
+        return error("address", where, what, why=why, cure=cure)
     if facts.holder == "denied":
         what = f"{shown} may not be listened on by this user."
         return error("port", where, what, why=why, cure=f"set {facts.variable} to a port from 1024 on, in .env")

@@ -8,7 +8,7 @@ import pytest
 
 from noodle.errors import NoodleError, RequestTimedOut
 from noodle.reach import Reached, ReachReport, Target, try_all
-from services.cli.doctor import Links, Planned, check_links, check_plan
+from services.cli.doctor import check_links
 from services.cli.doctor_jobs import Job
 from services.cli.doctor_links import (
     CLOCK_SECONDS,
@@ -21,7 +21,9 @@ from services.cli.doctor_links import (
     check_way_back,
 )
 from services.cli.doctor_outcome import Report, error, ok, skipped, text_of, warning
+from services.cli.doctor_plan import Planned, check_plan
 from services.cli.doctor_situation import Situation
+from services.cli.doctor_tries import Links
 
 HERE = Here("machine-a", "linux", "0.1.0", "192.168.1.101", is_running=True)
 STAGE_1 = Reached(
