@@ -30,7 +30,7 @@ setup-dev: $(DEV_STAMP) ## install what tests it as well
 run: setup ## set up, then start noodle on this machine (Ctrl-C stops it)
 	$(VENV)/bin/noodle up
 
-test: setup-dev ## run all tests
+test: setup-dev ## run all tests but those that need Docker
 	$(VENV)/bin/python -m pytest
 
 test-engine: setup-dev ## build the images and test them on a Docker engine

@@ -5,8 +5,10 @@ torch and transformers take seconds to import, so they are imported when first n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -25,6 +27,21 @@ log = logging.getLogger(__name__)
 KV_SHARE_OF_FREE_BYTES = 0.5  # unless NOODLE_KV_BYTES says otherwise
 
 Progress = Callable[[float, str], None]
+
+
+def import_early() -> threading.Thread:
+    """Import what computing needs in a thread of its own, for the time in which this stage waits for others.
+
+    Whoever needs it sooner imports it as well, and waits for this; what can not be imported fails there.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(ImportError):  # said by whoever needs it
+            import services.stage.measure  # noqa: F401  # with torch and transformers
+
+    thread = threading.Thread(target=run, name="import", daemon=True)
+    thread.start()
+    return thread
 
 
 def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: Progress) -> MachineReport:

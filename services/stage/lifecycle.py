@@ -24,7 +24,7 @@ from noodle.model_files import names_a_path
 from noodle.plan import MachineReport, Plan, StagePhase, StageState
 from noodle.weight_cache import WeightCache
 from noodle.work_queue import WorkQueue
-from services.stage.computing import card_reader, load_role, measured_report
+from services.stage.computing import card_reader, import_early, load_role, measured_report
 from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ class Lifecycle:
 
     def follow_plans(self) -> None:
         """Measure, then load whatever the newest plan gives this stage, until `stop`."""
+        import_early()
         folder = self._model_folder()
         self._report = measured_report(
             self._config, self._stage.boot_id, folder, lambda done, what: self._say("measuring", what, done)

@@ -98,7 +98,7 @@ def test_a_stage_that_is_loaded_again_by_hand_costs_a_running_request_time_not_t
     result = {}
     thread = threading.Thread(target=lambda: result.update(got=generated_ids(cluster, "loaded again", 200)[1]))
     thread.start()
-    wait_until(lambda: any(state["sessions"] for state in cluster.stage_states()), 10, "the request runs")
+    wait_until(lambda: cluster.kv_bytes_held() > 0, 10, "the request runs")
     status, answer = request(cluster.stage_ports[1], "POST", "/load_model/1", {"reload": True}, token=cluster.token)
     thread.join()
     assert (status, answer["success"]) == (200, True), answer
