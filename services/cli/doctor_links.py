@@ -51,6 +51,10 @@ def check_reached(reached: Reached, here: Here) -> list[Outcome]:
     if reached.outcome != "open":
         return [_not_reached(reached, here, where, shown, is_from_here=True)]
     outcomes = [ok("reach", where, shown + _speed(reached))]
+    if reached.detail:
+        why = "a stolen password would open everything else that is kept there"
+        cure = "docker compose run --rm init && docker compose up -d   (on machine A: makes its access list)"
+        outcomes.append(warning("lock", where, f"{shown}: {reached.detail}.", why=why, cure=cure))
     if host_of(reached.url) not in (here.host, "127.0.0.1", "localhost"):
         outcomes += _check_speed(reached, where, shown)
         outcomes += _check_clock(reached, where, here)

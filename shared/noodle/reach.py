@@ -29,6 +29,7 @@ SMALLEST_TIMED_BYTES = 256 << 10  # fewer say nothing of a link
 TRY_ALL_SECONDS = 10.0
 READ_BYTES = 64 << 10
 HEALTH_BYTES = 1 << 20
+STRANGE_KEY = "no-key-of-the-cluster"
 BYTES_PATH = "/doctor/bytes"
 REACH_PATH = "/doctor/reach"
 
@@ -60,7 +61,7 @@ class Reached(Struct, frozen=True):
     name: str
     url: str
     outcome: Outcome
-    detail: str = ""  # in words, for what is not open
+    detail: str = ""  # in words, for what is not open, or is open too far
     machine: str = ""
     version: str = ""
     model_digest: str = ""
@@ -239,6 +240,8 @@ def _valkey_lock(connection: socket.socket, answers: Any, user: str, password: s
     said = _ask_valkey(connection, answers, "AUTH", *([user] if user else []), password)
     if not said.startswith("+OK"):
         return "locked", f"it refuses this password{f' of user {user}' if user else ''}"
+    if user and not _ask_valkey(connection, answers, "GET", STRANGE_KEY).startswith("-NOPERM"):
+        return "open", f"the user {user} may read keys that are not noodle's"
     return "open", ""
 
 

@@ -120,22 +120,35 @@ def test_a_wrong_valkey_password_is_told(cluster, tmp_path):
     assert any("refuses the Valkey password" in what for _, what in findings(report))
 
 
-def test_a_valkey_without_a_password_is_an_error(cluster, tmp_path):
+@contextlib.contextmanager
+def another_valkey(*options):
+    """A Valkey with these options; gives its port."""
     (port,) = free_ports(1)
-    command = [server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    command = [server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_until(lambda: _connects(port), 10, "Valkey answers")
-        code, report = by_hand(cluster, tmp_path, NOODLE_VALKEY_URL=f"redis://127.0.0.1:{port}")
+        yield port
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_a_valkey_without_a_password_is_an_error(cluster, tmp_path):
+    with another_valkey() as port:
+        code, report = by_hand(cluster, tmp_path, NOODLE_VALKEY_URL=f"redis://127.0.0.1:{port}")
     assert code == 1
-    assert any(
-        "takes commands from everyone, without a password" in what
-        for check, what in findings(report)
-        if check == "lock"
-    )
+    locks = [what for check, what in findings(report) if check == "lock"]
+    assert any("takes commands from everyone, without a password" in what for what in locks)
+
+
+def test_a_user_of_valkey_who_may_read_all_is_a_warning(cluster, tmp_path):
+    password = "a-password-of-some-length"
+    user = ("--user", "noodle", "on", f">{password}", "~*", "+@all", "--user", "default", "off")
+    with another_valkey(*user) as port:
+        url = f"redis://noodle@127.0.0.1:{port}"
+        _, report = by_hand(cluster, tmp_path, NOODLE_VALKEY_URL=url, NOODLE_VALKEY_PASSWORD=password)
+    assert any("may read keys that are not noodle's" in what for _, what in findings(report, "warning"))
 
 
 def test_dropped_packets_are_told_in_time(cluster, tmp_path):
