@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from noodle.errors import NoodleError, StepRefused, WireError
+from noodle.errors import GenerationFailed, NoodleError, StepRefused, WireError
 from noodle.logs import about
 from noodle.messages import (
     LiveSessions,
@@ -217,7 +217,7 @@ class Worker:
         is_last = role.next_stage is None
         try:
             output = role.model_slice.forward(_packed(role, step, body, is_last))
-            results = span_results(step, output.logits, role.model_slice) if is_last else []
+            results, failures = span_results(step, output.logits, role.model_slice) if is_last else ([], [])
         except Exception as error:  # one step's fault must not end the stage for all others
             known = isinstance(error, NoodleError)
             if not known:
@@ -233,6 +233,8 @@ class Worker:
         finished = time.monotonic()
         timing = StageTiming(self._stage_id, started - arrived_at, finished - started, self._sent_seconds)
         timings = [*step.timings, timing]
+        if failures:
+            step = self._without(step, failures)
         if role.next_stage is None:
             self._answer(step, results, step.refusals, timings)
         elif output.hidden_states is not None:
@@ -246,6 +248,18 @@ class Worker:
         self._metrics.tokens.inc(total_tokens(step))
         for early in self._sessions.computed(step.spans):
             self._compute(role, early.step, early.body, time.monotonic())
+
+    def _without(self, step: Step, failures: list[tuple[StepSpan, GenerationFailed]]) -> Step:
+        """The step without spans that came to nothing; their rows are freed here, and told for the other stages."""
+        spans = [span for span, _ in failures]
+        self._sessions.failed(spans)
+        self._release([span.session_id for span in spans])
+        refusals = [self._refusal(span, "computation_failed", str(error)) for span, error in failures]
+        self._count_refusals(refusals)
+        for span, error in failures:
+            log.warning("step %d failed: %s", step.step_id, error, extra=about(span.session_id))
+        kept = [span for span in step.spans if span not in spans]
+        return msgspec.structs.replace(step, spans=kept, refusals=[*step.refusals, *refusals])
 
     def _take_live_sessions(self, live: LiveSessions) -> None:
         role = self._role

@@ -54,6 +54,12 @@ def test_the_tokens_are_those_of_the_unsplit_model(project, model_folder):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_machine_with_nothing_but_docker_verifies_too(project):
+    done = project.tried("exec", "-T", "stage-0", "noodle", "verify", "--prompts", "2", "--new-tokens", "8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The split changes nothing beyond rounding." in done.stdout
+
+
 def test_every_part_is_healthy_by_its_own_check(project):
     def healthy():
         states = {name: project.inspect(name)["State"] for name in OF_NOODLE}
