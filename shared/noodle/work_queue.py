@@ -16,6 +16,7 @@ noodle:results                  stream, what the last stage made of it; bounded,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ import redis
 from noodle.errors import QueueUnavailable
 from noodle.messages import TokenLogprob
 from noodle.plan import MachineReport, Plan, PlannerState, StageState
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 ANSWER_TIMEOUT_SECONDS = 3.0
@@ -51,6 +54,10 @@ CLAIM_STAGE = (
 )
 
 Value = TypeVar("Value", bound=msgspec.Struct)
+
+
+class NotOurs(QueueUnavailable):
+    """Raised for an entry that can not be decoded."""
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
@@ -253,7 +260,12 @@ class WorkQueue:
         with self._told():
             keys = [key.decode() for key in self._redis.scan_iter(match="noodle:request:*", count=1000)]
         names = sorted(key.removeprefix("noodle:request:") for key in keys if not key.endswith(":tokens"))
-        found = [self.recorded_request(name) for name in names]
+        found = []
+        for name in names:
+            try:
+                found.append(self.recorded_request(name))
+            except NotOurs as error:  # of another version: one such record must not keep the others from going on
+                log.warning("the record of request %s is left out: %s", name, error)
         return [each for each in found if each is not None]
 
     # the queued way of a hop
@@ -297,7 +309,7 @@ class WorkQueue:
         try:
             return msgspec.json.decode(data, type=kind)
         except msgspec.MsgspecError as error:
-            raise QueueUnavailable(
+            raise NotOurs(
                 f"Valkey holds something under {key} that is not ours: {error}",
                 cure="Run the same noodle version on every machine, or empty Valkey.",
             ) from error
