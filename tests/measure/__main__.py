@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.measure import equality, kills, load, memory, sampling, schemathesis, speed, start, transport
+from tests.measure import engine, equality, kills, load, memory, sampling, schemathesis, speed, start, transport
 
 MEASUREMENTS = {
     "equality": equality.measure,
@@ -16,6 +16,7 @@ MEASUREMENTS = {
     "transport": transport.measure,
     "schemathesis": schemathesis.measure,
     "kills": kills.measure,
+    "engine": engine.measure,
 }
 
 
