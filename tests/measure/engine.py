@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -94,8 +95,8 @@ def long_prompts(section: Section, one: Cluster, two: Cluster) -> None:
         gaps.append(longest_gap(two, lambda ids=ids: whole_seconds(two, ids, 1)))
     usual = [longest_gap(two, lambda: time.sleep(2.0)) for _ in range(3)]
     section.say(
-        f"Longest gap between tokens of 4 running streams: {max(usual) * 1e3:.0f} ms as usual, {max(gaps) * 1e3:.0f} ms "
-        f"while a prompt of {LONG_PROMPT_TOKENS} tokens is prefilled (worst of 3)."
+        f"Longest gap between tokens of 4 running streams: {max(usual) * 1e3:.0f} ms as usual, "
+        f"{max(gaps) * 1e3:.0f} ms while a prompt of {LONG_PROMPT_TOKENS} tokens is prefilled (worst of 3)."
     )
     section.say()
 
@@ -141,7 +142,7 @@ def longest_gap(cluster: Cluster, meanwhile: Callable[[], object]) -> float:
     thread.start()
     arrivals = together(cluster, 4, 120)
     thread.join()
-    return max(right - left for times in arrivals for left, right in zip(times[5:], times[6:], strict=False))
+    return max(right - left for times in arrivals for left, right in itertools.pairwise(times[5:]))
 
 
 def together(cluster: Cluster, streams: int, new_tokens: int) -> list[list[float]]:
