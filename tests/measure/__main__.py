@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.measure import equality, load, memory, sampling, schemathesis, speed, start, transport
+from tests.measure import containers, equality, load, memory, sampling, schemathesis, speed, start, transport
 
 MEASUREMENTS = {
     "equality": equality.measure,
@@ -15,6 +15,7 @@ MEASUREMENTS = {
     "start": start.measure,
     "transport": transport.measure,
     "schemathesis": schemathesis.measure,
+    "containers": containers.measure,
 }
 
 
