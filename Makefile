@@ -34,7 +34,7 @@ test: setup-dev ## run all tests but those that need Docker
 	$(VENV)/bin/python -m pytest
 
 test-engine: setup-dev ## build the images and test them on a Docker engine
-	$(VENV)/bin/python -m pytest tests/engine -m "not long"
+	$(VENV)/bin/python -m pytest tests/engine
 
 lint: setup-dev ## lint, format, types
 	$(VENV)/bin/ruff check .

@@ -62,10 +62,10 @@ def _path(value: str) -> Path:
 
 def _whole(minimum: int, maximum: int) -> Callable[[str], int]:
     def parse(value: str) -> int:
-        number = int(value)
-        if not minimum <= number <= maximum:
+        is_whole = re.fullmatch(r"-?[0-9]+", value) is not None
+        if not is_whole or not minimum <= int(value) <= maximum:
             raise ValueError(f"a whole number from {minimum} to {maximum}")
-        return number
+        return int(value)
 
     return parse
 
@@ -102,7 +102,10 @@ def _address(value: str) -> Address:
 
 
 def _ipv4(value: str) -> str:
-    return str(ipaddress.IPv4Address(value)) if value else value
+    try:
+        return str(ipaddress.IPv4Address(value)) if value else value
+    except ValueError as error:
+        raise ValueError("an IPv4 address, as 192.168.1.101") from error
 
 
 def _memory(value: str) -> str:

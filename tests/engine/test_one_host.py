@@ -93,9 +93,7 @@ def test_a_stranger_on_the_published_ports_gets_health_and_nothing_else(project)
             assert request(port, "GET", path, token="a guess of sixteen")[0] in (401, 404), path
 
 
-@pytest.mark.parametrize(
-    "service", [pytest.param(name, marks=pytest.mark.long if name == "stage-0" else ()) for name in OF_NOODLE]
-)
+@pytest.mark.parametrize("service", OF_NOODLE)
 def test_a_part_that_is_restarted_while_idle_costs_a_moment(project, service):
     expected = project.generate("The sky is blue because", 12)
     began = time.monotonic()

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
-from tests.engine.engine import CONTROL, docker, run
-from tests.engine.project import Project
-from tests.support.cluster import request, wait_until
+from tests.engine.engine import CONTROL, docker
+from tests.engine.pair import FIRST_CUT, two_machines
+from tests.support.cluster import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -35,79 +34,14 @@ print(json.dumps(found))
 """
 
 
-FIRST_CUT = "15,15"  # of 30 layers; without it the cut is by what both measured, which differs from run to run
-
-
-class Pair:
-    """Machine A and machine B; each is its own project, at an address of its own on this host."""
-
-    def __init__(self, folder, networks):
-        self.networks = networks
-        self.address_a, self.address_b = (_gateway(network) for network in networks)
-        for name in ("a", "b"):
-            (folder / name).mkdir()
-        self.a = Project(folder / "a", core=0, NOODLE_SPLIT=FIRST_CUT)
-        self.b = Project(folder / "b", core=1)
-
-    def init(self):
-        printed = self.a.init("--machine", "a", "--address", self.address_a, "--peer", self.address_b)
-        join = printed.rsplit("--join ", 1)[1].split()[0]
-        self.b.init("--machine", "b", "--join", join)
-
-    @property
-    def stage_1_port(self):
-        return self.b.ports["STAGE_1"]
-
-    def cut_power(self):
-        """As both machines end when nobody shuts them down."""
-        self.a.compose("kill")
-        self.b.compose("kill")
-
-    def layers(self):
-        """[start, end) of each stage by the coordinator's /health."""
-        return [stage["layers"] for stage in self.a.health()["stages"]]
-
-    def tensor_bytes(self, start, end):
-        """Bytes of the tensors that a stage with these layers needs, by the coordinator's manifest."""
-        _, manifest = request(self.a.port, "GET", "/weights", token=self.a.token)
-        tensors = {tensor["name"]: tensor["byte_count"] for tensor in manifest["tensors"]}
-        layers = {f"model.layers.{layer}." for layer in range(start, end)}
-        last = max(int(name.split(".")[2]) for name in tensors if ".layers." in name)
-        names = {name for name in tensors if any(name.startswith(prefix) for prefix in layers)}
-        if start == 0:
-            names.add("model.embed_tokens.weight")
-        if end == last + 1:  # the head is tied to the embedding
-            names |= {"model.norm.weight", "model.embed_tokens.weight"}
-        return sum(tensors[name] for name in names)
-
-
-def _gateway(network):
-    return json.loads(docker("network", "inspect", network))[0]["IPAM"]["Config"][0]["Gateway"]
-
-
 @pytest.fixture(scope="module")
 def pair(images, tmp_path_factory):
-    """Two machines that are ready."""
-    folder = tmp_path_factory.mktemp("pair")
-    networks = []
-    pair = None
-    try:
-        for name in ("a", "b"):  # only to have two addresses on this host
-            networks.append(f"noodle-test-lan-{name}-{folder.name}-{time.time_ns() % 10**9}")
-            docker("network", "create", networks[-1])
-        pair = Pair(folder, networks)
-        pair.init()
-        pair.b.up()  # B first: it waits for A
+    """Two machines that are ready, of which B was started first."""
+    with two_machines(tmp_path_factory.mktemp("pair")) as pair:
+        pair.b.up()
         pair.a.up()
         print(f"two machines, B first: ready {pair.a.wait_ready():.1f} s after A's up")
         yield pair
-    finally:
-        if pair is not None:
-            pair.a.down()
-            pair.b.down()
-        for network in networks:
-            run(["docker", "network", "rm", network])
-    assert pair.a.left_behind() == pair.b.left_behind() == []
 
 
 def test_the_tokens_are_those_of_the_unsplit_model(pair, model_folder):
@@ -199,9 +133,6 @@ ORDERS = {
 }
 
 
-SHORT = ("coordinator last", "all at once")  # and B first, which is how the pair is started
-
-
 def _both(pair):
     commands = [["docker", "compose", "start"]] * 2
     running = [
@@ -234,9 +165,7 @@ def _last(pair, service, said):
     docker("start", containers[service])
 
 
-@pytest.mark.parametrize(
-    "order", [pytest.param(order, marks=() if order in SHORT else pytest.mark.long) for order in ORDERS]
-)
+@pytest.mark.parametrize("order", ORDERS)
 def test_any_order_of_starting_gets_ready_by_itself(pair, order):
     pair.cut_power()
     ORDERS[order](pair)

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from tests.measure import engine, equality, kills, load, memory, sampling, schemathesis, speed, start, transport
+from tests.measure import (
+    containers,
+    engine,
+    equality,
+    kills,
+    load,
+    memory,
+    sampling,
+    schemathesis,
+    speed,
+    start,
+    transport,
+)
 
 MEASUREMENTS = {
     "equality": equality.measure,
@@ -17,6 +29,7 @@ MEASUREMENTS = {
     "schemathesis": schemathesis.measure,
     "kills": kills.measure,
     "engine": engine.measure,
+    "containers": containers.measure,
 }
 
 
