@@ -10,12 +10,18 @@ UV_VERSION := 0.13.9
 LOCK := $(VENV)/bin/uv pip compile pyproject.toml --extra control --extra stage --extra up --extra plots \
 	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command "make lock" --quiet
+# what the images install beside torch: the same versions, without torch and what it brings along for cards, which come
+# from the wheel index of each image
+IMAGE_LOCK := $(VENV)/bin/uv pip compile pyproject.toml --constraint requirements.lock \
+	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command "make lock" --quiet
+OF_TORCH := ^(torch|triton|(nvidia|cuda)-[a-z0-9-]+)==
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test lint check measure lock clean
+.PHONY: help setup setup-dev run test test-engine lint check measure lock clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(RUNTIME_STAMP) ## install what runs noodle into .venv
 
@@ -24,8 +30,11 @@ setup-dev: $(DEV_STAMP) ## install what tests it as well
 run: setup ## set up, then start noodle on this machine (Ctrl-C stops it)
 	$(VENV)/bin/noodle up
 
-test: setup-dev ## run all tests
+test: setup-dev ## run all tests but those that need Docker
 	$(VENV)/bin/python -m pytest
+
+test-engine: setup-dev ## build the images and test them on a Docker engine
+	$(VENV)/bin/python -m pytest tests/engine
 
 lint: setup-dev ## lint, format, types
 	$(VENV)/bin/ruff check .
@@ -42,6 +51,9 @@ lock: $(DEV_STAMP) ## resolve both lock files anew, keeping the versions that st
 	$(VENV)/bin/python -m pip install --quiet uv==$(UV_VERSION)
 	$(LOCK) --output-file requirements.lock
 	$(LOCK) --extra dev --output-file requirements-dev.lock
+	$(IMAGE_LOCK) --extra control --output-file requirements-control.lock
+	$(IMAGE_LOCK) --extra stage --output-file requirements-stage.lock
+	sed -i -E '/^nvidia-ml-py==/b;/$(OF_TORCH)/d' requirements-stage.lock
 
 clean: ## remove the virtual environment and every cache of the tools (not the model cache)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -182,6 +182,7 @@ def service_specs(
             "NOODLE_STAGE_ID": str(index),
             "NOODLE_STAGE_BIND": f"{LOOPBACK}:{port}",
             "NOODLE_ADVERTISE_URL": f"http://{LOOPBACK}:{port}",
+            "NOODLE_COORDINATOR_URL": wanted.coordinator_url,  # that of a command may be another one
             "NOODLE_THREADS": str(threads),
         }
         specs.append(ServiceSpec(f"stage-{index}", python_module("services.stage"), stage, port, STAGE_RANK))

@@ -75,6 +75,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(generate)
     generate.set_defaults(run=_generate, raw=False)
 
+    init = commands.add_parser("init", help="make this folder ready for `docker compose up`: .env and secrets")
+    init.add_argument("--machine", choices=("single", "a", "b"), help="the whole on one host (the default), or A or B")
+    init.add_argument("--address", help="this machine's IPv4 address on the home network")
+    init.add_argument("--peer", help="on A: the IPv4 address of machine B")
+    init.add_argument("--join", help="on B: the text that `noodle init` printed on A; - reads it from standard input")
+    init.add_argument("--gpu", action=argparse.BooleanOptionalAction, help="compute stage 0 on an NVIDIA card")
+    init.add_argument("--stages", type=_at_least(1), help="stages of all machines together (NOODLE_STAGES, 2)")
+    init.add_argument("--model", help="the default's name, a hub id, or models/NAME in this folder (NOODLE_MODEL)")
+    init.add_argument("--name", help="what this machine is called (NOODLE_MACHINE, machine-a or machine-b)")
+    init.add_argument("--folder", help="noodle's folder (the current one)")
+    init.set_defaults(run=_init)
+
+    leave = commands.add_parser("leave", help="move a stage's layers to the others, so that its machine may go")
+    leave.add_argument("--url", help="the stage that leaves (NOODLE_ADVERTISE_URL)")
+    leave.set_defaults(run=_leave)
+
     verify = commands.add_parser("verify", help="compare the cluster's tokens with the unsplit model's")
     verify.add_argument("--prompts", type=_at_least(1), help="how many of the built-in prompts (all)")
     verify.add_argument("--new-tokens", type=_at_least(1), default=64, help="tokens per prompt (64)")
@@ -102,6 +118,30 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="as one JSON object")
     _add_target(plan)
     plan.set_defaults(run=_plan)
+
+    doctor = commands.add_parser("doctor", help="what keeps this machine out of the cluster, each with its cure")
+    doctor.add_argument("--json", action="store_true", help="as one JSON object")
+    doctor.set_defaults(run=_doctor)
+
+    firewall = commands.add_parser("firewall", help="who may come to the ports that this machine publishes")
+    act = firewall.add_mutually_exclusive_group()
+    act.add_argument("--apply", action="store_true", help="set the rules, now and at each boot (as root)")
+    act.add_argument("--undo", action="store_true", help="take them away again (as root)")
+    firewall.add_argument(
+        "--clients", nargs="+", metavar="ADDRESS", help="addresses or networks of people's machines, for 8080 and 3000"
+    )
+    firewall.set_defaults(run=_firewall)
+
+    deploy = commands.add_parser("deploy", help="start machine A here and machine B by ssh, and verify both together")
+    deploy.add_argument("--remote", required=True, help="machine B: its IP address")
+    deploy.add_argument("--user", help="who to be there (as ssh has it)")
+    deploy.add_argument("--address", help="this machine's IPv4 address on the home network (the one towards B)")
+    deploy.add_argument("--remote-os", choices=("linux", "windows"), help="of machine B (ask it by ssh)")
+    deploy.add_argument("--there", help="folder on machine B, from the home of its user (noodle)")
+    deploy.add_argument("--ssh-config", metavar="FILE", help="another configuration for ssh: port, key, known hosts")
+    deploy.add_argument("--no-verify", action="store_true", help="do not compare tokens with the unsplit model")
+    deploy.add_argument("--stop", action="store_true", help="take both machines' sets down; volumes and secrets stay")
+    deploy.set_defaults(run=_deploy)
 
     convert = commands.add_parser("convert", help="make a folder that noodle reads out of a .gguf file (needs torch)")
     convert.add_argument("file", help="the .gguf file")
@@ -192,6 +232,12 @@ def _status(options: argparse.Namespace) -> int:
     return status(command_config(process_environment()), options.url, as_json=options.json)
 
 
+def _leave(options: argparse.Namespace) -> int:
+    from services.cli.leave import leave
+
+    return leave(command_config(process_environment()), options.url)
+
+
 def _generate(options: argparse.Namespace) -> int:
     from services.cli.generate import generate
     from services.cli.target import find_target
@@ -206,6 +252,23 @@ def _generate(options: argparse.Namespace) -> int:
     }
     given = {name: value for name, value in parameters.items() if value is not None}
     return generate(target, prompt, given, raw=options.raw)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from services.cli.init import init
+    from services.cli.machine_settings import Wish
+
+    wish = Wish(
+        machine=options.machine,
+        address=options.address,
+        peer=options.peer,
+        gpu=options.gpu,
+        stages=options.stages,
+        model=options.model,
+        name=options.name,
+    )
+    join_text = sys.stdin.read() if options.join == "-" else options.join  # where other users may read arguments
+    return init(Path(options.folder or "."), wish, join_text)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -291,6 +354,40 @@ def _plan(options: argparse.Namespace) -> int:
 
     target = find_target(command_config(process_environment()), options.url, options.key)
     return plan(target, options.nodes, as_json=options.json)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from services.cli.doctor import doctor
+
+    environment = process_environment()
+    return doctor(command_config(environment), environment, Path.cwd(), as_json=options.json)
+
+
+def _firewall(options: argparse.Namespace) -> int:
+    from services.cli.firewall import Act, firewall
+    from services.cli.programs import this_system
+    from services.cli.project import require_project
+
+    if options.undo and options.clients:
+        raise ConfigurationError("--clients is for setting rules, and --undo sets none.", cure="Leave one of them out.")
+    act: Act = "apply" if options.apply else "undo" if options.undo else "show"
+    return firewall(require_project(Path.cwd()), this_system(), options.clients or (), act)
+
+
+def _deploy(options: argparse.Namespace) -> int:
+    from services.cli.deploy import DEFAULT_FOLDER, DeployWish, deploy, stop
+    from services.cli.deploy_ssh import Remote
+
+    if options.stop and options.no_verify:
+        raise ConfigurationError("--no-verify means nothing with --stop.", cure="Leave it out.")
+    wish = DeployWish(
+        Remote(options.remote, options.user or "", Path(options.ssh_config) if options.ssh_config else None),
+        options.address,
+        options.remote_os,
+        options.there or DEFAULT_FOLDER,
+        is_verified=not options.no_verify,
+    )
+    return stop(wish, Path.cwd()) if options.stop else deploy(wish, Path.cwd())
 
 
 def _convert(options: argparse.Namespace) -> int:

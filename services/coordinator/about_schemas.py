@@ -18,6 +18,7 @@ HEALTH = always(
         "context_length": nullable(COUNT),
         "warnings": array(STRING),
         "leads": BOOLEAN,
+        "kept_kv_tokens": COUNT,
         "stages": array({"type": "object", "properties": {"stage_id": COUNT}, "required": ["stage_id"]}),
     },
 )

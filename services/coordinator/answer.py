@@ -1,6 +1,6 @@
 """From tokens to text for one request, on its HTTP thread: detokenises, stops at stop strings.
 
-Knows one Generation and one TextStream, no routes and no wire format.
+Knows one reader of a generation and one TextStream, no routes and no wire format.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from noodle.messages import TokenLogprob, TokenScore
-from services.coordinator.generation import Generation, PromptComputed
+from services.coordinator.generation import GenerationReader, PromptComputed
 from services.coordinator.parameters import FinishReason
 from services.coordinator.text_stream import TextStream
 
@@ -37,7 +37,7 @@ class Part:
 class Answer:
     """An answer as it grows; iterate over it to let it."""
 
-    generation: Generation
+    generation: GenerationReader
     text_stream: TextStream
     parts: list[Part] = field(default_factory=list)
     prompt_scores: tuple[TokenScore, ...] = ()  # of the prompt's tokens from its second on; here before the first part
@@ -71,6 +71,8 @@ class Answer:
                 part = Part(token.token_id, text, token.logprob, reason, token.top, text_offset)
                 self.parts.append(part)
                 self.finish_reason = reason
+                if reason == "stop_sequence":
+                    self.generation.finish()  # more tokens would come, and nobody needs them
                 yield part
         finally:
             self.generation.cancel()  # harmless when it has ended by itself

@@ -12,13 +12,17 @@ from prometheus_client import CollectorRegistry
 from noodle.config import CoordinatorConfig
 from noodle.logs import bind_request
 from noodle.metrics import install_metrics_route
+from noodle.reach_routes import install_reach_routes
 from noodle.web import install_error_handlers
-from services.coordinator import about_routes, generate_routes, guide_schemas, openai_routes
+from services.coordinator import about_routes, generate_routes, guide_schemas, openai_routes, request_routes
 from services.coordinator.clients import Clients, take_request_id
 from services.coordinator.cors import install_cors
 from services.coordinator.engine import Engine
 from services.coordinator.guide_routes import guide_routes
 from services.coordinator.openapi import METRICS, document, openapi_routes
+from services.coordinator.prometheus_targets import install_targets_route
+from services.coordinator.reach_targets import OPERATIONS as REACH_OPERATIONS
+from services.coordinator.reach_targets import reach_targets
 from services.coordinator.reports import install_report_routes
 from services.coordinator.weight_store import install_weight_routes
 
@@ -26,7 +30,9 @@ OPERATIONS = (
     *about_routes.OPERATIONS,
     *openai_routes.OPERATIONS,
     *generate_routes.OPERATIONS,
+    *request_routes.OPERATIONS,
     *guide_schemas.OPERATIONS,
+    *REACH_OPERATIONS,
     METRICS,
 )
 
@@ -37,15 +43,25 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
     app.url_map.merge_slashes = False  # no answer of ours is a redirection
     install_error_handlers(app)
     install_metrics_route(app, registry, config.cluster_token)
+    install_targets_route(app, config, engine)
     install_request_ids(app)
     install_cors(app, config.cors_origins)
     clients = Clients(config)
     app.register_blueprint(about_routes.about_routes(config, engine, clients))
     app.register_blueprint(openai_routes.openai_routes(config, engine, clients))
     app.register_blueprint(generate_routes.generate_routes(config, engine, clients))
+    app.register_blueprint(request_routes.request_routes(engine, clients))
     app.register_blueprint(guide_routes(config, engine, clients.require))
     install_report_routes(app, config.reports_dir, clients.require)
     install_weight_routes(app, engine.weights, config.cluster_token)
+    install_reach_routes(
+        app,
+        config.cluster_token,
+        config.valkey_password,
+        "coordinator",
+        config.machine,
+        lambda: reach_targets(config, engine),
+    )
     app.register_blueprint(openapi_routes(document(OPERATIONS), clients))
     return app
 

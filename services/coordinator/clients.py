@@ -5,17 +5,19 @@ A key's name stands in logs and metrics, the key never does.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 
 from flask import g, request
 
 from noodle.config import CoordinatorConfig
-from noodle.errors import NotAuthenticated
+from noodle.errors import InvalidRequest, NotAuthenticated
 from noodle.web import has_token, let_in
-from services.coordinator.generation import LOOPBACK, Client
+from services.coordinator.generation import LOOPBACK, Asker, Client, Idempotency
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -58,6 +60,20 @@ class Clients:
             f"The request is for {request.host[:80]!r}, not for this machine.",
             cure="Use http://127.0.0.1, or set NOODLE_API_KEY.",
         )
+
+
+def asker_of(client: Client, body: bytes) -> Asker:
+    """Who asks, by which words: the request's id, and its Idempotency-Key with what it asks."""
+    key = request.headers.get("Idempotency-Key", "")
+    if not key:
+        return Asker(client, g.request_id)
+    if not IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequest(
+            "The Idempotency-Key is not 1 to 255 visible ASCII characters.", cure="A UUID will do.",
+            param="Idempotency-Key",
+        )  # fmt: skip
+    digest = hashlib.sha256(request.path.encode() + b"\0" + body).hexdigest()
+    return Asker(client, g.request_id, Idempotency(key, digest))
 
 
 def take_request_id() -> str:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from noodle.config import CoordinatorConfig
-from noodle.errors import NotReady, StartError
+from noodle.errors import NotReady, QueueUnavailable, StartError
 from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
+from noodle.logs import about
+from noodle.messages import SamplingParameters
 from noodle.metrics import CoordinatorMetrics
-from noodle.plan import Plan
+from noodle.plan import MachineReport, Plan
+from noodle.scraped_metrics import PlannedStage, PlanSeen
 from noodle.work_queue import WorkQueue
 from services.coordinator.answer import Answer
 from services.coordinator.event_streams import Started
 from services.coordinator.generate import GenerationLoop
-from services.coordinator.generation import LOOPBACK, Client, GenerationRequest
+from services.coordinator.generation import (
+    NOBODY,
+    Asker,
+    GenerationReader,
+    GenerationRequest,
+    ended_generation,
+)
+from services.coordinator.kept_requests import KeptRequest, KeptRequests
 from services.coordinator.leadership import Leadership, progress_of, waiting_for
 from services.coordinator.model_progress import Progress
 from services.coordinator.model_store import prepare_model
 from services.coordinator.openai_request import ServedModel
 from services.coordinator.openai_stream import now_seconds
-from services.coordinator.parameters import GenerationParameters, fit_into_context, refuse_what_can_not_fit
+from services.coordinator.parameters import GenerationParameters, Scores, fit_into_context, refuse_what_can_not_fit
 from services.coordinator.pipeline import Pipeline, PipelineEvent
 from services.coordinator.recorder import Recorder
 from services.coordinator.scheduler import Scheduler
@@ -31,6 +44,11 @@ from services.coordinator.tokenizer import Tokenizer
 from services.coordinator.weight_store import WeightStore
 
 log = logging.getLogger(__name__)
+
+
+RESUME_BY_KEY_SECONDS = 60.0  # how long a request with an Idempotency-Key goes on without a reader, unless it says so
+RETURN_SECONDS = 30.0  # that the client of any request has to come back after the coordinator's restart
+TAKE_UP_RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class Engine:
     def __init__(self, config: CoordinatorConfig, metrics: CoordinatorMetrics) -> None:
         self._config = config
         self.metrics = metrics
-        work_queue = WorkQueue(config.valkey_url, config.valkey_password)
+        self._work_queue = work_queue = WorkQueue(config.valkey_url, config.valkey_password)
         self._streams = WorkQueue(config.valkey_url, config.valkey_password, STREAM_TIMEOUT_SECONDS)
         self.recorder = Recorder(work_queue)
         self.loop = GenerationLoop(
@@ -58,9 +76,12 @@ class Engine:
             self._pipeline_of,
             maximum_open=config.maximum_open_requests + config.maximum_waiting_requests,
             recovery_seconds=config.recovery_seconds,
+            keeps_rows=config.keeps_prefixes,
         )
         self.leadership = Leadership(config.machine, work_queue, self.loop, config.transport)
         self.weights = WeightStore(config.cache_dir)
+        self.kept = KeptRequests()
+        self._is_loaded = threading.Event()
         self.loaded: LoadedModel | None = None
         self.detail = "the tokenizer to load"
         self.failure = ""
@@ -76,6 +97,7 @@ class Engine:
         served = ServedModel((prepared.name,), tokenizer.vocabulary_size, now_seconds())
         self.loaded = LoadedModel(prepared.folder, served, tokenizer)
         self.weights.serve(prepared.folder, prepared.name)
+        self._is_loaded.set()
         log.info("serving %s from %s", prepared.name, prepared.folder)
 
     def ready_model(self) -> LoadedModel:
@@ -120,6 +142,33 @@ class Engine:
         """Tokens of the longest session that the active plan promises."""
         return self.plan.context_length
 
+    def reports(self) -> list[MachineReport]:
+        """What every registered stage said of its machine; empty while Valkey is away."""
+        try:
+            return self._work_queue.reports()
+        except QueueUnavailable as error:
+            log.debug("no reports read: %s", error)
+            return []
+
+    def plan_seen(self) -> PlanSeen:
+        """The active plan and whether it is computed by, for /metrics."""
+        state, said = self.loop.state, self.leadership.view.stages
+        if state.plan is None:
+            return PlanSeen(0, (), is_up=False)
+        stages = [
+            PlannedStage(
+                stage.stage_id,
+                stage.machine,
+                stage.start_layer,
+                stage.end_layer,
+                stage.dtype,
+                stage.decode_seconds,
+                said[stage.stage_id].device_name if stage.stage_id in said else "",
+            )
+            for stage in state.plan.stages
+        ]
+        return PlanSeen(state.plan.version, stages, is_up=state.up)
+
     def start(
         self,
         token_ids: list[int],
@@ -127,35 +176,111 @@ class Engine:
         prompt_name: str,
         *,
         goes_on: bool = True,
-        client: Client = LOOPBACK,
-        request_id: str = "",
+        asker: Asker = NOBODY,
+        answer_id: str = "",
     ) -> Started:
         """Send a checked request on its way; raises what still refuses it before the first byte.
 
         `goes_on` says that the answer continues the prompt's own text, and does not begin one of its own as in a chat.
+        One that came before with the same idempotency key is read, and not computed again.
         """
         model = self.ready_model()
         parameters = fit_into_context(
             parameters, prompt_tokens=len(token_ids), context_length=self.context_length, prompt_name=prompt_name
         )
-        end_token_ids = frozenset() if parameters.ignore_eos else frozenset(model.tokenizer.eos_token_ids)
-        generation = self.loop.submit(
-            GenerationRequest(
-                token_ids,
-                parameters.max_new_tokens,
-                parameters.sampling,
-                end_token_ids,
-                parameters.stop,
-                parameters.scores.wanted,
-                parameters.scores.top,
-                parameters.scores.of_prompt,
-                client,
-                request_id,
-            )
+        request = GenerationRequest(
+            token_ids,
+            parameters.max_new_tokens,
+            parameters.sampling,
+            frozenset() if parameters.ignore_eos else frozenset(model.tokenizer.eos_token_ids),
+            parameters.stop,
+            parameters.scores.wanted,
+            parameters.scores.top,
+            parameters.scores.of_prompt,
+            asker.client,
+            asker.request_id,
+            parameters.priority,
+            goes_on,
+            parameters.resume_seconds or (RESUME_BY_KEY_SECONDS if asker.idempotency.key else 0.0),
+            parameters.timeout_seconds,
+            asker.idempotency,
+            answer_id,
         )
-        self.metrics.prompt_tokens.inc(len(token_ids))
-        text_stream = TextStream(model.tokenizer.decode, parameters.stop, context_ids=token_ids if goes_on else ())
-        return Started(Answer(generation, text_stream), parameters, token_ids, model.tokenizer)
+        with self.kept.lock:
+            if (kept := self.kept.joined(asker.client, asker.idempotency)) is None:
+                record, generation = self.loop.submit(request)
+                kept = KeptRequest(record, generation)
+                reader = generation.open_reader()
+                self.kept.add(record, generation)
+                self.metrics.prompt_tokens.inc(len(token_ids))
+            else:
+                reader = kept.generation.open_reader()
+        return self._started(kept, reader, parameters, model)
+
+    def take_up(self, kept: KeptRequest) -> Started:
+        """Read a request again from its beginning; its parameters are those it was recorded with."""
+        record = kept.record
+        sampling = SamplingParameters(
+            temperature=record.temperature, top_p=record.top_p, top_k=record.top_k, seed=record.seed
+        )
+        parameters = GenerationParameters(
+            record.max_new_tokens,
+            sampling,
+            record.seed,
+            stop=tuple(record.stop),
+            ignore_eos=record.ignore_eos,
+            scores=Scores(record.want_logprob, record.top_logprobs, record.score_prompt),
+        )
+        return self._started(kept, kept.generation.open_reader(), parameters, self._text_side())
+
+    def _started(
+        self, kept: KeptRequest, reader: GenerationReader, parameters: GenerationParameters, model: LoadedModel
+    ) -> Started:
+        record = kept.record
+        if parameters.sampling.seed != record.seed:  # one was drawn when the request came first
+            sampling = msgspec.structs.replace(parameters.sampling, seed=record.seed)
+            parameters = replace(parameters, sampling=sampling, seed=record.seed)
+        context_ids = record.prompt_token_ids if record.goes_on else ()
+        text_stream = TextStream(model.tokenizer.decode, tuple(record.stop), context_ids=context_ids)
+        answer = Answer(reader, text_stream)
+        return Started(
+            answer, parameters, record.prompt_token_ids, model.tokenizer, record.answer_id, record.created_unix_seconds
+        )
+
+    def _text_side(self) -> LoadedModel:
+        """What makes text of tokens, whether or not the stages are there; raises NotReady until it is loaded."""
+        if self.loaded is None:
+            raise NotReady("The coordinator has not loaded the tokenizer yet.", retry_after_seconds=2)
+        return self.loaded
+
+    def take_up_recorded(self) -> None:
+        """Whenever this coordinator takes the lead, go on with what one before it had in progress; a loop's thread."""
+        while True:
+            self.leadership.led.acquire()
+            if self.leadership.stopping.is_set():
+                return
+            self._is_loaded.wait()
+            try:
+                self._take_up_all()
+            except QueueUnavailable as error:
+                log.warning("requests that were in progress can not be read, they are tried again: %s", error)
+                self.leadership.stopping.wait(TAKE_UP_RETRY_SECONDS)
+                self.leadership.led.release()
+
+    def _take_up_all(self) -> None:
+        end_token_ids = frozenset(self._text_side().tokenizer.eos_token_ids)
+        for record, tokens in self.recorder.recorded():
+            if record.outcome:
+                generation = ended_generation(record, tokens)
+            else:
+                taken = self.loop.go_on(record, tokens, end_token_ids, RETURN_SECONDS)
+                if taken is None:
+                    continue
+                generation = taken
+                log.info("going on after %d tokens, recorded by a coordinator before", len(tokens),
+                         extra=about(record.request_id))  # fmt: skip
+            record = msgspec.structs.replace(record, resume_seconds=generation.resume_seconds)
+            self.kept.add(record, generation, was_taken_up=True)
 
     def _pipeline_of(self, plan: Plan, coordinator_epoch: int, tell: Callable[[PipelineEvent], None]) -> Pipeline:
         return Pipeline(

@@ -27,6 +27,8 @@ class Started:
     parameters: GenerationParameters
     prompt_token_ids: list[int]
     tokenizer: Tokenizer
+    answer_id: str = ""  # in OpenAI's shapes
+    created_seconds: int = 0  # Unix time, when the request came first
 
     @property
     def prompt_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """THE loop: a request becomes a session, sessions become steps, results become tokens. Start reading here.
 
     HTTP thread: submit() -> Generation         loop thread: next_step() -> pipeline.send()
-    HTTP thread: Generation.next()  <-  token   loop thread: result -> scheduler.apply() -> Generation
+    HTTP thread: its reader.next()  <-  token   loop thread: result -> scheduler.apply() -> Generation
 
 The other loop is services/stage/worker.py. This one knows sessions, steps and the pipeline's two connections, but
 neither text nor routes.
@@ -11,29 +11,33 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, TooManyRequests, Unprocessable
+from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, RequestTimedOut, Unprocessable
 from noodle.logs import about
 from noodle.messages import LiveSessions, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan
+from noodle.work_queue import RecordedToken, RequestRecord
 from services.coordinator.generation import (
-    Client,
+    FINISHED,
     Generation,
     GenerationRequest,
     PromptComputed,
     Token,
     record_of,
     session_id_of,
+    session_of,
+    token_of,
 )
+from services.coordinator.open_requests import OpenRequest, OpenRequests
 from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.recorder import Recorder
 from services.coordinator.recovery import Recovery
-from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Limits, NewToken, Scheduler, Session
+from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Counts, Scheduler
+from services.coordinator.session import Limits, NewToken, Session
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +51,10 @@ class _Submitted:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cancelled:
+class _Ended:
     request_id: str
+    outcome: str
+    error: NoodleError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +74,7 @@ class _StandBy:
     error: NoodleError
 
 
-_Event = PipelineEvent | _Submitted | _Cancelled | _Activate | _LimitsChanged | _StandBy
-
-
-@dataclass(slots=True)
-class _Open:
-    """The books of one open request."""
-
-    generation: Generation
-    arrived_at: float
-    client_name: str
-    tokens: int = 0
-    last_token_at: float | None = None
+_Event = PipelineEvent | _Submitted | _Ended | _Activate | _LimitsChanged | _StandBy
 
 
 @dataclass(slots=True)
@@ -104,78 +99,99 @@ class GenerationLoop:
         *,
         maximum_open: int,
         recovery_seconds: float,
+        keeps_rows: bool = True,
     ) -> None:
         self._scheduler, self._recorder, self._metrics = scheduler, recorder, metrics
         self._make_pipeline = make_pipeline
-        self._maximum_open, self._recovery = maximum_open, Recovery(recovery_seconds)
+        self._recovery = Recovery(recovery_seconds)
+        self._keeps_rows = keeps_rows  # of ended sessions, for others that begin alike
         # Unbounded by itself; its writers are bounded: open requests, and results of at most the steps in flight.
         self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
-        self._open: dict[str, _Open] = {}
-        self._open_lock = threading.Lock()
-        self._ended = threading.Condition(self._open_lock)
+        self._open = OpenRequests(maximum_open)
         self._pipeline: Pipeline | None = None
         self._pending: _Activate | None = None
         self._draining = False
         self._next_live = 0.0
         self._next_tick = 0.0
+        self._counted = Counts()  # of the scheduler's counts, what the metrics have
         self.state = LoopState()
 
     # called by HTTP threads
 
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Take a request in; raises NotReady, TooManyRequests, QueueUnavailable; Unprocessable if it can never fit."""
+    def submit(self, request: GenerationRequest) -> tuple[RequestRecord, Generation]:
+        """Take a request in and record it.
+
+        Raises NotReady, TooManyRequests, QueueUnavailable, and Unprocessable if it can never fit.
+        """
         limits = self._scheduler.limits
         if self._draining:
             raise NotReady("The coordinator is stopping.", retry_after_seconds=5)
         if limits is None or not self.state.up:
             raise NotReady(f"The cluster is not ready: {self.state.detail}.", retry_after_seconds=2)
         needed = len(request.prompt_token_ids) + request.maximum_new_tokens
-        if needed > limits.kv_tokens:
+        room = min(limits.kv_tokens, limits.reserved_kv_tokens or limits.kv_tokens)
+        if needed > room:
             raise Unprocessable(
-                f"The request needs KV rows for {needed} tokens; the tightest stage has room for {limits.kv_tokens}.",
+                f"The request needs KV rows for {needed} tokens; the tightest stage has room for {room}.",
                 cure="Ask for fewer tokens, or give the stages more memory (NOODLE_KV_BYTES).",
             )
         request_id = session_id_of(request.request_id)
-        generation = Generation(request_id, self._cancel)
-        with self._open_lock:
-            if len(self._open) >= self._maximum_open:
-                raise TooManyRequests(
-                    f"{len(self._open)} requests are open, which is the limit.", retry_after_seconds=2
-                )
-            self._refuse_over_limit(request.client)
-            self._open[request_id] = _Open(generation, time.monotonic(), request.client.name)
+        record = record_of(request_id, request)
+        generation = Generation(request_id, self.leave, self._finish, request.resume_seconds)
+        deadline = time.monotonic() + request.timeout_seconds if request.timeout_seconds else None
+        self._open.add(OpenRequest(generation, request.client.name, deadline), request.client)
         try:
-            self._recorder.begin(record_of(request_id, request))
+            self._recorder.begin(record)
         except NoodleError:
-            with self._open_lock:
-                self._open.pop(request_id, None)
+            self._open.pop(request_id)
             raise
-        session = Session(
-            request_id,
-            list(request.prompt_token_ids),
-            len(request.prompt_token_ids),
-            request.maximum_new_tokens,
-            request.sampling,
-            request.end_token_ids,
-            request.want_logprob,
-            request.top_logprobs,
-            [None] * (len(request.prompt_token_ids) - 1) if request.score_prompt else None,
-        )
-        self._events.put(_Submitted(session))
+        self._events.put(_Submitted(session_of(record, request.end_token_ids)))
+        return record, generation
+
+    def go_on(
+        self, record: RequestRecord, tokens: list[RecordedToken], end_token_ids: frozenset[int], return_seconds: float
+    ) -> Generation | None:
+        """Take up a request that a coordinator before this one had in progress; None when it is open here.
+
+        Its client has at least `return_seconds` to come back.
+        """
+        if record.score_prompt:  # the scores were not recorded, and come before the first token
+            tokens = []
+        resume_seconds = max(record.resume_seconds, return_seconds)
+        generation = Generation(record.request_id, self.leave, self._finish, resume_seconds)
+        generation.unread_since = time.monotonic()
+        deadline = None
+        if record.deadline_unix_seconds:
+            deadline = time.monotonic() + max(0.0, record.deadline_unix_seconds - time.time())
+        opened = OpenRequest(generation, record.client_name, deadline, tokens=len(tokens))
+        if not self._open.take_back(opened):
+            return None
+        for token in tokens:
+            generation.put(token_of(token))
+        self._recorder.go_on(record, list(tokens))
+        session = session_of(record, end_token_ids)
+        session.token_ids += [token.token_id for token in tokens]
+        if tokens:
+            opened.last_token_at = opened.arrived_at
+        if len(tokens) >= record.max_new_tokens or (tokens and tokens[-1].finish_reason):
+            self._events.put(_Ended(record.request_id, "finished", None))  # all but its end was recorded
+        else:
+            self._events.put(_Submitted(session))
         return generation
 
-    def _refuse_over_limit(self, client: Client) -> None:
-        """Raise TooManyRequests when this client has as many requests in progress as it may; the lock is held."""
-        open_count = sum(books.client_name == client.name for books in self._open.values())
-        if client.maximum_open and open_count >= client.maximum_open:
-            raise TooManyRequests(
-                f"{open_count} requests of this key are in progress, which is its limit.",
-                cure="Wait for one of them, or raise NOODLE_MAX_REQUESTS_PER_KEY.",
-                retry_after_seconds=1,
-            )
+    def leave(self, request_id: str) -> None:
+        """Nobody wants it any more: end it on every stage."""
+        cancelled = GenerationFailed("The request was cancelled.", cure="Send it again.")
+        self._events.put(_Ended(request_id, "cancelled", cancelled))
 
-    def _cancel(self, request_id: str) -> None:
-        self._events.put(_Cancelled(request_id))
+    def _finish(self, request_id: str) -> None:
+        """Its text is complete, though more tokens might follow."""
+        self._events.put(_Ended(request_id, "finished", None))
+
+    @property
+    def kept_rows(self) -> int:
+        """KV rows of ended requests that every stage keeps, for /health."""
+        return self._scheduler.kept_rows
 
     # called by the thread that leads
 
@@ -194,8 +210,7 @@ class GenerationLoop:
     def drain(self, seconds: float) -> None:
         """Refuse new requests, and return when the open ones have ended or the time is over."""
         self._draining = True
-        with self._ended:
-            self._ended.wait_for(lambda: not self._open, seconds)
+        self._open.wait_until_none(seconds)
 
     def stop(self) -> None:
         """End the loop; open requests end with an error."""
@@ -211,7 +226,7 @@ class GenerationLoop:
             except queue.Empty:
                 event = _NOTHING
             if event is None:
-                self._end_all(NotReady("The coordinator is stopping.", retry_after_seconds=5))
+                self._hand_over(NotReady("The coordinator is stopping.", retry_after_seconds=5))
                 self._close_pipeline()
                 return
             self._handle(event)
@@ -226,8 +241,8 @@ class GenerationLoop:
             self._take_result(event.result)
         elif isinstance(event, _Submitted):
             self._scheduler.add(event.session)
-        elif isinstance(event, _Cancelled):
-            self._end(event.request_id, "cancelled", None)
+        elif isinstance(event, _Ended):
+            self._end(event.request_id, event.outcome, event.error)
         elif isinstance(event, PipelineUp):
             self._pipeline_is_up(event)
         elif isinstance(event, PipelineDown):
@@ -268,8 +283,11 @@ class GenerationLoop:
         self._send_steps()  # the stages first: text, books and counts have time while they compute
         computed_seconds = sum(timing.computed_seconds for timing in result.timings)
         ended: list[str] = []
+        since_last: list[float] = []
         for token in tokens:
-            self._deliver(token, now, computed_seconds)
+            waited_seconds = self._deliver(token, now, computed_seconds)
+            if waited_seconds is not None:
+                since_last.append(waited_seconds)
             if token.finish_reason is not None:
                 ended.append(token.session.session_id)
         for request_id in ended:
@@ -277,57 +295,69 @@ class GenerationLoop:
         for session, refusal in fatal:
             message = f"Stage {refusal.stage_id} refused a step of this request: {refusal.message} ({refusal.reason})."
             self._end(session.session_id, "failed", GenerationFailed(message))
-        for timing in result.timings:
-            self._metrics.stage_computed.labels(str(timing.stage_id)).observe(timing.computed_seconds)
-            self._metrics.stage_waited.labels(str(timing.stage_id)).observe(timing.waited_seconds)
+        self._metrics.steps.came_back(
+            result.timings,
+            now - flight.sent_at,
+            is_decode=flight.is_decode,
+            tokens=len(since_last),
+            since_last_seconds=sum(since_last),
+        )
 
-    def _deliver(self, new: NewToken, now: float, computed_seconds: float) -> None:
+    def _deliver(self, new: NewToken, now: float, computed_seconds: float) -> float | None:
+        """Hand one token to its request; gives the seconds since the one before it, None for a first one."""
         books = self._open.get(new.session.session_id)
         if books is None:
-            return
+            return None
         if books.last_token_at is None and (new.session.scores is not None or new.token_id is None):
             scores = tuple(score for score in new.session.scores or () if score is not None)
             books.generation.put(PromptComputed(scores, is_all=new.token_id is None))
         if new.token_id is None:
-            return
+            return None
         books.generation.put(Token(new.token_id, new.logprob, new.finish_reason, new.top))
-        self._recorder.token(new.session.session_id, new.token_id)
+        recorded = RecordedToken(new.token_id, new.logprob, new.finish_reason or "", list(new.top))
+        self._recorder.token(new.session.session_id, recorded)
         self._metrics.generated_tokens.inc()
+        since_last_seconds = None
         if books.last_token_at is None:
             self._metrics.time_to_first_token.observe(now - books.arrived_at)
         else:
-            self._metrics.inter_token.observe(now - books.last_token_at)
-            self._metrics.token_overhead.observe(max(0.0, now - books.last_token_at - computed_seconds))
+            since_last_seconds = now - books.last_token_at
+            self._metrics.inter_token.observe(since_last_seconds)
+            self._metrics.token_overhead.observe(max(0.0, since_last_seconds - computed_seconds))
         books.last_token_at = now
         books.tokens += 1
+        return since_last_seconds
 
     def _end(self, request_id: str, outcome: str, error: NoodleError | None) -> None:
         """Close a request's books and free its KV rows everywhere; harmless when it has ended."""
-        with self._open_lock:
-            books = self._open.pop(request_id, None)
-            self._ended.notify_all()
+        books = self._open.pop(request_id)
         if books is None:
             return
-        if error is not None:
-            books.generation.put(error)
+        books.generation.end(error or FINISHED)
+        seconds = time.monotonic() - books.arrived_at
         self._metrics.requests.labels(outcome, books.client_name).inc()
+        if outcome == "finished":
+            self._metrics.request_seconds.observe(seconds)
         log.info(
             "%s after %d new tokens and %.2f s, for %s%s",
             outcome,
             books.tokens,
-            time.monotonic() - books.arrived_at,
+            seconds,
             books.client_name,
             f": {error}" if error is not None else "",
             extra=about(request_id),
         )
-        self._recorder.end(request_id)
+        self._recorder.end(request_id, outcome if error is None else str(error))
         self._recovery.forget(request_id)
-        if self._scheduler.remove(request_id):
-            self._tell_live_sessions(released=[request_id])
+        freed = self._scheduler.remove(request_id, keep_rows=self._keeps_rows and outcome == "finished")
+        if freed:
+            self._tell_live_sessions(released=freed)
 
-    def _end_all(self, error: NoodleError) -> None:
-        for request_id in list(self._open):
-            self._end(request_id, "failed", error)
+    def _hand_over(self, error: NoodleError) -> None:
+        """Let go of every open request; the coordinator that leads next goes on with what is recorded of it."""
+        for request_id, _ in self._open.all():
+            self._recorder.hand_over(request_id)
+            self._end(request_id, "handed_over", error)
 
     def _tell_live_sessions(self, *, released: list[str] | None = None, frees_unlisted: bool = False) -> None:
         """Tell every stage which sessions live; one that is away now is told when the pipeline stands again."""
@@ -336,7 +366,7 @@ class GenerationLoop:
         live = LiveSessions(
             self._scheduler.limits.plan_version,
             self._scheduler.coordinator_epoch,
-            [session.session_id for session in self._scheduler.running],
+            self._scheduler.held_ids,
             released or [],
             frees_unlisted,
         )
@@ -377,7 +407,7 @@ class GenerationLoop:
 
     def _end_out_of_time(self, now: float) -> None:
         """The pipeline is down: note it for every open request, and end those that have waited for too long."""
-        arrived_at = {request_id: books.arrived_at for request_id, books in list(self._open.items())}
+        arrived_at = {request_id: books.arrived_at for request_id, books in self._open.all()}
         is_busy = self._scheduler.steps_in_flight > 0
         self._recovery.broke(self.state.detail, now, arrived_at, is_busy=is_busy)
         for request_id, error in self._recovery.out_of_time(now).items():
@@ -401,12 +431,13 @@ class GenerationLoop:
         self.state = LoopState(activate.plan, False, f"connecting to the stages of plan {activate.plan.version}")
         self._scheduler.limits = activate.limits
         self._scheduler.coordinator_epoch = activate.coordinator_epoch
+        self._metrics.steps.begin_plan((stage.stage_id, stage.machine) for stage in activate.plan.stages)
         self._replay("new_plan")
         self._pipeline = self._make_pipeline(activate.plan, activate.coordinator_epoch, self._events.put)
         log.info("plan %d is active, coordinator epoch %d", activate.plan.version, activate.coordinator_epoch)
 
     def _stand_by(self, error: NoodleError) -> None:
-        self._end_all(error)
+        self._hand_over(error)
         self._close_pipeline()
         self._scheduler.limits = None
         self._pending = None
@@ -420,6 +451,9 @@ class GenerationLoop:
     def _tick(self, now: float) -> None:
         self._metrics.running.set(len(self._scheduler.running))
         self._metrics.waiting.set(self._scheduler.waiting_count)
+        self._count()
+        self._end_left_and_late(now)
+        self._metrics.kv_use.set(self._scheduler.used_share)
         if self.state.up:
             # what a pipeline that stands again was given may come late; only a step that is lost is not tried again
             late = self._recovery.out_of_time(now)
@@ -432,9 +466,30 @@ class GenerationLoop:
         elif self.state.plan is not None:
             self._end_out_of_time(now)
 
+    def _end_left_and_late(self, now: float) -> None:
+        """End requests whose client did not come back, and those that took longer than they may."""
+        for request_id, books in self._open.all():
+            if books.generation.is_left(now):
+                self._end(request_id, "cancelled", GenerationFailed("The request's client did not come back in time."))
+            elif books.deadline is not None and now >= books.deadline:
+                late = RequestTimedOut(
+                    f"The request was not finished in the time that it gave; it has {books.tokens} tokens.",
+                    cure="Ask for fewer tokens, or raise timeout_seconds.",
+                )
+                self._end(request_id, "failed", late)
+
+    def _count(self) -> None:
+        """Let the metrics have what the scheduler counted since the last tick."""
+        counts, counted, metrics = self._scheduler.counts, self._counted, self._metrics
+        metrics.kept_tokens.set(self._scheduler.kept_rows)
+        metrics.preemptions.inc(counts.preemptions - counted.preemptions)
+        metrics.prefix_queries.inc(counts.prompt_tokens - counted.prompt_tokens)
+        metrics.prefix_hits.inc(counts.reused_tokens - counted.reused_tokens)
+        self._counted = replace(counts)
+
 
 def _lost_too_often() -> NoodleError:
     return GenerationFailed("The request's steps were lost too often.", cure="See the stages' logs.")
 
 
-_NOTHING = _Cancelled("")  # a tick: nothing happened
+_NOTHING = _Ended("", "", None)  # a tick: nothing happened

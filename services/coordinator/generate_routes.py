@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, g
+from flask import Blueprint, Response
 
 from noodle.config import CoordinatorConfig
 from noodle.web import json_body, json_response
 from services.coordinator import generate_format
 from services.coordinator.answering import event_stream, whole
-from services.coordinator.clients import Clients
+from services.coordinator.clients import Clients, asker_of
 from services.coordinator.engine import Engine
 from services.coordinator.generate_schemas import (
     GENERATE_ANSWER,
@@ -72,7 +72,7 @@ def generate_routes(config: CoordinatorConfig, engine: Engine, clients: Clients)
         asked = generate_format.parse_generate(body, vocabulary_size=model.served.vocabulary_size, stream=stream)
         token_ids = engine.token_ids(asked.prompt)
         before = prompt_text(asked.prompt, model.tokenizer) if asked.return_full_text else ""
-        started = engine.start(token_ids, asked.parameters, "inputs", client=client, request_id=g.request_id)
+        started = engine.start(token_ids, asked.parameters, "inputs", asker=asker_of(client, body))
         if stream:
             return event_stream(generate_events(started, before))
         return whole(started, lambda: generate_answer(started, before))

@@ -19,7 +19,17 @@ from services.coordinator.json_schema import (
     number,
     one_of,
 )
-from services.coordinator.openai_schemas import NEW_TOKENS, SEED, TEXT_PROMPT, TOKEN_IDS, TOP_P, stop_strings
+from services.coordinator.openai_schemas import (
+    NEW_TOKENS,
+    PRIORITY,
+    RESUME_SECONDS,
+    SEED,
+    TEXT_PROMPT,
+    TIMEOUT_SECONDS,
+    TOKEN_IDS,
+    TOP_P,
+    stop_strings,
+)
 from services.coordinator.parameters import MAXIMUM_TOP_K
 
 PARAMETERS = asked(
@@ -33,6 +43,9 @@ PARAMETERS = asked(
         "seed": SEED,
         "stop": stop_strings(MAXIMUM_STOP_STRINGS),
         "ignore_eos": BOOLEAN,
+        "priority": PRIORITY,
+        "resume_seconds": RESUME_SECONDS,
+        "timeout_seconds": TIMEOUT_SECONDS,
         "details": BOOLEAN,
         "decoder_input_details": BOOLEAN,
         "top_n_tokens": integer(0, MAXIMUM_TOP_LOGPROBS),

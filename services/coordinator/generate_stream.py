@@ -27,13 +27,19 @@ def generate_answer(started: Started, prompt_text: str) -> JsonObject:
     return generate_format.generate_answer(started.answer.text, details, prompt_text=prompt_text)
 
 
-def generate_events(started: Started, prompt_text: str) -> Iterator[bytes]:
-    """One event a token, the last one with the whole text and the counts."""
+def generate_events(started: Started, prompt_text: str, after: int = 0) -> Iterator[bytes]:
+    """One event a token, the last one with the whole text and the counts; none of the first `after` tokens.
+
+    Each has its number as its id, so that a client that comes back can say what it has.
+    """
 
     def events(part: Part) -> list[bytes]:
         token, count = generated_token(part, started.tokenizer), len(started.answer.parts)
+        if count <= after:
+            return []
         if part.finish_reason is None:
-            return [server_sent_event(generate_format.token_event(count, token, started.parameters))]
+            event = generate_format.token_event(count, token, started.parameters)
+            return [server_sent_event(event, event_id=str(count))]
         last = generate_format.last_token_event(
             token,
             started.answer.text,
@@ -43,7 +49,7 @@ def generate_events(started: Started, prompt_text: str) -> Iterator[bytes]:
             generated_tokens=count,
             prompt_text=prompt_text,
         )
-        return [server_sent_event(last)]
+        return [server_sent_event(last, event_id=str(count))]
 
     return with_errors(started, kept_alive(started.answer, events, COMMENT, COMMENT_SECONDS))
 

@@ -80,7 +80,8 @@ def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Call
     def log_metrics() -> Response:
         require_client()
         entries = parse_metrics(json_body(METRICS_BODY_BYTES, "Send fewer at once."))
-        return json_response({"success": True, "stored": metrics_file.append(entries)})
+        kept = metrics_file.append(entries)
+        return json_response({"success": True, "stored": kept.stored, "already_stored": kept.already_stored})
 
     @routes.get("/log_metrics")
     def logged_metrics() -> Response:

@@ -1,4 +1,4 @@
-"""What /openapi.json says of the guide's routes, of reports and of weights (weight_store.py)."""
+"""What /openapi.json says of the guide's routes, of reports, weights (weight_store.py) and Prometheus' targets."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FORWARD_ANSWER = {
     "required": ["success", "output"],
 }
 PLAN_ANSWER = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success", "plan"]}
-METRICS_ENTRY = always({"received_at_seconds": NUMBER, "node_id": STRING, "metrics": AN_OBJECT})
+METRICS_ENTRY = always({"received_at_seconds": NUMBER, "node_id": STRING, "metrics": AN_OBJECT, "entry_id": STRING})
 KEPT_REPORT = always(
     {
         "id": STRING,
@@ -100,8 +100,8 @@ OPERATIONS = (
     Operation(
         "post",
         "/log_metrics",
-        "Keep what a node measured of itself.",
-        always({"success": {"const": True}, "stored": COUNT}),
+        "Keep what a node measured of itself; an entry whose `entry_id` is kept already is not kept again.",
+        always({"success": {"const": True}, "stored": COUNT, "already_stored": COUNT}),
         (),
         body={"type": ["object", "array"]},
         other_answers=_guide_errors(**COMMON),
@@ -127,6 +127,13 @@ OPERATIONS = (
         "get", "/reports", "What reports are kept, the newest first.", always({"reports": array(KEPT_REPORT)}), (401,)
     ),
     Operation("get", "/reports/{report_id}", "One report.", AN_OBJECT, (401, 404)),
+    Operation(
+        "get",
+        "/prometheus/targets",
+        "Where Prometheus finds every /metrics, for its HTTP service discovery; with the cluster token alone.",
+        array(always({"targets": array(STRING), "labels": {"type": "object", "additionalProperties": STRING}})),
+        (401,),
+    ),
     Operation(
         "get",
         "/weights",

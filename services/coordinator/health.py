@@ -13,7 +13,8 @@ def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
     """Status and everything that /health says: what is being waited for, and who computes what."""
     view, leads, loop = engine.leadership.view, engine.leadership.leads, engine.loop.state
     up = loop.up and engine.loaded is not None
-    waits = waiting_for(view, leads, loop.detail, loop.up) or ([] if up else [engine.detail])
+    waits = [] if engine.loaded else [engine.detail]  # the others wait for the model's files too
+    waits += waiting_for(view, leads, loop.detail, loop.up)
     failed = engine.failure or next((state.detail for state in view.stages.values() if state.phase == "failed"), "")
     if not failed and view.planner is not None and view.planner.phase == "failed":
         failed = view.planner.detail
@@ -31,6 +32,7 @@ def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
         "context_length": loop.plan.context_length if loop.plan else None,
         "warnings": warnings_of(view),
         "leads": leads,
+        "kept_kv_tokens": engine.loop.kept_rows,
         "stages": stages_of(engine),
     }
 
@@ -61,6 +63,7 @@ def stages_of(engine: Engine) -> list[dict[str, Any]]:
             "weight_bytes": state.weight_bytes,
             "kv_bytes_held": state.kv_bytes_held,
             "kv_budget_bytes": state.kv_budget_bytes,
+            "kv_bytes_per_token": state.kv_bytes_per_token,
             "sessions": state.sessions,
         }  # fmt: skip
         lines.append(line)

@@ -15,7 +15,7 @@ from noodle.errors import NotReady, QueueUnavailable
 from noodle.plan import Plan, PlannerState, StageState
 from noodle.work_queue import WorkQueue
 from services.coordinator.generate import GenerationLoop
-from services.coordinator.scheduler import Limits
+from services.coordinator.session import Limits
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Leadership:
         self._active_version = 0
         self._limits: Limits | None = None
         self.view = ClusterView()
+        self.led = threading.Semaphore(0)  # released whenever this coordinator takes the lead
         self.stopping = threading.Event()
 
     @property
@@ -76,6 +77,7 @@ class Leadership:
     def stop(self) -> None:
         """Give the lead away at once."""
         self.stopping.set()
+        self.led.release()
         try:
             if self._epoch is not None:
                 self._queue.end_lease(self._name)
@@ -90,6 +92,7 @@ class Leadership:
         self._active_version = 0  # activate anew under the new epoch
         if self._epoch is not None:
             log.info("this coordinator leads, epoch %d", self._epoch)
+            self.led.release()
             self.view.leader = self._name
             return
         self.view.leader = self._queue.leader() or ""
@@ -134,7 +137,9 @@ def disagreement_of(states: list[StageState], transport: str) -> str:
 def limits_of(plan: Plan, states: list[StageState]) -> Limits:
     """What the plan allows, the tightest stage deciding about KV rows."""
     decode_seconds = sum(stage.decode_seconds for stage in plan.stages)
-    kv_tokens = min(state.kv_budget_bytes // max(1, state.kv_bytes_per_token) for state in states)
+    rooms = [(state.kv_budget_bytes // max(1, state.kv_bytes_per_token), state) for state in states]
+    kv_tokens = min(room for room, _ in rooms)
+    reserved = min((room for room, state in rooms if state.kv_counts_reservations), default=None)
     return Limits(
         plan.version,
         len(plan.stages),
@@ -142,6 +147,7 @@ def limits_of(plan: Plan, states: list[StageState]) -> Limits:
         plan.context_length,
         decode_seconds,
         decode_seconds * ASSUMED_PREFILL_SHARE,
+        reserved,
     )
 
 

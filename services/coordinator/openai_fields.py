@@ -19,6 +19,9 @@ HONOURED = frozenset(
         "stream",
         "stream_options",
         "ignore_eos",
+        "priority",
+        "resume_seconds",
+        "timeout_seconds",
         "logprobs",
     }
 )
@@ -62,7 +65,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "priority": (0,),
 }
 CHAT_NEUTRAL: dict[str, tuple[Any, ...]] = {
     **NEUTRAL,

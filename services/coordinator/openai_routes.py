@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, g
+from flask import Blueprint, Response
 
 from noodle.config import CoordinatorConfig
 from noodle.web import json_body, json_response
 from services.coordinator import openai_format
 from services.coordinator.answering import event_stream, whole
-from services.coordinator.clients import Clients
+from services.coordinator.clients import Clients, asker_of
 from services.coordinator.engine import Engine, LoadedModel
 from services.coordinator.event_streams import Started
 from services.coordinator.openai_request import parse_chat, parse_completion
@@ -22,7 +22,7 @@ from services.coordinator.openai_schemas import (
     MODEL,
     MODEL_LIST,
 )
-from services.coordinator.openai_stream import CHAT, COMPLETION, OpenAIAnswer, now_seconds
+from services.coordinator.openai_stream import CHAT, COMPLETION, OpenAIAnswer
 from services.coordinator.openapi import GENERATION_ERRORS, READY_ERRORS, Operation
 from services.coordinator.prompt_echo import prompt_text
 
@@ -68,32 +68,36 @@ def openai_routes(config: CoordinatorConfig, engine: Engine, clients: Clients) -
     def chat() -> Response:
         client = clients.require()
         loaded = engine.ready_model()
-        asked = parse_chat(json_body(config.maximum_body_bytes), loaded.served, engine.context_length)
+        body = json_body(config.maximum_body_bytes)
+        asked = parse_chat(body, loaded.served, engine.context_length)
         token_ids = engine.chat_token_ids(asked.messages, asked.parameters)
-        started = engine.start(
-            token_ids, asked.parameters, "messages", goes_on=False, client=client, request_id=g.request_id
-        )
-        head = answer_head(openai_format.new_chat_id(), started, loaded)
+        asker, answer_id = asker_of(client, body), openai_format.new_chat_id()
+        started = engine.start(token_ids, asked.parameters, "messages", goes_on=False, asker=asker, answer_id=answer_id)
+        head = answer_head(started, loaded)
         return answered(OpenAIAnswer(CHAT, head, started))
 
     @routes.post("/v1/completions")
     def completions() -> Response:
         client = clients.require()
         loaded = engine.ready_model()
-        asked = parse_completion(json_body(config.maximum_body_bytes), loaded.served)
+        body = json_body(config.maximum_body_bytes)
+        asked = parse_completion(body, loaded.served)
         token_ids = engine.token_ids(asked.prompt)
         echo = prompt_text(asked.prompt, loaded.tokenizer) if asked.echo else None
-        started = engine.start(token_ids, asked.parameters, "prompt", client=client, request_id=g.request_id)
-        head = answer_head(openai_format.new_completion_id(), started, loaded)
+        asker, answer_id = asker_of(client, body), openai_format.new_completion_id()
+        started = engine.start(token_ids, asked.parameters, "prompt", asker=asker, answer_id=answer_id)
+        head = answer_head(started, loaded)
         return answered(OpenAIAnswer(COMPLETION, head, started, echo))
 
     return routes
 
 
-def answer_head(answer_id: str, started: Started, loaded: LoadedModel) -> openai_format.AnswerHead:
+def answer_head(started: Started, loaded: LoadedModel) -> openai_format.AnswerHead:
     """What all parts of this answer share."""
     parameters, name = started.parameters, loaded.served.names[0]
-    return openai_format.AnswerHead(answer_id, name, now_seconds(), parameters.seed, parameters.include_usage)
+    return openai_format.AnswerHead(
+        started.answer_id, name, started.created_seconds, parameters.seed, parameters.include_usage
+    )
 
 
 def answered(answer: OpenAIAnswer) -> Response:

@@ -23,12 +23,22 @@ from services.coordinator.json_schema import (
 from services.coordinator.openai_fields import CHAT_NEUTRAL, COMPLETION_NEUTRAL, HARMLESS, STREAM_OPTIONS_NEUTRAL
 from services.coordinator.openai_messages import MESSAGE_NEUTRAL, ROLES
 from services.coordinator.openai_request import MAXIMUM_STOP_STRINGS, MAXIMUM_TEMPERATURE
-from services.coordinator.parameters import MAXIMUM_NEW_TOKENS, MAXIMUM_STOP_CHARACTERS, MAXIMUM_TOP_K
+from services.coordinator.parameters import (
+    MAXIMUM_NEW_TOKENS,
+    MAXIMUM_PRIORITY,
+    MAXIMUM_RESUME_SECONDS,
+    MAXIMUM_STOP_CHARACTERS,
+    MAXIMUM_TIMEOUT_SECONDS,
+    MAXIMUM_TOP_K,
+)
 from services.coordinator.request_body import JsonObject
 
 NEW_TOKENS = integer(1, MAXIMUM_NEW_TOKENS)
 STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAXIMUM_STOP_CHARACTERS}
 TOP_P = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+PRIORITY = integer(-MAXIMUM_PRIORITY, MAXIMUM_PRIORITY)
+RESUME_SECONDS = number(0, MAXIMUM_RESUME_SECONDS)
+TIMEOUT_SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": MAXIMUM_TIMEOUT_SECONDS}
 SEED = integer(-(1 << 63), (1 << 63) - 1)
 
 
@@ -48,6 +58,9 @@ HONOURED = {
     "stream": BOOLEAN,
     "stream_options": asked({}, {"include_usage": BOOLEAN}, STREAM_OPTIONS_NEUTRAL),
     "ignore_eos": BOOLEAN,
+    "priority": PRIORITY,
+    "resume_seconds": RESUME_SECONDS,
+    "timeout_seconds": TIMEOUT_SECONDS,
     **dict.fromkeys(sorted(HARMLESS), ANYTHING),
 }
 TEXT_PART = always({"type": one_of("text"), "text": STRING})

@@ -23,18 +23,20 @@ Schema = Mapping[str, Any]
 ERROR_TEXTS = {
     400: "The request is wrong; `param` names the field.",
     401: "The key or cluster token is missing or wrong.",
-    404: "There is no such model.",
+    404: "There is no such model, or no such request of this key.",
     408: "The body did not come in time.",
+    409: "The Idempotency-Key came with another request before.",
     413: "The body is too large.",
     415: "The body is not declared as application/json.",
     422: "The request is well-formed, but this cluster can not compute it.",
     429: "As many as may be are waiting, sending or in progress under this key; Retry-After says when to come.",
     500: "The request could not be finished.",
     503: "The cluster is not ready; the message says what is waited for, Retry-After when to come again.",
+    504: "The request was not finished within its timeout_seconds.",
 }
 READY_ERRORS = (401, 503)
 BODY_ERRORS = (400, 408, 413, 415, 429)
-GENERATION_ERRORS = (*READY_ERRORS, *BODY_ERRORS, 422, 500)
+GENERATION_ERRORS = (*READY_ERRORS, *BODY_ERRORS, 409, 422, 500, 504)
 ERROR: Schema = {
     "type": "object",
     "properties": {
@@ -69,6 +71,7 @@ class Operation:
     event: Schema | None = None
     other_answers: Mapping[int, tuple[str, Schema]] = field(default_factory=dict)
     media_type: str = "application/json"
+    query: Mapping[str, Schema] = field(default_factory=dict)
 
     @property
     def flask_rule(self) -> str:
@@ -126,11 +129,13 @@ def _described(operation: Operation) -> JsonObject:
         "operationId": re.sub(r"\W+", "_", f"{operation.method} {operation.path}").strip("_"),
         "responses": {str(status): answer for status, answer in sorted(_answers(operation).items())},
     }
-    if names := re.findall(r"{(\w+)}", operation.path):
-        described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-            for name in names
-        ]
+    parameters: list[JsonObject] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        for name in re.findall(r"{(\w+)}", operation.path)
+    ]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
+    if parameters:
+        described["parameters"] = parameters
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": operation.body}}}
     return described

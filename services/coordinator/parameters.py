@@ -15,6 +15,9 @@ FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 MAXIMUM_NEW_TOKENS = (1 << 31) - 1  # the context is the true limit; this one keeps absurd numbers off the wire
 MAXIMUM_TOP_K = (1 << 31) - 1
+MAXIMUM_PRIORITY = 1000
+MAXIMUM_RESUME_SECONDS = 300
+MAXIMUM_TIMEOUT_SECONDS = 86_400
 MAXIMUM_STOP_CHARACTERS = 1000  # each of the stop strings
 SEED_BITS_ON_THE_WIRE = 63
 DRAWN_SEED_BITS = 53  # what a client that reads numbers as doubles can send back exactly
@@ -50,6 +53,9 @@ class GenerationParameters:
     stream: bool = False
     include_usage: bool = False
     scores: Scores = NO_SCORES
+    priority: int = 0  # lower ones are served first
+    resume_seconds: float = 0.0  # how long the request goes on without a reader
+    timeout_seconds: float = 0.0  # from its arrival; 0 is none
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def read_generation_parameters(
     scores: Scores = NO_SCORES,
     minimum_tokens: int = 1,
 ) -> GenerationParameters:
-    """Check the fields that all forms share: `length_names`, temperature, top_p, top_k, seed, stop and ignore_eos.
+    """Check the fields that all forms share: `length_names`, those of sampling, stop, ignore_eos and priority.
 
     Raises InvalidRequest naming the field. A seed is drawn when none is given, so that every answer can be repeated.
     """
@@ -96,6 +102,9 @@ def read_generation_parameters(
         stream=stream,
         include_usage=include_usage,
         scores=scores,
+        resume_seconds=read_number(fields, "resume_seconds", 0.0, minimum=0, maximum=MAXIMUM_RESUME_SECONDS),
+        timeout_seconds=read_timeout(fields),
+        priority=read_integer(fields, "priority", minimum=-MAXIMUM_PRIORITY, maximum=MAXIMUM_PRIORITY) or 0,
     )
 
 
@@ -120,6 +129,16 @@ def read_top_p(fields: Mapping[str, Any]) -> float:
     if top_p == 0:
         wrong_value("top_p", "a number above 0 and at most 1 (temperature 0 is greedy)", fields["top_p"])
     return top_p
+
+
+def read_timeout(fields: Mapping[str, Any]) -> float:
+    """Seconds from a request's arrival until it ends at the latest; 0 when it has no such bound."""
+    if fields.get("timeout_seconds") is None:
+        return 0.0
+    seconds = read_number(fields, "timeout_seconds", 0.0, minimum=0, maximum=MAXIMUM_TIMEOUT_SECONDS)
+    if seconds == 0:
+        wrong_value("timeout_seconds", "a number above 0, or none at all", fields["timeout_seconds"])
+    return seconds
 
 
 def read_top_k(fields: Mapping[str, Any]) -> int:

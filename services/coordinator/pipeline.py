@@ -104,7 +104,9 @@ class Pipeline:
         self._queue: QueueEnd | None = None
 
         def open_hop(when_lost: Callable[[str], None]) -> HopConnection:
-            connection = HopConnection(plan.stages[0].url, cluster_token, self._heard, when_lost)
+            connection = HopConnection(
+                plan.stages[0].url, cluster_token, self._heard, when_lost, travel.round_trip.observe
+            )
             connection.open(plan.version)
             return connection
 

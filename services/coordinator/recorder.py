@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 
+import msgspec
+
 from noodle.errors import QueueUnavailable
-from noodle.work_queue import RequestRecord, WorkQueue
+from noodle.work_queue import RecordedToken, RequestRecord, WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +25,11 @@ class Recorder:
     def __init__(self, work_queue: WorkQueue) -> None:
         self._queue = work_queue
         self._lock = threading.Lock()
-        self._live: dict[str, tuple[RequestRecord, list[int]]] = {}
+        self._live: dict[str, tuple[RequestRecord, list[RecordedToken]]] = {}
         self._unwritten: dict[str, int] = {}  # by request, how many of its tokens Valkey has not been told
         self._ended: list[str] = []
+        self._kept: list[tuple[RequestRecord, list[RecordedToken]]] = []  # ended, and to be read for a while
+        self._handed_over: list[str] = []  # written once more, and then no longer ours
         self._server_id = ""  # of the Valkey that has all of it
         self._wake = threading.Event()
         self._stopping = False
@@ -33,23 +37,43 @@ class Recorder:
     def begin(self, record: RequestRecord) -> None:
         """Record a request before it is computed; raises QueueUnavailable, and then it must not be."""
         self._queue.record_request(record)
-        with self._lock:
-            self._live[record.request_id] = (record, [])
+        self.go_on(record, [])
 
-    def token(self, request_id: str, token_id: int) -> None:
+    def go_on(self, record: RequestRecord, tokens: list[RecordedToken]) -> None:
+        """Record a request that was recorded by a coordinator before this one."""
+        with self._lock:
+            self._live[record.request_id] = (record, tokens)
+
+    def token(self, request_id: str, token: RecordedToken) -> None:
         """Note one more token; returns at once."""
         with self._lock:
             if request_id in self._live:
-                self._live[request_id][1].append(token_id)
+                self._live[request_id][1].append(token)
                 self._unwritten[request_id] = self._unwritten.get(request_id, 0) + 1
 
-    def end(self, request_id: str) -> None:
-        """Note that a request has ended; its record goes."""
+    def end(self, request_id: str, outcome: str) -> None:
+        """Note that a request has ended; its record goes, or is kept for a while if its client may come back."""
         with self._lock:
-            if self._live.pop(request_id, None) is not None:
-                self._unwritten.pop(request_id, None)
+            if request_id in self._handed_over:
+                return
+            found = self._live.pop(request_id, None)
+            self._unwritten.pop(request_id, None)
+            if found is not None and found[0].resume_seconds > 0:
+                record, tokens = found
+                self._kept.append((msgspec.structs.replace(record, outcome=outcome), tokens))
+            elif found is not None:
                 self._ended.append(request_id)
         self._wake.set()
+
+    def hand_over(self, request_id: str) -> None:
+        """What is recorded of a request stays, for the coordinator that goes on with it."""
+        with self._lock:
+            self._handed_over.append(request_id)
+        self._wake.set()
+
+    def recorded(self) -> list[tuple[RequestRecord, list[RecordedToken]]]:
+        """All that is kept in Valkey; raises QueueUnavailable."""
+        return self._queue.recorded_requests()
 
     def run(self) -> None:
         """Write what is new until `stop`; through Valkey's absences it keeps all and writes all when it is back."""
@@ -80,7 +104,9 @@ class Recorder:
             batches = {name: self._live[name][1][-count:] for name, count in self._unwritten.items()}
             self._unwritten.clear()
             ended, self._ended = self._ended, []
-            nothing = not (batches or ended)
+            kept, self._kept = self._kept, []
+            handed_over = list(self._handed_over)
+            nothing = not (batches or ended or kept or handed_over)
         if nothing:
             return
         try:
@@ -93,16 +119,24 @@ class Recorder:
             while ended:
                 self._queue.forget_request(ended[-1])
                 ended.pop()
+            while kept:
+                self._queue.record_request(*kept[-1])
+                kept.pop()
+            with self._lock:
+                for request_id in handed_over:
+                    self._handed_over.remove(request_id)
+                    self._live.pop(request_id, None)
         except QueueUnavailable:
             self._server_id = ""  # so that all is written when it is back
             with self._lock:
                 self._ended = ended + self._ended
+                self._kept = kept + self._kept
                 self._unwritten = dict.fromkeys(self._live, 0)
             raise
 
     def _write_all(self) -> None:
         with self._lock:
-            live = [(record, list(token_ids)) for record, token_ids in self._live.values()]
+            live = [(record, list(tokens)) for record, tokens in self._live.values()]
             self._unwritten.clear()
-        for record, token_ids in live:
-            self._queue.record_request(record, token_ids)
+        for record, tokens in live:
+            self._queue.record_request(record, tokens)

@@ -1,129 +1,46 @@
 """Forms steps out of the sessions that want tokens, and keeps the books of what is in flight; pure, time is given.
 
 Each step takes the decode tokens of running sessions that are not in flight and chunks of prompts, within a token
-budget; KV rows are promised to a session for its whole length when it is admitted, so that no stage can run out.
+budget. Room for KV rows is taken as they are computed: when it runs out, first what is kept of ended sessions gives
+way, then the youngest session, which is prefilled again later (design D2).
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections import deque
+from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-from noodle.messages import (
-    SamplingParameters,
-    SpanRefusal,
-    SpanResult,
-    Step,
-    StepResult,
-    StepSpan,
-    TokenLogprob,
-    TokenScore,
-)
-
-FinishReason = Literal["eos", "length"]
+from noodle.messages import SpanRefusal, SpanResult, Step, StepResult, StepSpan
+from services.coordinator.kv_books import KvBooks
+from services.coordinator.session import FinishReason, InFlight, Limits, NewToken, Session
+from services.coordinator.step_costs import StepCosts
+from services.coordinator.waiting_line import WaitingLine
 
 # A step that takes this many times its prediction, and never less than the floor, counts as lost.
 DEADLINE_FACTOR = 20.0
 DEADLINE_FLOOR_SECONDS = 8.0
-SMALLEST_CHUNK_TOKENS = 32  # below it a chunk costs nearly as much as a larger one: weights are read for each
 GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that the gap is told first
 MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is the request that is at fault
-REPLAYED_REASONS = frozenset({"position_gap", "too_many_early", "activations_lost"})  # refusals that a replay cures
-# A stage that has no room for KV rows that were promised: the books of the two differ (it came back with less, or was
+# refusals that a replay cures
+PREFIX_REASON = "prefix_lost"  # a stage does not have the rows that a session was to begin with
+REPLAYED_REASONS = frozenset({"position_gap", "too_many_early", "activations_lost", PREFIX_REASON})
+HEADROOM_TOKENS = 16  # kept free for each running session when another is admitted: it will go on for a while
+# A stage that has no room for KV rows that it should have: the books of the two differ (it came back with less, or was
 # not told of an end). The session waits again for its place, and nobody is admitted for a moment.
 ROOM_REASON = "kv_budget"
 ROOM_RETRY_SECONDS = 1.0
 
 
-@dataclass(slots=True, eq=False)
-class Session:
-    """One sequence being generated. `token_ids` are the prompt and everything generated, and are never lost."""
-
-    session_id: str
-    token_ids: list[int]
-    prompt_length: int
-    maximum_new_tokens: int
-    sampling: SamplingParameters
-    end_token_ids: frozenset[int]  # empty when the end of text is ignored
-    want_logprob: bool = False
-    top_logprobs: int = 0
-    scores: list[TokenScore | None] | None = None  # of the prompt's tokens from its second on, where they are wanted
-    epoch: int = 1
-    sent: int = 0  # tokens that steps of this epoch have taken
-    in_flight: int = 0  # spans of this epoch that have not come back
-    replays: int = 0  # since the last new token
-    finished: bool = False  # it has its last token and only waits to be removed
-
-    @property
-    def reserve_tokens(self) -> int:
-        """KV rows it will need at most."""
-        return self.prompt_length + self.maximum_new_tokens
-
-    @property
-    def scores_are_complete(self) -> bool:
-        """Whether every log-probability of the prompt that is wanted has come."""
-        return self.scores is None or None not in self.scores
-
-    def tokens_to_score(self, first: int, end: int) -> list[int]:
-        """The known tokens after rows [first, end), where the log-probability of one of them is still wanted.
-
-        A row scores the token after it: the last row of a chunk scores the first token of the next one.
-        """
-        if self.scores is None or None not in self.scores[first:end]:
-            return []
-        return self.token_ids[first + 1 : min(end + 1, self.prompt_length)]
-
-    @property
-    def wants_decode(self) -> bool:
-        """Whether exactly its newest token is to be computed next."""
-        return not self.finished and self.in_flight == 0 and self.sent == len(self.token_ids) - 1 and self.sent > 0
-
-    @property
-    def wants_prefill(self) -> bool:
-        """Whether known tokens are still to be computed; a lone last token of a replay counts too."""
-        left = len(self.token_ids) - self.sent
-        return not self.finished and left > 0 and not (self.sent > 0 and left == 1)
-
-
 @dataclass(slots=True)
-class InFlight:
-    """A step on its way: kept whole, so that it can be sent again after a cut connection."""
+class Counts:
+    """What the scheduler has done since it began."""
 
-    step: Step
-    body: bytes
-    sent_at: float
-    deadline: float
-    sessions: dict[str, int] = field(default_factory=dict)  # session id to epoch, of spans that are not back
-
-
-@dataclass(frozen=True, slots=True)
-class NewToken:
-    """One more token of a session, and whether it was the last.
-
-    A session that asks for no new token ends with one NewToken whose `token_id` is None: its prompt is computed.
-    """
-
-    session: Session
-    token_id: int | None
-    logprob: float | None
-    finish_reason: FinishReason | None
-    top: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the active plan allows."""
-
-    plan_version: int
-    stage_count: int
-    kv_tokens: int  # that fit on the tightest stage
-    context_length: int
-    decode_seconds: float  # predicted for one token through the pipeline
-    prefill_seconds_per_token: float
+    preemptions: int = 0
+    prompt_tokens: int = 0  # of sessions that began, replays included
+    reused_tokens: int = 0  # of them, those whose rows were copied
 
 
 class Scheduler:
@@ -131,24 +48,43 @@ class Scheduler:
 
     def __init__(self, step_tokens: int, maximum_running: int) -> None:
         self._step_tokens, self._maximum_running = step_tokens, maximum_running
-        self._waiting: deque[Session] = deque()
-        self._running: dict[str, Session] = {}
+        self._waiting = WaitingLine()
+        self._running: dict[str, Session] = {}  # whoever was served last stands last
         self._in_flight: dict[int, InFlight] = {}
         self._next_step_id = 1
-        self._promised_tokens = 0
+        self._admissions = 0
+        self._books = KvBooks()
         self._room_is_short = False
         self._admit_at = 0.0  # nobody is admitted before
-        self.limits: Limits | None = None
+        self._limits: Limits | None = None
+        self._costs: StepCosts | None = None
         self.coordinator_epoch = 0
+        self.counts = Counts()
+
+    @property
+    def limits(self) -> Limits | None:
+        """What the active plan allows, None while none is active."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits | None) -> None:
+        if limits is not None and (self._limits is None or self._limits.plan_version != limits.plan_version):
+            self._costs = StepCosts(limits)  # of other stages than before
+        self._limits = limits
 
     @property
     def running(self) -> list[Session]:
-        """Sessions that may hold KV rows."""
+        """Sessions that are computed."""
         return list(self._running.values())
 
     @property
+    def held_ids(self) -> list[str]:
+        """Sessions that stages may hold KV rows of: running ones, and ended ones whose rows are kept."""
+        return [*self._running, *self._books.kept_ids]
+
+    @property
     def waiting(self) -> list[Session]:
-        """Sessions without a place yet, in their order."""
+        """Sessions without a place, by priority and arrival."""
         return list(self._waiting)
 
     @property
@@ -161,29 +97,44 @@ class Scheduler:
         """Steps that are not wholly answered."""
         return len(self._in_flight)
 
-    def add(self, session: Session) -> None:
-        """Put a session at the end of the line."""
-        self._waiting.append(session)
+    @property
+    def used_share(self) -> float:
+        """Of the tightest stage's room for KV rows, what running and kept sessions hold."""
+        limits = self._limits
+        return self._books.rows / limits.kv_tokens if limits and limits.kv_tokens else 0.0
 
-    def remove(self, session_id: str) -> bool:
-        """Forget a session wherever it is; True when stages may hold KV rows of it."""
+    @property
+    def kept_rows(self) -> int:
+        """KV rows of ended sessions, which give way to whoever needs room."""
+        return self._books.kept_rows
+
+    def add(self, session: Session) -> None:
+        """Put a session in line."""
+        self._waiting.add(session)
+
+    def remove(self, session_id: str, *, keep_rows: bool = False) -> list[str]:
+        """Forget a session wherever it is; gives sessions that stages may still hold rows of and are to free.
+
+        With `keep_rows` the stages keep those of a session that has ended, for others that begin with the same tokens.
+        """
         session = self._running.pop(session_id, None)
         if session is None:
-            self._waiting = deque(waiting for waiting in self._waiting if waiting.session_id != session_id)
-            return False
-        self._forget(session)
-        return True
-
-    def all_sessions(self) -> list[Session]:
-        """Running first, then waiting in their order."""
-        return [*self._running.values(), *self._waiting]
+            self._waiting.remove(session_id)
+            return []
+        is_whole = session.in_flight == 0 and session.sent > 0
+        self._forget_steps(session)
+        if keep_rows and is_whole:
+            return self._books.keep(session)
+        self._books.forget(session_id)
+        return [session_id]
 
     def next_step(self, now: float) -> InFlight | None:
         """The next step to send, None when nothing wants to be computed or enough is on its way."""
-        if self.limits is None or len(self._in_flight) >= self.limits.stage_count:
+        limits, costs = self._limits, self._costs
+        if limits is None or costs is None or len(self._in_flight) >= limits.stage_count:
             return None
-        self._admit(self.limits, now)
-        chosen = self._choose(self.limits)
+        self._admit(limits, now)
+        chosen = self._choose(limits, costs)
         if not chosen:
             return None
         spans: list[StepSpan] = []
@@ -203,21 +154,25 @@ class Scheduler:
                     session.want_logprob and asks,
                     session.tokens_to_score(first, end),
                     session.top_logprobs,
+                    session.prefix,
                 )
             )
+            session.prefix = None
             session.sent = end
             session.in_flight += 1
         step = Step(
             self._next_step_id,
-            self.limits.plan_version,
+            limits.plan_version,
             self.coordinator_epoch,
             "int32",
             [len(token_ids)],
             spans,
             GAP_SECONDS,
+            released=self._books.take_released(),
         )
         self._next_step_id += 1
-        flight = InFlight(step, token_ids.tobytes(), now, now + self._deadline_seconds(len(token_ids), self.limits))
+        flight = InFlight(step, token_ids.tobytes(), now, now + self._deadline_seconds(len(token_ids), limits))
+        flight.decodes = any(session.decodes for session, _ in chosen)
         flight.sessions = {span.session_id: span.session_epoch for span in spans}
         self._in_flight[step.step_id] = flight
         return flight
@@ -230,6 +185,8 @@ class Scheduler:
         flight = self._in_flight.get(result.step_id)
         if flight is None or result.coordinator_epoch != self.coordinator_epoch:
             return None, [], []
+        if self._costs is not None and not result.refusals:
+            self._costs.add(flight.step.shape[0], flight.is_decode, result.timings)
         tokens: list[NewToken] = []
         fatal: list[tuple[Session, SpanRefusal]] = []
         without_room: list[Session] = []
@@ -243,7 +200,7 @@ class Scheduler:
                 continue
             if not session.scores_are_complete:  # a result before this one was lost
                 if session.replays < MAXIMUM_REPLAYS:
-                    self._restart(session)
+                    self._replay(session)
                 else:
                     fatal.append((session, self._scores_lost(span)))
             elif session.maximum_new_tokens == 0:
@@ -258,10 +215,12 @@ class Scheduler:
             if session.replays >= MAXIMUM_REPLAYS:
                 fatal.append((session, refusal))
             elif refusal.reason == ROOM_REASON:
-                self._restart(session)
+                self._replay(session)
                 without_room.append(session)
             elif refusal.reason in REPLAYED_REASONS:
-                self._restart(session)
+                if refusal.reason == PREFIX_REASON:
+                    self._forget_donor(flight.step, session)
+                self._replay(session)
             else:
                 fatal.append((session, refusal))
         self._step_back(without_room)
@@ -280,8 +239,9 @@ class Scheduler:
     def replay_all(self) -> list[Session]:
         """Begin every running session anew in its next epoch: some KV cache is gone. Returns them."""
         self._in_flight.clear()
+        self._books.forget_kept()
         for session in self._running.values():
-            self._restart(session)
+            self._replay(session)
         return self.running
 
     def overdue(self, now: float, given_up: Collection[str] = ()) -> list[Session]:
@@ -301,7 +261,7 @@ class Scheduler:
                 if session.replays >= MAXIMUM_REPLAYS or session_id in given_up:
                     hopeless.append(session)
                 else:
-                    self._restart(session)
+                    self._replay(session)
         return hopeless
 
     def _settle(self, flight: InFlight, session_id: str, epoch: int) -> Session | None:
@@ -336,67 +296,143 @@ class Scheduler:
         session.finished = reason is not None
         return NewToken(session, token_id, span.logprob, reason, tuple(span.top))
 
-    def _restart(self, session: Session) -> None:
+    def _replay(self, session: Session) -> None:
+        """Something of the session was lost: it begins anew."""
+        session.replays += 1
+        self._begin_anew(session)
+
+    def _begin_anew(self, session: Session) -> None:
+        """In the next epoch, without any rows; those of this one are freed before others take their room."""
+        self._books.release(session.session_id, session.epoch)
         session.epoch += 1
         session.sent = 0
         session.in_flight = 0
-        session.replays += 1
+        session.prefix = None
+
+    def _forget_donor(self, step: Step, session: Session) -> None:
+        """A stage does not have what the session was to copy: it computes all itself, and nobody copies that again."""
+        session.copies_rows = False
+        for span in step.spans:
+            if span.session_id == session.session_id and span.prefix is not None:
+                self._books.give_up(span.prefix.session_id)
 
     def _step_back(self, sessions: list[Session]) -> None:
-        """Put sessions that run back to the head of the line."""
+        """Sessions that a stage had no room for wait again, and so do all others for a moment."""
         for session in sessions:
-            del self._running[session.session_id]
-            self._forget(session)
+            self._lose_place(session)
             self._room_is_short = True
-        self._waiting.extendleft(reversed(sessions))
 
-    def _forget(self, session: Session) -> None:
-        """Take a session that no longer runs out of the books."""
-        self._promised_tokens -= session.reserve_tokens
+    def _lose_place(self, session: Session) -> None:
+        del self._running[session.session_id]
+        self._forget_steps(session)
+        self._waiting.put_back(session)
+
+    def _forget_steps(self, session: Session) -> None:
+        """Wait no longer for what is on its way of a session."""
         for step_id, flight in list(self._in_flight.items()):
             flight.sessions.pop(session.session_id, None)
             if not flight.sessions:
                 del self._in_flight[step_id]
 
     def _admit(self, limits: Limits, now: float) -> None:
-        """First come, first served, as long as every stage can hold the rows."""
+        """Give places to those whose turn it is, as long as there is room for what is known of them."""
         if self._room_is_short:
             self._room_is_short, self._admit_at = False, now + ROOM_RETRY_SECONDS
-        if now < self._admit_at:
+        if now < self._admit_at or not len(self._waiting):
             return
-        while self._waiting and len(self._running) < self._maximum_running:
-            needed = self._waiting[0].reserve_tokens
-            if self._running and self._promised_tokens + needed > limits.kv_tokens:
+        by_client = Counter(session.client_name for session in self._running.values())
+        wanted = sum(len(session.token_ids) + HEADROOM_TOKENS for session in self._running.values())
+        reserved = sum(session.reserve_tokens for session in self._running.values())
+        while len(self._running) < self._maximum_running and (session := self._waiting.next(by_client)) is not None:
+            wanted += len(session.token_ids)
+            reserved += session.reserve_tokens
+            is_too_much = wanted > limits.kv_tokens or reserved > (limits.reserved_kv_tokens or reserved)
+            if self._running and is_too_much:
                 return
-            session = self._waiting.popleft()
-            self._promised_tokens += needed
+            wanted += HEADROOM_TOKENS
+            self._waiting.take(session)
+            self._admissions += 1
+            session.admitted = self._admissions
+            by_client[session.client_name] += 1
             self._running[session.session_id] = session
 
-    def _choose(self, limits: Limits) -> list[tuple[Session, int]]:
-        """Sessions and how many of their tokens: decode first, spread over the stages, then prompts in order."""
+    def _choose(self, limits: Limits, costs: StepCosts) -> list[tuple[Session, int]]:
+        """Sessions and how many of their tokens: decode first, in as many steps as pay, then prompts in order."""
         budget = self._step_tokens
-        most_decodes = min(budget, math.ceil(len(self._running) / limits.stage_count))
-        chosen: list[tuple[Session, int]] = []
-        for session in self._running.values():
+        decoding = sum(session.decodes for session in self._running.values())
+        most_decodes = 0
+        if decoding:
+            steps = costs.micro_batches(decoding)
+            if sum(flight.decodes for flight in self._in_flight.values()) < steps:  # else they gather for a larger one
+                most_decodes = min(budget, math.ceil(decoding / steps))
+        chosen: dict[str, int] = {}
+        wanted: set[str] = set()  # whose rows others copy in this step
+        for session in self.running:
             if len(chosen) >= most_decodes:
                 break
-            if session.wants_decode:
-                chosen.append((session, 1))
+            if session.wants_decode and self._make_room(session, session.sent + 1, limits, chosen, wanted):
+                chosen[session.session_id] = 1
         budget -= len(chosen)
-        for session in self._running.values():
+        for session in self.running:
             if budget <= 0:
                 break
-            if session.wants_prefill:
-                count = min(budget, self._chunk_tokens(session, limits), len(session.token_ids) - session.sent)
-                chosen.append((session, count))
-                budget -= count
-        for session, _ in chosen:  # whoever was served goes to the end of the line
+            if session.wants_prefill and session.session_id in self._running:
+                count = self._choose_chunk(session, budget, limits, costs, chosen, wanted, decoding > 0)
+                if count:
+                    chosen[session.session_id] = count
+                    budget -= count
+        found = [(self._running[session_id], count) for session_id, count in chosen.items()]
+        for session, _ in found:  # whoever was served goes to the end of the line
             self._running[session.session_id] = self._running.pop(session.session_id)
-        return chosen
+        return found
 
-    def _chunk_tokens(self, session: Session, limits: Limits) -> int:
-        """An even share of a prompt for each stage, so that all of them compute at once: chunk k+1 follows chunk k."""
-        return max(SMALLEST_CHUNK_TOKENS, math.ceil(len(session.token_ids) / limits.stage_count))
+    def _choose_chunk(
+        self,
+        session: Session,
+        budget: int,
+        limits: Limits,
+        costs: StepCosts,
+        chosen: dict[str, int],
+        wanted: set[str],
+        others_decode: bool,
+    ) -> int:
+        """How many of a prompt's next tokens go now; a session that begins takes over what others have computed."""
+        first, prefix = session.sent, None
+        if first == 0 and session.copies_rows and session.scores is None:  # a copied row has no logits, and so no score
+            prefix = self._books.prefix_for(session, self._running.values())
+            first = prefix.token_count if prefix else 0
+        prompt_tokens = len(session.token_ids) - (session.begun_at if session.sent else first)
+        chunk_tokens = costs.chunk_tokens(prompt_tokens, others_decode=others_decode)
+        count = min(budget, chunk_tokens, len(session.token_ids) - first)
+        if prefix:
+            wanted.add(prefix.session_id)
+        if not self._make_room(session, first + count, limits, chosen, wanted):
+            return 0
+        if session.sent == 0:
+            self.counts.prompt_tokens += len(session.token_ids)
+            self.counts.reused_tokens += first
+            session.begun_at = first
+        session.sent, session.prefix = first, prefix
+        return count
+
+    def _make_room(self, session: Session, end: int, limits: Limits, chosen: dict[str, int], wanted: set[str]) -> bool:
+        """Take the room for a session's rows up to `end`; False when only older sessions could give way."""
+        while not self._books.fits(session, end, limits):
+            if self._books.give_up_kept(wanted):
+                continue
+            younger = [
+                other
+                for other in self._running.values()
+                if other.is_younger_than(session) and other.session_id not in chosen and other.session_id not in wanted
+            ]
+            if not younger:
+                return False
+            victim = max(younger, key=lambda other: (other.priority, other.admitted))
+            self.counts.preemptions += 1
+            self._begin_anew(victim)
+            self._lose_place(victim)
+        self._books.hold(session, end)
+        return True
 
     def _deadline_seconds(self, tokens: int, limits: Limits) -> float:
         predicted = limits.decode_seconds + tokens * limits.prefill_seconds_per_token

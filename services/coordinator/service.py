@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from flask import Flask
-from prometheus_client import CollectorRegistry
 
 from noodle.config import CoordinatorConfig
 from noodle.metrics import CoordinatorMetrics
+from noodle.scraped_metrics import PlanCollector, service_registry
 from noodle.web import Service, start_loop
 from services.coordinator.app import create_app
 from services.coordinator.engine import Engine
@@ -28,8 +28,9 @@ class CoordinatorService(Service):
 
     def create_app(self) -> Flask:
         """Wire engine and routes; the model is fetched and loaded by a thread of its own."""
-        registry = CollectorRegistry()
+        registry, _ = service_registry(self.name, self._config.machine)
         self._engine = Engine(self._config, CoordinatorMetrics(registry))
+        PlanCollector(registry, self._engine.plan_seen)
         return create_app(self._config, self._engine, registry)
 
     def start(self) -> None:
@@ -38,6 +39,7 @@ class CoordinatorService(Service):
         start_loop("recorder", self._engine.recorder.run, self.name)
         start_loop("leadership", self._engine.leadership.run, self.name)
         start_loop("model", self._engine.load, self.name)
+        start_loop("take up", self._engine.take_up_recorded, self.name)
 
     def stop(self) -> None:
         """Let open requests finish, end those that can not, give the lead away, write the last records."""

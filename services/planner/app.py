@@ -11,8 +11,11 @@ from prometheus_client import CollectorRegistry
 from noodle import __version__
 from noodle.config import PlannerConfig
 from noodle.errors import NotReady
-from noodle.metrics import install_metrics_route
+from noodle.metrics import PlannerMetrics, install_metrics_route
 from noodle.plan import MachineReport
+from noodle.reach import Target
+from noodle.reach_routes import install_reach_routes
+from noodle.scraped_metrics import PlanCollector, PlanSeen, service_registry
 from noodle.web import (
     Service,
     bounded_body,
@@ -25,7 +28,8 @@ from noodle.web import (
 )
 from noodle.work_queue import WorkQueue
 from services.planner.given_nodes import parse_plan_request
-from services.planner.planning import Planning
+from services.planner.planning import ASSUMED_HOP, Planning
+from services.planner.prediction import planned_token_seconds
 from services.planner.preview import preview
 
 PLANNER_THREADS = 16
@@ -40,7 +44,7 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
 
     @app.get("/health")
     def health() -> Response:
-        state = planning.state
+        state = planning.told_state
         status = {"planned": "ready"}.get(state.phase, state.phase)
         answer: dict[str, Any] = {"service": "planner", "status": status}
         if has_token(config.cluster_token):
@@ -66,7 +70,31 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
         return json_response(answer, status)
 
     app.register_blueprint(guide)
+    asked = [Target("coordinator", config.coordinator_url), Target("valkey", config.valkey_url)]
+    install_reach_routes(
+        app,
+        config.cluster_token,
+        config.valkey_password,
+        "planner",
+        "",
+        lambda: (planning.shape.digest if planning.shape else "", asked),
+    )
     return app
+
+
+def watch(planning: Planning, wanted_stages: int, metrics: PlannerMetrics) -> None:
+    """Let /metrics show what the planner sees."""
+    metrics.wanted_stages.set(wanted_stages)
+    metrics.stages.set_function(lambda: len(planning.reports))
+    metrics.machines.set_function(lambda: len({report.machine for report in planning.reports}))
+
+    def seen() -> PlanSeen:
+        plan = planning.plan
+        if plan is None:
+            return PlanSeen(0, ())
+        return PlanSeen(plan.version, (), predicted_token_seconds=planned_token_seconds(plan, ASSUMED_HOP))
+
+    PlanCollector(metrics.registry, seen)
 
 
 def _split_for(machines: Sequence[MachineReport], config: PlannerConfig) -> tuple[int, ...] | None:
@@ -91,7 +119,9 @@ class PlannerService(Service):
         self._planning = Planning(self._config, work_queue)
         if self._planning.has_folder:  # else it is asked for by the planner's own thread, and /health says so
             self._planning.read_shape()
-        return create_app(self._config, self._planning, CollectorRegistry())
+        registry, _ = service_registry(self.name, self._config.machine)
+        watch(self._planning, self._config.stage_count, PlannerMetrics(registry))
+        return create_app(self._config, self._planning, registry)
 
     def start(self) -> None:
         """Start looking at the machines."""

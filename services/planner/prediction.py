@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from noodle.plan import MachineReport, Source, StageAssignment
+from noodle.plan import MachineReport, Plan, Source, StageAssignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,11 @@ def predict(stages: Sequence[StageAssignment], machines: Mapping[int, MachineRep
         prefill_tokens_per_second=1 / slowest_prefill,
         source=_weakest([hop.source, *(report.source for report in reports)]),
     )
+
+
+def planned_token_seconds(plan: Plan, hop: HopCost) -> float:
+    """`Prediction.token_seconds` of a plan that stands, by what it says of its stages itself: some may be silent."""
+    return sum(stage.decode_seconds for stage in plan.stages) + hop.seconds * (len(plan.stages) + 1)
 
 
 def in_words(prediction: Prediction) -> str:

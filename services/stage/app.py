@@ -14,6 +14,9 @@ from noodle.errors import Conflict, InvalidRequest
 from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
 from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.metrics import install_metrics_route
+from noodle.reach import Target
+from noodle.reach_routes import install_reach_routes
+from noodle.scraped_metrics import service_registry
 from noodle.web import (
     Service,
     has_token,
@@ -26,6 +29,7 @@ from noodle.web import (
 from noodle.work_queue import WorkQueue
 from services.stage.guide_routes import guide_routes
 from services.stage.lifecycle import Lifecycle, new_boot_id
+from services.stage.metrics_sender import MetricsSender
 from services.stage.queued_transport import TAKE_SECONDS, confirmed_by
 from services.stage.stage import Stage
 from services.stage.transport import maximum_frame_bytes, unbuffered_read
@@ -55,6 +59,13 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
                 "chain": stage.chain.links(),
             }
         return json_response(answer, 503 if state.phase == "failed" else 200)
+
+    @app.post("/leave")
+    def leave() -> Response:
+        require_token(config.cluster_token)
+        plan = lifecycle.leave()
+        layers = None if plan is None or (index := plan.index_of(config.stage_id)) is None else plan.stages[index]
+        return json_response({"stage_id": config.stage_id, "machine": config.machine, "layers": layers})
 
     @app.post("/hop")
     def hop() -> Response:
@@ -95,7 +106,28 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         return _stream(stage.results.serve(streaming_connection()))
 
     app.register_blueprint(guide_routes(config, stage, lifecycle))
+    install_reach_routes(
+        app,
+        config.cluster_token,
+        config.valkey_password,
+        f"stage {config.stage_id}",
+        config.machine,
+        lambda: (lifecycle.model_digest, _reach_targets(config, stage)),
+    )
     return app
+
+
+def _reach_targets(config: StageConfig, stage: Stage) -> list[Target]:
+    """Whom this stage talks to: where it is configured to, and its neighbours in the plan that it computes by."""
+    targets = [Target("coordinator", config.coordinator_url), Target("valkey", config.valkey_url)]
+    if (role := stage.role) is not None:
+        neighbours = role.plan.stages[max(0, role.index - 1) : role.index + 2]
+        targets += [
+            Target(f"stage {each.stage_id}", each.url, each.machine)
+            for each in neighbours
+            if each.stage_id != config.stage_id
+        ]
+    return targets
 
 
 class StageService(Service):
@@ -111,9 +143,12 @@ class StageService(Service):
 
     def create_app(self) -> Flask:
         """Wire stage, lifecycle and routes; nothing heavy is imported yet."""
-        registry = CollectorRegistry()
+        registry, machine = service_registry(self.name, self._config.machine)
         streams = WorkQueue(self._config.valkey_url, self._config.valkey_password, STREAM_TIMEOUT_SECONDS)
         self._stage = Stage(self._config, new_boot_id(), registry, streams)
+        machine.read_card = lambda: self._stage.read_card()
+        self._sender = MetricsSender(self._config, self._stage.boot_id, registry)
+        self._stage.metrics.unsent_snapshots.set_function(lambda: self._sender.unsent_count)
         work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
         self._lifecycle = Lifecycle(self._config, self._stage, work_queue)
         return create_app(self._config, self._stage, self._lifecycle, registry)
@@ -124,9 +159,11 @@ class StageService(Service):
         self._stage.start_queue()
         start_loop("beat", self._lifecycle.beat, self.name)
         start_loop("plans", self._lifecycle.follow_plans, self.name)
+        self._sender.start()
 
     def stop(self) -> None:
         """Say goodbye and close every connection."""
+        self._sender.stopping.set()
         self._lifecycle.stop()
         self._stage.close()
 

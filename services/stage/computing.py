@@ -5,8 +5,10 @@ torch and transformers take seconds to import, so they are imported when first n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from noodle.config import StageConfig
 from noodle.errors import PlanDoesNotFit
 from noodle.model_files import model_digest, read_config
 from noodle.plan import MINIMUM_SESSION_TOKENS, MachineReport, Plan
+from noodle.scraped_metrics import CardUse
 from services.stage.forward_sessions import FORWARD_KV_BYTES, ForwardSessions
 from services.stage.stage import Stage
 from services.stage.worker import Role
@@ -24,6 +27,21 @@ log = logging.getLogger(__name__)
 KV_SHARE_OF_FREE_BYTES = 0.5  # unless NOODLE_KV_BYTES says otherwise
 
 Progress = Callable[[float, str], None]
+
+
+def import_early() -> threading.Thread:
+    """Import what computing needs in a thread of its own, for the time in which this stage waits for others.
+
+    Whoever needs it sooner imports it as well, and waits for this; what can not be imported fails there.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(ImportError):  # said by whoever needs it
+            import services.stage.measure  # noqa: F401  # with torch and transformers
+
+    thread = threading.Thread(target=run, name="import", daemon=True)
+    thread.start()
+    return thread
 
 
 def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: Progress) -> MachineReport:
@@ -67,6 +85,15 @@ def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: P
         head_decode_seconds=seconds.head_decode_seconds,
         source=seconds.source,
     )
+
+
+def card_reader() -> Callable[[], CardUse | None]:
+    """How to look at the card that this stage computes on; torch stands already when this is called."""
+    import torch
+
+    from services.stage.device import card_use
+
+    return lambda: card_use(torch)
 
 
 def load_role(

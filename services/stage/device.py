@@ -5,15 +5,17 @@ The few calls to CUDA stand behind `torch.cuda`, which is handed in, so that thi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from noodle.errors import ConfigurationError
+from noodle.machine import container_use
+from noodle.scraped_metrics import CardUse
 
 DTYPES = ("float32", "float16", "bfloat16")
-NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
+NEWEST_OF_CU126 = (9, 0)  # the newest cards that wheels of that index have kernels for
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,7 @@ def choose_device(wanted: str, torch: Any) -> Choice:
         raise ConfigurationError(
             f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, but this torch "
             f"{torch.__version__} was built for {', '.join(kernels) or 'no card'}.",
-            cure="Use the image of Dockerfile.gpu (torch 2.14.1 from the cu126 index is the last one for Pascal), or "
-            "set NOODLE_DEVICE=cpu.",
+            cure=f"Use {_image_for(capability)}, or set NOODLE_DEVICE=cpu.",
         )
     reason = "configured" if wanted == "cuda" else "a CUDA device is there that this torch has kernels for"
     return Choice("cuda", reason)
@@ -92,6 +93,28 @@ def device_name(device: str, torch: Any) -> str:
     return "CPU"
 
 
+def card_use(torch: Any) -> CardUse | None:
+    """The card now; how busy and how warm it is where its driver's own library tells (the package nvidia-ml-py).
+
+    None when the card has failed: the stage's steps say why, and its other metrics are needed then most.
+    """
+    try:
+        free_bytes, memory_bytes = torch.cuda.mem_get_info()
+    except RuntimeError:
+        return None
+    busy_percent, celsius = _told(torch.cuda.utilization), _told(torch.cuda.temperature)
+    busy_share = None if busy_percent is None else busy_percent / 100
+    return CardUse(device_name("cuda", torch), int(memory_bytes), int(free_bytes), busy_share, celsius)
+
+
+def _told(ask: Callable[[], float]) -> float | None:
+    """What the driver answers, None where it does not."""
+    try:
+        return float(ask())
+    except Exception:  # noqa: BLE001  # whatever a driver raises, the other metrics are told without this one
+        return None
+
+
 def free_memory(
     device: str, torch: Any, *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
 ) -> FreeMemory:
@@ -103,13 +126,27 @@ def free_memory(
         free_bytes, _ = torch.cuda.mem_get_info()
         return FreeMemory(int(free_bytes), "the card's driver")
     candidates = [FreeMemory(_available_bytes(proc / "meminfo"), "MemAvailable of the system")]
-    candidates += _cgroup_headroom(cgroup)
+    container = container_use(cgroup)
+    if container.memory_limit_bytes is not None and container.memory_bytes is not None:
+        free_bytes = max(0, container.memory_limit_bytes - container.memory_bytes)
+        source = f"the container's memory limit (cgroup v{container.cgroup_version})"
+        candidates.append(FreeMemory(free_bytes, source))
     return min(candidates, key=lambda memory: memory.free_bytes)
 
 
 def free_memory_bytes(device: str, torch: Any) -> int:
     """Free bytes of the memory that a slice on `device` lives in."""
     return free_memory(device, torch).free_bytes
+
+
+def _image_for(capability: tuple[int, int]) -> str:
+    """Which image has kernels for a card, in words."""
+    if capability <= NEWEST_OF_CU126:
+        return "the image of Dockerfile.gpu as it is (torch 2.14.1 from the cu126 index is the last one for Pascal)"
+    return (
+        "the image of Dockerfile.gpu with torch from a newer index (in .env: TORCH_GPU_INDEX_URL="
+        f"https://download.pytorch.org/whl/cu130 and TORCH_KERNELS=sm_{capability[0]}{capability[1]})"
+    )
 
 
 def _has_kernels_for(capability: tuple[int, int], kernels: Iterable[str]) -> bool:
@@ -139,41 +176,3 @@ def _available_bytes(meminfo: Path) -> int:
     raise ConfigurationError(
         f"{meminfo} does not say how much memory is available.", cure="Run the stage on Linux, or in its container."
     )
-
-
-def _cgroup_headroom(cgroup: Path) -> list[FreeMemory]:
-    """What the container's memory limit leaves, by cgroup version 2 or 1; empty when there is no limit.
-
-    Pages of files count as used there, but the system takes them back: those not in use are added again.
-    """
-    headroom = []
-    for version, folder, limit_name, used_name, inactive_name in (
-        ("2", cgroup, "memory.max", "memory.current", "inactive_file"),
-        ("1", cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        limit_bytes = _number_in(folder / limit_name)
-        used_bytes = _number_in(folder / used_name)
-        if limit_bytes is None or used_bytes is None or limit_bytes >= NO_LIMIT_BYTES:
-            continue
-        reclaimable_bytes = _named_number_in(folder / "memory.stat", inactive_name)
-        free_bytes = max(0, limit_bytes - used_bytes + reclaimable_bytes)
-        headroom.append(FreeMemory(free_bytes, f"the container's memory limit (cgroup v{version})"))
-    return headroom
-
-
-def _number_in(path: Path) -> int | None:
-    """The number a file holds; None when it is not there or says `max`."""
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="ascii").strip()
-    return int(text) if text.isdigit() else None
-
-
-def _named_number_in(path: Path, name: str) -> int:
-    if not path.is_file():
-        return 0
-    for line in path.read_text(encoding="ascii").splitlines():
-        key, _, number = line.partition(" ")
-        if key == name:
-            return int(number)
-    return 0

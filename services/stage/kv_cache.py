@@ -1,11 +1,16 @@
 """KV rows by session and layer under a byte budget; knows tensors and sizes, neither models nor attention.
 
 A session's rows are allocated once, for as many tokens as it reserves, so that a served request, which knows how many
-that is, copies nothing. A session that reserves more later gets larger rows, and what is computed is copied. On a CPU
-the system commits those pages only as they are written.
+that is, copies nothing. A session that reserves more later gets larger rows, and what is computed is copied.
+
+On a CPU the rows are pages that the system commits as they are written, so a session counts by what it has computed.
+The memory of a card can not be had like that: there it counts by what it reserves.
 """
 
 from __future__ import annotations
+
+import math
+import mmap
 
 import torch
 
@@ -15,12 +20,13 @@ from noodle.errors import PositionGap, StepRefused
 class SessionRows:
     """K and V of one session in every layer of a slice, rows 0 to `reserve_tokens`."""
 
-    __slots__ = ("bytes_held", "keys", "length", "reserve_tokens", "values")
+    __slots__ = ("bytes_allocated", "counted_tokens", "keys", "length", "reserve_tokens", "values")
 
     def __init__(self, reserve_tokens: int) -> None:
         self.reserve_tokens = reserve_tokens
+        self.counted_tokens = 0  # in the budget
         self.length = 0  # rows [0, length) are computed in all layers
-        self.bytes_held = 0
+        self.bytes_allocated = 0
         self.keys: dict[int, torch.Tensor] = {}  # layer -> [1, kv_heads, reserve_tokens, head_dim]
         self.values: dict[int, torch.Tensor] = {}
 
@@ -43,54 +49,73 @@ class SessionRows:
         for rows_by_layer in (self.keys, self.values):
             for layer, old in rows_by_layer.items():
                 _, kv_heads, held_tokens, head_dim = old.shape
-                rows = torch.empty(1, kv_heads, reserve_tokens, head_dim, dtype=old.dtype, device=old.device)
+                rows = _empty_rows((1, kv_heads, reserve_tokens, head_dim), old)
                 kept = min(self.length, held_tokens)
                 rows.narrow(2, 0, kept).copy_(old.narrow(2, 0, kept))
                 rows_by_layer[layer] = rows
-                self.bytes_held += rows.nbytes - old.nbytes
+                self.bytes_allocated += rows.nbytes - old.nbytes
         self.reserve_tokens = reserve_tokens
+
+    def copy_from(self, other: SessionRows, tokens: int) -> None:
+        """Take the first rows of another session as one's own: its tokens up to there are the same."""
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, rows in theirs.items():
+                if layer not in ours:
+                    self._allocate(ours, layer, rows)
+                ours[layer].narrow(2, 0, tokens).copy_(rows.narrow(2, 0, tokens))
+        self.length = max(self.length, tokens)
 
     def _allocate(self, rows_by_layer: dict[int, torch.Tensor], layer: int, like: torch.Tensor) -> torch.Tensor:
         _, kv_heads, _, head_dim = like.shape
-        rows = torch.empty(1, kv_heads, self.reserve_tokens, head_dim, dtype=like.dtype, device=like.device)
+        rows = _empty_rows((1, kv_heads, self.reserve_tokens, head_dim), like)
         rows_by_layer[layer] = rows
-        self.bytes_held += rows.nbytes
+        self.bytes_allocated += rows.nbytes
         return rows
 
 
 class KvCache:
     """The rows of all sessions of one slice; `budget_bytes` None is no bound."""
 
-    def __init__(self, budget_bytes: int | None = None, bytes_per_token: int = 0) -> None:
+    def __init__(
+        self, budget_bytes: int | None = None, bytes_per_token: int = 0, *, counts_reservations: bool = False
+    ) -> None:
         self.budget_bytes = budget_bytes
         self.bytes_per_token = bytes_per_token  # over all layers of the slice
+        self.counts_reservations = counts_reservations
         self._sessions: dict[str, SessionRows] = {}
-        self._reserved_tokens = 0
+        self._counted_tokens = 0
 
-    def open(self, session_id: str, reserve_tokens: int) -> SessionRows:
-        """The rows of a session, reserved when it is new or asks for more than before.
+    def open(self, session_id: str, reserve_tokens: int, end: int) -> SessionRows:
+        """The rows of a session that is to have them up to `end`, larger ones when it reserves more than before.
 
-        Raises StepRefused with reason `kv_budget` when the reservation would pass the budget; nothing changes then.
+        Raises StepRefused with reason `kv_budget` when that would pass the budget; nothing changes then.
         """
         rows = self._sessions.get(session_id)
-        more_tokens = reserve_tokens - (rows.reserve_tokens if rows else 0)
-        if rows is not None and more_tokens <= 0:
-            return rows
-        wanted_bytes = (self._reserved_tokens + more_tokens) * self.bytes_per_token
-        if self.budget_bytes is not None and wanted_bytes > self.budget_bytes:
+        counted = reserve_tokens if self.counts_reservations else end
+        more_tokens = max(0, counted - (rows.counted_tokens if rows else 0))
+        taken_bytes = self._counted_tokens * self.bytes_per_token
+        wanted_bytes = taken_bytes + more_tokens * self.bytes_per_token
+        if more_tokens and self.budget_bytes is not None and wanted_bytes > self.budget_bytes:
             raise StepRefused(
-                f"session {session_id} reserves {reserve_tokens} tokens of KV cache "
-                f"({reserve_tokens * self.bytes_per_token} bytes), but {self._reserved_tokens * self.bytes_per_token} "
-                f"of this stage's {self.budget_bytes} bytes are taken.",
+                f"session {session_id} needs {counted} tokens of KV cache ({counted * self.bytes_per_token} bytes), "
+                f"but {taken_bytes} of this stage's {self.budget_bytes} bytes are taken.",
                 reason="kv_budget",
                 cure="Wait for other requests to end, ask for fewer tokens, or raise NOODLE_KV_BYTES on this stage.",
             )
         if rows is None:
             rows = self._sessions[session_id] = SessionRows(reserve_tokens)
-        else:
+        elif reserve_tokens > rows.reserve_tokens:
             rows.grow(reserve_tokens)
-        self._reserved_tokens += more_tokens
+        rows.counted_tokens += more_tokens
+        self._counted_tokens += more_tokens
         return rows
+
+    def copy(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
+        """Let a session have the first rows of another; raises PositionGap when that one has fewer, else as `open`."""
+        source = self._sessions.get(from_session_id)
+        if source is None or source.length < tokens:
+            raise PositionGap(f"session {from_session_id} has no {tokens} rows for session {to_session_id}.")
+        self.open(to_session_id, reserve_tokens, tokens).copy_from(source, tokens)
 
     def check_span(self, session_id: str, rows: SessionRows, first_position: int, token_count: int) -> None:
         """Refuse rows that were not reserved, or that leave a gap before them."""
@@ -113,8 +138,25 @@ class KvCache:
         """Free a session's rows; one that holds none is fine."""
         rows = self._sessions.pop(session_id, None)
         if rows is not None:
-            self._reserved_tokens -= rows.reserve_tokens
+            self._counted_tokens -= rows.counted_tokens
 
     def bytes_held(self) -> int:
-        """Bytes allocated for the rows of all sessions."""
-        return sum(rows.bytes_held for rows in self._sessions.values())
+        """Bytes that the rows of all sessions count for."""
+        return self._counted_tokens * self.bytes_per_token
+
+    def bytes_allocated(self) -> int:
+        """Bytes of the rows that all sessions reserve, committed or not."""
+        return sum(rows.bytes_allocated for rows in self._sessions.values())
+
+
+def _empty_rows(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Rows on the same device; on a CPU small pages that are committed when they are written, and freed with them.
+
+    Not from torch's own allocator: what that frees it may keep, and large pages would commit 2 MB for the first row.
+    """
+    if like.device.type != "cpu":
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    item_count = math.prod(shape)
+    pages = mmap.mmap(-1, max(1, item_count * like.dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=like.dtype, count=item_count).view(shape)

@@ -24,7 +24,7 @@ from noodle.model_files import names_a_path
 from noodle.plan import MachineReport, Plan, StagePhase, StageState
 from noodle.weight_cache import WeightCache
 from noodle.work_queue import WorkQueue
-from services.stage.computing import load_role, measured_report
+from services.stage.computing import card_reader, import_early, load_role, measured_report
 from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class Lifecycle:
         self._state = StageState(config.stage_id, config.machine, stage.boot_id, "starting", transport=config.transport)
         self._report: MachineReport | None = None
         self._weights: WeightCache | None = None  # None: all of the model is in a folder here
+        self._refusal = ""  # why this stage may not take part, while another one has its number
+        self._silence = ""  # why Valkey hears nothing of this stage
         self._beat_now = threading.Event()
         self._loads: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()  # asked for by hand
         stage.chain.own_changed = self._beat_now.set
@@ -52,38 +54,66 @@ class Lifecycle:
     def state(self) -> StageState:
         """What the stage does now, with what it holds."""
         with self._lock:
+            state = self._state
+            if self._refusal:
+                state = msgspec.structs.replace(state, phase="failed", ready_version=0)
+            hindrance = self._refusal or self._silence or (self._weights.waits_for if self._weights else "")
             return msgspec.structs.replace(
-                self._state,
+                state,
+                detail=hindrance or state.detail,
                 kv_bytes_held=self._stage.kv_bytes_held(),
                 sessions=self._stage.worker.session_count,
                 outbox_bytes=self._stage.outbox.held_bytes,
                 link=self._stage.chain.links()[0],
             )
 
+    @property
+    def model_digest(self) -> str:
+        """Of the model that this stage serves, empty until the machine is measured."""
+        return self._report.model_digest if self._report is not None else ""
+
     def beat(self) -> None:
         """Tell Valkey each second, and at once when the phase changes; goes on through Valkey's absences."""
-        silent = False
         while not self.stopping.is_set():
             self._beat_now.clear()
             try:
-                if self._report is not None:
+                self._claim_number()
+                if self._report is not None and not self._refusal:
                     self._queue.put_report(self._report)
-                self._queue.put_stage_state(self.state)
-                if silent:
+                if not self._refusal:
+                    self._queue.put_stage_state(self.state)
+                if self._silence:
                     log.info("Valkey answers again")
-                silent = False
+                self._silence = ""
             except QueueUnavailable as error:
-                if not silent:
+                if not self._silence:
                     log.warning("can not beat: %s", error)
-                silent = True
+                self._silence = str(error)
             self._beat_now.wait(BEAT_SECONDS)
+
+    def _claim_number(self) -> None:
+        """Say that this stage has its number, and see whether another one says so too: then this one waits."""
+        config = self._config
+        owner = self._queue.claim_stage(config.stage_id, config.advertise_url)
+        refusal = "" if owner == config.advertise_url else (
+            f"The number {config.stage_id} is taken by the stage at {owner}, so this one at {config.advertise_url} on "
+            f"{config.machine} may not take part. Give it another NOODLE_STAGE_ID, or stop the other one."
+        )  # fmt: skip
+        if refusal and not self._refusal:
+            log.error("%s", refusal)
+        elif self._refusal and not refusal:
+            log.info("the number %d is free: this stage takes part", config.stage_id)
+        self._refusal = refusal
 
     def follow_plans(self) -> None:
         """Measure, then load whatever the newest plan gives this stage, until `stop`."""
+        import_early()
         folder = self._model_folder()
         self._report = measured_report(
             self._config, self._stage.boot_id, folder, lambda done, what: self._say("measuring", what, done)
         )
+        if self._report.device == "cuda":
+            self._stage.read_card = card_reader()
         with self._lock:
             self._state = msgspec.structs.replace(
                 self._state,
@@ -94,7 +124,7 @@ class Lifecycle:
         self._say("waiting", "for a plan")
         while not self.stopping.is_set():
             plan = self._newest_plan()
-            if plan is not None and plan.version > self._stage.plan_version:
+            if plan is not None and plan.version > self._stage.plan_version and not self._refusal:
                 self._follow(plan, folder)
             self._load_by_hand(folder, PLAN_POLL_SECONDS)
 
@@ -163,12 +193,22 @@ class Lifecycle:
         log.info("%d bytes of weights were fetched since the start", self._weights.fetched_bytes)
         self._say(detail=layers)
 
+    def leave(self) -> Plan | None:
+        """Ask for this stage's layers to be moved to the others, until it starts again; gives the newest plan."""
+        if self._report is None:
+            raise NotReady(f"Stage {self._config.stage_id} still measures its machine.", retry_after_seconds=2)
+        if not self._report.leaving:
+            log.info("this stage wants to leave: its layers go to the others")
+            self._report = msgspec.structs.replace(self._report, leaving=True)
+            self._beat_now.set()
+        return self._queue.plan()
+
     def stop(self) -> None:
         """Say goodbye: what this stage said of itself is taken back."""
         self.stopping.set()
         self._beat_now.set()
         try:
-            self._queue.forget_stage(self._config.stage_id)
+            self._queue.forget_stage(self._config.stage_id, self._config.advertise_url)
         except QueueUnavailable as error:
             log.warning("could not say goodbye: %s", error)
 
@@ -263,6 +303,7 @@ class Lifecycle:
                 ready_version=plan.version,
                 kv_budget_bytes=kv_bytes,
                 kv_bytes_per_token=role.model_slice.kv_bytes_per_token,
+                kv_counts_reservations=role.model_slice.counts_reservations,
                 weight_bytes=role.model_slice.weight_bytes,
             )
         self._beat_now.set()

@@ -56,7 +56,8 @@ class TransformersSlice:
         packed_attention.attach(model, self._step_spans)
         self._cache = KvCache()
         self.kv_bytes_per_token = self._measured_kv_bytes_per_token()
-        self._cache = KvCache(kv_budget_bytes, self.kv_bytes_per_token)
+        self.counts_reservations = self._device.type != "cpu"
+        self._cache = KvCache(kv_budget_bytes, self.kv_bytes_per_token, counts_reservations=self.counts_reservations)
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
         """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
@@ -79,9 +80,14 @@ class TransformersSlice:
             span.rows.length = max(span.rows.length, span.first_position + span.end - span.begin)
         return output
 
-    def reserve(self, session_id: str, reserve_tokens: int) -> None:
+    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
         """See slice_interface.py."""
-        self._cache.open(session_id, reserve_tokens)
+        self._cache.open(session_id, reserve_tokens, end)
+
+    def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
+        """See slice_interface.py."""
+        with torch.inference_mode():
+            self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
 
     def logits_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """See slice_interface.py. The model's own way from hidden states to logits, soft caps and scales included."""
@@ -103,7 +109,7 @@ class TransformersSlice:
 
     def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
         """Let a session that holds rows have `tokens` of them, not computed: to measure steps far into a context."""
-        rows = self._cache.open(session_id, tokens)
+        rows = self._cache.open(session_id, tokens, tokens)
         with torch.inference_mode():
             for layer in rows.keys:
                 rows.keys[layer][:, :, :tokens].normal_()
@@ -111,11 +117,11 @@ class TransformersSlice:
         rows.length = max(rows.length, tokens)
 
     def kv_bytes_held(self) -> int:
-        """Bytes allocated for KV rows of all sessions now."""
+        """Bytes that KV rows of all sessions count for now."""
         return self._cache.bytes_held()
 
     def set_kv_budget(self, budget_bytes: int | None) -> None:
-        """The most bytes that sessions may reserve from now on; None is no bound."""
+        """The most bytes that sessions may hold from now on; None is no bound."""
         self._cache.budget_bytes = budget_bytes
 
     def _attention_spans(self, spans: tuple[Span, ...]) -> list[AttentionSpan]:
@@ -127,7 +133,8 @@ class TransformersSlice:
             for span in spans:
                 if not self._cache.holds(span.session_id):
                     opened.append(span.session_id)
-                rows = self._cache.open(span.session_id, span.reserve_tokens)
+                end = span.first_position + span.token_count
+                rows = self._cache.open(span.session_id, span.reserve_tokens, end)
                 self._cache.check_span(span.session_id, rows, span.first_position, span.token_count)
                 attention_spans.append(AttentionSpan(rows, begin, begin + span.token_count, span.first_position))
                 begin += span.token_count
@@ -177,7 +184,7 @@ class TransformersSlice:
             zeros = torch.zeros(1, self.hidden_size, dtype=self._torch_dtype)
             batch = PackedBatch((span,), no_rows, hidden_states=to_wire(zeros))
         self.forward(batch)
-        return self.kv_bytes_held()
+        return self._cache.bytes_allocated()
 
 
 def to_wire(tensor: torch.Tensor) -> WireTensor:

@@ -56,7 +56,7 @@ class NextStage:
         self._direct: KeptOpen[HopConnection] | None = None
 
         def open_one(when_lost: Callable[[str], None]) -> HopConnection:
-            connection = HopConnection(self._url, cluster_token, self._heard, when_lost)
+            connection = HopConnection(self._url, cluster_token, self._heard, when_lost, travel.round_trip.observe)
             connection.open(plan.version)
             return connection
 

@@ -33,7 +33,7 @@ def sample(
     largest = logits.max()
     if not (np.isfinite(largest) and np.isfinite(logits.min())):
         raise GenerationFailed(
-            f"the logits of position {position} are not finite numbers.",
+            f"the logits of position {position} are not finite numbers (NaN or infinite).",
             cure="The model overflows in this dtype: set NOODLE_DTYPE=float32 on the stages.",
         )
     if parameters.temperature == 0:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from noodle.messages import SpanRefusal, Step, StepSpan
+from noodle.messages import ReleasedSession, SpanRefusal, Step, StepSpan
 
 MAXIMUM_EARLY_SPANS = 16  # of one session
 MAXIMUM_EARLY_BYTES = 64 << 20  # of all sessions
@@ -43,6 +43,7 @@ class Admission:
     compute: list[int] = field(default_factory=list)
     refusals: list[SpanRefusal] = field(default_factory=list)
     restarted: list[str] = field(default_factory=list)  # sessions whose KV rows of an older epoch are to be freed
+    copies: list[int] = field(default_factory=list)  # of `compute`, spans whose session begins with another's rows
     dropped: dict[str, int] = field(default_factory=dict)  # spans by reason
 
 
@@ -76,11 +77,21 @@ class SessionTable:
                 if session is not None:
                     admission.restarted.append(span.session_id)
                 session = self._sessions[span.session_id] = StageSession(span.session_epoch, listed_at=now)
+                if span.prefix is not None and span.prefix.token_count == span.first_position:
+                    donor = self._sessions.get(span.prefix.session_id)
+                    has_rows = donor is not None and donor.epoch == span.prefix.session_epoch
+                    if donor is None or not has_rows or donor.length < span.first_position:
+                        message = f"The rows of {span.prefix.session_id} that it was to begin with are not here."
+                        admission.refusals.append(self._refusal(span, "prefix_lost", message))
+                        del self._sessions[span.session_id]
+                        continue
+                    session.length = span.first_position
+                    admission.copies.append(index)
             if span.first_position <= session.length:
                 admission.compute.append(index)
             elif len(session.early) < MAXIMUM_EARLY_SPANS and self._early_bytes() + rows.nbytes <= MAXIMUM_EARLY_BYTES:
                 alone = msgspec.structs.replace(
-                    step, spans=[span], shape=[span.token_count, *step.shape[1:]], refusals=[]
+                    step, spans=[span], shape=[span.token_count, *step.shape[1:]], refusals=[], released=[]
                 )
                 session.early[span.first_position] = EarlySpan(alone, memoryview(bytes(rows)), now + step.gap_seconds)
             else:
@@ -111,6 +122,13 @@ class SessionTable:
             session = self._sessions.get(session_id)
             if session is not None:
                 session.listed_at = now
+
+    def release_old(self, released: list[ReleasedSession]) -> list[str]:
+        """Forget these sessions, but not those that have begun anew since; returns those that were known."""
+        found = [each for each in released if each.session_id in self._sessions]
+        return self.release(
+            [each.session_id for each in found if self._sessions[each.session_id].epoch <= each.session_epoch]
+        )
 
     def release(self, session_ids: list[str]) -> list[str]:
         """Forget these sessions; returns those that were known, so that their KV rows are freed."""

@@ -56,11 +56,19 @@ class ModelSlice(Protocol):
     dtype: str  # of the hidden states it hands on: float32, float16 or bfloat16
     weight_bytes: int  # bytes of the tensors it computes with, as held in memory
     kv_bytes_per_token: int  # of one session, over all its layers
+    counts_reservations: bool  # whether a session takes all the room that it reserves from its start
 
-    def reserve(self, session_id: str, reserve_tokens: int) -> None:
-        """Hold room for the KV rows of a session from now on, until `release`; one that has it already is fine.
+    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
+        """Hold room for the KV rows of a session up to `end`, until `release`; one that has it already is fine.
 
         Raises StepRefused with reason `kv_budget` when there is none; nothing is held then.
+        """
+        ...
+
+    def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
+        """Let a session have the first rows of another one as its own, in place of computing them.
+
+        Raises PositionGap when the other has fewer, StepRefused as `reserve`; nothing is held then.
         """
         ...
 
@@ -84,5 +92,5 @@ class ModelSlice(Protocol):
         ...
 
     def kv_bytes_held(self) -> int:
-        """Bytes allocated for KV rows of all sessions now."""
+        """Bytes that KV rows of all sessions count for now."""
         ...

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import GenerationFailed
-from noodle.messages import SpanResult, Step, TokenScore
+from noodle.messages import SpanResult, Step, StepSpan, TokenScore
 from services.stage.sampler import sample
 from services.stage.scoring import likeliest, score
 from services.stage.slice_interface import ModelSlice
@@ -18,38 +18,42 @@ from services.stage.slice_interface import ModelSlice
 SCORED_ROWS = 64  # whose logits are held at the same time
 
 
-def span_results(step: Step, logits: npt.NDArray[np.float32] | None, model_slice: ModelSlice) -> list[SpanResult]:
+def span_results(
+    step: Step, logits: npt.NDArray[np.float32] | None, model_slice: ModelSlice
+) -> tuple[list[SpanResult], list[tuple[StepSpan, GenerationFailed]]]:
     """One result a span: the token drawn where one was asked for (design D3), and the scores of known tokens.
 
-    `logits` has a row for each span that asks for a token; the slice's last `forward` was this step.
+    `logits` has a row for each span that asks for a token; the slice's last `forward` was this step. A span whose
+    logits are not numbers comes back with that error instead: it says nothing of the others.
     """
-    results = []
+    results: list[SpanResult] = []
+    failures: list[tuple[StepSpan, GenerationFailed]] = []
     sampled_row = first_row = 0
     for span in step.spans:
-        token_id, logprob, top = None, None, []
-        if span.sampling is not None:
-            if logits is None:
-                raise GenerationFailed("The slice gave no logits for a step that asks for tokens.")
-            position = span.first_position + span.token_count
-            token_id, logprob = sample(logits[sampled_row], span.sampling, position, with_logprob=span.logprob)
-            if span.logprob:
-                top = likeliest(logits[sampled_row], span.top_logprobs)
-            sampled_row += 1
-        scores = _scores(model_slice, first_row, span.scored_token_ids, span.top_logprobs)
+        row, sampled_row = sampled_row, sampled_row + (span.sampling is not None)
+        try:
+            results.append(_span_result(span, logits, row, first_row, model_slice))
+        except GenerationFailed as error:
+            failures.append((span, error))
         first_row += span.token_count
-        results.append(
-            SpanResult(
-                span.session_id,
-                span.session_epoch,
-                span.first_position,
-                span.token_count,
-                token_id,
-                logprob,
-                top,
-                scores,
-            )
-        )
-    return results
+    return results, failures
+
+
+def _span_result(
+    span: StepSpan, logits: npt.NDArray[np.float32] | None, row: int, first_row: int, model_slice: ModelSlice
+) -> SpanResult:
+    token_id, logprob, top = None, None, []
+    if span.sampling is not None:
+        if logits is None:
+            raise GenerationFailed("The slice gave no logits for a step that asks for tokens.")
+        position = span.first_position + span.token_count
+        token_id, logprob = sample(logits[row], span.sampling, position, with_logprob=span.logprob)
+        if span.logprob:
+            top = likeliest(logits[row], span.top_logprobs)
+    scores = _scores(model_slice, first_row, span.scored_token_ids, span.top_logprobs)
+    return SpanResult(
+        span.session_id, span.session_epoch, span.first_position, span.token_count, token_id, logprob, top, scores
+    )
 
 
 def _scores(model_slice: ModelSlice, first_row: int, token_ids: list[int], top: int) -> list[TokenScore]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
@@ -10,6 +11,7 @@ from noodle.config import StageConfig
 from noodle.errors import Conflict, NotReady
 from noodle.hop_queue import QueueEnd, Streams
 from noodle.metrics import StageMetrics
+from noodle.scraped_metrics import CardUse
 from noodle.work_queue import hop_stream
 from services.stage.forward import Forwards
 from services.stage.next_stage import NextStage, ResultsWay
@@ -31,6 +33,10 @@ class Stage:
         self.chain = Chain(config.stage_id, boot_id)
         self.outbox = Outbox()
         self.metrics.outbox_bytes.set_function(lambda: self.outbox.held_bytes)
+        self.metrics.kv_bytes.set_function(self.kv_bytes_held)
+        self.metrics.kv_capacity_bytes.set_function(lambda: self.kv_budget_bytes if self.role else 0)
+        self.metrics.weight_bytes.set_function(lambda: role.model_slice.weight_bytes if (role := self.role) else 0)
+        self.metrics.sessions.set_function(lambda: self.worker.session_count)
         self._is_direct, self._is_queued = config.transport != "queue", config.transport != "direct"
         self._queue_end: QueueEnd | None = None
         if self._is_queued:
@@ -51,6 +57,7 @@ class Stage:
         self.forwards = Forwards(config.stage_id, self.worker, self.metrics)
         fetcher = Fetcher(config.cluster_token)
         self._inlet = QueuedInlet(self.inbox, self.worker, lambda: self._role, fetcher, self.metrics)
+        self.read_card: Callable[[], CardUse | None] = lambda: None  # set where it computes on one
         self.kv_budget_bytes = 0  # of served requests
         self.plan_version = 0  # of the newest plan this stage has acted on
         self._role: Role | None = None

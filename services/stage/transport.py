@@ -179,14 +179,15 @@ class HopServer:
             mine = self._current
         self._chain.wake()  # an older connection sees that it is replaced
         refused: queue.SimpleQueue[HopRefused | None] = queue.SimpleQueue()  # holds one: the reader's last word
+        asked = [0]  # the newest echo that the other end asked for; it knows which ones it has heard already
         reader = threading.Thread(
-            target=self._read, args=(read, frame_bytes, refused, mine), name="read hop", daemon=True
+            target=self._read, args=(read, frame_bytes, refused, asked, mine), name="read hop", daemon=True
         )
         reader.start()
         seen = -1
         try:
             while not self._closed and mine == self._current:
-                yield _frame(KeepAlive(self._chain.links()))
+                yield _frame(KeepAlive(self._chain.links(), asked[0]))
                 seen = self._chain.wait(seen, KEEP_ALIVE_SECONDS)
                 if not reader.is_alive():
                     last_word = refused.get()
@@ -210,6 +211,7 @@ class HopServer:
         read: Callable[[int], bytes],
         frame_bytes: int,
         refused: queue.SimpleQueue[HopRefused | None],
+        asked: list[int],
         mine: int,
     ) -> None:
         last_word: HopRefused | None = None
@@ -220,6 +222,9 @@ class HopServer:
                     break
                 if isinstance(message, Step | LiveSessions):
                     self._inbox.put(message, body)
+                elif isinstance(message, KeepAlive) and message.echo:
+                    asked[0] = message.echo
+                    self._chain.wake()
                 elif not isinstance(message, KeepAlive):
                     raise WireError(f"a {type(message).__name__} does not travel down a hop.")
         except (WireError, TimeoutError) as error:

@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from noodle.errors import NoodleError, StepRefused, WireError
+from noodle.errors import GenerationFailed, NoodleError, StepRefused, WireError
 from noodle.logs import about
 from noodle.messages import (
     LiveSessions,
@@ -31,7 +31,7 @@ from noodle.metrics import StageMetrics
 from noodle.plan import Plan
 from noodle.wire import ITEM_BYTES, MAXIMUM_STEP_TOKENS, WireTensor, checked_tensor
 from services.stage.forward_sessions import ForwardSessions
-from services.stage.sessions import SessionTable
+from services.stage.sessions import Admission, SessionTable
 from services.stage.slice_interface import ModelSlice, PackedBatch, Span
 from services.stage.span_results import span_results
 from services.stage.transport import Arrival, Inbox
@@ -149,6 +149,7 @@ class Worker:
         if role is None or not self._is_current(role, step.plan_version, step.coordinator_epoch):
             self._metrics.dropped_spans.labels("old_plan_or_epoch").inc(len(step.spans) or 1)
             return
+        self._release(self._sessions.release_old(step.released))
         try:
             self._check(role, step, body)
         except (StepRefused, WireError) as error:
@@ -163,6 +164,7 @@ class Worker:
             role.model_slice.release(session_id)
         for reason, count in admission.dropped.items():
             self._metrics.dropped_spans.labels(reason).inc(count)
+        self._copy_prefixes(role, step, admission)
         if len(admission.compute) < len(step.spans):
             step, body = _only(step, body, row_bytes, admission.compute)
         if admission.refusals:
@@ -170,13 +172,28 @@ class Worker:
             step = msgspec.structs.replace(step, refusals=[*step.refusals, *admission.refusals])
         self._compute(role, step, body, arrived_at)
 
+    def _copy_prefixes(self, role: Role, step: Step, admission: Admission) -> None:
+        """Let sessions that begin with another's rows have them; one that can not is refused and not computed."""
+        for index in admission.copies:
+            span, prefix = step.spans[index], step.spans[index].prefix
+            assert prefix is not None  # noqa: S101  # it is why the span is among the copies
+            try:
+                tokens = prefix.token_count
+                role.model_slice.copy_rows(prefix.session_id, span.session_id, tokens, span.reserve_tokens)
+            except StepRefused as error:
+                self._sessions.failed([span])
+                role.model_slice.release(span.session_id)
+                admission.compute.remove(index)
+                admission.refusals.append(self._refusal(span, error.reason, str(error)))
+
     def _with_room(self, role: Role, step: Step, body: memoryview) -> tuple[Step, memoryview]:
         """The step with those spans that there is room for; one session that has none must not stop the others."""
         fits: list[int] = []
         refusals: list[SpanRefusal] = []
         for index, span in enumerate(step.spans):
             try:
-                role.model_slice.reserve(span.session_id, span.reserve_tokens)
+                end = span.first_position + span.token_count
+                role.model_slice.reserve(span.session_id, span.reserve_tokens, end)
                 fits.append(index)
             except StepRefused as error:
                 self._sessions.failed([span])
@@ -200,7 +217,7 @@ class Worker:
         is_last = role.next_stage is None
         try:
             output = role.model_slice.forward(_packed(role, step, body, is_last))
-            results = span_results(step, output.logits, role.model_slice) if is_last else []
+            results, failures = span_results(step, output.logits, role.model_slice) if is_last else ([], [])
         except Exception as error:  # one step's fault must not end the stage for all others
             known = isinstance(error, NoodleError)
             if not known:
@@ -216,6 +233,8 @@ class Worker:
         finished = time.monotonic()
         timing = StageTiming(self._stage_id, started - arrived_at, finished - started, self._sent_seconds)
         timings = [*step.timings, timing]
+        if failures:
+            step = self._without(step, failures)
         if role.next_stage is None:
             self._answer(step, results, step.refusals, timings)
         elif output.hidden_states is not None:
@@ -229,6 +248,18 @@ class Worker:
         self._metrics.tokens.inc(total_tokens(step))
         for early in self._sessions.computed(step.spans):
             self._compute(role, early.step, early.body, time.monotonic())
+
+    def _without(self, step: Step, failures: list[tuple[StepSpan, GenerationFailed]]) -> Step:
+        """The step without spans that came to nothing; their rows are freed here, and told for the other stages."""
+        spans = [span for span, _ in failures]
+        self._sessions.failed(spans)
+        self._release([span.session_id for span in spans])
+        refusals = [self._refusal(span, "computation_failed", str(error)) for span, error in failures]
+        self._count_refusals(refusals)
+        for span, error in failures:
+            log.warning("step %d failed: %s", step.step_id, error, extra=about(span.session_id))
+        kept = [span for span in step.spans if span not in spans]
+        return msgspec.structs.replace(step, spans=kept, refusals=[*step.refusals, *refusals])
 
     def _take_live_sessions(self, live: LiveSessions) -> None:
         role = self._role
@@ -329,8 +360,6 @@ class Worker:
             log.info("%s", refusal.message, extra=about(refusal.session_id))
             self._count_refusals([refusal])
             self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[refusal]))
-        self._metrics.kv_bytes.set(role.model_slice.kv_bytes_held())
-        self._metrics.sessions.set(len(self._sessions))
 
     def _release(self, session_ids: list[str]) -> None:
         if self._role is not None:

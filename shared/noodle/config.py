@@ -6,17 +6,24 @@ A value that means nothing, or a NOODLE_ variable that does not exist, stops the
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from noodle.addresses import host_of
 from noodle.api_keys import ApiKey, read_api_keys
 from noodle.errors import ConfigurationError
 from noodle.plan import MINIMUM_SESSION_TOKENS
+
+CURE_OF_A_FILE = (
+    "Write the secret into it; with Docker `docker compose run --rm init` does, and lets its containers read it."
+)
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,10 @@ def _path(value: str) -> Path:
 
 def _whole(minimum: int, maximum: int) -> Callable[[str], int]:
     def parse(value: str) -> int:
-        number = int(value)
-        if not minimum <= number <= maximum:
+        is_whole = re.fullmatch(r"-?[0-9]+", value) is not None
+        if not is_whole or not minimum <= int(value) <= maximum:
             raise ValueError(f"a whole number from {minimum} to {maximum}")
-        return number
+        return int(value)
 
     return parse
 
@@ -92,6 +99,19 @@ def _address(value: str) -> Address:
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError("host:port, as 127.0.0.1:8080")
     return Address(host.strip("[]"), int(port))
+
+
+def _ipv4(value: str) -> str:
+    try:
+        return str(ipaddress.IPv4Address(value)) if value else value
+    except ValueError as error:
+        raise ValueError("an IPv4 address, as 192.168.1.101") from error
+
+
+def _memory(value: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*[mg]", value):
+        raise ValueError("megabytes or gigabytes, as 512m or 8g")
+    return value
 
 
 def _url(value: str) -> str:
@@ -183,18 +203,44 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("NOODLE_MAX_BODY_BYTES", str(8 << 20), _whole(1024, 1 << 30), "bytes of a request's body; more get 413"),
     Variable("NOODLE_STEP_TOKENS", "512", _whole(1, 8192), "tokens in one step; longer prompts go in chunks of it"),
-    Variable("NOODLE_RECOVERY_SECONDS", "10", _seconds, "how long an open request waits for a lost stage to return"),
+    Variable(
+        "NOODLE_STAGE_RETURN_SECONDS",
+        "20",
+        _seconds,
+        "how long a stage may be silent until the planner gives its layers to the others, if they have room",
+    ),
+    Variable(
+        "NOODLE_PREFIX_CACHE",
+        "on",
+        _one_of("on", "off"),
+        "whether KV rows of ended requests are kept, until their room is needed, for prompts that begin alike",
+    ),
+    Variable("NOODLE_RECOVERY_SECONDS", "120", _seconds, "how long an open request waits for a lost stage to return"),
     # where things are kept
     Variable("NOODLE_CACHE_DIR", "~/.cache/noodle", _path, "converted models and measurements; safe to delete"),
     Variable("NOODLE_REPORTS_DIR", "~/.local/share/noodle/reports", _path, "reports that the coordinator keeps"),
-    Variable("NOODLE_STATE_DIR", "~/.local/state/noodle", _path, "what a running `noodle up` keeps, and metrics.jsonl"),
+    Variable(
+        "NOODLE_STATE_DIR",
+        "~/.local/state/noodle",
+        _path,
+        "what a running `noodle up` keeps, metrics.jsonl, and what a stage has not been able to send to it",
+    ),
     Variable("NOODLE_METRICS_FILE", "", _text, "file of POST /log_metrics; empty: metrics.jsonl in NOODLE_STATE_DIR"),
     Variable("NOODLE_LOG_FORMAT", "pretty", _one_of("pretty", "json"), "how log lines are written"),
-    # ports of `noodle up`
-    Variable("NOODLE_COORDINATOR_PORT", "8080", _whole(1, 65535), "`noodle up`: port of the coordinator"),
+    # ports of `noodle up`, and where containers publish theirs
+    Variable("NOODLE_COORDINATOR_PORT", "8080", _whole(1, 65535), "`noodle up` and containers: the coordinator's port"),
     Variable("NOODLE_PLANNER_PORT", "8079", _whole(1, 65535), "`noodle up`: port of the planner"),
     Variable("NOODLE_FIRST_STAGE_PORT", "8081", _whole(1, 65535), "`noodle up`: port of stage 0; the others follow"),
-    Variable("NOODLE_VALKEY_PORT", "6379", _whole(1, 65535), "`noodle up`: port of Valkey"),
+    Variable("NOODLE_VALKEY_PORT", "6379", _whole(1, 65535), "`noodle up` and containers: port of Valkey"),
+    # containers; `noodle init` writes these into .env, compose reads them
+    Variable("NOODLE_LAN_ADDRESS", "", _ipv4, "containers: this machine's IPv4 address, where its ports are published"),
+    Variable("NOODLE_PEER_ADDRESS", "", _ipv4, "containers: the other machine's IPv4 address"),
+    Variable("NOODLE_STAGE_0_PORT", "8081", _whole(1, 65535), "containers: published port of stage 0"),
+    Variable(
+        "NOODLE_STAGE_1_PORT", "8082", _whole(1, 65535), "containers: published port of stage 1; 8081 on machine B"
+    ),
+    Variable("NOODLE_GRAFANA_PORT", "3000", _whole(1, 65535), "containers: published port of Grafana"),
+    Variable("NOODLE_STAGE_MEMORY", "8g", _memory, "containers: memory a stage may take, as 512m or 8g"),
 )
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
 
@@ -230,9 +276,11 @@ def _secret(values: Mapping[str, Any], name: str) -> str:
     try:
         secret = Path(file_name).expanduser().read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise ConfigurationError(f"{name}_FILE names {file_name}, which can not be read: {error.strerror}.") from error
+        raise ConfigurationError(
+            f"{name}_FILE names {file_name}, which can not be read: {error.strerror}.", cure=CURE_OF_A_FILE
+        ) from error
     if not secret:
-        raise ConfigurationError(f"{name}_FILE names {file_name}, which is empty.")
+        raise ConfigurationError(f"{name}_FILE names {file_name}, which is empty.", cure=CURE_OF_A_FILE)
     return secret
 
 
@@ -262,13 +310,13 @@ class ServiceConfig:
     cache_dir: Path
     log_format: str
     transport: str  # auto, direct or queue
+    machine: str
 
 
 @dataclass(frozen=True)
 class CoordinatorConfig(ServiceConfig):
     """What the coordinator is told; sizes in bytes or tokens as named."""
 
-    machine: str
     api_keys: tuple[ApiKey, ...]  # empty: no key is asked for (loopback only)
     cors_origins: tuple[str, ...]
     maximum_requests_per_key: int  # 0: no limit
@@ -277,6 +325,7 @@ class CoordinatorConfig(ServiceConfig):
     maximum_body_bytes: int
     step_tokens: int
     recovery_seconds: float
+    keeps_prefixes: bool
     reports_dir: Path
     planner_url: str
     metrics_file: Path
@@ -288,6 +337,7 @@ class PlannerConfig(ServiceConfig):
 
     coordinator_url: str  # asked for the model's shape where its folder is not here
     stage_count: int
+    stage_return_seconds: float
     split: tuple[int, ...] | None
     context_length: int | None
 
@@ -298,8 +348,8 @@ class StageConfig(ServiceConfig):
 
     coordinator_url: str  # asked for weights where the model's folder is not here
     stage_id: int
-    machine: str
     advertise_url: str
+    state_dir: Path
     device: str
     dtype: str
     threads: int  # 0: one per core
@@ -319,8 +369,10 @@ class CommandConfig:
     state_dir: Path
     cache_dir: Path
     coordinator_url: str
+    stage_url: str  # of this machine's stage
     api_key: str  # the first, where several are set
     cluster_token: str
+    valkey_password: str
     machine: str
     threads: int
     device: str
@@ -338,6 +390,7 @@ def _service_values(values: Mapping[str, Any], bind_name: str) -> dict[str, Any]
         "cache_dir": values["NOODLE_CACHE_DIR"],
         "log_format": values["NOODLE_LOG_FORMAT"],
         "transport": values["NOODLE_TRANSPORT"],
+        "machine": _machine_name(values),
     }
 
 
@@ -353,7 +406,6 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
         )
     return CoordinatorConfig(
         **_service_values(values, "NOODLE_COORDINATOR_BIND"),
-        machine=_machine_name(values),
         api_keys=api_keys,
         cors_origins=values["NOODLE_CORS_ORIGINS"],
         maximum_requests_per_key=values["NOODLE_MAX_REQUESTS_PER_KEY"],
@@ -362,6 +414,7 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
         maximum_body_bytes=values["NOODLE_MAX_BODY_BYTES"],
         step_tokens=values["NOODLE_STEP_TOKENS"],
         recovery_seconds=values["NOODLE_RECOVERY_SECONDS"],
+        keeps_prefixes=values["NOODLE_PREFIX_CACHE"] == "on",
         reports_dir=values["NOODLE_REPORTS_DIR"],
         planner_url=values["NOODLE_PLANNER_URL"],
         metrics_file=_path(values["NOODLE_METRICS_FILE"] or str(values["NOODLE_STATE_DIR"] / "metrics.jsonl")),
@@ -382,6 +435,7 @@ def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
         **_service_values(values, "NOODLE_PLANNER_BIND"),
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
         stage_count=values["NOODLE_STAGES"],
+        stage_return_seconds=values["NOODLE_STAGE_RETURN_SECONDS"],
         split=split,
         context_length=values["NOODLE_CONTEXT_LENGTH"] or None,
     )
@@ -399,12 +453,17 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
                 cure="Set NOODLE_ADVERTISE_URL to this machine's address, as http://192.168.1.102:8081.",
             )
         advertise_url = f"http://{bind}"
+    elif host_of(advertise_url) in ("0.0.0.0", "::"):
+        raise ConfigurationError(
+            f"NOODLE_ADVERTISE_URL is {advertise_url}, and nobody can be found at an address that means every address.",
+            cure="Write this machine's own address on your network, as http://192.168.1.102:8081.",
+        )
     return StageConfig(
         **_service_values(values, "NOODLE_STAGE_BIND"),
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
         stage_id=values["NOODLE_STAGE_ID"],
-        machine=_machine_name(values),
         advertise_url=advertise_url,
+        state_dir=values["NOODLE_STATE_DIR"],
         device=values["NOODLE_DEVICE"],
         dtype=values["NOODLE_DTYPE"],
         threads=values["NOODLE_THREADS"],
@@ -426,8 +485,10 @@ def command_config(environment: Mapping[str, str]) -> CommandConfig:
         state_dir=values["NOODLE_STATE_DIR"],
         cache_dir=values["NOODLE_CACHE_DIR"],
         coordinator_url=values["NOODLE_COORDINATOR_URL"],
+        stage_url=values["NOODLE_ADVERTISE_URL"] or f"http://{values['NOODLE_STAGE_BIND']}",
         api_key=api_keys[0].key if api_keys else "",
         cluster_token=_secret(values, "NOODLE_CLUSTER_TOKEN"),
+        valkey_password=_secret(values, "NOODLE_VALKEY_PASSWORD"),
         machine=_machine_name(values),
         threads=values["NOODLE_THREADS"],
         device=values["NOODLE_DEVICE"],
@@ -443,7 +504,10 @@ def process_environment() -> dict[str, str]:
 
 def env_example() -> str:
     """The text of .env.example: every variable with its remark and default; a test holds the file to it."""
-    lines = ["# Every variable of noodle, with its unit and default. Copy to .env and change what you need.", ""]
+    lines = [
+        "# Every variable of noodle, with its unit and default. `noodle init` makes .env; add there what you need.",
+        "",
+    ]
     for variable in VARIABLES:
         lines += [f"# {variable.remark}", f"#{variable.name}={variable.default}", ""]
     return "\n".join(lines)

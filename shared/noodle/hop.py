@@ -125,7 +125,23 @@ class _FrameStream:
 
 
 class HopConnection(_FrameStream):
-    """Frames down to the next stage; what it says of itself and of those behind it comes back by `on_message`."""
+    """Frames down to the next stage; what it says of itself and of those behind it comes back by `on_message`.
+
+    `on_round_trip` is told the seconds between a keep-alive and its echo, by this process's clock alone.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        cluster_token: str,
+        on_message: Callable[[HopMessage], None],
+        on_lost: Callable[[str], None],
+        on_round_trip: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        super().__init__(url, cluster_token, self._heard, on_lost)
+        self._tell, self._on_round_trip = on_message, on_round_trip
+        self._asked = self._answered = 0
+        self._asked_at = 0.0
 
     def open(self, plan_version: int) -> None:
         """Open the hop for one plan version; raises LinkLost when the stage is not there or not ready for it."""
@@ -160,11 +176,23 @@ class HopConnection(_FrameStream):
             self._lose(_reason(error))
             raise LinkLost(f"{self.url}: {_reason(error)}") from error
 
+    def _heard(self, message: HopMessage) -> None:
+        if isinstance(message, KeepAlive) and message.echo == self._asked > self._answered:
+            self._answered = self._asked
+            self._on_round_trip(time.monotonic() - self._asked_at)
+        self._tell(message)
+
     def _beat(self) -> None:
+        """Keep the connection alive, and ask for an echo each second, under load too; one question at a time."""
         while not self._lost.wait(KEEP_ALIVE_SECONDS / 2):
-            if time.monotonic() - self._last_sent >= KEEP_ALIVE_SECONDS / 2:
+            now = time.monotonic()
+            asks = self._answered == self._asked and now - self._asked_at >= KEEP_ALIVE_SECONDS
+            if asks or now - self._last_sent >= KEEP_ALIVE_SECONDS / 2:
+                if asks:
+                    self._asked_at = now
+                    self._asked += 1
                 try:
-                    self.send(KeepAlive())
+                    self.send(KeepAlive(echo=self._asked if asks else 0))
                 except LinkLost as error:
                     log.debug("keep-alive not sent: %s", error)
                     return

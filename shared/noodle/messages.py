@@ -34,6 +34,21 @@ class SamplingParameters(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Seed = 0
 
 
+class PrefixCopy(Struct, frozen=True):
+    """Rows [0, token_count) of one session that are those of another, for the tokens are the same."""
+
+    session_id: SessionId
+    session_epoch: Version
+    token_count: Annotated[int, Meta(ge=1, le=1 << 24)]
+
+
+class ReleasedSession(Struct, frozen=True):
+    """A session whose rows are to be freed, unless it has begun anew since."""
+
+    session_id: SessionId
+    session_epoch: Version
+
+
 class StepSpan(Struct, frozen=True):
     """The tokens of one session in a step, in rows of the body in the order of the spans."""
 
@@ -48,6 +63,7 @@ class StepSpan(Struct, frozen=True):
     # behind the first sees no token ids, and the last of these is the first token of the next chunk.
     scored_token_ids: Annotated[list[Count], Meta(max_length=8192)] = []
     top_logprobs: TopCount = 0  # wherever a log-probability is asked for, also those of so many likeliest tokens
+    prefix: PrefixCopy | None = None  # of a session's first span: what stands before its first position
 
 
 class SpanRefusal(Struct, frozen=True):
@@ -85,6 +101,8 @@ class Step(Struct, frozen=True, tag="step"):
     gap_seconds: Seconds = 5.0  # how long a stage may hold a span whose earlier tokens have not come
     timings: Annotated[list[StageTiming], Meta(max_length=1024)] = []
     refusals: Annotated[list[SpanRefusal], Meta(max_length=4096)] = []
+    # freed on every stage before the spans are computed: what gave way to them
+    released: Annotated[list[ReleasedSession], Meta(max_length=4096)] = []
 
 
 class LiveSessions(Struct, frozen=True, tag="live"):
@@ -117,9 +135,13 @@ class ChainLink(Struct, frozen=True):
 
 
 class KeepAlive(Struct, frozen=True, tag="alive"):
-    """Sent each second when nothing else is; upwards it carries the state of this stage and of all behind it."""
+    """Sent each second when nothing else is; upwards it carries the state of this stage and of all behind it.
+
+    One that carries a number down a hop is answered at once by one with that number: so the hop's round trip is known.
+    """
 
     chain: Annotated[list[ChainLink], Meta(max_length=1024)] = []
+    echo: Version = 0  # 0 asks for nothing
 
 
 class HopRefused(Struct, frozen=True, tag="refused"):

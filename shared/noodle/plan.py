@@ -53,6 +53,7 @@ class MachineReport(Struct, frozen=True):
     prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
     head_decode_seconds: float  # norm, head and sampling of one row
     source: Source = "measured"
+    leaving: bool = False  # it wants its layers moved to the others
 
 
 class StageAssignment(Struct, frozen=True):
@@ -101,6 +102,7 @@ class StageState(Struct, frozen=True):
     kv_budget_bytes: int = 0
     kv_bytes_per_token: int = 0
     kv_bytes_held: int = 0
+    kv_counts_reservations: bool = False  # a session takes all the room that it reserves from its start (a card)
     sessions: int = 0
     weight_bytes: int = 0
     device: str = ""  # "cpu" or "cuda"; this and the next two once it has measured

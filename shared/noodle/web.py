@@ -327,7 +327,8 @@ def _logged(error: NoodleError) -> NoodleError:
     return error
 
 
-def server_sent_event(value: Any, event: str = "") -> bytes:
+def server_sent_event(value: Any, event: str = "", event_id: str = "") -> bytes:
     """One event of a stream; `value` becomes JSON unless it is text already."""
     data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return (f"event: {event}\n" if event else "").encode() + f"data: {data}\n\n".encode()
+    head = (f"id: {event_id}\n" if event_id else "") + (f"event: {event}\n" if event else "")
+    return f"{head}data: {data}\n\n".encode()

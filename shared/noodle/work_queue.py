@@ -4,17 +4,19 @@ noodle:plan                     string, the newest Plan as JSON; written by the 
 noodle:plan:version             counter, the highest plan version ever given out
 noodle:planner                  string, PlannerState, expires
 noodle:stage:<id>:report        string, MachineReport, expires; written by the stage
+noodle:stage:<id>:owner         string, URL of the stage that has this number, expires: a lease as the coordinator's
 noodle:stage:<id>:state         string, StageState, expires: the stage's heartbeat
 noodle:coordinator:leader       string, name of the coordinator that leads, expires: a lease by the server's clock
 noodle:coordinator:epoch        counter, raised by each coordinator that takes the lead
 noodle:request:<id>             string, RequestRecord as JSON, expires some time after its last change
-noodle:request:<id>:tokens      list of token ids generated so far, expires with it
+noodle:request:<id>:tokens      list of tokens generated so far, expires with it
 noodle:hop:<stage id>           stream, what that stage is to compute: token ids or references; bounded, expires
 noodle:results                  stream, what the last stage made of it; bounded, expires
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,7 +25,10 @@ import msgspec
 import redis
 
 from noodle.errors import QueueUnavailable
+from noodle.messages import TokenLogprob
 from noodle.plan import MachineReport, Plan, PlannerState, StageState
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 ANSWER_TIMEOUT_SECONDS = 3.0
@@ -42,11 +47,21 @@ RENEW_LEASE = (
 )
 END_LEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
 
+# Take a stage's number unless another one has it, in one step; gives the one that has it now.
+CLAIM_STAGE = (
+    "local owner = redis.call('get', KEYS[1]) if owner and owner ~= ARGV[1] then return owner end "
+    "redis.call('set', KEYS[1], ARGV[1], 'ex', ARGV[2]) return ARGV[1]"
+)
+
 Value = TypeVar("Value", bound=msgspec.Struct)
 
 
+class NotOurs(QueueUnavailable):
+    """Raised for an entry that can not be decoded."""
+
+
 class RequestRecord(msgspec.Struct, frozen=True):
-    """What is needed to compute a request again from the start (design D2)."""
+    """What is needed to compute a request again from the start, and to give it to whoever asks for it (design D2)."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -57,6 +72,29 @@ class RequestRecord(msgspec.Struct, frozen=True):
     seed: int
     stop: list[str]
     ignore_eos: bool
+    client_request_id: str = ""  # what the client calls it
+    client_name: str = ""  # of the key that it came with; nobody else may read it
+    priority: int = 0
+    want_logprob: bool = False
+    top_logprobs: int = 0
+    score_prompt: bool = False
+    goes_on: bool = True  # whether the answer continues the prompt's own text
+    resume_seconds: float = 0.0  # how long it goes on without a reader
+    idempotency_key: str = ""
+    body_digest: str = ""
+    answer_id: str = ""  # in OpenAI's shapes, with when it was created
+    created_unix_seconds: int = 0
+    deadline_unix_seconds: float = 0.0  # 0 is none
+    outcome: str = ""  # empty while it is open, "finished", or why it ended early
+
+
+class RecordedToken(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """One generated token of a recorded request."""
+
+    token_id: int
+    logprob: float | None = None
+    finish_reason: str = ""
+    top: list[TokenLogprob] = []
 
 
 def hop_stream(stage_id: int) -> str:
@@ -107,6 +145,16 @@ class WorkQueue:
         """What the planner does, None when it has been silent."""
         return self._get("noodle:planner", PlannerState)
 
+    def claim_stage(self, stage_id: int, url: str) -> str:
+        """Say with each beat that the stage at this URL has this number; gives the URL of the one that really has it.
+
+        A stage that starts again has the same URL, and takes its number up at once.
+        """
+        with self._told():
+            key = f"noodle:stage:{stage_id}:owner"
+            owner = self._redis.eval(CLAIM_STAGE, 1, key, url, str(BEAT_EXPIRES_SECONDS))
+            return owner.decode() if isinstance(owner, bytes) else url
+
     def put_report(self, report: MachineReport) -> None:
         """Say what this stage's machine can do; gone when the stage falls silent."""
         with self._told():
@@ -135,10 +183,11 @@ class WorkQueue:
         decoded = (self._decoded(key, value, StageState) for key, value in zip(keys, values, strict=True))
         return {state.stage_id: state for state in decoded if state is not None}
 
-    def forget_stage(self, stage_id: int) -> None:
-        """Take a stage's report and state away: it says goodbye."""
+    def forget_stage(self, stage_id: int, url: str) -> None:
+        """Take away what the stage at this URL said of itself: it says goodbye, and its number is free."""
         with self._told():
-            self._redis.delete(f"noodle:stage:{stage_id}:report", f"noodle:stage:{stage_id}:state")
+            if self._redis.eval(END_LEASE, 1, f"noodle:stage:{stage_id}:owner", url):
+                self._redis.delete(f"noodle:stage:{stage_id}:report", f"noodle:stage:{stage_id}:state")
 
     # who leads
 
@@ -167,25 +216,25 @@ class WorkQueue:
 
     # requests in progress
 
-    def record_request(self, record: RequestRecord, token_ids: Sequence[int] = ()) -> None:
+    def record_request(self, record: RequestRecord, tokens: Sequence[RecordedToken] = ()) -> None:
         """Keep a request; what was kept of it before is replaced."""
         key = f"noodle:request:{record.request_id}"
         with self._told():
             pipeline = self._redis.pipeline(transaction=True)
             pipeline.set(key, msgspec.json.encode(record), ex=RECORD_EXPIRES_SECONDS)
             pipeline.delete(f"{key}:tokens")
-            if token_ids:
-                pipeline.rpush(f"{key}:tokens", *token_ids)
+            if tokens:
+                pipeline.rpush(f"{key}:tokens", *map(msgspec.json.encode, tokens))
                 pipeline.expire(f"{key}:tokens", RECORD_EXPIRES_SECONDS)
             pipeline.execute()
 
-    def record_tokens(self, batches: dict[str, list[int]]) -> None:
+    def record_tokens(self, batches: dict[str, list[RecordedToken]]) -> None:
         """Append generated tokens to their requests, in one trip."""
         with self._told():
             pipeline = self._redis.pipeline(transaction=False)
-            for request_id, token_ids in batches.items():
+            for request_id, tokens in batches.items():
                 key = f"noodle:request:{request_id}"
-                pipeline.rpush(f"{key}:tokens", *token_ids)
+                pipeline.rpush(f"{key}:tokens", *map(msgspec.json.encode, tokens))
                 pipeline.expire(f"{key}:tokens", RECORD_EXPIRES_SECONDS)
                 pipeline.expire(key, RECORD_EXPIRES_SECONDS)
             pipeline.execute()
@@ -195,13 +244,29 @@ class WorkQueue:
         with self._told():
             self._redis.delete(f"noodle:request:{request_id}", f"noodle:request:{request_id}:tokens")
 
-    def recorded_request(self, request_id: str) -> tuple[RequestRecord, list[int]] | None:
-        """A request in progress with its tokens so far."""
+    def recorded_request(self, request_id: str) -> tuple[RequestRecord, list[RecordedToken]] | None:
+        """A request, in progress or ended, with its tokens so far."""
         record = self._get(f"noodle:request:{request_id}", RequestRecord)
         if record is None:
             return None
+        key = f"noodle:request:{request_id}:tokens"
         with self._told():
-            return record, [int(token) for token in self._redis.lrange(f"noodle:request:{request_id}:tokens", 0, -1)]
+            tokens: Any = self._redis.lrange(key, 0, -1)
+        decoded = [self._decoded(key, token, RecordedToken) for token in tokens]
+        return record, [token for token in decoded if token is not None]
+
+    def recorded_requests(self) -> list[tuple[RequestRecord, list[RecordedToken]]]:
+        """All requests that are kept, for a coordinator that takes the lead."""
+        with self._told():
+            keys = [key.decode() for key in self._redis.scan_iter(match="noodle:request:*", count=1000)]
+        names = sorted(key.removeprefix("noodle:request:") for key in keys if not key.endswith(":tokens"))
+        found = []
+        for name in names:
+            try:
+                found.append(self.recorded_request(name))
+            except NotOurs as error:  # of another version: one such record must not keep the others from going on
+                log.warning("the record of request %s is left out: %s", name, error)
+        return [each for each in found if each is not None]
 
     # the queued way of a hop
 
@@ -244,7 +309,7 @@ class WorkQueue:
         try:
             return msgspec.json.decode(data, type=kind)
         except msgspec.MsgspecError as error:
-            raise QueueUnavailable(
+            raise NotOurs(
                 f"Valkey holds something under {key} that is not ours: {error}",
                 cure="Run the same noodle version on every machine, or empty Valkey.",
             ) from error

@@ -3,7 +3,6 @@
 import random
 import socket
 
-import msgspec
 import pytest
 
 from noodle.errors import LinkLost
@@ -99,6 +98,14 @@ def test_a_step_of_another_plan_or_an_older_coordinator_is_dropped(caller):
     assert dropped >= 2
 
 
+def test_a_keep_alive_with_a_number_is_answered_at_once_by_one_with_the_same(direct_caller):
+    wait_until(lambda: len(direct_caller.round_trips) >= 2, 10, "two round trips")
+    assert all(0 < seconds < 0.9 for seconds in direct_caller.round_trips)  # and not with the next keep-alive
+    echoes = {message.echo for message in direct_caller.heard if isinstance(message, KeepAlive)}
+    assert {0, 1, 2} <= echoes
+    assert direct_caller.rig.metric(0, "noodle_hop_round_trip_seconds_count") >= 1  # stage 0 asks stage 1
+
+
 def test_the_same_step_again_gives_the_same_token(caller):
     caller.send(TOKENS)
     caller.send(TOKENS)
@@ -153,12 +160,14 @@ def test_a_session_without_room_is_refused_alone_and_its_room_is_there_when_anot
     """Sessions of a step share its fate only where they must."""
     rows = direct_caller.rig.plan.context_length
     room = 2 * KV_BYTES // direct_caller.rig.states()[0]["kv_bytes_per_token"]  # as much again is for forwards by hand
-    fits = [StepSpan(f"fits {index}", 1, 0, 1, rows, SamplingParameters()) for index in range(room // rows)]
-    direct_caller.send(TOKENS[:4] * len(fits), spans=fits, count=len(fits))
+    count, sampling = rows - 1, SamplingParameters()
+    fits = [StepSpan(f"fits {index}", 1, 0, count, rows, sampling) for index in range(room // rows)]
+    direct_caller.send(TOKENS[:4] * count * len(fits), spans=fits, count=count * len(fits))
     assert len(direct_caller.result(1).spans) == len(fits)
-    late = [StepSpan(f"late {index}", 1, 0, 1, rows, SamplingParameters()) for index in range(2)]
-    goes_on = msgspec.structs.replace(fits[0], first_position=1)
-    direct_caller.send(TOKENS[:12], spans=[late[0], goes_on, late[1]], count=3)
+    too_many = room - count * len(fits)  # but for the one row that follows
+    late = [StepSpan(f"late {index}", 1, 0, too_many, rows, sampling) for index in range(2)]
+    goes_on = StepSpan("fits 0", 1, count, 1, rows, sampling)
+    direct_caller.send(TOKENS[:4] * (2 * too_many + 1), spans=[goes_on, *late], count=2 * too_many + 1)
     answer = direct_caller.result(2)
     assert [span.session_id for span in answer.spans] == ["fits 0"]
     assert [(refusal.session_id, refusal.reason) for refusal in answer.refusals] == [
@@ -168,7 +177,7 @@ def test_a_session_without_room_is_refused_alone_and_its_room_is_there_when_anot
     direct_caller.send_message(
         LiveSessions(direct_caller.rig.plan.version, direct_caller.epoch, ["fits 0"], frees_unlisted=True)
     )
-    direct_caller.send(TOKENS[:8], spans=late, count=2)
+    direct_caller.send(TOKENS[:4] * 2 * too_many, spans=late, count=2 * too_many)
     assert [span.session_id for span in direct_caller.result(3).spans] == ["late 0", "late 1"]
 
 

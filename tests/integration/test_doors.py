@@ -113,7 +113,9 @@ def test_two_hundred_strangers_at_every_door_stop_no_generation_and_leave_nothin
             assert b'"index":300' in read_to_end(stream)
     for service, pid in workers.items():
         most = files_before[service] + OWN_FILES
-        wait_until(lambda pid=pid, most=most: file_count(pid) <= most, 3 * LINGER_SECONDS, f"{service} closed its files")
+        wait_until(
+            lambda pid=pid, most=most: file_count(pid) <= most, 3 * LINGER_SECONDS, f"{service} closed its files"
+        )
         assert thread_count(pid) <= POOL_THREADS[service] + OWN_THREADS
 
 

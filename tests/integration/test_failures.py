@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.support.cluster import ANSWER_SECONDS, running_cluster, wait_until
+from tests.support.cluster import ANSWER_SECONDS, request, running_cluster, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 KV_BYTES_PER_TOKEN = 768  # of the tiny model, on a stage with three of its layers
@@ -20,7 +20,9 @@ OPEN_REQUEST_SECONDS = 30.0  # three times what an open request may take to end 
 @pytest.fixture(scope="module")
 def cluster(tiny_folder, tmp_path_factory):
     state = tmp_path_factory.mktemp("failures") / "state"
-    with running_cluster(state, tiny_folder, 2, NOODLE_STEP_TOKENS="16") as running:
+    # no layers move here: the cut is made by hand
+    variables = {"NOODLE_STEP_TOKENS": "16", "NOODLE_RECOVERY_SECONDS": "10", "NOODLE_SPLIT": "3,3"}
+    with running_cluster(state, tiny_folder, 2, **variables) as running:
         yield running
 
 
@@ -44,9 +46,9 @@ class OpenRequests:
         least = count if running is None else running  # all are taken in: what dies now dies under each of them
         wait_until(lambda: open_requests(cluster) >= least, 30, "the requests run")
 
-    def ended(self):
+    def ended(self, seconds=OPEN_REQUEST_SECONDS):
         """Their answers; fails when one of them hangs."""
-        end = time.monotonic() + OPEN_REQUEST_SECONDS
+        end = time.monotonic() + seconds
         for thread in self.threads:
             thread.join(max(0.0, end - time.monotonic()))
             assert not thread.is_alive(), "an open request hangs"
@@ -112,8 +114,9 @@ def test_a_cut_pipeline_with_little_room_leaves_no_request_without_its_rows(tiny
         try:
             requests = OpenRequests(cluster, count=3, running=1)
             wait_until(lambda: cluster.get("/health")[1]["status"] != "ready", 15, "the cut is noticed")
+            before = open_requests(cluster)
             runs.sock.shutdown(socket.SHUT_RDWR)
-            wait_until(lambda: open_requests(cluster) == 0, 5, "the request is cancelled")
+            wait_until(lambda: open_requests(cluster) == before - 1, 5, "the request is cancelled")
         finally:
             os.kill(frozen, signal.SIGCONT)
             response.close()
@@ -124,7 +127,7 @@ def test_a_cut_pipeline_with_little_room_leaves_no_request_without_its_rows(tiny
 def open_requests(cluster):
     """How many sessions hold rows, by the coordinator's metrics."""
     _, text = cluster.get("/metrics", cluster.token)
-    line = next(line for line in text.decode().splitlines() if line.startswith("noodle_requests_running "))
+    line = next(line for line in text.decode().splitlines() if line.startswith("noodle_num_requests_running "))
     return float(line.split()[1])
 
 
@@ -151,3 +154,47 @@ def test_too_many_requests_are_told_to_come_again(tiny_folder, tmp_path):
         assert sorted({status for status, _ in answers}) == [200, 429]
         refused = next(answer for status, answer in answers if status == 429)
         assert refused["error"]["code"] == "rate_limit_exceeded"
+
+
+@pytest.fixture(scope="module")
+def movable(tiny_folder, tmp_path_factory):
+    """A cluster whose layers move away from a stage that is silent for three seconds more."""
+    state = tmp_path_factory.mktemp("movable") / "state"
+    with running_cluster(state, tiny_folder, 2, NOODLE_STAGE_RETURN_SECONDS="3") as running:
+        yield running
+
+
+def layers_of(cluster):
+    return {
+        stage["stage_id"]: stage["layers"][1] - stage["layers"][0]
+        for stage in cluster.get("/health", cluster.token)[1]["stages"]
+        if "layers" in stage
+    }
+
+
+def test_a_stage_that_leaves_gives_its_layers_away_and_gets_some_when_it_starts_again(movable):
+    port = movable.stage_ports[1]
+    wait_until(lambda: request(port, "POST", "/leave", {}, token=movable.token)[1]["layers"] is None, 60, "it has left")
+    wait_until(lambda: layers_of(movable) == {0: 6}, 15, "the coordinator computes by that plan")
+    answers_again(movable)
+    os.kill(movable.worker_pid("stage-1"), signal.SIGKILL)
+    wait_until(lambda: len(layers_of(movable)) == 2, 90, "the stage that is back gets layers")
+    answers_again(movable)
+
+
+def test_layers_move_away_from_a_stage_that_stays_silent_and_open_requests_go_on(movable):
+    expected = [
+        movable.generate(f"request {index}", max_new_tokens=200, ignore_eos=True)["generated_text"]
+        for index in range(4)
+    ]
+    frozen = movable.worker_pid("stage-1")
+    requests = OpenRequests(movable)
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        answers = requests.ended(60)
+        assert layers_of(movable) == {0: 6}
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    assert [(status, answer.get("generated_text")) for status, answer in answers] == [(200, text) for text in expected]
+    wait_until(lambda: len(layers_of(movable)) == 2, 60, "the stage that is back gets layers")
+    answers_again(movable)

@@ -115,7 +115,7 @@ def replay_count(cluster):
 
 
 def running_requests(cluster):
-    return metric(cluster, "noodle_requests_running")
+    return metric(cluster, "noodle_num_requests_running")
 
 
 def metric(cluster, name):

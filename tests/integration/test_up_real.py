@@ -101,7 +101,8 @@ def test_no_service_outlives_up(
         wait_until(lambda: not processes_with(state_dir), GONE_SECONDS, "every process gone")
         assert time.monotonic() - began_seconds < GONE_SECONDS
         noodle(cluster, "down")
-        assert not state_dir.exists()
+        left = {path.name for path in state_dir.glob("*")}  # a slow start is long enough for a first measurement
+        assert left <= {"metrics.jsonl", "unsent-metrics-stage-0.jsonl"}
 
 
 def test_a_split_that_does_not_add_up_is_refused_at_the_start(tiny_folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from tests.measure import equality, load, memory, sampling, schemathesis, speed, start, transport
+from tests.measure import (
+    containers,
+    engine,
+    equality,
+    kills,
+    load,
+    memory,
+    sampling,
+    schemathesis,
+    speed,
+    start,
+    transport,
+)
 
 MEASUREMENTS = {
     "equality": equality.measure,
@@ -15,6 +27,9 @@ MEASUREMENTS = {
     "start": start.measure,
     "transport": transport.measure,
     "schemathesis": schemathesis.measure,
+    "kills": kills.measure,
+    "engine": engine.measure,
+    "containers": containers.measure,
 }
 
 

@@ -73,7 +73,10 @@ class DirectCaller(Caller):
         token, version = self.rig.token, self.rig.plan.version
         self.results = ResultsConnection(self.rig.urls[-1], token, self.heard.append, lambda reason: None)
         wait_until(lambda: self.opens(lambda: self.results.open(version, self.epoch)), 10, "the results open")
-        self.hop = HopConnection(self.rig.urls[0], token, self.heard.append, lambda reason: self.lost.set())
+        self.round_trips: list[float] = []
+        self.hop = HopConnection(
+            self.rig.urls[0], token, self.heard.append, lambda reason: self.lost.set(), self.round_trips.append
+        )
         wait_until(lambda: self.opens(lambda: self.hop.open(version)), 10, "the hop opens")
         wait_until(self.chain_is_whole, 15, "both stages say that they are connected")
         return self

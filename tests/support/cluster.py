@@ -79,8 +79,12 @@ class Services:
         return states
 
     def kv_bytes_held(self) -> int:
-        """Of all stages together."""
-        return sum(int(state["kv_bytes_held"]) for state in self.stage_states())
+        """Of all stages together, without what is kept of ended requests on purpose."""
+        kept_tokens = self.get("/health", self.token)[1]["kept_kv_tokens"]
+        return sum(
+            int(state["kv_bytes_held"]) - kept_tokens * int(state["kv_bytes_per_token"])
+            for state in self.stage_states()
+        )
 
     def metric(self, port: int, name: str) -> float:
         """One sample of a service's metrics, 0 when there is none yet."""

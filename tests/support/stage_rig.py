@@ -118,6 +118,7 @@ def running_stages(
             "NOODLE_VALKEY_PASSWORD": valkey.password,
             "NOODLE_MODEL": str(model),
             "NOODLE_CACHE_DIR": str(folder / "cache"),
+            "NOODLE_STATE_DIR": str(folder / "state"),
             "NOODLE_MACHINE": "test",
             "NOODLE_THREADS": "1",
             **variables,

@@ -119,6 +119,8 @@ def test_a_stage_on_all_addresses_must_say_where_it_is_reached():
     with pytest.raises(ConfigurationError, match="NOODLE_ADVERTISE_URL"):
         stage_config({**TOKEN, "NOODLE_STAGE_BIND": "0.0.0.0:8081"})
     assert stage_config(TOKEN).advertise_url == "http://127.0.0.1:8081"
+    with pytest.raises(ConfigurationError, match="nobody can be found"):
+        stage_config({**TOKEN, "NOODLE_ADVERTISE_URL": "http://0.0.0.0:8081"})
 
 
 def test_a_split_for_another_number_of_stages_is_refused():

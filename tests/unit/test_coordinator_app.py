@@ -2,6 +2,7 @@
 
 import logging
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -9,8 +10,10 @@ from noodle.config import coordinator_config
 from noodle.errors import NoodleError
 from noodle.logs import JsonFormatter, PrettyFormatter, RequestFilter, about
 from noodle.metrics import CoordinatorMetrics
+from noodle.plan import MachineReport, Plan, StageAssignment
 from services.coordinator.app import create_app
 from services.coordinator.engine import Engine
+from services.coordinator.prometheus_targets import stage_targets
 
 TOKEN = "a-token-of-some-length"
 
@@ -62,6 +65,42 @@ def test_metrics_want_the_cluster_token_and_no_key_opens_them():
     client = client_of(NOODLE_API_KEY="k")
     assert client.get("/metrics", headers=bearer("k")).status_code == 401
     assert client.get("/metrics", headers=bearer(TOKEN)).status_code == 200
+
+
+def test_prometheus_is_told_where_everything_is_and_only_with_the_cluster_token():
+    client = client_of(
+        NOODLE_API_KEY="k",
+        NOODLE_MACHINE="machine-a",
+        NOODLE_PLANNER_URL="http://planner:8079",
+        NOODLE_VALKEY_URL="redis://127.0.0.1:1",  # where nobody is: no stage has said anything
+    )
+    assert client.get("/prometheus/targets", headers=bearer("k")).status_code == 401
+    asked = client.get("/prometheus/targets", headers={"Host": "coordinator:8080", **bearer(TOKEN)})
+    assert asked.get_json() == [
+        {"targets": ["coordinator:8080"], "labels": {"service": "coordinator", "machine": "machine-a"}},
+        {"targets": ["planner:8079"], "labels": {"service": "planner"}},
+    ]
+    for host, target in (("machine-a", "machine-a:80"), ("[::1]", "[::1]:80"), ("[::1]:8080", "[::1]:8080")):
+        asked = client.get("/prometheus/targets", headers={"Host": host, **bearer(TOKEN)})
+        assert asked.get_json()[0]["targets"] == [target]
+
+
+def test_a_stage_is_a_target_where_it_says_it_is_and_stays_one_while_it_is_silent():
+    report = MachineReport(
+        1, "machine-b", "http://192.168.1.103:8081", "boot", "1", "digest", "cpu", "", "float32", 1, 1, 1.0, 1.0, 1.0
+    )
+    planned = [
+        StageAssignment(0, "machine-a", "http://192.168.1.101:8081", 0, 3, "float32"),
+        StageAssignment(1, "machine-b", "http://192.168.1.102:8081", 3, 6, "float32"),
+    ]
+    plan = Plan(1, "digest", 6, 64, 300, 256, tuple(planned))
+    assert stage_targets(None, []) == []
+    spare = msgspec.structs.replace(report, stage_id=10, url="http://[fd00::7]:8081")
+    assert [(each["targets"], each["labels"]["stage"]) for each in stage_targets(plan, [spare, report])] == [
+        (["192.168.1.101:8081"], "0"),
+        (["192.168.1.103:8081"], "1"),
+        (["[fd00::7]:8081"], "10"),
+    ]
 
 
 def test_every_answer_has_an_id_errors_too():
@@ -134,5 +173,6 @@ def test_no_status_of_an_error_is_one_that_the_document_does_not_know():
     from services.coordinator.openapi import ERROR_TEXTS
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.RequestError)]
-    statuses = {kind.http_status for kind in [*kinds, errors.NotReady, errors.QueueUnavailable, NoodleError]}
-    assert statuses - {405, 409, errors.Gone.http_status} == set(ERROR_TEXTS)
+    others = [errors.NotReady, errors.QueueUnavailable, errors.RequestTimedOut, NoodleError]
+    statuses = {kind.http_status for kind in [*kinds, *others]}
+    assert statuses - {405, errors.Gone.http_status} == set(ERROR_TEXTS)

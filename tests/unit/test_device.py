@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from noodle.errors import ConfigurationError
-from services.stage.device import FreeMemory, choose_device, choose_dtype, device_name, free_memory
+from noodle.scraped_metrics import CardUse
+from services.stage.device import FreeMemory, card_use, choose_device, choose_dtype, device_name, free_memory
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -32,6 +33,12 @@ class FakeCuda:
 
     def mem_get_info(self):
         return 3_000_000_000, 4_000_000_000
+
+    def utilization(self):
+        return 25
+
+    def temperature(self):
+        raise RuntimeError("Driver Not Loaded")
 
 
 def fake_torch(**options):
@@ -65,6 +72,13 @@ def test_a_pascal_card_under_a_torch_without_its_kernels_is_refused_with_the_way
     assert "6.1" in str(refusal.value)
     assert "Dockerfile.gpu" in refusal.value.cure
     assert "cu126" in refusal.value.cure
+
+
+def test_a_card_that_is_too_new_for_the_image_is_told_what_to_build_it_with():
+    with pytest.raises(ConfigurationError) as refusal:
+        choose_device("cuda", fake_torch(capability=(12, 0), kernels=CU126))
+    assert "cu130" in refusal.value.cure
+    assert "TORCH_KERNELS=sm_120" in refusal.value.cure
 
 
 @pytest.mark.parametrize(
@@ -153,6 +167,18 @@ def test_a_container_without_limit_bounds_nothing(no_limit, proc, tmp_path):
 
 def test_free_memory_of_a_card_is_what_its_driver_says():
     assert free_memory("cuda", fake_torch(capability=(6, 1))).free_bytes == 3_000_000_000
+
+
+def test_a_card_is_told_of_as_far_as_its_driver_tells():
+    card = CardUse("NVIDIA GeForce GTX 1050", 4_000_000_000, 3_000_000_000, busy_share=0.25, celsius=None)
+    torch = fake_torch(capability=(6, 1))
+    assert card_use(torch) == card
+
+    def failed():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    torch.cuda.mem_get_info = failed
+    assert card_use(torch) is None
 
 
 def test_this_machine_has_some_memory():

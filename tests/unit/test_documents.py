@@ -97,11 +97,11 @@ def test_every_variable_that_is_mentioned_exists(document):
 
 def test_the_readme_names_every_route_and_no_other():
     routes = set()
-    for path in [*ROOT.glob("services/*/*.py"), ROOT / "shared/noodle/metrics.py"]:
-        for method, route in re.findall(r'@\w+\.(get|post)\("(/[^"]+)"\)', text_of(path)):
+    for path in [*ROOT.glob("services/*/*.py"), *ROOT.glob("shared/noodle/*.py")]:
+        for method, route in re.findall(r'@\w+\.(get|post|delete)\("(/[^"]+)"\)', text_of(path)):
             routes.add(f"{method.upper()} {re.sub(r'<.*>', '<id>', route)}")
     assert routes
-    named = {re.sub(r"<.*>", "<id>", each) for each in re.findall(r"`((?:GET|POST) /[^`]*)`", text_of(README))}
+    named = {re.sub(r"<.*>", "<id>", each) for each in re.findall(r"`((?:GET|POST|DELETE) /[^`]*)`", text_of(README))}
     assert named == routes
 
 

@@ -6,15 +6,17 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 
-from noodle.errors import GenerationFailed, LinkLost
-from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanResult, Step, StepResult
+from noodle.errors import GenerationFailed, LinkLost, RequestTimedOut
+from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanResult, StageTiming, Step, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan, StageAssignment
+from noodle.work_queue import RecordedToken, RequestRecord
 from services.coordinator import scheduler as scheduler_module
 from services.coordinator.generate import GenerationLoop
 from services.coordinator.generation import GenerationRequest
 from services.coordinator.pipeline import PipelineDown, PipelineUp, ResultArrived
-from services.coordinator.scheduler import Limits, Scheduler
+from services.coordinator.scheduler import Scheduler
+from services.coordinator.session import Limits
 from tests.support.cluster import wait_until
 
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
@@ -28,10 +30,16 @@ class SilentRecorder:
     def begin(self, record):
         pass
 
-    def token(self, request_id, token_id):
+    def go_on(self, record, tokens):
         pass
 
-    def end(self, request_id):
+    def token(self, request_id, token):
+        pass
+
+    def end(self, request_id, outcome):
+        pass
+
+    def hand_over(self, request_id):
         pass
 
 
@@ -60,10 +68,11 @@ class Rig:
 
     def __init__(self, kv_tokens=1000):
         self.pipeline = StandInPipeline()
+        self.registry = CollectorRegistry()
         self.loop = GenerationLoop(
             Scheduler(step_tokens=64, maximum_running=8),
             SilentRecorder(),
-            CoordinatorMetrics(CollectorRegistry()),
+            CoordinatorMetrics(self.registry),
             lambda plan, epoch, tell: self.pipeline,
             maximum_open=16,
             recovery_seconds=RECOVERY_SECONDS,
@@ -84,20 +93,21 @@ class Rig:
         self.tell(PipelineDown(1, LOST))
         wait_until(lambda: not self.loop.state.up, WAIT_SECONDS, "the loop knows that the pipeline is broken")
 
-    def submit(self, prompt=5, new=4):
-        return self.loop.submit(GenerationRequest(list(range(3, 3 + prompt)), new, SamplingParameters(), frozenset()))
+    def submit(self, prompt=5, new=4, **options):
+        asked = GenerationRequest(list(range(3, 3 + prompt)), new, SamplingParameters(), frozenset(), **options)
+        return self.loop.submit(asked)[1].open_reader()
 
     def step(self, number):
         """The step that was sent as this one, counted from 1."""
         wait_until(lambda: len(self.pipeline.steps) >= number, WAIT_SECONDS, f"step {number}")
         return self.pipeline.steps[number - 1]
 
-    def answer(self, step, token_id=7):
+    def answer(self, step, token_id=7, timings=()):
         spans = [
             SpanResult(s.session_id, s.session_epoch, s.first_position, s.token_count, token_id if s.sampling else None)
             for s in step.spans
         ]
-        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], [])))
+        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], list(timings))))
 
     def refuse(self, step, reason):
         refusals = [
@@ -263,3 +273,85 @@ def test_a_pipeline_that_says_again_that_it_stands_gets_the_steps_on_their_way_a
     step = rig.step(1)
     rig.up()
     assert rig.step(2) == step
+
+
+def test_a_request_that_takes_longer_than_it_may_ends_with_what_it_has(rig):
+    request = rig.submit(timeout_seconds=0.5)
+    rig.answer(rig.step(1))
+    assert wait_until(lambda: request.next(0.05), WAIT_SECONDS, "a token").token_id == 7
+    with pytest.raises(RequestTimedOut) as late:
+        wait_until(lambda: request.next(0.05), WAIT_SECONDS, "no second token comes")
+    error = late.value
+    assert "has 1 tokens" in str(error)
+
+
+def test_a_request_whose_client_may_come_back_goes_on_without_it_for_so_long(rig):
+    _, generation = rig.loop.submit(
+        GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset(), resume_seconds=0.6)
+    )
+    generation.open_reader().cancel()
+    rig.answer(rig.step(1))
+    again = generation.open_reader()
+    assert wait_until(lambda: again.next(0.05), WAIT_SECONDS, "the token that came meanwhile").token_id == 7
+    again.cancel()
+    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "nobody came back")
+    assert "did not come back" in str(generation.failure)
+
+
+def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
+    _, generation = rig.loop.submit(GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset()))
+    first, second = generation.open_reader(), generation.open_reader()
+    rig.answer(rig.step(1))
+    for reader in (first, second):
+        assert wait_until(lambda reader=reader: reader.next(0.05), WAIT_SECONDS, "a token").token_id == 7
+    first.cancel()
+    first.cancel()
+    rig.answer(rig.step(2), 8)
+    assert wait_until(lambda: second.next(0.05), WAIT_SECONDS, "a token").token_id == 8
+    second.cancel()
+    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it is cancelled")
+
+
+def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorded_token(rig):
+    record = RequestRecord("r", [3, 4, 5], 4, 0.0, 1.0, 0, 0, [], True)
+    generation = rig.loop.go_on(record, [RecordedToken(7), RecordedToken(8)], frozenset(), 30.0)
+    assert rig.loop.go_on(record, [], frozenset(), 30.0) is None
+    step = rig.step(1)
+    assert [(span.first_position, span.token_count) for span in step.spans] == [(0, 5)]
+    rig.answer(step, 9)
+    rig.answer(rig.step(2), 10)
+    reader = generation.open_reader()
+    tokens = [wait_until(lambda: reader.next(0.05), WAIT_SECONDS, "a token") for _ in range(4)]
+    assert [token.token_id for token in tokens] == [7, 8, 9, 10]
+    assert tokens[-1].finish_reason == "length"
+
+
+def test_a_request_of_which_all_but_the_end_was_recorded_ends(rig):
+    record = RequestRecord("r", [3, 4, 5], 1, 0.0, 1.0, 0, 0, [], True)
+    generation = rig.loop.go_on(record, [RecordedToken(7, finish_reason="length")], frozenset(), 30.0)
+    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it has ended")
+    assert generation.failure is None
+
+
+def test_the_parts_of_a_requests_time_between_tokens_add_up_to_it(rig):
+    timings = [StageTiming(0, 0.0, 1e-6, 1e-7), StageTiming(1, 2e-7, 2e-6, 0.0)]
+    request = rig.submit(new=4)
+    for number in range(1, 5):
+        rig.answer(rig.step(number), token_id=number, timings=timings)
+    wait_until(lambda: rig.loop._open.get(request.request_id) is None, WAIT_SECONDS, "the request has ended")
+
+    def value(name, **labels):
+        return rig.registry.get_sample_value(name, labels)
+
+    # the result that ended the request is counted after its end
+    wait_until(lambda: value("noodle_step_seconds_count", kind="decode") == 3, WAIT_SECONDS, "three decode steps")
+    assert value("noodle_step_seconds_count", kind="prefill") == 1
+    whole = value("noodle_inter_token_latency_seconds_sum")
+    parts = [
+        value("noodle_token_stage_seconds_total", part=part, stage=stage, machine="vm")
+        for part in ("compute", "wait", "send")
+        for stage in ("0", "1")
+    ]
+    assert parts == pytest.approx([3e-6, 6e-6, 0.0, 6e-7, 3e-7, 0.0])
+    assert value("noodle_token_hop_seconds_total") == pytest.approx(whole - sum(parts))
+    assert value("noodle_e2e_request_latency_seconds_count") == 1

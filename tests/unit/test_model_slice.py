@@ -130,7 +130,7 @@ def test_a_tensor_comes_back_from_the_wire_as_it_was(dtype):
 def test_released_sessions_hold_nothing_and_begin_anew(folder):
     whole = load(folder, 0, 6)
     first = whole.forward(tokens_batch("a", 0, [5, 6, 7], rows=[2])).logits
-    assert whole.kv_bytes_held() == 32 * whole.kv_bytes_per_token
+    assert whole.kv_bytes_held() == 3 * whole.kv_bytes_per_token
     whole.release("a")
     whole.release("a")
     assert whole.kv_bytes_held() == 0
@@ -144,12 +144,25 @@ def test_released_sessions_hold_nothing_and_begin_anew(folder):
 def test_a_batch_that_passes_the_kv_budget_is_refused_and_reserves_nothing(folder):
     whole = load(folder, 0, 6)
     whole.set_kv_budget(40 * whole.kv_bytes_per_token)
-    batch = PackedBatch((Span("a", 0, 1, 32), Span("b", 0, 1, 32)), NO_ROWS, token_ids=np.array([5, 6]))
+    batch = PackedBatch((Span("a", 0, 32, 32), Span("b", 0, 9, 32)), NO_ROWS, token_ids=np.arange(41))
     with pytest.raises(StepRefused) as refusal:
         whole.forward(batch)
     assert refusal.value.reason == "kv_budget"
     assert "session b" in str(refusal.value)
-    whole.forward(tokens_batch("c", 0, [5], reserve_tokens=40))
+    whole.forward(tokens_batch("c", 0, list(range(40)), reserve_tokens=40))
+
+
+def test_copied_rows_compute_what_computed_ones_do(folder):
+    ids = list(range(20, 44))
+    whole = load(folder, 0, 6)
+    expected = whole.forward(tokens_batch("a", 0, ids, rows=[23])).logits
+    whole.forward(tokens_batch("b", 0, ids[:16]))
+    whole.copy_rows("b", "c", 16, 32)
+    whole.release("b")
+    got = whole.forward(tokens_batch("c", 16, ids[16:], rows=[7])).logits
+    assert np.allclose(got, expected, atol=1e-5)
+    with pytest.raises(PositionGap):
+        whole.copy_rows("b", "d", 16, 32)
 
 
 def test_hidden_states_that_do_not_fit_the_spans_are_refused(folder):
@@ -206,9 +219,9 @@ def test_a_session_that_reserves_more_keeps_its_rows_and_its_budget_is_counted(f
     growing.forward(tokens_batch("a", 8, ids[8:16], reserve_tokens=16))
     got = growing.forward(tokens_batch("a", 16, ids[16:], rows=[7], reserve_tokens=32)).logits
     assert np.allclose(got, expected, atol=1e-5)
-    assert growing.kv_bytes_held() == 32 * growing.kv_bytes_per_token
+    assert growing.kv_bytes_held() == 24 * growing.kv_bytes_per_token
     with pytest.raises(StepRefused):
-        growing.forward(tokens_batch("a", 24, [5], reserve_tokens=41))
-    growing.forward(tokens_batch("a", 24, [5], reserve_tokens=40))
+        growing.forward(tokens_batch("a", 24, list(range(17)), reserve_tokens=64))
+    growing.forward(tokens_batch("a", 24, list(range(16)), reserve_tokens=64))
     growing.release("a")
-    growing.forward(tokens_batch("b", 0, [5], reserve_tokens=40))
+    growing.forward(tokens_batch("b", 0, list(range(40)), reserve_tokens=64))

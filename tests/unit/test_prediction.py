@@ -1,7 +1,8 @@
+import msgspec
 import pytest
 
-from noodle.plan import StageAssignment
-from services.planner.prediction import HopCost, in_words, predict
+from noodle.plan import Plan, StageAssignment
+from services.planner.prediction import HopCost, in_words, planned_token_seconds, predict
 from tests.unit.test_partition import a_machine
 
 
@@ -24,6 +25,17 @@ def test_a_token_waits_for_every_stage_and_every_hop() -> None:
     assert prediction.stage_seconds == pytest.approx((0.008, 0.013))
     assert prediction.token_seconds == pytest.approx(0.008 + 0.013 + 3 * 0.0005)
     assert prediction.steady_token_seconds == pytest.approx(0.013)
+
+
+def test_a_plan_that_stands_says_the_same_of_a_token_without_its_machines() -> None:
+    hop = HopCost(0.0005, "measured")
+    prediction = predict(stages(8, 4), MACHINES, hop)
+    told = [
+        msgspec.structs.replace(stage, decode_seconds=seconds)
+        for stage, seconds in zip(stages(8, 4), prediction.stage_seconds, strict=True)
+    ]
+    plan = Plan(1, "digest", 12, 64, 300, 256, tuple(told))
+    assert planned_token_seconds(plan, hop) == pytest.approx(prediction.token_seconds)
 
 
 def test_the_slowest_stage_sets_the_pace_of_a_prompt() -> None:

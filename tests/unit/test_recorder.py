@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from noodle.errors import QueueUnavailable
-from noodle.work_queue import RequestRecord
+from noodle.work_queue import RecordedToken, RequestRecord
 from services.coordinator.recorder import Recorder
 from tests.support.cluster import wait_until
 
@@ -27,15 +27,15 @@ class QueueThatGoesAway:
         self._there()
         return self.server
 
-    def record_request(self, record, token_ids=()):
+    def record_request(self, record, tokens=()):
         self._there()
         self.records[record.request_id] = record
-        self.tokens[record.request_id] = list(token_ids)
+        self.tokens[record.request_id] = [token.token_id for token in tokens]
 
     def record_tokens(self, batches):
         self._there()
-        for name, token_ids in batches.items():
-            self.tokens[name] += token_ids
+        for name, tokens in batches.items():
+            self.tokens[name] += [token.token_id for token in tokens]
 
     def forget_request(self, request_id):
         self._there()
@@ -71,9 +71,9 @@ def recorder(queue):
 def test_tokens_follow_their_request_and_the_end_takes_both_away(recorder, queue):
     recorder.begin(a_record())
     for token_id in (5, 6, 7):
-        recorder.token("a", token_id)
+        recorder.token("a", RecordedToken(token_id))
     wait_until(lambda: queue.tokens.get("a") == [5, 6, 7], 5, "the tokens are recorded")
-    recorder.end("a")
+    recorder.end("a", "finished")
     wait_until(lambda: not queue.records, 5, "the record is gone")
 
 
@@ -86,11 +86,11 @@ def test_a_request_that_can_not_be_recorded_is_refused(recorder, queue):
 def test_what_valkey_lost_while_it_was_away_is_written_again_whole(recorder, queue):
     recorder.begin(a_record())
     recorder.begin(a_record("ends meanwhile"))
-    recorder.token("a", 5)
+    recorder.token("a", RecordedToken(5))
     wait_until(lambda: queue.tokens.get("a") == [5], 5, "the first token is recorded")
     queue.away = True
-    recorder.token("a", 6)
-    recorder.end("ends meanwhile")
+    recorder.token("a", RecordedToken(6))
+    recorder.end("ends meanwhile", "finished")
     wait_until(lambda: recorder._server_id == "", 5, "the recorder noticed")
     queue.restart()
     queue.away = False
@@ -99,15 +99,29 @@ def test_what_valkey_lost_while_it_was_away_is_written_again_whole(recorder, que
 
 def test_a_valkey_that_came_back_unnoticed_gets_everything_again(recorder, queue):
     recorder.begin(a_record())
-    recorder.token("a", 5)
+    recorder.token("a", RecordedToken(5))
     wait_until(lambda: queue.tokens.get("a") == [5], 5, "the first token is recorded")
     queue.restart()
-    recorder.token("a", 6)
+    recorder.token("a", RecordedToken(6))
     wait_until(lambda: queue.tokens == {"a": [5, 6]}, 5, "both tokens are there")
 
 
 def test_a_token_of_a_request_that_has_ended_is_nobodys(recorder, queue):
-    recorder.token("unknown", 1)
+    recorder.token("unknown", RecordedToken(1))
     recorder.begin(a_record())
     wait_until(lambda: "a" in queue.records, 5, "the request is recorded")
     assert queue.tokens == {"a": []}
+
+
+def test_a_request_whose_client_may_come_back_is_kept_with_how_it_ended(recorder, queue):
+    recorder.begin(RequestRecord("a", [1, 2], 9, 0.0, 1.0, 0, 0, [], False, resume_seconds=5.0))
+    recorder.token("a", RecordedToken(5))
+    recorder.end("a", "finished")
+    wait_until(lambda: queue.records["a"].outcome == "finished", 5, "its end is recorded")
+    assert queue.tokens == {"a": [5]}
+
+
+def test_a_request_that_goes_on_from_another_coordinator_keeps_its_tokens(recorder, queue):
+    recorder.go_on(a_record(), [RecordedToken(4)])
+    recorder.token("a", RecordedToken(5))
+    wait_until(lambda: queue.tokens.get("a") == [4, 5], 5, "both are recorded")

@@ -1,7 +1,8 @@
 import random
 
 from noodle.messages import SamplingParameters, SpanRefusal, SpanResult, StepResult, TokenScore
-from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_RETRY_SECONDS, Limits, Scheduler, Session
+from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_RETRY_SECONDS, Scheduler
+from services.coordinator.session import Limits, Session
 
 END = 2
 
@@ -84,14 +85,29 @@ def test_decode_does_not_wait_for_a_long_prompt():
 
 
 def test_a_session_waits_until_its_kv_rows_are_free():
-    scheduler = a_scheduler(kv_tokens=20)
+    scheduler = a_scheduler(kv_tokens=30, step_tokens=100)
     scheduler.add(a_session("a", new=10))
-    scheduler.add(a_session("b", new=10))
+    scheduler.add(a_session("b", prompt=15, new=10))
     flight = scheduler.next_step(0)
     assert [span.session_id for span in flight.step.spans] == ["a"]
     assert scheduler.waiting_count == 1
-    assert scheduler.remove("a")
+    assert scheduler.remove("a") == ["a"]
     assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["b"]
+
+
+def test_a_request_that_reserves_much_and_needs_little_keeps_nobody_waiting():
+    scheduler = a_scheduler(kv_tokens=100, step_tokens=100)
+    scheduler.add(a_session("a", new=90))
+    scheduler.add(a_session("b", new=90))
+    assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["a", "b"]
+
+
+def test_stages_that_hold_whole_reservations_are_not_given_more_than_they_hold():
+    scheduler = a_scheduler(kv_tokens=100, step_tokens=100)
+    scheduler.limits = Limits(1, 2, 100, 1000, 0.01, 0.001, reserved_kv_tokens=100)
+    scheduler.add(a_session("a", new=90))
+    scheduler.add(a_session("b", new=90))
+    assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["a"]
 
 
 def test_a_result_that_comes_twice_counts_once():
@@ -147,7 +163,7 @@ def test_sessions_that_find_no_room_go_back_to_the_head_of_the_line_and_are_trie
 
 
 def test_one_session_without_room_leaves_the_others_of_its_step_alone():
-    scheduler = a_scheduler(step_tokens=100, kv_tokens=18)
+    scheduler = a_scheduler(step_tokens=100)
     for name in "ab":
         scheduler.add(a_session(name))
     flight = scheduler.next_step(0)
@@ -351,7 +367,186 @@ def test_in_a_random_life_no_token_is_lost_or_doubled():
 
 def test_a_prompt_is_cut_so_that_every_stage_computes_at_once():
     scheduler = a_scheduler(step_tokens=512)
-    scheduler.add(a_session(prompt=100))
+    scheduler.add(a_session(prompt=200))
     flights = [scheduler.next_step(0), scheduler.next_step(0)]
-    assert [flight.step.spans[0].token_count for flight in flights] == [50, 50]
-    assert [flight.step.spans[0].sampling is None for flight in flights] == [True, False]
+    counts = [flight.step.spans[0].token_count for flight in flights]
+    assert counts[0] == counts[1] < 100
+    assert [flight.step.spans[0].sampling for flight in flights] == [None, None]
+
+
+# room
+
+
+def decoded(scheduler, count, token_id=7, now=0.0):
+    """Let steps come back until so many tokens have come."""
+    tokens = []
+    while len(tokens) < count:
+        tokens += scheduler.apply(answer(scheduler.next_step(now), token_id))[1]
+    return tokens
+
+
+def test_when_room_runs_out_the_youngest_gives_way_and_comes_back_with_all_its_tokens():
+    scheduler = a_scheduler(stages=1, step_tokens=100, kv_tokens=60)
+    old, young = a_session("old", prompt=10, new=30, end=()), a_session("young", prompt=10, new=30, end=())
+    scheduler.add(old)
+    scheduler.add(young)
+    released = []
+    while not old.finished:
+        flight = scheduler.next_step(0)
+        released += flight.step.released
+        assert sum(s.first_position + s.token_count for s in flight.step.spans) <= 60
+        scheduler.apply(answer(flight))
+    assert scheduler.counts.preemptions == 1
+    assert [(each.session_id, each.session_epoch) for each in released] == [("young", 1)]
+    kept = list(young.token_ids)
+    scheduler.remove("old")
+    span = scheduler.next_step(0).step.spans[0]
+    assert (span.session_id, span.session_epoch, span.first_position) == ("young", 2, 0)
+    assert (span.token_count, young.token_ids) == (len(kept), kept)
+    assert young.replays == 0  # that others needed its room is not its fault
+
+
+def test_a_lower_priority_gives_way_before_a_younger_one():
+    scheduler = a_scheduler(stages=1, step_tokens=100, kv_tokens=60)
+    first, second = a_session("first", 10, 30, ()), a_session("second", 10, 30, ())
+    first.priority = 5
+    scheduler.add(first)
+    scheduler.next_step(0)
+    scheduler.replay_all()
+    scheduler.add(second)
+    while scheduler.counts.preemptions == 0:
+        scheduler.apply(answer(scheduler.next_step(0)))
+    assert [session.session_id for session in scheduler.running] == ["second"]
+
+
+def test_however_little_room_there_is_all_sessions_end_and_hold_no_more_than_it():
+    chance = random.Random(5)
+    scheduler = a_scheduler(stages=2, step_tokens=16, kv_tokens=48, maximum_running=8)
+    sessions = [a_session(f"s{i}", chance.randrange(1, 20), chance.randrange(1, 25), ()) for i in range(24)]
+    for session in sessions:
+        scheduler.add(session)
+    stage = {}  # what one stage holds: rows by session
+    flights, ended = [], 0
+    for _ in range(20_000):
+        flight = scheduler.next_step(0)
+        if flight is not None:
+            for each in flight.step.released:
+                if stage.get(each.session_id, (0, 0))[0] <= each.session_epoch:
+                    stage.pop(each.session_id, None)
+            for span in flight.step.spans:
+                _, rows = stage.get(span.session_id, (0, 0))
+                stage[span.session_id] = span.session_epoch, max(rows, span.first_position + span.token_count)
+            assert sum(rows for _, rows in stage.values()) <= 48
+            flights.append(flight)
+        if flights and (flight is None or chance.random() < 0.5):
+            for token in scheduler.apply(answer(flights.pop(0)))[1]:
+                if token.finish_reason:
+                    ended += 1
+                    for name in scheduler.remove(token.session.session_id, keep_rows=chance.random() < 0.5):
+                        stage.pop(name, None)
+        if ended == len(sessions):
+            break
+    assert ended == len(sessions)
+    assert scheduler.counts.preemptions > 0
+    assert set(stage) == set(scheduler.held_ids)
+
+
+# rows of others
+
+
+def test_a_prompt_that_begins_like_an_ended_one_copies_its_rows():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    scheduler.add(a_session("first", prompt=40, new=2, end=()))
+    decoded(scheduler, 2)
+    assert scheduler.remove("first", keep_rows=True) == []
+    assert scheduler.held_ids == ["first"]
+    second = a_session("second", prompt=60, new=1)
+    scheduler.add(second)
+    span = scheduler.next_step(0).step.spans[0]
+    assert (span.first_position, span.token_count) == (40, 20)
+    assert (span.prefix.session_id, span.prefix.session_epoch, span.prefix.token_count) == ("first", 1, 40)
+    assert (scheduler.counts.prompt_tokens, scheduler.counts.reused_tokens) == (100, 40)
+
+
+def test_a_prompt_that_is_wholly_there_still_computes_its_last_token():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    scheduler.add(a_session("first", prompt=40, new=2, end=()))
+    decoded(scheduler, 2)
+    scheduler.remove("first", keep_rows=True)
+    scheduler.add(a_session("second", prompt=40, new=1))
+    span = scheduler.next_step(0).step.spans[0]
+    assert (span.first_position, span.token_count, span.prefix.token_count) == (39, 1, 39)
+    assert span.sampling is not None
+
+
+def test_rows_of_a_session_that_still_runs_are_copied_too():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    scheduler.add(a_session("first", prompt=40, new=20, end=()))
+    scheduler.apply(answer(scheduler.next_step(0)))
+    scheduler.add(a_session("second", prompt=50, new=1))
+    spans = {span.session_id: span for span in scheduler.next_step(0).step.spans}
+    assert spans["second"].prefix.token_count == 40
+
+
+def test_a_chats_next_turn_makes_the_turn_before_redundant():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    scheduler.add(a_session("first", prompt=40, new=2, end=()))
+    decoded(scheduler, 2)
+    scheduler.remove("first", keep_rows=True)
+    second = a_session("second", prompt=41, new=2, end=())
+    second.token_ids[40] = 7  # what the first one answered
+    scheduler.add(second)
+    decoded(scheduler, 2)
+    assert scheduler.remove("second", keep_rows=True) == ["first"]
+    assert scheduler.held_ids == ["second"]
+
+
+def test_kept_rows_give_way_before_any_session_does():
+    scheduler = a_scheduler(stages=1, step_tokens=100, kv_tokens=80)
+    scheduler.add(a_session("first", prompt=40, new=2, end=()))
+    decoded(scheduler, 2)
+    scheduler.remove("first", keep_rows=True)
+    other = a_session("other", prompt=60, new=2)
+    other.token_ids = list(range(100, 160))
+    scheduler.add(other)
+    flight = scheduler.next_step(0)
+    assert [each.session_id for each in flight.step.released] == ["first"]
+    assert (scheduler.kept_rows, scheduler.counts.preemptions) == (0, 0)
+
+
+def test_prompts_whose_log_probabilities_are_wanted_are_computed_whole():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    scheduler.add(a_session("first", prompt=40, new=2, end=()))
+    decoded(scheduler, 2)
+    scheduler.remove("first", keep_rows=True)
+    second = a_session("second", prompt=60, new=1)
+    second.scores = [None] * 59
+    scheduler.add(second)
+    span = scheduler.next_step(0).step.spans[0]
+    assert (span.first_position, span.prefix) == (0, None)
+
+
+def test_rows_that_are_gone_on_some_stage_are_computed_anew():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    scheduler.add(a_session("first", prompt=40, new=2, end=()))
+    decoded(scheduler, 2)
+    scheduler.remove("first", keep_rows=True)
+    scheduler.add(a_session("second", prompt=60, new=1))
+    flight = scheduler.next_step(0)
+    scheduler.replay_all()
+    assert scheduler.held_ids == ["second"]
+    span = scheduler.next_step(0).step.spans[0]
+    assert (span.session_epoch, span.first_position, span.prefix) == (2, 0, None)
+    assert scheduler.apply(answer(flight)) == (None, [], [])
+
+
+def test_a_stage_that_lost_the_rows_to_copy_says_so_and_the_session_begins_anew():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    scheduler.add(a_session("first", prompt=40, new=2, end=()))
+    decoded(scheduler, 2)
+    scheduler.remove("first", keep_rows=True)
+    scheduler.add(a_session("second", prompt=60, new=1))
+    assert scheduler.apply(refusal(scheduler.next_step(0), "prefix_lost"))[2] == []
+    step = scheduler.next_step(0).step
+    assert (step.spans[0].session_epoch, step.spans[0].first_position, step.spans[0].prefix) == (2, 0, None)
+    assert "first" in [each.session_id for each in step.released]

@@ -1,4 +1,4 @@
-from noodle.messages import Step, StepSpan
+from noodle.messages import PrefixCopy, ReleasedSession, Step, StepSpan
 from services.stage.sessions import MAXIMUM_EARLY_SPANS, UNLISTED_SECONDS, SessionTable
 
 ROW_BYTES = 4
@@ -109,3 +109,34 @@ def test_all_but_the_listed_sessions_are_freed_at_once_when_that_is_asked():
     compute(table, span_of("a"), span_of("b"), span_of("c"))
     assert sorted(table.release_unlisted(["b", "unknown"])) == ["a", "c"]
     assert (len(table), table.length("b")) == (1, 1)
+
+
+def starting_with(donor, count, name="b", first=None, tokens=2, donor_epoch=1):
+    first = count if first is None else first
+    return StepSpan(name, 1, first, tokens, 100, prefix=PrefixCopy(donor, donor_epoch, count))
+
+
+def test_a_session_begins_with_the_rows_of_another():
+    table = SessionTable(0)
+    compute(table, span_of(count=8))
+    admission = admit(table, starting_with("a", 5))
+    assert (admission.compute, admission.copies, table.length("b")) == ([0], [0], 5)
+    again = admit(table, starting_with("a", 5))  # the same step, sent again
+    assert (again.compute, again.copies) == ([0], [])
+
+
+def test_rows_that_another_does_not_have_are_refused_and_leave_nothing():
+    table = SessionTable(0)
+    compute(table, span_of(count=4))
+    for span in (starting_with("a", 5), starting_with("nobody", 3), starting_with("a", 3, donor_epoch=2)):
+        admission = admit(table, span)
+        assert [refusal.reason for refusal in admission.refusals] == ["prefix_lost"]
+        assert (admission.compute, len(table)) == ([], 1)
+
+
+def test_a_release_of_an_older_epoch_leaves_a_session_that_began_anew():
+    table = SessionTable(0)
+    compute(table, span_of(epoch=2, count=4), span_of("b", count=1))
+    old = [ReleasedSession("a", 1), ReleasedSession("b", 1), ReleasedSession("nobody", 9)]
+    assert table.release_old(old) == ["b"]
+    assert table.length("a") == 4

@@ -27,7 +27,7 @@ class RowSlice:
     def __init__(self, fault=None):
         self.fault, self.asked = fault, []
 
-    def reserve(self, session_id, tokens):
+    def reserve(self, session_id, tokens, end):
         pass
 
     def forward(self, batch):
@@ -125,3 +125,21 @@ def test_what_goes_wrong_with_a_step_is_logged_under_the_id_of_each_of_its_reque
     lines.clear()
     answer_of(a_step(a_span("mine-3", scored_token_ids=[VOCABULARY])), RowSlice(), 3)
     assert [request_id for request_id, _ in lines] == ["mine-3"]
+
+
+class NotNumbers(RowSlice):
+    """The first row's logits are none."""
+
+    def logits_of(self, rows):
+        logits = super().logits_of(rows)
+        logits[0] = np.nan
+        return logits
+
+
+def test_a_session_whose_logits_are_not_numbers_fails_alone_and_says_so():
+    asks = {"sampling": SamplingParameters()}
+    answer = answer_of(a_step(a_span("a", 3, **asks), a_span("b", 3, **asks)), NotNumbers(), 6)
+    assert [(span.session_id, span.token_id) for span in answer.spans] == [("b", 5)]
+    ((refused),) = answer.refusals
+    assert (refused.session_id, refused.reason) == ("a", "computation_failed")
+    assert "NaN" in refused.message

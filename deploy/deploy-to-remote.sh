@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Starts machine B by ssh and machine A here, and verifies both together; --stop takes both down.
+#   deploy/deploy-to-remote.sh 192.168.1.102 [--user NAME] [--address 192.168.1.101] [--stop]
+# All of it is in `noodle deploy` (`--help` says the rest); this finds or makes the command first.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source deploy/command.sh
+noodle deploy --remote "${1:?Give the IP address of machine B, as 192.168.1.102}" "${@:2}"

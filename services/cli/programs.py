@@ -1,0 +1,126 @@
+"""Runs other programs (docker, ssh, nvidia-smi) for their output, each with a limit in time; knows none of them."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Run = Callable[[Sequence[str], float], "Ran"]
+System = Literal["linux", "windows", "other"]
+KEPT_LINES = 40  # of a program that is followed
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a program said before it ended, or why there is nothing."""
+
+    code: int = 0
+    output: str = ""
+    errors: str = ""
+    is_missing: bool = False  # there is no such program
+    is_late: bool = False  # it was ended when its time was over
+
+    @property
+    def is_good(self) -> bool:
+        """It ran to its end and was content."""
+        return self.code == 0 and not self.is_missing and not self.is_late
+
+    @property
+    def said(self) -> str:
+        """Its last words, for a message."""
+        lines = [line.strip() for line in (self.errors or self.output).splitlines() if line.strip()]
+        return lines[-1] if lines else f"exit code {self.code}"
+
+
+def run_program(arguments: Sequence[str], seconds: float, folder: Path | None = None, sent: str = "") -> Ran:
+    """Run it to its end or for so many seconds, `sent` on its standard input."""
+    try:
+        done = subprocess.run(
+            list(arguments),
+            capture_output=True,
+            input=sent.encode(),
+            timeout=seconds,
+            check=False,
+            cwd=folder,
+        )
+    except FileNotFoundError:
+        return Ran(code=127, is_missing=True)
+    except PermissionError as error:
+        return Ran(code=126, errors=f"{error.strerror}")
+    except subprocess.TimeoutExpired:
+        return Ran(code=124, is_late=True)
+    return Ran(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+def this_system() -> System:
+    """Which system's commands cure something here."""
+    if sys.platform == "win32":
+        return "windows"
+    return "linux" if sys.platform.startswith("linux") else "other"
+
+
+def is_wsl() -> bool:
+    """Whether this Linux runs inside Windows."""
+    try:
+        return "microsoft" in Path("/proc/sys/kernel/osrelease").read_text(encoding="ascii").lower()
+    except OSError:  # no Linux at all
+        return False
+
+
+def follow_program(
+    arguments: Sequence[str],
+    seconds: float,
+    say: Callable[[str], None],
+    *,
+    folder: Path | None = None,
+    sent: bytes = b"",
+) -> Ran:
+    """The same for a program that takes minutes: each line that it prints is said at once, the last ones are kept."""
+    try:
+        process = subprocess.Popen(
+            list(arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
+        )
+    except FileNotFoundError:
+        return Ran(code=127, is_missing=True)
+    late = threading.Event()
+
+    def end_late() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, end_late)
+    timer.daemon = True
+    timer.start()
+    feeder = threading.Thread(target=_feed, args=(process, sent), daemon=True)
+    feeder.start()
+    kept: deque[str] = deque(maxlen=KEPT_LINES)
+    try:
+        assert process.stdout is not None  # noqa: S101  # asked for above
+        for raw in process.stdout:
+            line = raw.decode(errors="replace").rstrip()
+            kept.append(line)
+            say(line)
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+    feeder.join()
+    return Ran(code, "\n".join(kept), is_late=late.is_set())
+
+
+def _feed(process: subprocess.Popen[bytes], sent: bytes) -> None:
+    assert process.stdin is not None  # noqa: S101  # asked for by whoever calls this
+    with contextlib.suppress(OSError):  # it ended, or takes no input; its exit code tells
+        process.stdin.write(sent)
+    with contextlib.suppress(OSError):
+        process.stdin.close()

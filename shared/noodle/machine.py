@@ -1,0 +1,99 @@
+"""What Linux says of this machine and of the container around this process: processor time, memory, limits.
+
+Reads /proc and cgroup files when it is asked, and nothing else; what is not there is None. Knows no torch and no card.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class MachineUse:
+    """All of the machine, as a container sees it too; under Docker Desktop that is its virtual machine."""
+
+    core_count: int
+    busy_seconds: float  # of all cores together since the machine started
+    memory_bytes: int
+    available_bytes: int  # that programs may still take
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerUse:
+    """What this process's container may take and has taken; None where nothing limits it."""
+
+    cgroup_version: int | None = None
+    memory_limit_bytes: int | None = None
+    memory_bytes: int | None = None  # without pages of files that the system takes back when it needs them
+    core_limit: float | None = None
+
+
+def machine_use(proc: Path = PROC) -> MachineUse | None:
+    """The machine now, None where there is no /proc as Linux has it."""
+    try:
+        lines = (proc / "stat").read_text(encoding="ascii").splitlines()
+        memory = (proc / "meminfo").read_text(encoding="ascii").splitlines()
+        total_line = next(line for line in lines if line.startswith("cpu "))
+        kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in memory)}
+        # user nice system idle iowait irq softirq steal; guests are counted in user and nice already
+        ticks = [int(part) for part in total_line.split()[1:9]]
+        busy_seconds = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        return MachineUse(
+            core_count=sum(line.startswith("cpu") for line in lines) - 1,
+            busy_seconds=busy_seconds,
+            memory_bytes=kilobytes["MemTotal"] * 1024,
+            available_bytes=kilobytes["MemAvailable"] * 1024,
+        )
+    except (OSError, AttributeError, StopIteration, LookupError, ValueError):
+        return None  # not Linux, or a file of another form: the metric is absent then, and never a wrong number
+
+
+def container_use(cgroup: Path = CGROUP) -> ContainerUse:
+    """The container now, by cgroup version 2 or 1."""
+    for version, folder, limit_name, used_name, inactive_name in (
+        (2, cgroup, "memory.max", "memory.current", "inactive_file"),
+        (1, cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit_bytes, used_bytes = _number_in(folder / limit_name), _number_in(folder / used_name)
+        if limit_bytes is None or used_bytes is None or limit_bytes >= NO_LIMIT_BYTES:
+            continue
+        used_bytes -= _named_number_in(folder / "memory.stat", inactive_name)
+        return ContainerUse(version, limit_bytes, max(0, used_bytes), _core_limit(cgroup))
+    return ContainerUse(core_limit=_core_limit(cgroup))
+
+
+def _number_in(path: Path) -> int | None:
+    """The number a file holds; None when it is not there or says `max`."""
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="ascii").strip()
+    return int(text) if text.isdigit() else None
+
+
+def _named_number_in(path: Path, name: str) -> int:
+    """The number after a name at the start of a line, 0 when there is none."""
+    if not path.is_file():
+        return 0
+    for line in path.read_text(encoding="ascii").splitlines():
+        key, _, number = line.partition(" ")
+        if key == name:
+            return int(number)
+    return 0
+
+
+def _core_limit(cgroup: Path) -> float | None:
+    """How many cores' time the container may take, None when nothing limits it."""
+    if (cgroup / "cpu.max").is_file():
+        quota, _, period = (cgroup / "cpu.max").read_text(encoding="ascii").strip().partition(" ")
+        return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+    quota_number, period_number = (
+        _number_in(cgroup / "cpu" / "cpu.cfs_quota_us"),  # -1, which is no number here: no limit
+        _number_in(cgroup / "cpu" / "cpu.cfs_period_us"),
+    )
+    return quota_number / period_number if quota_number and period_number else None

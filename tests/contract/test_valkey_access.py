@@ -1,0 +1,121 @@
+"""A real Valkey with the ACL file that `noodle init` writes: all of the work queue passes, and nothing else does."""
+
+import inspect
+import subprocess
+
+import pytest
+import redis
+
+from noodle.errors import QueueUnavailable
+from noodle.plan import MachineReport, Plan, PlannerState, StageState
+from noodle.valkey_access import USER, acl_text
+from noodle.work_queue import RecordedToken, RequestRecord, WorkQueue
+from services.cli.valkey import server_binary
+from tests.support.cluster import free_ports, wait_until
+
+PASSWORD = "the password of the cluster"
+URL_0, URL_1 = "http://127.0.0.1:8081", "http://127.0.0.1:8082"
+REPORT = MachineReport(0, "vm", URL_0, "boot", "0.1.0", "digest", "cpu", "cpu", "float32", 1, 1, 0.1, 0.1, 0.1)
+RECORD = RequestRecord("id", [1, 2], 3, 0.0, 1.0, 0, 0, [], False)
+# every method, in an order in which each has something to do
+TOKENS = [RecordedToken(4), RecordedToken(5), RecordedToken(6)]
+CALLS = {
+    "server_id": lambda work: work.server_id(),
+    "next_plan_version": lambda work: work.next_plan_version() == 1,
+    "put_plan": lambda work: work.put_plan(Plan(1, "digest", 1, 1, 1, 1, ())) is None,
+    "plan": lambda work: work.plan().version == 1,
+    "put_planner_state": lambda work: work.put_planner_state(PlannerState("waiting")) is None,
+    "planner_state": lambda work: work.planner_state().phase == "waiting",
+    "claim_stage": lambda work: work.claim_stage(0, URL_0) == URL_0,
+    "put_report": lambda work: work.put_report(REPORT) is None,
+    "reports": lambda work: work.reports() == [REPORT],
+    "put_stage_state": lambda work: work.put_stage_state(StageState(0, "vm", "boot", "ready")) is None,
+    "stage_states": lambda work: set(work.stage_states()) == {0},
+    "states_of": lambda work: set(work.states_of([0, 1])) == {0},
+    "forget_stage": lambda work: work.forget_stage(0, URL_0) is None and work.stage_states() == {},
+    "take_lease": lambda work: work.take_lease("me") == 1,
+    "renew_lease": lambda work: work.renew_lease("me"),
+    "leader": lambda work: work.leader() == "me",
+    "end_lease": lambda work: work.end_lease("me") is None and work.leader() is None,
+    "record_request": lambda work: work.record_request(RECORD, [RecordedToken(4)]) is None,
+    "record_tokens": lambda work: work.record_tokens({"id": [RecordedToken(5), RecordedToken(6)]}) is None,
+    "recorded_request": lambda work: work.recorded_request("id") == (RECORD, TOKENS),
+    "recorded_requests": lambda work: work.recorded_requests() == [(RECORD, TOKENS)],
+    "forget_request": lambda work: work.forget_request("id") is None and work.recorded_request("id") is None,
+    "append": lambda work: work.append("noodle:results", b"entry") is None,
+    "newest": lambda work: work.newest("noodle:results") != "0-0",
+    "read": lambda work: [entry for _, entry in work.read("noodle:results", "0-0", 0.1)] == [b"entry"],
+}
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("valkey")
+    (folder / "valkey.acl").write_text(acl_text(PASSWORD), encoding="utf-8")
+    (port,) = free_ports(1)
+    arguments = ["--port", str(port), "--bind", "127.0.0.1", "--aclfile", "valkey.acl", "--appendonly", "yes"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([server_binary(), *arguments], cwd=folder, stdout=log)
+    try:
+        with redis.Redis(port=port, username=USER, password=PASSWORD) as client:
+
+            def answers():
+                try:
+                    return client.ping()
+                except redis.RedisError:
+                    return False
+
+            wait_until(answers, 10, "Valkey answers")
+        yield port
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_all_of_the_work_queue_passes(port):
+    work = WorkQueue(f"redis://{USER}@127.0.0.1:{port}", PASSWORD)
+    public = {name for name, _ in inspect.getmembers(WorkQueue, inspect.isfunction) if not name.startswith("_")}
+    assert set(CALLS) == public
+    for name, call in CALLS.items():
+        assert call(work), name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("GET", "other:key"), ("SET", "other:key", "1"), ("KEYS", "*"), ("FLUSHALL",), ("CONFIG", "GET", "dir"),
+        ("ACL", "LIST"), ("SHUTDOWN",), ("MONITOR",), ("PUBLISH", "noodle:x", "1"),
+        ("EVAL", "return redis.call('get', KEYS[1])", "1", "other:key"), ("MODULE", "LIST"), ("SAVE",),
+        ("REPLICAOF", "127.0.0.1", "1"), ("CLIENT", "KILL", "TYPE", "normal"),
+    ],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_what_noodle_does_not_need_is_refused(port, command):
+    with (
+        redis.Redis(port=port, username=USER, password=PASSWORD) as client,
+        pytest.raises(redis.exceptions.NoPermissionError),
+    ):
+        client.execute_command(*command)
+
+
+@pytest.mark.parametrize("who", [{}, {"password": "guess"}, {"username": USER, "password": "guess"}])
+def test_nobody_else_is_let_in(port, who):
+    with redis.Redis(port=port, **who) as client, pytest.raises(redis.AuthenticationError):
+        client.get("noodle:plan")
+
+
+def test_a_wrong_password_is_said_with_its_cure(port):
+    with pytest.raises(QueueUnavailable, match="refuses the password") as refused:
+        WorkQueue(f"redis://{USER}@127.0.0.1:{port}", "guess").plan()
+    assert "NOODLE_VALKEY_PASSWORD" in refused.value.cure
+
+
+def test_a_number_belongs_to_the_stage_that_has_it_until_that_is_silent_or_gone(port):
+    work = WorkQueue(f"redis://{USER}@127.0.0.1:{port}", PASSWORD)
+    assert work.claim_stage(7, URL_0) == URL_0
+    assert work.claim_stage(7, URL_1) == URL_0
+    assert work.claim_stage(7, URL_0) == URL_0
+    work.forget_stage(7, URL_1)  # not its own
+    assert work.claim_stage(7, URL_1) == URL_0
+    work.forget_stage(7, URL_0)
+    assert work.claim_stage(7, URL_1) == URL_1

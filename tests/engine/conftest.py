@@ -1,0 +1,52 @@
+import os
+import time
+
+import pytest
+
+from tests.engine.engine import CONTROL, STAGE, Built, build, require_base_images, require_engine
+from tests.engine.project import Project
+from tests.support.real_model import real_model_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine():
+    """An engine with the base images; these tests skip without one, and fail in CI."""
+    require_engine()
+    require_base_images()
+
+
+@pytest.fixture(scope="session")
+def images(engine):
+    """Both images, built from this folder.
+
+    torch comes from the index that pip is set to unless TORCH_INDEX_URL names another: an index with wheels for CPUs
+    alone is not reached everywhere.
+    """
+    torch_index_url = os.environ.get("TORCH_INDEX_URL", "")
+    seconds = {}
+    for target, tag, arguments in (("control", CONTROL, {}), ("stage", STAGE, {"TORCH_INDEX_URL": torch_index_url})):
+        began = time.monotonic()
+        build("Dockerfile.cpu", target, tag, **arguments)
+        seconds[target] = time.monotonic() - began
+    print("images built in", {target: f"{taken:.1f} s" for target, taken in seconds.items()})
+    return Built(torch_index_url)
+
+
+@pytest.fixture(scope="module")
+def project(images, tmp_path_factory):
+    """A whole noodle on one host, as the README says it: init, then up."""
+    project = Project(tmp_path_factory.mktemp("single"))
+    try:
+        project.init()
+        project.up()
+        print(f"one host: ready {project.wait_ready():.1f} s after up")
+        yield project
+    finally:
+        project.down()
+    assert project.left_behind() == []
+
+
+@pytest.fixture(scope="session")
+def model_folder():
+    """The unsplit model, on this host."""
+    return real_model_folder()

@@ -1,0 +1,80 @@
+"""The Docker engine that these tests use: whether there is one, its base images, and commands on it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BASE_IMAGES = ("python:3.11-slim-bookworm", "valkey/valkey:9", "prom/prometheus:v3.5.0")
+CONTROL, STAGE = "noodle-test-control", "noodle-test-stage"
+COMMAND_SECONDS = 120.0
+PULL_SECONDS = 300.0
+BASE_SECONDS = 600.0
+BUILD_SECONDS = 1200.0
+
+
+@dataclass(frozen=True)
+class Built:
+    """What both images were built with."""
+
+    torch_index_url: str
+
+
+def run(arguments: Sequence[str], seconds: float = COMMAND_SECONDS, **options: object) -> subprocess.CompletedProcess:
+    """Run to its end, with its output as text; fails the test when it takes longer."""
+    return subprocess.run(list(arguments), capture_output=True, text=True, timeout=seconds, check=False, **options)  # type: ignore[call-overload]
+
+
+def docker(*arguments: str, seconds: float = COMMAND_SECONDS, environment: Mapping[str, str] | None = None) -> str:
+    """Standard output of a docker command that must succeed."""
+    done = run(["docker", *arguments], seconds, env=environment)
+    assert done.returncode == 0, f"docker {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return str(done.stdout)
+
+
+@functools.cache
+def missing_engine() -> str:
+    """Why no engine can be used here; empty when one can."""
+    if shutil.which("docker") is None:
+        return "there is no docker command"
+    info = run(["docker", "info", "--format", "{{.ServerVersion}}"])
+    return "" if info.returncode == 0 else f"docker info: {info.stderr.strip()[-300:]}"
+
+
+def require_engine() -> None:
+    """Skip where there is no engine, and fail in CI."""
+    if not (reason := missing_engine()):
+        return
+    if os.environ.get("CI"):
+        pytest.fail(f"These tests need a Docker engine in CI: {reason}")
+    pytest.skip(f"no Docker engine: {reason}")
+
+
+def require_base_images() -> None:
+    """Have the base images: here already, from a registry, or else made by base_images.sh."""
+    missing = [image for image in BASE_IMAGES if run(["docker", "image", "inspect", image]).returncode]
+    missing = [image for image in missing if run(["docker", "pull", "--quiet", image], PULL_SECONDS).returncode]
+    has_plugins = all(run(["docker", plugin, "version"]).returncode == 0 for plugin in ("compose", "buildx"))
+    if missing or not has_plugins:
+        done = run([str(Path(__file__).with_name("base_images.sh")), *missing], BASE_SECONDS)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def build(dockerfile: str, target: str, tag: str, **arguments: str) -> None:
+    """Build one image of this project; the engine's build cache is kept between runs."""
+    given = [part for name, value in arguments.items() for part in ("--build-arg", f"{name}={value}")]
+    command = ["build", "--file", str(ROOT / dockerfile), "--target", target, "--tag", tag, *given, str(ROOT)]
+    docker(*command, seconds=BUILD_SECONDS, environment={**os.environ, "DOCKER_BUILDKIT": "1"})
+
+
+def in_image(image: str, *command: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess:
+    """Run a command in a new container, which is gone afterwards."""
+    return run(["docker", "run", "--rm", "--network", "none", *options, image, *command])

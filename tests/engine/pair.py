@@ -1,0 +1,85 @@
+"""Two machines on one engine: two projects with a core, a network and an address each, gone without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.engine.engine import docker, run
+from tests.engine.project import Project
+from tests.support.cluster import request
+
+FIRST_CUT = "15,15"  # of 30 layers; without it the cut is by what both measured, which differs from run to run
+
+
+class Pair:
+    """Machine A and machine B; each is its own project, at an address of its own on this host."""
+
+    def __init__(self, folder: Path, networks: list[str]) -> None:
+        self.networks = networks
+        self.address_a, self.address_b = (_gateway(network) for network in networks)
+        for name in ("a", "b"):
+            (folder / name).mkdir()
+        self.a = Project(folder / "a", core=0, NOODLE_SPLIT=FIRST_CUT)
+        self.b = Project(folder / "b", core=1)
+
+    def init(self) -> None:
+        """A's init, then B's with the line that A printed."""
+        printed = self.a.init("--machine", "a", "--address", self.address_a, "--peer", self.address_b)
+        join = printed.rsplit("--join ", 1)[1].split()[0]
+        self.b.init("--machine", "b", "--join", join)
+
+    @property
+    def stage_1_port(self) -> int:
+        """Where B publishes its stage."""
+        return self.b.ports["STAGE_1"]
+
+    def cut_power(self) -> None:
+        """As both machines end when nobody shuts them down."""
+        self.a.compose("kill")
+        self.b.compose("kill")
+
+    def layers(self) -> list[list[int]]:
+        """[start, end) of each stage by the coordinator's /health."""
+        return [stage["layers"] for stage in self.a.health()["stages"]]
+
+    def tensor_bytes(self, start: int, end: int) -> int:
+        """Bytes of the tensors that a stage with these layers needs, by the coordinator's manifest."""
+        _, manifest = request(self.a.port, "GET", "/weights", token=self.a.token)
+        tensors = {tensor["name"]: tensor["byte_count"] for tensor in manifest["tensors"]}
+        layers = {f"model.layers.{layer}." for layer in range(start, end)}
+        last = max(int(name.split(".")[2]) for name in tensors if ".layers." in name)
+        names = {name for name in tensors if any(name.startswith(prefix) for prefix in layers)}
+        if start == 0:
+            names.add("model.embed_tokens.weight")
+        if end == last + 1:  # the head is tied to the embedding
+            names |= {"model.norm.weight", "model.embed_tokens.weight"}
+        return sum(tensors[name] for name in names)
+
+
+def _gateway(network: str) -> str:
+    return json.loads(docker("network", "inspect", network))[0]["IPAM"]["Config"][0]["Gateway"]
+
+
+@contextlib.contextmanager
+def two_machines(folder: Path) -> Iterator[Pair]:
+    """A pair with its .env and secrets; nothing is started yet."""
+    networks: list[str] = []
+    pair = None
+    try:
+        for name in ("a", "b"):  # only to have two addresses on this host
+            networks.append(f"noodle-test-lan-{name}-{secrets.token_hex(4)}")
+            docker("network", "create", networks[-1])
+        pair = Pair(folder, networks)
+        pair.init()
+        yield pair
+    finally:
+        if pair is not None:
+            pair.a.down()
+            pair.b.down()
+        for network in networks:
+            run(["docker", "network", "rm", network])
+    assert pair.a.left_behind() == pair.b.left_behind() == []

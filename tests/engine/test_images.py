@@ -1,0 +1,105 @@
+"""The images as they are built: what is in them, what is not, and what a change costs."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+
+from noodle import __version__
+from tests.engine.engine import CONTROL, ROOT, STAGE, build, docker, in_image, run
+from tests.unit.test_images import GPU, locked, text_of
+
+CODE_CHANGE_SECONDS = 60.0  # of which a slow disk takes most; installing torch takes minutes
+COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "ld", "as", "make", "nvcc")
+
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("images")]
+
+
+def config_of(image):
+    return json.loads(docker("image", "inspect", image))[0]
+
+
+@pytest.mark.parametrize("image", [CONTROL, STAGE])
+def test_nothing_in_it_runs_as_root_or_compiles(image):
+    assert in_image(image, "id", "-u").stdout.strip() == "10001"
+    found = in_image(image, "sh", "-c", "; ".join(f"command -v {name}" for name in COMPILERS) + "; true")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == ""
+
+
+@pytest.mark.parametrize("image", [CONTROL, STAGE])
+def test_it_says_what_it_is_and_how_it_does(image):
+    config = config_of(image)["Config"]
+    assert config["Labels"]["org.opencontainers.image.version"] == __version__
+    assert config["Labels"]["org.opencontainers.image.title"].startswith("noodle ")
+    assert config["Healthcheck"]["Test"][:4] == ["CMD", "python", "-P", "-m"]
+
+
+def test_control_has_no_torch_and_a_stage_has_the_locked_one():
+    code = "import importlib.metadata as m; print(m.version('torch').partition('+')[0])"
+    assert "PackageNotFoundError" in in_image(CONTROL, "python", "-c", code).stderr
+    version = in_image(STAGE, "python", "-c", code).stdout.strip()
+    assert ("torch", f"torch=={version}") in locked("requirements.lock")
+
+
+@pytest.mark.parametrize(("image", "lock"), [(CONTROL, "control"), (STAGE, "stage")])
+def test_it_has_the_locked_versions(image, lock):
+    listed = in_image(image, "pip", "list", "--format", "freeze").stdout.lower()
+    installed = set(listed.replace("_", "-").splitlines())
+    wanted = {line.partition(" ;")[0] for _, line in locked(f"requirements-{lock}.lock") if " ;" not in line}
+    assert wanted <= installed
+
+
+@pytest.mark.parametrize("image", [CONTROL, STAGE])
+def test_the_command_runs_without_a_writable_file_or_any_privilege(image):
+    locked_down = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges:true")
+    assert in_image(image, "noodle", "--version", options=locked_down).stdout == f"noodle {__version__}\n"
+    refused = in_image(image, "touch", "/opt/noodle/x", options=locked_down)
+    assert "Read-only file system" in refused.stderr
+
+
+def test_a_container_that_lacks_everything_says_what_it_lacks():
+    done = in_image(CONTROL, "python", "-P", "-m", "services.planner")
+    assert done.returncode == 3
+    assert "NOODLE_CLUSTER_TOKEN is missing" in done.stderr
+    done = in_image(
+        STAGE, "python", "-P", "-m", "services.stage", options=("--env", f"NOODLE_CLUSTER_TOKEN={'x' * 16}")
+    )
+    assert done.returncode == 3
+    assert "NOODLE_ADVERTISE_URL" in done.stderr
+
+
+def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_they_are(tmp_path, images):
+    for name in ("Dockerfile.cpu", ".dockerignore", "requirements-stage.lock", "requirements-control.lock"):
+        shutil.copy2(ROOT / name, tmp_path / name)
+    for name in ("services", "shared"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    main = tmp_path / "services" / "stage" / "__main__.py"
+    main.write_text(main.read_text(encoding="utf-8") + f"# changed at {time.time()}\n", encoding="utf-8")
+    argument = ["--build-arg", f"TORCH_INDEX_URL={images.torch_index_url}"]
+    changed = f"{STAGE}-changed"
+    began = time.monotonic()
+    command = ["build", "--file", str(tmp_path / "Dockerfile.cpu"), "--target", "stage", "--tag", changed]
+    docker(*command, *argument, str(tmp_path), seconds=600)
+    seconds = time.monotonic() - began
+    try:
+        before, after = (config_of(image)["RootFS"]["Layers"] for image in (STAGE, changed))
+        assert before[:-1] == after[:-1]
+        assert before[-1] != after[-1]  # the code
+        assert seconds < CODE_CHANGE_SECONDS
+        print(f"a change of code: {seconds:.1f} s")
+    finally:
+        run(["docker", "image", "rm", changed])
+
+
+def test_the_look_for_a_cards_kernels_refuses_a_wheel_without_them():
+    (look,) = re.findall(r'^RUN python -c "(import sys, torch; .+)" \$TORCH_KERNELS$', text_of(GPU), re.MULTILINE)
+    refused = in_image(STAGE, "python", "-c", look, "sm_60", "sm_61")  # this image's wheel is none for Pascal
+    assert refused.returncode == 1
+    assert re.search(r"AssertionError: \[('sm_75'.*)?\]", refused.stderr)  # a wheel for CPUs alone has none at all
+
+
+def test_the_file_for_a_card_is_read_by_this_engine():
+    build("Dockerfile.gpu", "base", "noodle-test-base")  # the stages after it need an index and gigabytes

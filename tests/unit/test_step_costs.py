@@ -1,0 +1,78 @@
+"""What is learnt of a step's costs, and how work is cut by it."""
+
+import pytest
+
+from noodle.messages import StageTiming
+from services.coordinator.session import Limits
+from services.coordinator.step_costs import SMALLEST_CHUNK_TOKENS, TRIAL_INTERVAL_STEPS, StepCosts
+
+
+def costs_of(*stages, prefill=False, tokens=(1, 4, 16)):
+    """Learnt from many steps of these (fixed, per token) stages."""
+    costs = StepCosts(Limits(1, len(stages), 1000, 1000, 0.05, 0.02))
+    for _ in range(80):  # fewer than until another cut is tried
+        for count in tokens:
+            timings = [StageTiming(i, 0.0, fixed + per * count, 0.0) for i, (fixed, per) in enumerate(stages)]
+            costs.add(count, not prefill, timings)
+    return costs
+
+
+def test_a_line_is_learnt_and_what_was_assumed_forgotten():
+    costs = costs_of((0.02, 0.003), (0.03, 0.001))
+    assert costs._decode[0].seconds(4) == pytest.approx(0.032, rel=1e-3)
+    assert costs._decode[1].seconds(10) == pytest.approx(0.04, rel=1e-3)
+
+
+def test_where_each_token_costs_the_stages_work_at_the_same_time():
+    assert costs_of((0.001, 0.01), (0.001, 0.01)).micro_batches(8) == 2
+
+
+def test_where_one_stage_does_nearly_all_one_step_of_all_is_best():
+    assert costs_of((0.05, 0.0001), (0.0005, 0.0001)).micro_batches(8) == 1
+
+
+def test_there_are_no_more_steps_than_sessions_or_stages():
+    costs = costs_of(*[(0.001, 0.01)] * 4)
+    assert [costs.micro_batches(count) for count in (1, 2, 3, 8)] == [1, 2, 3, 4]
+
+
+def test_a_long_prompt_is_cut_finely_where_a_chunks_fixed_part_is_small():
+    cheap, dear = (
+        costs_of((fixed, 0.001), (fixed, 0.001), prefill=True, tokens=(32, 128, 512)) for fixed in (0.01, 0.3)
+    )
+    assert cheap.chunk_tokens(2000, others_decode=False) == pytest.approx(2000 / 14, abs=20)
+    assert dear.chunk_tokens(2000, others_decode=False) > 600
+
+
+def test_one_stage_takes_a_prompt_whole_unless_it_keeps_others_waiting():
+    costs = costs_of((0.01, 0.01), prefill=True, tokens=(32, 128, 512))
+    assert costs.chunk_tokens(500, others_decode=False) == 500
+    assert costs.chunk_tokens(500, others_decode=True) == pytest.approx(49, abs=2)
+    slow = costs_of((1.0, 0.01), prefill=True, tokens=(32, 128, 512))
+    assert slow.chunk_tokens(500, others_decode=True) == SMALLEST_CHUNK_TOKENS
+
+
+def test_timings_of_fewer_stages_than_the_plan_has_teach_nothing():
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    before = costs._decode[0].seconds(1)
+    costs.add(1, True, [StageTiming(0, 0.0, 9.0, 0.0)])
+    assert costs._decode[0].seconds(1) == before
+
+
+def test_costs_that_jump_are_known_by_their_number_of_tokens():
+    """As they do on a CPU: one row by one kernel, more by another, and four cost no more than two."""
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    seconds = {1: 0.015, 2: 0.024, 4: 0.020, 8: 0.021}
+    for _ in range(5):
+        for count, each in seconds.items():
+            costs.add(count, True, [StageTiming(i, 0.0, each, 0.0) for i in range(2)])
+    assert [costs.micro_batches(count) for count in (2, 4, 8)] == [2, 1, 2]
+
+
+def test_now_and_then_every_cut_is_tried():
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    tried = set()
+    for _ in range(3 * TRIAL_INTERVAL_STEPS):
+        tried.add(costs.micro_batches(8))
+        costs.add(4, True, [StageTiming(i, 0.0, 0.02, 0.0) for i in range(2)])
+    assert tried == {1, 2}
