@@ -200,6 +200,7 @@ class Engine:
             asker.client,
             asker.request_id,
             parameters.priority,
+            parameters.cache_salt,
             goes_on,
             parameters.resume_seconds or (RESUME_BY_KEY_SECONDS if asker.idempotency.key else 0.0),
             parameters.timeout_seconds,

@@ -50,6 +50,7 @@ HONOURED = frozenset(
         "stop",
         "ignore_eos",
         "priority",
+        "cache_salt",
         "resume_seconds",
         "timeout_seconds",
         "details",

@@ -20,6 +20,7 @@ from services.coordinator.json_schema import (
     one_of,
 )
 from services.coordinator.openai_schemas import (
+    CACHE_SALT,
     NEW_TOKENS,
     PRIORITY,
     RESUME_SECONDS,
@@ -44,6 +45,7 @@ PARAMETERS = asked(
         "stop": stop_strings(MAXIMUM_STOP_STRINGS),
         "ignore_eos": BOOLEAN,
         "priority": PRIORITY,
+        "cache_salt": CACHE_SALT,
         "resume_seconds": RESUME_SECONDS,
         "timeout_seconds": TIMEOUT_SECONDS,
         "details": BOOLEAN,

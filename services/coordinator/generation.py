@@ -86,6 +86,7 @@ class GenerationRequest:
     client: Client = LOOPBACK
     request_id: str = ""
     priority: int = 0  # lower ones are served first
+    cache_salt: str = ""  # only requests with the same one share what is computed of their beginnings
     goes_on: bool = True  # whether the answer continues the prompt's own text
     resume_seconds: float = 0.0  # how long it goes on without a reader
     timeout_seconds: float = 0.0  # from its arrival; 0 is none
@@ -229,6 +230,7 @@ def record_of(request_id: str, request: GenerationRequest) -> RequestRecord:
         client_request_id=request.request_id,
         client_name=request.client.name,
         priority=request.priority,
+        cache_salt=request.cache_salt,
         want_logprob=request.want_logprob,
         top_logprobs=request.top_logprobs,
         score_prompt=request.score_prompt,
@@ -281,4 +283,5 @@ def session_of(record: RequestRecord, end_token_ids: frozenset[int]) -> Session:
         [None] * (len(prompt) - 1) if record.score_prompt else None,
         client_name=record.client_name,
         priority=record.priority,
+        cache_salt=record.cache_salt,
     )

@@ -26,6 +26,7 @@ class KeptSession:
     epoch: int
     token_ids: list[int]
     reserve_tokens: int
+    cache_salt: str
 
 
 class KvBooks:
@@ -93,11 +94,13 @@ class KvBooks:
         redundant = [
             kept.session_id
             for kept in self._kept.values()
-            if len(kept.token_ids) <= len(token_ids) and token_ids[: len(kept.token_ids)] == kept.token_ids
+            if kept.cache_salt == session.cache_salt
+            and len(kept.token_ids) <= len(token_ids)
+            and token_ids[: len(kept.token_ids)] == kept.token_ids
         ]
         for session_id in redundant:
             self.forget(session_id)
-        kept = KeptSession(session.session_id, session.epoch, token_ids, session.reserve_tokens)
+        kept = KeptSession(session.session_id, session.epoch, token_ids, session.reserve_tokens, session.cache_salt)
         self._kept[session.session_id] = kept
         while len(self._kept) > MAXIMUM_KEPT_SESSIONS:
             oldest = next(iter(self._kept))
@@ -131,8 +134,17 @@ class KvBooks:
         """
         most = len(session.token_ids) - 1
         best: PrefixCopy | None = None
-        donors = [(kept.session_id, kept.epoch, kept.token_ids, len(kept.token_ids)) for kept in self._kept.values()]
-        donors += [(other.session_id, other.epoch, other.token_ids, other.sent) for other in running]
+        salt = session.cache_salt
+        donors = [
+            (kept.session_id, kept.epoch, kept.token_ids, len(kept.token_ids))
+            for kept in self._kept.values()
+            if kept.cache_salt == salt
+        ]
+        donors += [
+            (other.session_id, other.epoch, other.token_ids, other.sent)
+            for other in running
+            if other.cache_salt == salt
+        ]
         for session_id, epoch, token_ids, rows in donors:
             least = best.token_count + 1 if best else MINIMUM_PREFIX_TOKENS
             if session_id == session.session_id or min(rows, most) < least:

@@ -20,6 +20,7 @@ HONOURED = frozenset(
         "stream_options",
         "ignore_eos",
         "priority",
+        "cache_salt",
         "resume_seconds",
         "timeout_seconds",
         "logprobs",

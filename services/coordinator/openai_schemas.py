@@ -27,6 +27,7 @@ from services.coordinator.parameters import (
     MAXIMUM_NEW_TOKENS,
     MAXIMUM_PRIORITY,
     MAXIMUM_RESUME_SECONDS,
+    MAXIMUM_SALT_CHARACTERS,
     MAXIMUM_STOP_CHARACTERS,
     MAXIMUM_TIMEOUT_SECONDS,
     MAXIMUM_TOP_K,
@@ -37,6 +38,7 @@ NEW_TOKENS = integer(1, MAXIMUM_NEW_TOKENS)
 STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAXIMUM_STOP_CHARACTERS}
 TOP_P = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 PRIORITY = integer(-MAXIMUM_PRIORITY, MAXIMUM_PRIORITY)
+CACHE_SALT = {"type": "string", "maxLength": MAXIMUM_SALT_CHARACTERS}
 RESUME_SECONDS = number(0, MAXIMUM_RESUME_SECONDS)
 TIMEOUT_SECONDS = {"type": "number", "exclusiveMinimum": 0, "maximum": MAXIMUM_TIMEOUT_SECONDS}
 SEED = integer(-(1 << 63), (1 << 63) - 1)
@@ -59,6 +61,7 @@ HONOURED = {
     "stream_options": asked({}, {"include_usage": BOOLEAN}, STREAM_OPTIONS_NEUTRAL),
     "ignore_eos": BOOLEAN,
     "priority": PRIORITY,
+    "cache_salt": CACHE_SALT,
     "resume_seconds": RESUME_SECONDS,
     "timeout_seconds": TIMEOUT_SECONDS,
     **dict.fromkeys(sorted(HARMLESS), ANYTHING),

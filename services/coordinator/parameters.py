@@ -16,6 +16,7 @@ FinishReason = Literal["length", "eos_token", "stop_sequence"]
 MAXIMUM_NEW_TOKENS = (1 << 31) - 1  # the context is the true limit; this one keeps absurd numbers off the wire
 MAXIMUM_TOP_K = (1 << 31) - 1
 MAXIMUM_PRIORITY = 1000
+MAXIMUM_SALT_CHARACTERS = 256
 MAXIMUM_RESUME_SECONDS = 300
 MAXIMUM_TIMEOUT_SECONDS = 86_400
 MAXIMUM_STOP_CHARACTERS = 1000  # each of the stop strings
@@ -54,6 +55,7 @@ class GenerationParameters:
     include_usage: bool = False
     scores: Scores = NO_SCORES
     priority: int = 0  # lower ones are served first
+    cache_salt: str = ""  # only requests with the same one share what is computed of their beginnings
     resume_seconds: float = 0.0  # how long the request goes on without a reader
     timeout_seconds: float = 0.0  # from its arrival; 0 is none
 
@@ -102,6 +104,7 @@ def read_generation_parameters(
         stream=stream,
         include_usage=include_usage,
         scores=scores,
+        cache_salt=read_cache_salt(fields),
         resume_seconds=read_number(fields, "resume_seconds", 0.0, minimum=0, maximum=MAXIMUM_RESUME_SECONDS),
         timeout_seconds=read_timeout(fields),
         priority=read_integer(fields, "priority", minimum=-MAXIMUM_PRIORITY, maximum=MAXIMUM_PRIORITY) or 0,
@@ -129,6 +132,18 @@ def read_top_p(fields: Mapping[str, Any]) -> float:
     if top_p == 0:
         wrong_value("top_p", "a number above 0 and at most 1 (temperature 0 is greedy)", fields["top_p"])
     return top_p
+
+
+def read_cache_salt(fields: Mapping[str, Any]) -> str:
+    """A word of the client's, as in vLLM; none is the empty one."""
+    salt = fields.get("cache_salt")
+    if salt is None:
+        return ""
+    if not isinstance(salt, str):
+        wrong_type("cache_salt", "a string", salt)
+    if len(salt) > MAXIMUM_SALT_CHARACTERS:
+        wrong_value("cache_salt", f"at most {MAXIMUM_SALT_CHARACTERS} characters", salt)
+    return str(salt)
 
 
 def read_timeout(fields: Mapping[str, Any]) -> float:

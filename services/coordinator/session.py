@@ -33,6 +33,7 @@ class Session:
     priority: int = 0  # lower ones are served first
     arrival: int = 0  # when it came, in the order of all
     admitted: int = 0  # when it got its place, in the order of all
+    cache_salt: str = ""  # only sessions with the same one copy rows of one another
     copies_rows: bool = True  # of others that begin alike; not again once a stage did not have them
     prefix: PrefixCopy | None = None  # rows that stages copy instead of computing them, until they are sent
 

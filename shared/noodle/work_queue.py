@@ -75,6 +75,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     client_request_id: str = ""  # what the client calls it
     client_name: str = ""  # of the key that it came with; nobody else may read it
     priority: int = 0
+    cache_salt: str = ""
     want_logprob: bool = False
     top_logprobs: int = 0
     score_prompt: bool = False

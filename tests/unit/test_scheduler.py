@@ -550,3 +550,14 @@ def test_a_stage_that_lost_the_rows_to_copy_says_so_and_the_session_begins_anew(
     step = scheduler.next_step(0).step
     assert (step.spans[0].session_epoch, step.spans[0].first_position, step.spans[0].prefix) == (2, 0, None)
     assert "first" in [each.session_id for each in step.released]
+
+
+def test_sessions_of_another_salt_copy_nothing():
+    scheduler = a_scheduler(stages=1, step_tokens=100)
+    scheduler.add(a_session("first", prompt=40, new=2, end=()))
+    decoded(scheduler, 2)
+    scheduler.remove("first", keep_rows=True)
+    second = a_session("second", prompt=60, new=1)
+    second.cache_salt = "of its own"
+    scheduler.add(second)
+    assert scheduler.next_step(0).step.spans[0].prefix is None
