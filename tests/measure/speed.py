@@ -37,7 +37,10 @@ def measure() -> Section:
     whole = WholeModel(folder)
     prompt_ids = whole.tokenizer(PROMPTS[-1]).input_ids[:PROMPT_TOKENS]
     ratios, ours, theirs = [], [], []
-    with tempfile.TemporaryDirectory() as scratch, running_cluster(Path(scratch) / "s", folder, 2) as cluster:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        running_cluster(Path(scratch) / "s", folder, 2, NOODLE_PREFIX_CACHE="off") as cluster,
+    ):
         for index in range(2):
             pin(cluster.worker_pid(f"stage-{index}"), cores[index])
         run_ours(cluster, prompt_ids)
