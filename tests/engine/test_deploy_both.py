@@ -19,7 +19,7 @@ from tests.engine.project import Project
 from tests.engine.test_deploy import SshServer, _greets
 from tests.support.cluster import wait_until
 
-pytestmark = [pytest.mark.timeout(1800), pytest.mark.long]
+pytestmark = pytest.mark.timeout(1800)
 IMAGE = "noodle-test-ssh"
 DEPLOY_SECONDS = 1200.0
 PLUGINS = ("/usr/local/lib/docker/cli-plugins", "/usr/libexec/docker/cli-plugins", "/usr/lib/docker/cli-plugins")
