@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="generate text and stream it to the terminal")
     generate.add_argument("prompt", help="the text to go on from or to answer; - reads standard input")
-    generate.add_argument("--max-new-tokens", type=_at_least(1), help="at most so many tokens")
-    generate.add_argument("--temperature", type=_from_to(0.0, 100.0), help="0 always takes the likeliest token")
+    generate.add_argument("--max-new-tokens", type=_at_least(1), default=256, help="at most so many tokens (256)")
+    generate.add_argument("--temperature", type=_from_to(0.0, 100.0), help="0 always takes the likeliest token (1)")
     generate.add_argument("--top-p", type=_from_to(0.0, 1.0), help="only the likeliest tokens of this much probability")
     generate.add_argument("--seed", type=_at_least(0), help="the same seed draws the same text")
     shape = generate.add_mutually_exclusive_group()
@@ -235,7 +235,8 @@ def _status(options: argparse.Namespace) -> int:
 def _leave(options: argparse.Namespace) -> int:
     from services.cli.leave import leave
 
-    return leave(command_config(process_environment()), options.url)
+    environment = process_environment()
+    return leave(command_config(environment), environment.get("NOODLE_ADVERTISE_URL", ""), options.url)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -26,7 +26,10 @@ def status(config: CommandConfig, url: str | None, *, as_json: bool) -> int:
         if as_json:
             print(msgspec.json.encode({"running": False, "url": target.url}).decode())
         else:
-            print(f"noodle is not running: nothing answers at {target.url}. Start it with `noodle up`.")
+            print(
+                f"noodle is not running: nothing answers at {target.url}. Start it with `noodle up` (with Docker: "
+                "`docker compose up`), or wait a moment if it was started just now."
+            )
         return NOT_RUNNING_EXIT_CODE
     seen = _seen(target, coordinator)
     if as_json:

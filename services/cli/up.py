@@ -267,7 +267,8 @@ def welcome(wanted: Wanted, model_name: str, served_name: str, folder: RunFolder
     """What to do with it now that it runs."""
     url = wanted.coordinator_url
     key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if needs_key else ""
-    body = json.dumps({"model": served_name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]})
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    body = json.dumps({"model": served_name, "messages": question, "max_tokens": 60})
     stages = "1 stage" if wanted.stage_count == 1 else f"{wanted.stage_count} stages"
     return [
         f"noodle is ready: {model_name} on {stages}.",

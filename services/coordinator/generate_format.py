@@ -94,6 +94,12 @@ class GeneratedToken:
 def parse_generate(body: bytes, *, vocabulary_size: int, stream: bool) -> GenerateRequest:
     """Check a body; `stream` says which of the two routes it came to. Raises InvalidRequest naming the field."""
     fields = decode_object(body)
+    if misplaced := sorted((HONOURED | set(NEUTRAL)) & set(fields)):
+        raise InvalidRequest(
+            f"'{misplaced[0]}' stands beside 'inputs'.",
+            cure=f'Put it into \'parameters\': {{"inputs": ..., "parameters": {{"{misplaced[0]}": ...}}}}.',
+            param=misplaced[0],
+        )
     refuse_what_is_not_honoured(fields, {"inputs", "parameters"}, {})
     asked = read_object(fields, "parameters")
     refuse_what_is_not_honoured(asked, HONOURED, NEUTRAL, where="parameters.")

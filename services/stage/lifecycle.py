@@ -198,6 +198,13 @@ class Lifecycle:
         if self._report is None:
             raise NotReady(f"Stage {self._config.stage_id} still measures its machine.", retry_after_seconds=2)
         if not self._report.leaving:
+            if not any(
+                other.stage_id != self._config.stage_id and not other.leaving for other in self._queue.reports()
+            ):
+                raise Conflict(
+                    f"Stage {self._config.stage_id} is the last one: no other could take its layers.",
+                    cure="Start another stage first, or stop this one.",
+                )
             log.info("this stage wants to leave: its layers go to the others")
             self._report = msgspec.structs.replace(self._report, leaving=True)
             self._beat_now.set()

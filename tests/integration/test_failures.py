@@ -177,6 +177,9 @@ def test_a_stage_that_leaves_gives_its_layers_away_and_gets_some_when_it_starts_
     wait_until(lambda: request(port, "POST", "/leave", {}, token=movable.token)[1]["layers"] is None, 60, "it has left")
     wait_until(lambda: layers_of(movable) == {0: 6}, 15, "the coordinator computes by that plan")
     answers_again(movable)
+    status, answer = request(movable.stage_ports[0], "POST", "/leave", {}, token=movable.token)
+    assert status == 409
+    assert "is the last one" in answer["error"]["message"]
     os.kill(movable.worker_pid("stage-1"), signal.SIGKILL)
     wait_until(lambda: len(layers_of(movable)) == 2, 90, "the stage that is back gets layers")
     answers_again(movable)

@@ -227,3 +227,10 @@ def test_random_bodies_are_taken_or_refused_and_nothing_else() -> None:
                 taken += 1
     assert 0 < longest < 1000
     assert taken > 300
+
+
+def test_a_parameter_beside_inputs_is_told_where_it_belongs():
+    body = json.dumps({"inputs": "a", "resume_seconds": 5}).encode()
+    with pytest.raises(InvalidRequest, match="Put it into 'parameters'") as refused:
+        parse_generate(body, vocabulary_size=10, stream=False)
+    assert refused.value.param == "resume_seconds"
