@@ -14,7 +14,6 @@ from noodle.config import CoordinatorConfig
 from noodle.errors import NotReady, QueueUnavailable, StartError
 from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.logs import about
-from noodle.messages import SamplingParameters
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import MachineReport, Plan
 from noodle.scraped_metrics import PlannedStage, PlanSeen
@@ -28,6 +27,7 @@ from services.coordinator.generation import (
     GenerationReader,
     GenerationRequest,
     ended_generation,
+    sampling_of,
 )
 from services.coordinator.kept_requests import KeptRequest, KeptRequests
 from services.coordinator.leadership import Leadership, progress_of, waiting_for
@@ -210,23 +210,17 @@ class Engine:
         with self.kept.lock:
             if (kept := self.kept.joined(asker.client, asker.idempotency)) is None:
                 record, generation = self.loop.submit(request)
-                kept = KeptRequest(record, generation)
-                reader = generation.open_reader()
-                self.kept.add(record, generation)
+                kept = self.kept.add(record, generation)
                 self.metrics.prompt_tokens.inc(len(token_ids))
-            else:
-                reader = kept.generation.open_reader()
+            reader = kept.generation.open_reader()
         return self._started(kept, reader, parameters, model)
 
     def take_up(self, kept: KeptRequest) -> Started:
         """Read a request again from its beginning; its parameters are those it was recorded with."""
         record = kept.record
-        sampling = SamplingParameters(
-            temperature=record.temperature, top_p=record.top_p, top_k=record.top_k, seed=record.seed
-        )
         parameters = GenerationParameters(
             record.max_new_tokens,
-            sampling,
+            sampling_of(record),
             record.seed,
             stop=tuple(record.stop),
             ignore_eos=record.ignore_eos,

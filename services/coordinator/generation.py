@@ -115,6 +115,7 @@ class Generation:
         self.resume_seconds = resume_seconds
         self._tell_left, self._tell_finished = leave, finish
         self._lock = threading.Lock()
+        self.token_count = 0  # so far
         self._items: list[Item] = []  # bounded by the tokens that the request may generate
         self._readers: list[queue.SimpleQueue[Item | NoodleError]] = []
         self._end: NoodleError | None = None  # once it has ended
@@ -126,6 +127,7 @@ class Generation:
         """One token more, or the prompt's scores."""
         with self._lock:
             self._items.append(item)
+            self.token_count += isinstance(item, Token)
             for reader in self._readers:
                 reader.put(item)
 
@@ -172,12 +174,6 @@ class Generation:
     def has_ended(self) -> bool:
         """Whether nothing follows."""
         return self._end is not None
-
-    @property
-    def token_count(self) -> int:
-        """Tokens so far."""
-        with self._lock:
-            return sum(isinstance(item, Token) for item in self._items)
 
     @property
     def failure(self) -> NoodleError | None:
@@ -265,18 +261,20 @@ def _nobody_computes(_request_id: str) -> None:
     """It has ended."""
 
 
+def sampling_of(record: RequestRecord) -> SamplingParameters:
+    """How the tokens of a recorded request are drawn."""
+    return SamplingParameters(temperature=record.temperature, top_p=record.top_p, top_k=record.top_k, seed=record.seed)
+
+
 def session_of(record: RequestRecord, end_token_ids: frozenset[int]) -> Session:
     """What the scheduler computes of a request; tokens that are known already are still to be appended."""
     prompt = record.prompt_token_ids
-    sampling = SamplingParameters(
-        temperature=record.temperature, top_p=record.top_p, top_k=record.top_k, seed=record.seed
-    )
     return Session(
         record.request_id,
         list(prompt),
         len(prompt),
         record.max_new_tokens,
-        sampling,
+        sampling_of(record),
         frozenset() if record.ignore_eos else end_token_ids,
         record.want_logprob,
         record.top_logprobs,

@@ -41,11 +41,12 @@ class KeptRequests:
         self._requests: dict[str, KeptRequest] = {}  # the oldest first
         self.lock = threading.RLock()  # held from looking for an idempotency key until its request is here
 
-    def add(self, record: RequestRecord, generation: Generation, *, was_taken_up: bool = False) -> None:
+    def add(self, record: RequestRecord, generation: Generation, *, was_taken_up: bool = False) -> KeptRequest:
         """Note one that has begun; what has been kept for too long goes."""
         with self.lock:
             self._expire()
-            self._requests[record.request_id] = KeptRequest(record, generation, was_taken_up)
+            kept = self._requests[record.request_id] = KeptRequest(record, generation, was_taken_up)
+            return kept
 
     def find(self, client: Client, request_id: str) -> KeptRequest:
         """One of this client's by its own word for it, the newest if it used that twice, or by ours; or NotFound."""
