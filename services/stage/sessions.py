@@ -14,7 +14,7 @@ from noodle.messages import ReleasedSession, SpanRefusal, Step, StepSpan
 
 MAXIMUM_EARLY_SPANS = 16  # of one session
 MAXIMUM_EARLY_BYTES = 64 << 20  # of all sessions
-UNLISTED_SECONDS = 5.0  # a session that the coordinator no longer lists is freed after this long
+UNLISTED_SECONDS = 5.0  # a session that is in none of the coordinator's lists for so long is freed
 
 
 @dataclass(slots=True)
@@ -116,12 +116,19 @@ class SessionTable:
         for span in spans:
             self._sessions.pop(span.session_id, None)
 
-    def listed(self, session_ids: list[str], now: float) -> None:
-        """Note that the coordinator still knows these sessions."""
+    def listed(self, session_ids: list[str], now: float) -> list[str]:
+        """Note which sessions the coordinator knows; forgets and returns those that it has not listed for too long.
+
+        Only a list that lacks a session says anything against it: silence is that of a stage before this one which
+        computes, or of a coordinator that is away and will take its sessions up again.
+        """
         for session_id in session_ids:
             session = self._sessions.get(session_id)
             if session is not None:
                 session.listed_at = now
+        return self.release(
+            [name for name, session in self._sessions.items() if now - session.listed_at > UNLISTED_SECONDS]
+        )
 
     def release_old(self, released: list[ReleasedSession]) -> list[str]:
         """Forget these sessions, but not those that have begun anew since; returns those that were known."""
@@ -142,8 +149,8 @@ class SessionTable:
         """Forget every session: another coordinator leads or another plan is computed."""
         return self.release(list(self._sessions))
 
-    def expire(self, now: float) -> tuple[list[tuple[Step, SpanRefusal]], list[str]]:
-        """Early spans whose time is over, each with its refusal, and sessions that nobody lists any more."""
+    def expire(self, now: float) -> list[tuple[Step, SpanRefusal]]:
+        """Early spans whose time is over, each with its refusal."""
         gaps: list[tuple[Step, SpanRefusal]] = []
         for session in self._sessions.values():
             for position, early in list(session.early.items()):
@@ -151,8 +158,7 @@ class SessionTable:
                     del session.early[position]
                     message = f"Tokens {session.length} to {position} of the session never came."
                     gaps.append((early.step, self._refusal(early.step.spans[0], "position_gap", message)))
-        unlisted = [name for name, session in self._sessions.items() if now - session.listed_at > UNLISTED_SECONDS]
-        return gaps, self.release(unlisted)
+        return gaps
 
     def _early_bytes(self) -> int:
         return sum(early.body.nbytes for session in self._sessions.values() for early in session.early.values())

@@ -84,6 +84,7 @@ class Worker:
         self._coordinator_epoch = 0
         self._sent_seconds = 0.0
         self._next_tick = 0.0
+        self._heard_at = 0.0  # when what is worked on came, or that nothing waited: the time by which things expire
         self._stopping = False
 
     @property
@@ -100,12 +101,14 @@ class Worker:
         """Take what comes until `stop`."""
         while not self._stopping:
             arrival = self._inbox.take(TICK_SECONDS)
+            # While a step computes, others wait in the inbox: sessions must not be old by the time that these waited.
+            self._heard_at = time.monotonic() if arrival is None else arrival.arrived_at
             if arrival is not None:
                 self._take(arrival)
             now = time.monotonic()
             if now >= self._next_tick:
                 self._next_tick = now + TICK_SECONDS
-                self._tick(now)
+                self._tick()
 
     def stop(self) -> None:
         """End the loop after the step in progress."""
@@ -159,7 +162,7 @@ class Worker:
             self._refuse(role, step, step.spans, reason, str(error))
             return
         row_bytes = ITEM_BYTES[step.dtype] * (role.plan.hidden_size if role.index else 1)
-        admission = self._sessions.admit(step, body, row_bytes, time.monotonic())
+        admission = self._sessions.admit(step, body, row_bytes, self._heard_at)
         for session_id in admission.restarted:
             role.model_slice.release(session_id)
         for reason, count in admission.dropped.items():
@@ -265,7 +268,10 @@ class Worker:
         role = self._role
         if role is None or not self._is_current(role, live.plan_version, live.coordinator_epoch):
             return
-        self._sessions.listed(live.sessions, time.monotonic())
+        unlisted = self._sessions.listed(live.sessions, self._heard_at)
+        self._release(unlisted)
+        for session_id in unlisted:
+            log.info("freed: the coordinator no longer lists it", extra=about(session_id))
         self._sessions.release(live.released)
         self._release(live.released)
         if live.frees_unlisted:
@@ -346,15 +352,12 @@ class Worker:
         if not self._results.put(result):
             self._metrics.dropped_spans.labels("no_reader_of_results").inc(len(results) or 1)
 
-    def _tick(self, now: float) -> None:
-        gaps, unlisted = self._sessions.expire(now)
-        self._release(unlisted)
-        for session_id in unlisted:
-            log.info("freed: the coordinator no longer lists it", extra=about(session_id))
+    def _tick(self) -> None:
+        gaps = self._sessions.expire(self._heard_at)
         role = self._role
         if role is None:
             return
-        for name in role.forwards.expire(now):
+        for name in role.forwards.expire(self._heard_at):
             role.model_slice.release(name)
         for step, refusal in gaps:
             log.info("%s", refusal.message, extra=about(refusal.session_id))

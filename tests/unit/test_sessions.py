@@ -77,8 +77,8 @@ def test_an_early_span_keeps_its_own_rows():
 def test_a_gap_that_does_not_close_in_time_is_refused_by_name():
     table = SessionTable(3)
     admit(table, span_of(first=2), now=10.0, gap_seconds=4.0)
-    assert table.expire(13.9) == ([], [])
-    (gap,), _ = table.expire(14.0)
+    assert table.expire(13.9) == []
+    (gap,) = table.expire(14.0)
     assert (gap[1].reason, gap[1].stage_id, gap[1].first_position) == ("position_gap", 3, 2)
 
 
@@ -89,11 +89,19 @@ def test_early_spans_are_bounded():
     assert admit(table, span_of(first=99)).refusals[0].reason == "too_many_early"
 
 
-def test_a_session_that_nobody_lists_is_freed():
+def test_a_session_that_is_on_no_list_for_long_is_freed():
     table = SessionTable(0)
     compute(table, span_of("a"), span_of("b"), now=0.0)
-    table.listed(["a"], UNLISTED_SECONDS)
-    assert table.expire(UNLISTED_SECONDS + 1)[1] == ["b"]
+    assert table.listed(["a"], UNLISTED_SECONDS) == []
+    assert table.listed(["a"], UNLISTED_SECONDS + 1) == ["b"]
+    assert len(table) == 1
+
+
+def test_silence_frees_nothing_for_the_stage_before_may_compute_for_long():
+    table = SessionTable(0)
+    compute(table, span_of("a"), now=0.0)
+    assert table.listed(["a"], 100 * UNLISTED_SECONDS) == []
+    assert table.expire(200 * UNLISTED_SECONDS) == []
     assert len(table) == 1
 
 

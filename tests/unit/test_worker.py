@@ -1,15 +1,18 @@
 """The stage's loop over a slice that the test makes: what it refuses, scores and logs."""
 
 import logging
+import time
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.logs import RequestFilter
-from noodle.messages import SamplingParameters, Step, StepSpan
+from noodle.messages import LiveSessions, SamplingParameters, Step, StepSpan
 from noodle.metrics import StageMetrics
 from noodle.plan import Plan, StageAssignment
+from services.stage import worker as worker_module
+from services.stage.sessions import UNLISTED_SECONDS
 from services.stage.slice_interface import SliceOutput
 from services.stage.span_results import SCORED_ROWS
 from services.stage.transport import Inbox
@@ -143,3 +146,27 @@ def test_a_session_whose_logits_are_not_numbers_fails_alone_and_says_so():
     ((refused),) = answer.refusals
     assert (refused.session_id, refused.reason) == ("a", "computation_failed")
     assert "NaN" in refused.message
+
+
+def test_a_step_that_computes_for_long_costs_no_session_its_rows(monkeypatch):
+    """On a slow machine a chunk may take longer than a session may be unlisted; the lists wait behind it meanwhile."""
+    late_seconds = 0.0
+    monkeypatch.setattr(worker_module.time, "monotonic", lambda: time.perf_counter() + late_seconds)
+
+    class Slow(RowSlice):
+        def forward(self, batch):
+            nonlocal late_seconds
+            late_seconds += 4 * UNLISTED_SECONDS
+            return super().forward(batch)
+
+    inbox, answers = Inbox(), Answers()
+    worker = Worker(0, inbox, answers, StageMetrics(CollectorRegistry()))
+    worker.install(Role(PLAN, 0, Slow(), None), lambda: None)
+    for first in (0, 3, 6):
+        span = StepSpan("a", 1, first, 3, 100, SamplingParameters())
+        inbox.put(a_step(span), memoryview(np.zeros(3, np.int32).tobytes()))
+        inbox.put(LiveSessions(PLAN.version, 1, ["a"]))
+    worker.stop()
+    worker.run()
+    assert [span.first_position for answer in answers.results for span in answer.spans] == [0, 3, 6]
+    assert not any(answer.refusals for answer in answers.results)
