@@ -209,7 +209,7 @@ class Engine:
         )
         with self.kept.lock:
             if (kept := self.kept.joined(asker.client, asker.idempotency)) is None:
-                record, generation = self.loop.submit(request)
+                record, generation = self.loop.intake.submit(request)
                 kept = self.kept.add(record, generation)
                 self.metrics.prompt_tokens.inc(len(token_ids))
             reader = kept.generation.open_reader()
@@ -268,7 +268,7 @@ class Engine:
             if record.outcome:
                 generation = ended_generation(record, tokens)
             else:
-                taken = self.loop.go_on(record, tokens, end_token_ids, RETURN_SECONDS)
+                taken = self.loop.intake.go_on(record, tokens, end_token_ids, RETURN_SECONDS)
                 if taken is None:
                     continue
                 generation = taken

@@ -1,6 +1,6 @@
 """THE loop: a request becomes a session, sessions become steps, results become tokens. Start reading here.
 
-    HTTP thread: submit() -> Generation         loop thread: next_step() -> pipeline.send()
+    HTTP thread: intake.submit() -> Generation  loop thread: next_step() -> pipeline.send()
     HTTP thread: its reader.next()  <-  token   loop thread: result -> scheduler.apply() -> Generation
 
 The other loop is services/stage/worker.py. This one knows sessions, steps and the pipeline's two connections, but
@@ -13,78 +13,28 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, RequestTimedOut, Unprocessable
+from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, RequestTimedOut
 from noodle.logs import about
 from noodle.messages import LiveSessions, StepResult
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan
-from noodle.work_queue import RecordedToken, RequestRecord
-from services.coordinator.generation import (
-    FINISHED,
-    Generation,
-    GenerationRequest,
-    PromptComputed,
-    Token,
-    record_of,
-    session_id_of,
-    session_of,
-    token_of,
-)
-from services.coordinator.open_requests import OpenRequest, OpenRequests
+from noodle.work_queue import RecordedToken
+from services.coordinator.generation import FINISHED, PromptComputed, Token
+from services.coordinator.intake import Intake
+from services.coordinator.loop_events import Activate, Ended, LimitsChanged, LoopEvent, LoopState, StandBy, Submitted
+from services.coordinator.open_requests import OpenRequests
 from services.coordinator.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.recorder import Recorder
 from services.coordinator.recovery import Recovery
 from services.coordinator.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Counts, Scheduler
-from services.coordinator.session import Limits, NewToken, Session
+from services.coordinator.session import Limits, NewToken
 
 log = logging.getLogger(__name__)
 
 LIVE_SESSIONS_SECONDS = 1.0  # how often every stage is told which sessions live
 TICK_SECONDS = 0.25  # how late a deadline may be noticed
-
-
-@dataclass(frozen=True, slots=True)
-class _Submitted:
-    session: Session
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    request_id: str
-    outcome: str
-    error: NoodleError | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Activate:
-    plan: Plan
-    limits: Limits
-    coordinator_epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class _LimitsChanged:
-    limits: Limits
-
-
-@dataclass(frozen=True, slots=True)
-class _StandBy:
-    error: NoodleError
-
-
-_Event = PipelineEvent | _Submitted | _Ended | _Activate | _LimitsChanged | _StandBy
-
-
-@dataclass(slots=True)
-class LoopState:
-    """What the loop does now, for /health."""
-
-    plan: Plan | None = None
-    up: bool = False
-    detail: str = "no plan is active"
-    boot_ids: tuple[str, ...] = field(default=())
 
 
 class GenerationLoop:
@@ -106,87 +56,15 @@ class GenerationLoop:
         self._recovery = Recovery(recovery_seconds)
         self._keeps_rows = keeps_rows  # of ended sessions, for others that begin alike
         # Unbounded by itself; its writers are bounded: open requests, and results of at most the steps in flight.
-        self._events: queue.SimpleQueue[_Event | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[LoopEvent | None] = queue.SimpleQueue()
         self._open = OpenRequests(maximum_open)
         self._pipeline: Pipeline | None = None
-        self._pending: _Activate | None = None
-        self._draining = False
+        self._pending: Activate | None = None
         self._next_live = 0.0
         self._next_tick = 0.0
         self._counted = Counts()  # of the scheduler's counts, what the metrics have
         self.state = LoopState()
-
-    # called by HTTP threads
-
-    def submit(self, request: GenerationRequest) -> tuple[RequestRecord, Generation]:
-        """Take a request in and record it.
-
-        Raises NotReady, TooManyRequests, QueueUnavailable, and Unprocessable if it can never fit.
-        """
-        limits = self._scheduler.limits
-        if self._draining:
-            raise NotReady("The coordinator is stopping.", retry_after_seconds=5)
-        if limits is None or not self.state.up:
-            raise NotReady(f"The cluster is not ready: {self.state.detail}.", retry_after_seconds=2)
-        needed = len(request.prompt_token_ids) + request.maximum_new_tokens
-        room = min(limits.kv_tokens, limits.reserved_kv_tokens or limits.kv_tokens)
-        if needed > room:
-            raise Unprocessable(
-                f"The request needs KV rows for {needed} tokens; the tightest stage has room for {room}.",
-                cure="Ask for fewer tokens, or give the stages more memory (NOODLE_KV_BYTES).",
-            )
-        request_id = session_id_of(request.request_id)
-        record = record_of(request_id, request)
-        generation = Generation(request_id, self.leave, self._finish, request.resume_seconds)
-        deadline = time.monotonic() + request.timeout_seconds if request.timeout_seconds else None
-        self._open.add(OpenRequest(generation, request.client.name, deadline), request.client)
-        try:
-            self._recorder.begin(record)
-        except NoodleError:
-            self._open.pop(request_id)
-            raise
-        self._events.put(_Submitted(session_of(record, request.end_token_ids)))
-        return record, generation
-
-    def go_on(
-        self, record: RequestRecord, tokens: list[RecordedToken], end_token_ids: frozenset[int], return_seconds: float
-    ) -> Generation | None:
-        """Take up a request that a coordinator before this one had in progress; None when it is open here.
-
-        Its client has at least `return_seconds` to come back.
-        """
-        if record.score_prompt:  # the scores were not recorded, and come before the first token
-            tokens = []
-        resume_seconds = max(record.resume_seconds, return_seconds)
-        generation = Generation(record.request_id, self.leave, self._finish, resume_seconds)
-        generation.unread_since = time.monotonic()
-        deadline = None
-        if record.deadline_unix_seconds:
-            deadline = time.monotonic() + max(0.0, record.deadline_unix_seconds - time.time())
-        opened = OpenRequest(generation, record.client_name, deadline, tokens=len(tokens))
-        if not self._open.take_back(opened):
-            return None
-        for token in tokens:
-            generation.put(token_of(token))
-        self._recorder.go_on(record, list(tokens))
-        session = session_of(record, end_token_ids)
-        session.token_ids += [token.token_id for token in tokens]
-        if tokens:
-            opened.last_token_at = opened.arrived_at
-        if len(tokens) >= record.max_new_tokens or (tokens and tokens[-1].finish_reason):
-            self._events.put(_Ended(record.request_id, "finished", None))  # all but its end was recorded
-        else:
-            self._events.put(_Submitted(session))
-        return generation
-
-    def leave(self, request_id: str) -> None:
-        """Nobody wants it any more: end it on every stage."""
-        cancelled = GenerationFailed("The request was cancelled.", cure="Send it again.")
-        self._events.put(_Ended(request_id, "cancelled", cancelled))
-
-    def _finish(self, request_id: str) -> None:
-        """Its text is complete, though more tokens might follow."""
-        self._events.put(_Ended(request_id, "finished", None))
+        self.intake = Intake(self._open, recorder, self._events.put, lambda: self._scheduler.limits, lambda: self.state)
 
     @property
     def kept_rows(self) -> int:
@@ -197,19 +75,19 @@ class GenerationLoop:
 
     def activate(self, plan: Plan, limits: Limits, coordinator_epoch: int) -> None:
         """Compute by this plan as soon as the steps in flight are back."""
-        self._events.put(_Activate(plan, limits, coordinator_epoch))
+        self._events.put(Activate(plan, limits, coordinator_epoch))
 
     def limits_changed(self, limits: Limits) -> None:
         """A stage came back with more or less room for KV rows under the same plan."""
-        self._events.put(_LimitsChanged(limits))
+        self._events.put(LimitsChanged(limits))
 
     def stand_by(self, error: NoodleError) -> None:
         """Another coordinator leads: end every open request with this error and compute nothing."""
-        self._events.put(_StandBy(error))
+        self._events.put(StandBy(error))
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests, and return when the open ones have ended or the time is over."""
-        self._draining = True
+        self.intake.is_draining = True
         self._open.wait_until_none(seconds)
 
     def stop(self) -> None:
@@ -236,23 +114,23 @@ class GenerationLoop:
                 self._next_tick = now + TICK_SECONDS
                 self._tick(now)
 
-    def _handle(self, event: _Event) -> None:
+    def _handle(self, event: LoopEvent) -> None:
         if isinstance(event, ResultArrived):
             self._take_result(event.result)
-        elif isinstance(event, _Submitted):
+        elif isinstance(event, Submitted):
             self._scheduler.add(event.session)
-        elif isinstance(event, _Ended):
+        elif isinstance(event, Ended):
             self._end(event.request_id, event.outcome, event.error)
         elif isinstance(event, PipelineUp):
             self._pipeline_is_up(event)
         elif isinstance(event, PipelineDown):
             self._pipeline_is_down(event.plan_version, event.reason)
-        elif isinstance(event, _Activate):
+        elif isinstance(event, Activate):
             self._pending = event
-        elif isinstance(event, _LimitsChanged):
+        elif isinstance(event, LimitsChanged):
             if self._scheduler.limits and self._scheduler.limits.plan_version == event.limits.plan_version:
                 self._scheduler.limits = event.limits
-        elif isinstance(event, _StandBy):
+        elif isinstance(event, StandBy):
             self._stand_by(event.error)
 
     def _send_steps(self) -> None:
@@ -424,7 +302,7 @@ class GenerationLoop:
             if session.replays > MAXIMUM_REPLAYS:  # it is begun again and again and gets no token in between
                 self._end(session.session_id, "failed", _lost_too_often())
 
-    def _switch(self, activate: _Activate) -> None:
+    def _switch(self, activate: Activate) -> None:
         """Let the new plan take over; every session begins anew in it."""
         self._pending = None
         self._close_pipeline()
@@ -492,4 +370,4 @@ def _lost_too_often() -> NoodleError:
     return GenerationFailed("The request's steps were lost too often.", cure="See the stages' logs.")
 
 
-_NOTHING = _Ended("", "", None)  # a tick: nothing happened
+_NOTHING = Ended("", "", None)  # a tick: nothing happened

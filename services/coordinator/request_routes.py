@@ -58,7 +58,7 @@ def request_routes(engine: Engine, clients: Clients) -> Blueprint:
     @routes.delete("/v1/requests/<name>")
     def end(name: str) -> Response:
         kept = engine.kept.find(clients.require(), name)
-        engine.loop.leave(kept.record.request_id)
+        engine.loop.intake.leave(kept.record.request_id)
         return json_response(status_of(kept))
 
     return routes

@@ -95,7 +95,7 @@ class Rig:
 
     def submit(self, prompt=5, new=4, **options):
         asked = GenerationRequest(list(range(3, 3 + prompt)), new, SamplingParameters(), frozenset(), **options)
-        return self.loop.submit(asked)[1].open_reader()
+        return self.loop.intake.submit(asked)[1].open_reader()
 
     def step(self, number):
         """The step that was sent as this one, counted from 1."""
@@ -286,7 +286,7 @@ def test_a_request_that_takes_longer_than_it_may_ends_with_what_it_has(rig):
 
 
 def test_a_request_whose_client_may_come_back_goes_on_without_it_for_so_long(rig):
-    _, generation = rig.loop.submit(
+    _, generation = rig.loop.intake.submit(
         GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset(), resume_seconds=0.6)
     )
     generation.open_reader().cancel()
@@ -299,7 +299,7 @@ def test_a_request_whose_client_may_come_back_goes_on_without_it_for_so_long(rig
 
 
 def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
-    _, generation = rig.loop.submit(GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset()))
+    _, generation = rig.loop.intake.submit(GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset()))
     first, second = generation.open_reader(), generation.open_reader()
     rig.answer(rig.step(1))
     for reader in (first, second):
@@ -314,8 +314,8 @@ def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
 
 def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorded_token(rig):
     record = RequestRecord("r", [3, 4, 5], 4, 0.0, 1.0, 0, 0, [], True)
-    generation = rig.loop.go_on(record, [RecordedToken(7), RecordedToken(8)], frozenset(), 30.0)
-    assert rig.loop.go_on(record, [], frozenset(), 30.0) is None
+    generation = rig.loop.intake.go_on(record, [RecordedToken(7), RecordedToken(8)], frozenset(), 30.0)
+    assert rig.loop.intake.go_on(record, [], frozenset(), 30.0) is None
     step = rig.step(1)
     assert [(span.first_position, span.token_count) for span in step.spans] == [(0, 5)]
     rig.answer(step, 9)
@@ -328,7 +328,7 @@ def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorde
 
 def test_a_request_of_which_all_but_the_end_was_recorded_ends(rig):
     record = RequestRecord("r", [3, 4, 5], 1, 0.0, 1.0, 0, 0, [], True)
-    generation = rig.loop.go_on(record, [RecordedToken(7, finish_reason="length")], frozenset(), 30.0)
+    generation = rig.loop.intake.go_on(record, [RecordedToken(7, finish_reason="length")], frozenset(), 30.0)
     wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it has ended")
     assert generation.failure is None
 
