@@ -159,6 +159,20 @@ def pids_of(cluster: Cluster, name: str) -> list[int]:
     return [master, *map(int, children)]
 
 
+def processes_of(cluster: Cluster) -> list[int]:
+    """All processes that have this cluster's state folder in their environment or command, whoever started them."""
+    found = []
+    mark = str(cluster.state_dir).encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+        except OSError:
+            continue  # it has just ended, or is not ours to read
+        if mark in words:
+            found.append(int(folder.name))
+    return found
+
+
 def longest_silence(stream: Stream, died_at: float) -> float:
     """Seconds from the death to the stream's next token; 0 when it had all."""
     return next((at - died_at for at in stream.arrived_at if at > died_at), 0.0)
