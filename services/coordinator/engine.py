@@ -80,7 +80,7 @@ class Engine:
         )
         self.leadership = Leadership(config.machine, work_queue, self.loop, config.transport)
         self.weights = WeightStore(config.cache_dir)
-        self.kept = KeptRequests()
+        self.kept = KeptRequests(config.maximum_open_requests + config.maximum_waiting_requests)
         self._is_loaded = threading.Event()
         self.loaded: LoadedModel | None = None
         self.detail = "the tokenizer to load"
@@ -209,10 +209,13 @@ class Engine:
         )
         with self.kept.lock:
             if (kept := self.kept.joined(asker.client, asker.idempotency)) is None:
+                self.kept.refuse_a_crowd()
                 record, generation = self.loop.submit(request)
                 kept = self.kept.add(record, generation)
                 self.metrics.prompt_tokens.inc(len(token_ids))
-            reader = kept.generation.open_reader()
+                reader = kept.generation.open_reader()
+            else:
+                reader = self.kept.open_reader(kept)
         return self._started(kept, reader, parameters, model)
 
     def take_up(self, kept: KeptRequest) -> Started:
@@ -226,7 +229,7 @@ class Engine:
             ignore_eos=record.ignore_eos,
             scores=Scores(record.want_logprob, record.top_logprobs, record.score_prompt),
         )
-        return self._started(kept, kept.generation.open_reader(), parameters, self._text_side())
+        return self._started(kept, self.kept.open_reader(kept), parameters, self._text_side())
 
     def _started(
         self, kept: KeptRequest, reader: GenerationReader, parameters: GenerationParameters, model: LoadedModel

@@ -77,10 +77,12 @@ class Soak:
         self.load.start()
         early_at = began_at + min(EARLY_SECONDS, self.seconds / 4)
         next_death_at = began_at + KILL_EVERY_SECONDS
+        deaths: list[str] = []
         while (now := time.monotonic()) < began_at + self.seconds:
             if now >= next_death_at:
                 next_death_at += KILL_EVERY_SECONDS
-                self.kill(chance.choice(DEATHS))
+                deaths = deaths or chance.sample(DEATHS, len(DEATHS))  # each comes as often as any other
+                self.kill(deaths.pop())
             if not self.memory and now >= early_at and is_ready(self.cluster):
                 self.memory.append(self.memory_now())
             time.sleep(0.2)

@@ -160,12 +160,12 @@ def pids_of(cluster: Cluster, name: str) -> list[int]:
 
 
 def processes_of(cluster: Cluster) -> list[int]:
-    """All processes that have this cluster's state folder in their environment or command, whoever started them."""
+    """All processes that have this cluster's state folder in their environment or work in it, whoever started them."""
     found = []
     mark = str(cluster.state_dir).encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+            words = (folder / "environ").read_bytes() + os.readlink(folder / "cwd").encode()
         except OSError:
             continue  # it has just ended, or is not ours to read
         if mark in words:
