@@ -33,7 +33,7 @@ OPERATIONS = (
         "/v1/requests/{name}/events",
         "The request's tokens as server-sent events of /generate_stream, after so many whose text was delivered.",
         None,
-        (*READY_ERRORS, 400, 404),
+        (*READY_ERRORS, 400, 404, 429),
         event=TOKEN_EVENT,
         query={"after": integer(0, MAXIMUM_NEW_TOKENS)},
     ),
