@@ -138,7 +138,8 @@ class Soak:
         deaths = ", ".join(f"{kind} {count}" for kind, count in self.deaths.items())
         section.say(
             f"Deaths: {deaths}. Clients that hang: {self.hanging}. Answers of 429 or 503, all with Retry-After, after "
-            f"which a client came again: {ledger.refusals}. {self.parted(ledger)}"
+            f"which a client came again: {ledger.refusals}. Streams accepted, lost before their first token and sent "
+            f"again with their key: {ledger.sent_again}. {self.parted(ledger)}"
         )
         early, late = self.memory
         early_at = min(EARLY_SECONDS, self.seconds / 4) / 60

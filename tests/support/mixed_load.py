@@ -100,13 +100,14 @@ class Ledger:
     sent: Counter[str] = field(default_factory=Counter)
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     refusals: int = 0  # 429 and 503 with a Retry-After, after which the client came again
+    sent_again: int = 0  # streams that were accepted, and lost before their first token: their client sent them again
     wrong: list[str] = field(default_factory=list)
     parted: list[tuple[Asked, Any]] = field(default_factory=list)  # with what was answered instead
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, outcome: str) -> None:
         """A request of this kind has ended."""
-        with self._lock:
+        with self.lock:
             self.outcomes.setdefault(kind, Counter())[outcome] += 1
             if outcome.startswith("wrong"):
                 self.wrong.append(f"{kind}: {outcome}")
@@ -115,7 +116,7 @@ class Ledger:
         """A request has ended with an answer."""
         self.note(kind, "answered")
         if answered != asked.expected:
-            with self._lock:
+            with self.lock:
                 self.parted.append((asked, answered))
 
 
@@ -151,7 +152,8 @@ class Load:
             asked = chance.choice([each for each in self._asked if each.is_chat == kind.startswith("chat")])
             name = f"client-{number}-{count}"
             count += 1
-            self.ledger.sent[f"{kind}"] += 1
+            with self.ledger.lock:
+                self.ledger.sent[kind] += 1
             try:
                 self._one(kind, asked, name)
             except Exception as error:  # noqa: BLE001  # a client that fails is what is looked for
@@ -170,6 +172,8 @@ class Load:
     def _taken_up(self, kind: str, asked: Asked, name: str) -> None:
         stream = Stream(self._services, with_parameters(asked.body, resume_seconds=RESUME_SECONDS), name)
         stream.run()
+        with self.ledger.lock:
+            self.ledger.sent_again += stream.sent_again
         if stream.failure:
             self.ledger.note(kind, f"wrong: {name}: {stream.failure}")
         else:
@@ -272,7 +276,8 @@ class Load:
         if status not in (429, 503):
             return False
         assert retry_after.isdecimal(), f"{status} without a Retry-After"
-        self.ledger.refusals += 1
+        with self.ledger.lock:
+            self.ledger.refusals += 1
         time.sleep(min(int(retry_after), 1.0))
         return True
 
