@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from noodle.config import CoordinatorConfig
-from noodle.errors import NotReady, QueueUnavailable, StartError
+from noodle.errors import NotFound, NotReady, QueueUnavailable, StartError
 from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
 from noodle.logs import about
 from noodle.metrics import CoordinatorMetrics
@@ -24,6 +24,7 @@ from services.coordinator.generate import GenerationLoop
 from services.coordinator.generation import (
     NOBODY,
     Asker,
+    Client,
     GenerationReader,
     GenerationRequest,
     ended_generation,
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 
 RESUME_BY_KEY_SECONDS = 60.0  # how long a request with an Idempotency-Key goes on without a reader, unless it says so
 RETURN_SECONDS = 30.0  # that the client of any request has to come back after the coordinator's restart
-TAKE_UP_RETRY_SECONDS = 1.0
+TAKE_UP_RETRY_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Engine:
         )
         self.leadership = Leadership(config.machine, work_queue, self.loop, config.transport)
         self.weights = WeightStore(config.cache_dir)
-        self.kept = KeptRequests()
+        self.kept = KeptRequests(config.maximum_open_requests + config.maximum_waiting_requests)
         self._is_loaded = threading.Event()
+        self._knows_records = threading.Event()  # of the coordinator that led before; nobody is told 404 until then
         self.loaded: LoadedModel | None = None
         self.detail = "the tokenizer to load"
         self.failure = ""
@@ -207,13 +209,33 @@ class Engine:
             asker.idempotency,
             answer_id,
         )
+        if asker.idempotency.key:
+            self._refuse_until_records_are_known()  # it may be one of them
         with self.kept.lock:
             if (kept := self.kept.joined(asker.client, asker.idempotency)) is None:
+                self.kept.refuse_a_crowd()
                 record, generation = self.loop.intake.submit(request)
                 kept = self.kept.add(record, generation)
                 self.metrics.prompt_tokens.inc(len(token_ids))
-            reader = kept.generation.open_reader()
+                reader = kept.generation.open_reader()
+            else:
+                reader = self.kept.open_reader(kept)
         return self._started(kept, reader, parameters, model)
+
+    def find(self, client: Client, name: str) -> KeptRequest:
+        """A request that this client made; raises NotFound, and NotReady while a coordinator before may have it."""
+        try:
+            return self.kept.find(client, name)
+        except NotFound:
+            self._refuse_until_records_are_known()
+            raise
+
+    def _refuse_until_records_are_known(self) -> None:
+        if not (self._knows_records.is_set() and self.leadership.leads):
+            raise NotReady(
+                "The coordinator has not read the requests that are recorded yet.",
+                retry_after_seconds=TAKE_UP_RETRY_SECONDS,
+            )
 
     def take_up(self, kept: KeptRequest) -> Started:
         """Read a request again from its beginning; its parameters are those it was recorded with."""
@@ -226,7 +248,7 @@ class Engine:
             ignore_eos=record.ignore_eos,
             scores=Scores(record.want_logprob, record.top_logprobs, record.score_prompt),
         )
-        return self._started(kept, kept.generation.open_reader(), parameters, self._text_side())
+        return self._started(kept, self.kept.open_reader(kept), parameters, self._text_side())
 
     def _started(
         self, kept: KeptRequest, reader: GenerationReader, parameters: GenerationParameters, model: LoadedModel
@@ -254,9 +276,11 @@ class Engine:
             self.leadership.led.acquire()
             if self.leadership.stopping.is_set():
                 return
+            self._knows_records.clear()
             self._is_loaded.wait()
             try:
                 self._take_up_all()
+                self._knows_records.set()
             except QueueUnavailable as error:
                 log.warning("requests that were in progress can not be read, they are tried again: %s", error)
                 self.leadership.stopping.wait(TAKE_UP_RETRY_SECONDS)

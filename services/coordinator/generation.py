@@ -171,6 +171,11 @@ class Generation:
             self._tell_left(self.request_id)
 
     @property
+    def reader_count(self) -> int:
+        """How many read it now."""
+        return len(self._readers)
+
+    @property
     def has_ended(self) -> bool:
         """Whether nothing follows."""
         return self._end is not None

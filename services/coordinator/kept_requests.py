@@ -10,9 +10,9 @@ import threading
 import time
 from dataclasses import dataclass
 
-from noodle.errors import Conflict, NotFound
+from noodle.errors import Conflict, NotFound, TooManyRequests
 from noodle.work_queue import RECORD_EXPIRES_SECONDS, RequestRecord
-from services.coordinator.generation import Client, Generation, Idempotency
+from services.coordinator.generation import Client, Generation, GenerationReader, Idempotency
 
 KEPT_BYTES = 64 << 20
 TOKEN_BYTES = 200  # that a token with all its objects takes, about
@@ -35,9 +35,14 @@ class KeptRequest:
 
 
 class KeptRequests:
-    """All of them; HTTP threads use it at the same time."""
+    """All of them; HTTP threads use it at the same time.
 
-    def __init__(self) -> None:
+    Each reader holds one of the service's threads until its request ends, and one request may have any number of them.
+    So no more than `maximum_readers` read at once, and a thread is left for everything else.
+    """
+
+    def __init__(self, maximum_readers: int) -> None:
+        self._maximum_readers = maximum_readers
         self._requests: dict[str, KeptRequest] = {}  # the oldest first
         self.lock = threading.RLock()  # held from looking for an idempotency key until its request is here
 
@@ -47,6 +52,21 @@ class KeptRequests:
             self._expire()
             kept = self._requests[record.request_id] = KeptRequest(record, generation, was_taken_up)
             return kept
+
+    def refuse_a_crowd(self) -> None:
+        """Raise TooManyRequests when as many read as may; to be called under the lock, before a reader is opened."""
+        if sum(kept.generation.reader_count for kept in self._requests.values()) >= self._maximum_readers:
+            raise TooManyRequests(
+                f"{self._maximum_readers} clients read answers, which is the limit.",
+                cure="Close what is not read any more, or come again.",
+                retry_after_seconds=2,
+            )
+
+    def open_reader(self, kept: KeptRequest) -> GenerationReader:
+        """One more reader of a request, from its beginning; raises TooManyRequests."""
+        with self.lock:
+            self.refuse_a_crowd()
+            return kept.generation.open_reader()
 
     def find(self, client: Client, request_id: str) -> KeptRequest:
         """One of this client's by its own word for it, the newest if it used that twice, or by ours; or NotFound."""

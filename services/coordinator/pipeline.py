@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from noodle.errors import LinkLost, QueueUnavailable, WireError
 from noodle.hop import HopConnection, KeptOpen, ResultsConnection
 from noodle.hop_queue import QueueEnd, Streams
@@ -23,6 +25,8 @@ from noodle.messages import (
     KeepAlive,
     LiveSessions,
     QueueEntry,
+    SpanRefusal,
+    SpanResult,
     Step,
     StepResult,
 )
@@ -161,7 +165,7 @@ class Pipeline:
 
     def _heard(self, message: HopMessage) -> None:
         if isinstance(message, StepResult):
-            self._say(ResultArrived(message))
+            self._say(ResultArrived(self._within_vocabulary(message)))
         elif isinstance(message, KeepAlive) and message.chain:
             with self._lock:
                 self._chain = message.chain
@@ -172,7 +176,31 @@ class Pipeline:
     def _taken(self, entry: QueueEntry) -> None:
         if not isinstance(entry, StepResult):
             raise WireError(f"a {type(entry).__name__} is no result.")
-        self._say(ResultArrived(entry))
+        self._say(ResultArrived(self._within_vocabulary(entry)))
+
+    def _within_vocabulary(self, result: StepResult) -> StepResult:
+        """The result with a refusal in the place of each span whose tokens the model does not have.
+
+        One of them in a session would be refused by stage 0, could not be made text, and would be recorded for good.
+        """
+        vocab_size, last = self._plan.vocab_size, self._plan.stages[-1].stage_id
+        wrong = [span for span in result.spans if _largest_token_id(span) >= vocab_size]
+        if not wrong:
+            return result
+        spans = [span for span in result.spans if span not in wrong]
+        refusals = [
+            SpanRefusal(
+                span.session_id,
+                span.session_epoch,
+                span.first_position,
+                last,
+                "unknown_token",
+                f"it answered token {_largest_token_id(span)}, and the model has {vocab_size}; "
+                "does every machine have the same model?",
+            )
+            for span in wrong
+        ]
+        return msgspec.structs.replace(result, spans=spans, refusals=[*result.refusals, *refusals])
 
     def _hop_changed(self, reason: str) -> None:
         with self._lock:
@@ -265,6 +293,14 @@ class Pipeline:
     def _say(self, event: PipelineEvent) -> None:
         if not self._closed.is_set():
             self._tell(event)
+
+
+def _largest_token_id(span: SpanResult) -> int:
+    """Of all that a span's result names; -1 when it names none."""
+    if span.token_id is None and not span.scores:
+        return -1  # as most spans of a prompt
+    scored = [each.token_id for score in span.scores for each in score.top]
+    return max(-1 if span.token_id is None else span.token_id, *(each.token_id for each in span.top), *scored, -1)
 
 
 def _named(stage: StageAssignment) -> str:

@@ -27,17 +27,17 @@ STATUS = always(
     }
 )
 OPERATIONS = (
-    Operation("get", "/v1/requests/{name}", "How far a request of this key is.", STATUS, (401, 404)),
+    Operation("get", "/v1/requests/{name}", "How far a request of this key is.", STATUS, (*READY_ERRORS, 404)),
     Operation(
         "get",
         "/v1/requests/{name}/events",
         "The request's tokens as server-sent events of /generate_stream, after so many whose text was delivered.",
         None,
-        (*READY_ERRORS, 400, 404),
+        (*READY_ERRORS, 400, 404, 429),
         event=TOKEN_EVENT,
         query={"after": integer(0, MAXIMUM_NEW_TOKENS)},
     ),
-    Operation("delete", "/v1/requests/{name}", "End a request on every stage.", STATUS, (401, 404)),
+    Operation("delete", "/v1/requests/{name}", "End a request on every stage.", STATUS, (*READY_ERRORS, 404)),
 )
 
 
@@ -47,17 +47,17 @@ def request_routes(engine: Engine, clients: Clients) -> Blueprint:
 
     @routes.get("/v1/requests/<name>")
     def status(name: str) -> Response:
-        return json_response(status_of(engine.kept.find(clients.require(), name)))
+        return json_response(status_of(engine.find(clients.require(), name)))
 
     @routes.get("/v1/requests/<name>/events")
     def events(name: str) -> Response:
-        kept = engine.kept.find(clients.require(), name)
+        kept = engine.find(clients.require(), name)
         after = _after(kept)
         return event_stream(generate_events(engine.take_up(kept), "", after))
 
     @routes.delete("/v1/requests/<name>")
     def end(name: str) -> Response:
-        kept = engine.kept.find(clients.require(), name)
+        kept = engine.find(clients.require(), name)
         engine.loop.intake.leave(kept.record.request_id)
         return json_response(status_of(kept))
 

@@ -173,7 +173,7 @@ class SpanResult(Struct, frozen=True):
     session_epoch: Version
     first_position: Count
     token_count: Count
-    token_id: int | None = None
+    token_id: Count | None = None
     logprob: float | None = None
     top: Annotated[list[TokenLogprob], Meta(max_length=MAXIMUM_TOP_LOGPROBS)] = []  # at the sampled token's place
     scores: Annotated[list[TokenScore], Meta(max_length=8192)] = []  # of the span's scored_token_ids

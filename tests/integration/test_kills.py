@@ -4,11 +4,12 @@ import random
 
 import pytest
 
-from tests.measure.kills import is_empty
+from tests.measure.kills import LAYERS, is_empty
 from tests.support.cluster import running_cluster, wait_until
 from tests.support.equality import first_difference
 from tests.support.kill_runs import SERVICES_OF, killer, random_moment, requests_of, run_streams
 from tests.support.real_model import real_model_folder
+from tests.support.stage_rig import running_coordinator, running_stages
 from tests.support.whole_model import WholeModel
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.model]
@@ -23,17 +24,25 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def linked(tmp_path_factory):
+    """Two stages, with a cable that can be cut before the second."""
+    folder = tmp_path_factory.mktemp("link")
+    with (
+        running_stages(folder, real_model_folder(), LAYERS, relayed=(1,), NOODLE_TRANSPORT="auto") as rig,
+        running_coordinator(rig, folder) as services,
+    ):
+        yield services, rig.relays[1]
+
+
+@pytest.fixture(scope="module")
 def whole():
     return WholeModel(real_model_folder())
 
 
-@pytest.mark.parametrize("number", range(TIMES))
-@pytest.mark.parametrize("kind", [*SERVICES_OF, "valkey, then the coordinator"])
-def test_every_request_ends_with_its_own_tokens(undisturbed, whole, kind, number):
-    cluster, expected = undisturbed
-    wait_until(cluster.is_ready, 60, "it is whole again")
-    run = f"{kind.replace(' ', '-').replace(',', '')}-{number}"
-    streams = run_streams(cluster, run, killer(cluster, kind), random_moment(random.Random(run)))
+def check_that_all_end_well(services, run, kill, expected, whole):
+    """Run all streams with a kill in between: each has the tokens of the undisturbed run, and no row is left."""
+    wait_until(services.is_ready, 60, "it is whole again")
+    streams = run_streams(services, run, kill, random_moment(random.Random(run)))
     assert [stream.failure for stream in streams] == [""] * len(streams)
     asked = [body for _, body in requests_of(run)]
     for stream, tokens, body in zip(streams, expected, asked, strict=True):
@@ -42,4 +51,20 @@ def test_every_request_ends_with_its_own_tokens(undisturbed, whole, kind, number
             before = [*whole.tokenizer(body["inputs"]).input_ids, *tokens[:parted_at]]
             assert "seed" not in body["parameters"], "a drawn text differs"
             assert whole.best_two_gap(before) < 1e-3
-    wait_until(lambda: is_empty(cluster), 60, "only kept KV rows are left")
+    wait_until(lambda: is_empty(services), 60, "only kept KV rows are left")
+
+
+@pytest.mark.parametrize("number", range(TIMES))
+@pytest.mark.parametrize("kind", [*SERVICES_OF, "valkey, then the coordinator"])
+def test_every_request_ends_with_its_own_tokens(undisturbed, whole, kind, number):
+    cluster, expected = undisturbed
+    run = f"{kind.replace(' ', '-').replace(',', '')}-{number}"
+    check_that_all_end_well(cluster, run, killer(cluster, kind), expected, whole)
+
+
+@pytest.mark.parametrize("number", range(TIMES))
+def test_every_request_ends_with_its_own_tokens_though_the_link_is_cut(undisturbed, linked, whole, number):
+    services, cable = linked
+    connections = cable.connections
+    check_that_all_end_well(services, f"link-{number}", cable.cut, undisturbed[1], whole)
+    assert cable.connections > connections, "nothing was cut"

@@ -1,5 +1,6 @@
 """Clients that leave and come back, ask twice, change their mind, or find another coordinator than they left."""
 
+import http.client
 import os
 import signal
 
@@ -145,9 +146,11 @@ def test_a_coordinator_that_dies_loses_no_request(cluster, death):
 
     def answers():
         try:
-            return [status_of(cluster, f"{death.name}-{index}")[0] for index in range(3)] == [200] * 3
-        except OSError:
+            statuses = [status_of(cluster, f"{death.name}-{index}")[0] for index in range(3)]
+        except (OSError, http.client.HTTPException):
             return False
+        assert 404 not in statuses, "a coordinator that does not know the records yet says that there is no such one"
+        return statuses == [200] * 3
 
     wait_until(answers, 60, "the coordinator is back and has the requests")
     for index, text in enumerate(expected):

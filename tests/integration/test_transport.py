@@ -160,6 +160,47 @@ def test_junk_in_a_stream_changes_nothing(queue, expected, stream):
     assert at_once(queue) == expected
 
 
+@contextlib.contextmanager
+def echoing(work_queue, stream):
+    """Everything that comes in a stream comes twice more: once soon, once late and in the wrong order."""
+    over = threading.Event()
+    echoed = []
+
+    def echo():
+        after = work_queue.newest(stream)
+        seen, late = set(), []
+        while not over.is_set():
+            for name, entry in work_queue.read(stream, after, 0.05):
+                after = name
+                if entry not in seen:
+                    seen.add(entry)
+                    late.append(entry)
+                    echoed.append(entry)
+                    work_queue.append(stream, entry)
+            if len(late) >= 8:
+                for entry in reversed(late):
+                    work_queue.append(stream, entry)
+                late.clear()
+
+    thread = threading.Thread(target=echo)
+    thread.start()
+    try:
+        yield echoed
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("stream", [hop_stream(0), hop_stream(1), RESULTS_STREAM])
+def test_steps_and_results_that_come_again_late_and_out_of_order_change_no_token(queue, expected, stream):
+    with echoing(queue.rig.work_queue, stream) as echoed:
+        for _ in range(2):
+            assert at_once(queue) == expected
+    assert len(echoed) > 20
+    wait_until(lambda: queue.kv_bytes_held() == 0, 15, "only what is kept on purpose is left")
+    assert at_once(queue) == expected
+
+
 def during_a_stream(services, act, prompt=PROMPTS[0]):
     """The status and answer of a request in whose middle something is done."""
     answers = []

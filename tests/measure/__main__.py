@@ -1,4 +1,7 @@
-"""`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md."""
+"""`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
+
+`soak=3` soaks for 3 minutes instead of 15.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from tests.measure import (
     kills,
     load,
     memory,
+    pressure,
     sampling,
     schemathesis,
+    soak,
     speed,
     start,
     transport,
@@ -28,6 +33,9 @@ MEASUREMENTS = {
     "transport": transport.measure,
     "schemathesis": schemathesis.measure,
     "kills": kills.measure,
+    "soak": soak.measure,
+    "tight": pressure.measure_tight,
+    "overload": pressure.measure_overload,
     "engine": engine.measure,
     "containers": containers.measure,
 }
@@ -35,13 +43,14 @@ MEASUREMENTS = {
 
 def main() -> int:
     """Run those that are named, or all."""
-    names = sys.argv[1:] or list(MEASUREMENTS)
-    unknown = [name for name in names if name not in MEASUREMENTS]
+    asked = [word.partition("=") for word in sys.argv[1:] or MEASUREMENTS]
+    unknown = [name for name, _, _ in asked if name not in MEASUREMENTS]
     if unknown:
         print(f"There is no measurement {unknown[0]!r}; there are {', '.join(MEASUREMENTS)}.", file=sys.stderr)
         return 2
-    for name in names:
-        MEASUREMENTS[name]().write()
+    for name, _, minutes in asked:
+        section = soak.measure(float(minutes)) if name == "soak" and minutes else MEASUREMENTS[name]()
+        section.write()
     return 0
 
 

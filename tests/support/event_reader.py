@@ -23,6 +23,7 @@ class EventReader:
         self._answer = self._connection.getresponse()
         self.status = self._answer.status
         self.request_id = self._answer.getheader("X-Request-Id") or ""
+        self.retry_after = self._answer.getheader("Retry-After") or ""
 
     def __enter__(self) -> EventReader:
         return self

@@ -46,25 +46,25 @@ class Stream:
     arrived_at: list[float] = field(default_factory=list)
     breaks: int = 0
     failure: str = ""
+    is_accepted: bool = False
+    sent_again: int = 0  # it was accepted, gave no token yet, and then nobody knew it
 
     def run(self) -> None:
         """Read to the end; a token that comes twice or out of order fails."""
         end = time.monotonic() + RUN_SECONDS
-        begun = False
         while time.monotonic() < end:
             try:
-                if self._read(begun):
+                if self._read():
                     return
-                begun = True
             except (OSError, http.client.HTTPException):
                 pass  # whoever it was connected to has died: it comes back below
             self.breaks += 1
             time.sleep(RETRY_SECONDS)
         self.failure = self.failure or "not finished in time"
 
-    def _read(self, begun: bool) -> bool:
+    def _read(self) -> bool:
         """True when the request has ended."""
-        if not begun and not self.tokens:
+        if not self.is_accepted:
             reader = EventReader(
                 self.services.port, "POST", "/generate_stream", self.body,
                 X_Request_Id=self.request_id, Idempotency_Key=self.request_id,
@@ -73,8 +73,12 @@ class Stream:
             path = f"/v1/requests/{self.request_id}/events?after={len(self.tokens)}"
             reader = EventReader(self.services.port, "GET", path)
         with reader:
+            if reader.status == 404 and self.is_accepted and not self.tokens:
+                self.is_accepted = False
+                self.sent_again += 1
             if reader.status != 200:
                 return False
+            self.is_accepted = True
             for event_id, event in reader:
                 if "error" in event:
                     self.failure = event["error"]["message"]
@@ -157,6 +161,20 @@ def pids_of(cluster: Cluster, name: str) -> list[int]:
     except FileNotFoundError:
         return []
     return [master, *map(int, children)]
+
+
+def processes_of(cluster: Cluster) -> list[int]:
+    """All processes that have this cluster's state folder in their environment or work in it, whoever started them."""
+    found = []
+    mark = str(cluster.state_dir).encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "environ").read_bytes() + os.readlink(folder / "cwd").encode()
+        except OSError:
+            continue  # it has just ended, or is not ours to read
+        if mark in words:
+            found.append(int(folder.name))
+    return found
 
 
 def longest_silence(stream: Stream, died_at: float) -> float:

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.errors import LinkLost
-from noodle.messages import ChainLink, LiveSessions, StepResult
+from noodle.messages import ChainLink, LiveSessions, SpanResult, StepResult, TokenLogprob, TokenScore
 from noodle.metrics import TravelMetrics
 from noodle.plan import Plan, StageAssignment, StageState
 from noodle.wire import decode_entry, encode_entry
@@ -122,6 +122,27 @@ def test_steps_go_onto_the_stream_of_stage_0_and_results_come_from_theirs(told, 
     result = StepResult(1, VERSION, 1, [], [], [])
     streams.append(RESULTS_STREAM, encode_entry(result))
     assert told.next(2) == ResultArrived(result)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"token_id": 300},
+        {"token_id": 5, "top": [TokenLogprob(300, -1.0)]},
+        {"scores": [TokenScore(-1.0, [TokenLogprob(1 << 31, -1.0)])]},
+    ],
+)
+def test_a_token_that_the_model_does_not_have_is_a_refusal_and_its_neighbours_are_taken(told, streams, wrong):
+    told.next(1)
+    good = [SpanResult("good", 1, 0, 4, 299), SpanResult("prompt", 1, 0, 4)]
+    bad = SpanResult("bad", 2, 7, 1, **wrong)
+    streams.append(RESULTS_STREAM, encode_entry(StepResult(1, VERSION, 1, [good[0], bad, good[1]], [], [])))
+    result = told.next(2).result
+    assert result.spans == good
+    (refusal,) = result.refusals
+    assert (refusal.session_id, refusal.session_epoch, refusal.first_position) == ("bad", 2, 7)
+    assert (refusal.stage_id, refusal.reason) == (1, "unknown_token")
+    assert "300" in refusal.message
 
 
 def test_a_full_queue_is_named_and_recovers_by_itself(told, streams):
