@@ -1,6 +1,6 @@
 """`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
 
-`soak=3` soaks for 3 minutes instead of 15.
+`soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where llama.cpp's programs are, and is not among all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tests.measure import (
     kills,
     load,
     memory,
+    peers,
     pressure,
     sampling,
     schemathesis,
@@ -44,12 +45,15 @@ MEASUREMENTS = {
 def main() -> int:
     """Run those that are named, or all."""
     asked = [word.partition("=") for word in sys.argv[1:] or MEASUREMENTS]
-    unknown = [name for name, _, _ in asked if name not in MEASUREMENTS]
+    unknown = [name for name, _, _ in asked if name not in {*MEASUREMENTS, "peers"}]
     if unknown:
         print(f"There is no measurement {unknown[0]!r}; there are {', '.join(MEASUREMENTS)}.", file=sys.stderr)
         return 2
-    for name, _, minutes in asked:
-        section = soak.measure(float(minutes)) if name == "soak" and minutes else MEASUREMENTS[name]()
+    for name, _, value in asked:
+        if name == "peers":
+            section = peers.measure(value)
+        else:
+            section = soak.measure(float(value)) if name == "soak" and value else MEASUREMENTS[name]()
         section.write()
     return 0
 

@@ -129,9 +129,9 @@ def whole_seconds(cluster: Cluster, ids: list[int], new_tokens: int) -> float:
     return time.monotonic() - start
 
 
-def decode_rate(cluster: Cluster, streams: int) -> float:
+def decode_rate(cluster: Cluster, streams: int, new_tokens: int = NEW_TOKENS) -> float:
     """Tokens per second of all streams, from the last one's first token to the first one's last."""
-    arrivals = together(cluster, streams, NEW_TOKENS)
+    arrivals = together(cluster, streams, new_tokens)
     begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     return sum(begin < at <= end for times in arrivals for at in times) / (end - begin)
 
