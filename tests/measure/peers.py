@@ -41,7 +41,7 @@ def measure(folder: str = "") -> Section:
     section.say(
         f"SmolLM2-135M-Instruct; one thread and one core for each machine; {ROUNDS} rounds in turn, ratios noodle over "
         f"llama.cpp of the same round. Decode: {NEW_TOKENS} new tokens, noodle over HTTP, llama.cpp by llama-bench. "
-        f"Prefill: {PROMPT_TOKENS} tokens, noodle until the first token's answer. Two machines: half of the layers each, "
+        f"Prefill: {PROMPT_TOKENS} tokens, noodle until the first token is told. Two machines: half the layers each, "
         f"llama.cpp over its RPC server. {STREAMS} streams: {NEW_TOKENS} tokens each, whole requests, against "
         f"llama-server -np {STREAMS} --cont-batching over RPC."
     )
