@@ -15,6 +15,9 @@ from noodle.messages import ReleasedSession, SpanRefusal, Step, StepSpan
 MAXIMUM_EARLY_SPANS = 16  # of one session
 MAXIMUM_EARLY_BYTES = 64 << 20  # of all sessions
 UNLISTED_SECONDS = 5.0  # a session that the coordinator no longer lists is freed after this long
+# Between two looks at all sessions; a longer time does not count, for no list could be heard in it: a step took that
+# long, or the process stood still, as on a laptop that slept.
+STOOD_STILL_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class SessionTable:
     def __init__(self, stage_id: int) -> None:
         self._stage_id = stage_id
         self._sessions: dict[str, StageSession] = {}
+        self._looked_at: float | None = None
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -144,6 +148,11 @@ class SessionTable:
 
     def expire(self, now: float) -> tuple[list[tuple[Step, SpanRefusal]], list[str]]:
         """Early spans whose time is over, each with its refusal, and sessions that nobody lists any more."""
+        stood_still = now - self._looked_at if self._looked_at is not None else 0.0
+        self._looked_at = now
+        if stood_still > STOOD_STILL_SECONDS:
+            for session in self._sessions.values():
+                session.listed_at = min(now, session.listed_at + stood_still)
         gaps: list[tuple[Step, SpanRefusal]] = []
         for session in self._sessions.values():
             for position, early in list(session.early.items()):

@@ -97,6 +97,16 @@ def test_a_session_that_nobody_lists_is_freed():
     assert len(table) == 1
 
 
+def test_a_stage_that_stood_still_frees_nothing_for_lists_that_it_could_not_hear():
+    table = SessionTable(0)
+    compute(table, span_of("a"), now=0.0)
+    assert table.expire(1.0)[1] == []
+    assert table.expire(60.0)[1] == []  # it comes to itself, and the lists of that time are still to be read
+    for second in range(1, 5):
+        assert table.expire(60.0 + second)[1] == []
+    assert table.expire(65.5)[1] == ["a"]
+
+
 def test_a_released_session_is_forgotten_once():
     table = SessionTable(0)
     compute(table, span_of("a"))
