@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 LIVE_SESSIONS_SECONDS = 1.0  # how often every stage is told which sessions live
 TICK_SECONDS = 0.25  # how late a deadline may be noticed
+# Stages free what they hear no list of for 5 s, and a break is noticed up to 3 s late: after so long they may have
+KEPT_OVER_BREAK_SECONDS = 1.0
 
 
 class GenerationLoop:
@@ -62,6 +64,7 @@ class GenerationLoop:
         self._pending: Activate | None = None
         self._next_live = 0.0
         self._next_tick = 0.0
+        self._broke_at = 0.0
         self._counted = Counts()  # of the scheduler's counts, what the metrics have
         self.state = LoopState()
         self.intake = Intake(self._open, recorder, self._events.put, lambda: self._scheduler.limits, lambda: self.state)
@@ -259,11 +262,13 @@ class GenerationLoop:
         state = self.state
         if state.plan is None or event.plan_version != state.plan.version:
             return
-        same_caches = state.boot_ids == event.boot_ids
+        was_up, same_caches = state.up, state.boot_ids == event.boot_ids
         state.up, state.detail, state.boot_ids = True, "ready", event.boot_ids
         log.info("the pipeline stands: %d stages, plan %d", len(event.boot_ids), event.plan_version)
         if not same_caches:
             self._replay("stage_restarted")
+        elif not was_up and time.monotonic() - self._broke_at > KEPT_OVER_BREAK_SECONDS:
+            self._scheduler.forget_kept()
         # before any step: sessions that ended while the pipeline was down still hold their room on some stage
         self._tell_live_sessions(frees_unlisted=True)
         for flight in self._scheduler.to_send_again(time.monotonic()):
@@ -278,7 +283,7 @@ class GenerationLoop:
         state = self.state
         if state.plan is None or plan_version != state.plan.version or not state.up:
             return
-        now = time.monotonic()
+        now = self._broke_at = time.monotonic()
         state.up, state.detail = False, reason
         log.warning("the pipeline is broken: %s", reason)
         self._end_out_of_time(now)  # now and not at a tick: a pipeline that comes and goes may be up at each of them

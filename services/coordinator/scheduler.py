@@ -244,6 +244,10 @@ class Scheduler:
             flight.sent_at = now
         return flights
 
+    def forget_kept(self) -> None:
+        """What is kept of ended sessions may be gone on some stage."""
+        self._books.forget_kept()
+
     def replay_all(self) -> list[Session]:
         """Begin every running session anew in its next epoch: some KV cache is gone. Returns them."""
         self._in_flight.clear()

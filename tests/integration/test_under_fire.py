@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import signal
 import threading
 import time
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from services.stage.sessions import UNLISTED_SECONDS
 from tests.measure.pressure import OVERLOAD_NEW_TOKENS, overload
 from tests.support.cluster import request, running_cluster, wait_until
 from tests.support.event_reader import EventReader
@@ -133,6 +136,18 @@ def test_a_request_that_nobody_takes_up_in_its_time_is_freed_on_every_stage(smal
     wait_until(lambda: request(small.port, "GET", "/v1/requests/left")[1]["status"] != "running", 15, "it has ended")
     assert time.monotonic() - left_at < 10
     wait_until(lambda: small.kv_bytes_held() == 0, 15, "its rows are free")
+
+
+def test_a_stage_that_stood_still_keeps_the_rows_that_the_coordinator_counts_on(small):
+    small.generate("rows that are kept", max_new_tokens=20, ignore_eos=True)
+    wait_until(lambda: small.kv_bytes_held() == 0, 15, "all but kept rows are freed")
+    stage = small.worker_pid("stage-1")
+    os.kill(stage, signal.SIGSTOP)
+    time.sleep(UNLISTED_SECONDS + 1)  # longer than a session may be unlisted
+    os.kill(stage, signal.SIGCONT)
+    wait_until(small.is_ready, 30, "it is whole again")
+    time.sleep(1.0)  # two lists
+    assert small.kv_bytes_held() == 0
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from tests.support.real_model import real_model_folder
 from tests.support.whole_model import WholeModel
 
 TIGHT_REQUESTS = 20
-TIGHT_PROMPT_TOKENS = 40
-TIGHT_NEW_TOKENS = 80
+TIGHT_PROMPT_TOKENS = 32
+TIGHT_NEW_TOKENS = 48
 TIGHT_SHARE = 10  # the room is this part of what all requests want together
 LAYERS = 15  # of each of the two stages
 FLOAT_BYTES = 4
@@ -80,7 +80,10 @@ def tight_bodies() -> list[dict[str, Any]]:
     """Prompts that begin alike in no two."""
     return [
         {
-            "inputs": [1000 + number, *(1000 + (number * 7919 + index * 31) % 40_000 for index in range(1, 40))],
+            "inputs": [
+                1000 + number,
+                *(1000 + (number * 7919 + index * 31) % 40_000 for index in range(1, TIGHT_PROMPT_TOKENS)),
+            ],
             "parameters": {
                 "max_new_tokens": TIGHT_NEW_TOKENS,
                 "ignore_eos": True,

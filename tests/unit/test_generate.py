@@ -11,6 +11,7 @@ from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanR
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan, StageAssignment
 from noodle.work_queue import RecordedToken, RequestRecord
+from services.coordinator import generate
 from services.coordinator import scheduler as scheduler_module
 from services.coordinator.generate import GenerationLoop
 from services.coordinator.generation import GenerationRequest
@@ -167,6 +168,22 @@ def test_after_a_restart_of_a_stage_the_others_hear_it_too_before_the_replay(rig
     first, second = rig.pipeline.sent[before : before + 2]
     assert (first.sessions, first.frees_unlisted) == ([stays.request_id], True)
     assert [(span.session_epoch, span.first_position) for span in second.spans] == [(2, 0)]
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_after_a_long_break_nothing_is_counted_on_that_stages_may_have_freed(rig, monkeypatch, is_long):
+    monkeypatch.setattr(generate, "KEPT_OVER_BREAK_SECONDS", 0.0 if is_long else 60.0)
+    ended = rig.submit(new=1)
+    rig.answer(rig.step(1))
+    wait_until(lambda: rig.loop.kept_rows, WAIT_SECONDS, "its rows are kept")
+    rig.down()
+    before = len(live_lists(rig))
+    rig.up()
+    wait_until(lambda: len(live_lists(rig)) > before, WAIT_SECONDS, "the stages hear what is held")
+    told = live_lists(rig)[before]
+    assert told.frees_unlisted
+    assert told.sessions == ([] if is_long else [ended.request_id])
+    assert bool(rig.loop.kept_rows) is not is_long
 
 
 def test_the_ordinary_lists_free_nothing_at_once(rig):
