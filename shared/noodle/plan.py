@@ -14,6 +14,8 @@ from noodle.messages import ChainLink
 
 # Prompt and answer of a session that is of any use: a context, or room for KV rows, that holds less serves nobody.
 MINIMUM_SESSION_TOKENS = 16
+# A step of so many tokens has a prompt's chunk in it: decode steps of home use have fewer.
+PREFILL_HOP_TOKENS = 32
 
 Source = Literal["measured", "assumed", "configured"]  # where a number comes from (design D8)
 
@@ -67,6 +69,20 @@ class StageAssignment(Struct, frozen=True):
     dtype: str
     weight_bytes: int = 0  # what the planner expects the slice to take
     decode_seconds: float = 0.0  # predicted for one token
+    hop_dtype: str = ""  # of the hidden states it hands on; empty: the one it computes in
+    hop_prefill_dtype: str = ""  # the same for steps of many tokens; empty: no other one
+    hop_token_seconds: float = 0.0  # predicted for one token's bytes on the way to the next stage
+
+    def hands_on(self, tokens: int) -> str:
+        """The dtype of the hidden states of a step of so many tokens."""
+        if self.hop_prefill_dtype and tokens >= PREFILL_HOP_TOKENS:
+            return self.hop_prefill_dtype
+        return self.hop_dtype or self.dtype
+
+    @property
+    def may_hand_on(self) -> tuple[str, ...]:
+        """Every dtype that the next stage must take."""
+        return tuple(dict.fromkeys((self.hands_on(1), self.hands_on(PREFILL_HOP_TOKENS))))
 
 
 class Plan(Struct, frozen=True):
