@@ -37,7 +37,7 @@ def encode(values: Rows, dtype: str) -> WireTensor:
 
 
 def decode(tensor: WireTensor) -> Rows:
-    """The rows in float32 of a tensor that was checked (noodle.wire.checked_tensor); exact but for the product of int8."""
+    """The rows in float32 of a tensor that was checked (noodle.wire); exact but for the product of int8."""
     tokens, hidden_size = tensor.shape
     if tensor.dtype == "bfloat16":
         halves = np.frombuffer(tensor.data, np.uint16).astype(np.uint32)
