@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from noodle.errors import ModelNotFound, UnsupportedModel
+from services.stage.reading import ReadCounter
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -36,28 +34,6 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-Progress = Callable[[int, int], None]
-
-
-def ignore_progress(_done_bytes: int, _total_bytes: int) -> None:
-    """For callers that show nothing."""
-
-
-@dataclass
-class ReadCounter:
-    """Bytes of tensors read from disk so far, told to `progress` with their sum; several threads may add."""
-
-    progress: Progress = ignore_progress
-    bytes_read: int = 0
-    total_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, read_bytes: int) -> None:
-        """Count a piece that was read."""
-        with self._lock:
-            self.bytes_read += read_bytes
-            self.progress(self.bytes_read, self.total_bytes)
 
 
 class SafetensorsFile:
