@@ -92,7 +92,7 @@ class WeightMaker:
         layout = layout_of(self._ggml, recipes, weights)
         path = None if self._kept_folder is None else self._kept_folder / f"{name}.weights"
         if path is not None and (block := open_kept(path, layout)) is not None:
-            self._counter.add(sum(self._bytes_of(recipe) for recipe in recipes))
+            self._counter.add(sum(self.bytes_of(recipe) for recipe in recipes))
             return block
         if path is not None:
             try:
@@ -100,9 +100,7 @@ class WeightMaker:
             except OSError as error:
                 log.warning("%s is not kept (%s): it is made anew at each start", path, error.strerror or error)
         byte_count = _bytes_in(layout)
-        # pages of their own: freed with the block, whatever the allocator would keep
-        memory = mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        view = np.frombuffer(memory, np.uint8)
+        view = own_memory(byte_count)
         self._fill(view, recipes, layout)
         return Block(layout, view.ctypes.data, byte_count, view)
 
@@ -111,7 +109,7 @@ class WeightMaker:
         layout = layout_of(self._ggml, recipes, weights)
         return self._kept_folder is not None and open_kept(self._kept_folder / f"{name}.weights", layout) is not None
 
-    def _bytes_of(self, recipe: Recipe) -> int:
+    def bytes_of(self, recipe: Recipe) -> int:
         entries = (self._files.find(key).entries[key]["data_offsets"] for key in dict.fromkeys(recipe.sources))
         return sum(int(end) - int(begin) for begin, end in entries)
 
@@ -173,8 +171,7 @@ class WeightMaker:
             return
         values = np.ascontiguousarray(values, np.float32)
         rows, length = values.shape
-        source = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        self._ggml.ggml_quantize_chunk(type_number, source, target.ctypes.data, 0, rows, length, None)
+        self._ggml.ggml_quantize_chunk(type_number, values.ctypes.data, target.ctypes.data, 0, rows, length, None)
 
     def _whole(self, key: str) -> npt.NDArray[np.float32]:
         shape = self._files.find(key).entries[key]["shape"]
@@ -195,6 +192,11 @@ class WeightMaker:
         if entry["dtype"] == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32, copy=False)
+
+
+def own_memory(byte_count: int) -> Bytes:
+    """Zeros in pages of their own: aligned as ggml wants it, and freed with the array whatever an allocator keeps."""
+    return np.frombuffer(mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
 
 def open_kept(path: Path, layout: tuple[Placed, ...]) -> Block | None:
@@ -268,7 +270,7 @@ class GgmlTensors:
     def _tensor(self, buffer: Any, block: Block, placed: Placed) -> int:
         ggml = self._ggml
         sizes = (ctypes.c_int64 * len(placed.sizes))(*placed.sizes)
-        tensor = ggml.ggml_new_tensor(self._context, placed.type_number, len(placed.sizes), sizes)
+        tensor = ggml.ggml_new_tensor(self._context, placed.type_number, len(placed.sizes), ctypes.addressof(sizes))
         if ggml.ggml_nbytes(tensor) != placed.byte_count:
             raise ModelNotFound(f"{placed.name} takes other bytes in this ggml than in its file.", cure="Report this.")
         ggml.ggml_backend_tensor_alloc(buffer, tensor, block.address + placed.offset)
