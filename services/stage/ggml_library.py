@@ -141,7 +141,6 @@ def _load(folder: Path, flags: frozenset[str] | None) -> GgmlLibrary:
         else:
             best = _best_kernels(folder)
             kernels, ggml = best.stem.removeprefix("libggml-cpu-"), _import_with_kernels(best)
-            ggml.ggml_backend_load_all_from_path(str(folder).encode())
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         raise GgmlUnavailable(f"ggml is installed but can not be loaded: {error}.", cure=CURE_OF_A_BUILD) from error
     lacking = sorted(
@@ -155,6 +154,8 @@ def _load(folder: Path, flags: frozenset[str] | None) -> GgmlLibrary:
             cure=f"Build it here (`make ggml`), {USE_TRANSFORMERS}.",
         )
     callbacks = _hear(ggml)
+    if kernels != "native":
+        ggml.ggml_backend_load_all_from_path(str(folder).encode())
     if not ggml.ggml_backend_dev_by_name(b"CPU"):
         raise GgmlUnavailable("this ggml has no backend for the CPU.", cure=CURE_OF_A_BUILD)
     version = f"{ggml.__version__} (ggml {ggml.ggml_version().decode()})"
