@@ -10,6 +10,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from noodle.formats import Quality
 from noodle.messages import ChainLink
 
 # Prompt and answer of a session that is of any use: a context, or room for KV rows, that holds less serves nobody.
@@ -56,6 +57,14 @@ class MachineReport(Struct, frozen=True):
     head_decode_seconds: float  # norm, head and sampling of one row
     source: Source = "measured"
     leaving: bool = False  # it wants its layers moved to the others
+    executor: str = "transformers"
+    weights: str = ""  # as noodle.formats names them; empty, as kv_dtype: as `dtype` says
+    kv_dtype: str = ""
+    weight_item_bytes: float = 0.0  # of weights whose name does not tell, as a .gguf file's; 0: it does
+    executor_version: str = ""
+    quality: Quality | None = None  # of these weights and KV rows, None where they are float32
+    choice: str = ""  # what was compared and why this was chosen, in words
+    link_bytes_per_second: float = 0.0  # from the coordinator's machine to here; 0: not measured
 
 
 class StageAssignment(Struct, frozen=True):
@@ -69,6 +78,10 @@ class StageAssignment(Struct, frozen=True):
     dtype: str
     weight_bytes: int = 0  # what the planner expects the slice to take
     decode_seconds: float = 0.0  # predicted for one token
+    executor: str = "transformers"
+    weights: str = ""  # as in the stage's report
+    kv_dtype: str = ""
+    quality: Quality | None = None
     hop_dtype: str = ""  # of the hidden states it hands on; empty: the one it computes in
     hop_prefill_dtype: str = ""  # the same for steps of many tokens; empty: no other one
     hop_token_seconds: float = 0.0  # predicted for one token's bytes on the way to the next stage
@@ -124,6 +137,9 @@ class StageState(Struct, frozen=True):
     device: str = ""  # "cpu" or "cuda"; this and the next two once it has measured
     device_name: str = ""
     threads: int = 0
+    executor: str = ""  # this and the next one once layers are loaded
+    weights: str = ""
+    choice: str = ""  # why these, in words
     outbox_bytes: int = 0  # activations kept until the next stage fetches them
     transport: str = "direct"  # NOODLE_TRANSPORT of the stage, which must be the coordinator's
     link: ChainLink | None = None  # how it reaches the next stage, for a coordinator that has no connection to ask

@@ -17,7 +17,7 @@ from noodle.plan import Plan, StageAssignment
 from noodle.work_queue import WorkQueue
 from services.cli.run_state import RunFolder
 from services.cli.valkey import answers, server_binary, write_configuration
-from tests.support.cluster import Services, free_ports, request, wait_until
+from tests.support.cluster import EXACT, Services, free_ports, request, wait_until
 from tests.support.relay import Relay
 
 READY_SECONDS = 120.0
@@ -121,6 +121,7 @@ def running_stages(
             "NOODLE_STATE_DIR": str(folder / "state"),
             "NOODLE_MACHINE": "test",
             "NOODLE_THREADS": "1",
+            **EXACT,
             **variables,
         }
         for index, port in enumerate(ports):

@@ -1,5 +1,6 @@
 """Measurements of a tiny model: made once, kept, found by the second stage, made again when the file is damaged."""
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -15,7 +16,7 @@ from services.stage import measure, slice_timing
 from services.stage.measure import FILE_NAME, MeasuredSeconds, MeasurementKey, measure_machine
 from tests.tiny_model import make_tiny_model
 
-KEY = MeasurementKey("digest", "cpu", "a processor", "float32", 1, "0.1.0")
+KEY = MeasurementKey("digest", "cpu", "a processor", "transformers", "torch", "f32", "f32", "float32", 1, "0.1.0")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, m
 
 def test_another_dtype_or_version_is_measured_for_itself(folder, tmp_path):
     measure_machine(folder, 6, 256, KEY, tmp_path, ignore)
-    other = MeasurementKey("digest", "cpu", "a processor", "bfloat16", 1, "0.1.0")
+    other = dataclasses.replace(KEY, weights="bf16", kv_dtype="bf16", dtype="bfloat16")
     measure_machine(folder, 6, 256, other, tmp_path, ignore)
     assert len(json.loads((tmp_path / FILE_NAME).read_text())) == 2
 
