@@ -6,8 +6,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-_FUNCTION = type(ctypes.pythonapi.Py_IncRef).__mro__[1]  # what every function of every library is
-_POINTER = ctypes.POINTER(ctypes.c_int).__mro__[1]
+_FUNCTION: Any = type(ctypes.pythonapi.Py_IncRef).__mro__[1]  # what every function of every library is
+_POINTER: Any = ctypes.POINTER(ctypes.c_int).__mro__[1]
 
 
 class GgmlCalls:
