@@ -6,7 +6,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-_SIMPLE = (ctypes.c_void_p, ctypes.c_char_p)
+_FUNCTION: Any = type(ctypes.pythonapi.Py_IncRef).__mro__[1]  # what every function of every library is
+_POINTER: Any = ctypes.POINTER(ctypes.c_int).__mro__[1]
 
 
 class GgmlCalls:
@@ -17,9 +18,9 @@ class GgmlCalls:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
-        if isinstance(found, ctypes._CFuncPtr):
+        if isinstance(found, _FUNCTION):
             arguments = [_plain(each) for each in found.argtypes or ()]
-            address = ctypes.cast(found, ctypes.c_void_p).value
+            address = ctypes.cast(found, ctypes.c_void_p).value or 0
             found = ctypes.CFUNCTYPE(_plain(found.restype), *arguments)(address)
         setattr(self, name, found)
         return found
@@ -27,5 +28,4 @@ class GgmlCalls:
 
 def _plain(kind: Any) -> Any:
     """c_void_p for a pointer to anything but text."""
-    is_pointer = isinstance(kind, type) and issubclass(kind, ctypes._Pointer) and kind not in _SIMPLE
-    return ctypes.c_void_p if is_pointer else kind
+    return ctypes.c_void_p if isinstance(kind, type) and issubclass(kind, _POINTER) else kind

@@ -6,7 +6,7 @@ A module that a layer has not under its name here is left out of the computation
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from services.stage.ggml_rotary import ROTARY_TYPES
@@ -50,7 +50,9 @@ class GgmlFamily:
     residual_scale: str = ""
     attention_scale: str = ""  # config's factor of q·k, in place of head_dim ** -0.5
     query_scalar: str = ""  # config's number whose ** -0.5 is that factor
+    attention_cap: str = ""  # config's soft cap of q·k, of 0 or None where there is none
     logit_divisor: str = ""
+    logit_cap: str = ""
     experts: Mapping[str, str] = field(default_factory=dict)  # router, and gate, up and down with {} for the expert
     normalised_experts: bool | str = False  # whether the chosen experts' weights are made to sum up to 1
 
@@ -60,11 +62,12 @@ GEMMA = GgmlFamily(
     norm_offset=1.0,
     scaled_embedding=True,
     query_scalar="query_pre_attn_scalar",
+    logit_cap="final_logit_softcapping",
 )
 
 GGML_FAMILIES: Mapping[str, GgmlFamily] = {
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
+    "gemma2": replace(GEMMA, attention_cap="attn_logit_softcapping"),
+    "gemma3_text": GEMMA,  # transformers reads its soft cap of q·k, and does not use it
     "gpt2": GgmlFamily(
         modules={
             "attention_norm": "ln_1",

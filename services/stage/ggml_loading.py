@@ -138,11 +138,20 @@ def _blocks(
         named = re.sub(r"[^0-9A-Za-z.]+", "-", version).strip("-")
         kept_folder = cache_dir / "ggml" / f"{model_digest(folder)[:16]}-{weights}-{named}"
     maker = WeightMaker(ggml, files, counter, kept_folder)
-    lacking = [recipe for name, each in wanted.items() if not maker.is_kept(name, each, weights) for recipe in each]
-    counter.total_bytes = sum(maker.bytes_of(recipe) for each in wanted.values() for recipe in each)
+    blocks: dict[str, Block] = {}
+    for name, each in wanted.items():
+        block = maker.kept(name, each, weights)
+        if block is not None:
+            blocks[name] = block
+    lacking = [recipe for name, each in wanted.items() if name not in blocks for recipe in each]
+    counter.total_bytes = sum(maker.bytes_of(recipe) for recipe in lacking)
     if lacking:
         fetch(keys_of(lacking))
-    return {name: maker.block(name, each, weights) for name, each in wanted.items()}
+    counter.add(0)
+    for name, each in wanted.items():
+        if name not in blocks:
+            blocks[name] = maker.make(name, each, weights)
+    return blocks
 
 
 def _rotary_block(shape: ModelShape, start_layer: int, end_layer: int) -> Block:

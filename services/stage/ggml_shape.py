@@ -72,9 +72,9 @@ def shape_of(config: Any, context_length: int) -> ModelShape:
         input_scale=_factor(config, family.embedding_scale),
         residual_scale=_factor(config, family.residual_scale),
         attention_scale=attention_scale,
-        attention_cap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+        attention_cap=_cap(config, family.attention_cap),
         logit_scale=1.0 / _factor(config, family.logit_divisor),
-        logit_cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        logit_cap=_cap(config, family.logit_cap),
         windows=_windows(config, family, layer_count),
         rotaries=_rotaries(config, family, layer_count, head_dim, context_length),
         tied=bool(config.tie_word_embeddings),
@@ -91,6 +91,10 @@ def _first(config: Any, *names: str) -> Any:
 
 def _factor(config: Any, name: str) -> float:
     return float(getattr(config, name)) if name else 1.0
+
+
+def _cap(config: Any, name: str) -> float:
+    return float(getattr(config, name) or 0.0) if name else 0.0
 
 
 def _windows(config: Any, family: GgmlFamily, layer_count: int) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,5 +289,5 @@ def _floats(tensor: WireTensor) -> Floats:
     if tensor.dtype == "bfloat16":
         halves = np.frombuffer(tensor.data, "<u2").astype(np.uint32)
         return (halves << 16).view(np.float32).reshape(tensor.shape)
-    stored: Sequence[Any] = np.frombuffer(tensor.data, "<f2" if tensor.dtype == "float16" else "<f4")
+    stored = np.frombuffer(tensor.data, "<f2" if tensor.dtype == "float16" else "<f4")
     return np.asarray(stored, np.float32).reshape(tensor.shape)

@@ -39,7 +39,12 @@ HEADER_BYTES = 1 << 16
 PIECE_ITEMS = 1 << 20  # converted at once, so that no float32 copy of a large matrix stands beside it
 MAGIC = b"noodle ggml weights 1\n"
 SAMPLES, SAMPLE_BYTES = 64, 4096
-FLOAT_TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
+FLOAT_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F64": np.dtype("<f8"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,15 @@ class WeightMaker:
         self._counter = counter
         self._kept_folder = kept_folder
 
-    def block(self, name: str, recipes: Sequence[Recipe], weights: str) -> Block:
-        """The tensors of some recipes; `name` is their kept file's."""
+    def kept(self, name: str, recipes: Sequence[Recipe], weights: str) -> Block | None:
+        """The tensors of some recipes as they were kept; `name` is their file's. None where they are to be made."""
+        path = self._path(name)
+        return None if path is None else open_kept(path, layout_of(self._ggml, recipes, weights))
+
+    def make(self, name: str, recipes: Sequence[Recipe], weights: str) -> Block:
+        """The tensors of some recipes, read, converted, and kept where they can be."""
         layout = layout_of(self._ggml, recipes, weights)
-        path = None if self._kept_folder is None else self._kept_folder / f"{name}.weights"
-        if path is not None and (block := open_kept(path, layout)) is not None:
-            self._counter.add(sum(self.bytes_of(recipe) for recipe in recipes))
-            return block
+        path = self._path(name)
         if path is not None:
             try:
                 return self._keep(path, recipes, layout)
@@ -104,14 +111,13 @@ class WeightMaker:
         self._fill(view, recipes, layout)
         return Block(layout, view.ctypes.data, byte_count, view)
 
-    def is_kept(self, name: str, recipes: Sequence[Recipe], weights: str) -> bool:
-        """Whether the block needs nothing of the model's own files."""
-        layout = layout_of(self._ggml, recipes, weights)
-        return self._kept_folder is not None and open_kept(self._kept_folder / f"{name}.weights", layout) is not None
-
     def bytes_of(self, recipe: Recipe) -> int:
+        """Bytes that making its tensor reads."""
         entries = (self._files.find(key).entries[key]["data_offsets"] for key in dict.fromkeys(recipe.sources))
         return sum(int(end) - int(begin) for begin, end in entries)
+
+    def _path(self, name: str) -> Path | None:
+        return None if self._kept_folder is None else self._kept_folder / f"{name}.weights"
 
     def _keep(self, path: Path, recipes: Sequence[Recipe], layout: tuple[Placed, ...]) -> Block:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,8 +196,8 @@ class WeightMaker:
         file.read_into(values.view(np.uint8).data, int(entry["data_offsets"][0]) + first_item * stored.itemsize)
         self._counter.add(values.nbytes)
         if entry["dtype"] == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False)
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray(values, np.float32)
 
 
 def own_memory(byte_count: int) -> Bytes:
