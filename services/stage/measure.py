@@ -178,12 +178,14 @@ def _median_seconds(timer: SliceTimer, tokens: int, *, first_position: int, samp
 
 
 @contextmanager
-def one_at_a_time(folder: Path, progress: MeasureProgress) -> Iterator[None]:
+def one_at_a_time(
+    folder: Path, progress: MeasureProgress, timeout_seconds: float = LOCK_TIMEOUT_SECONDS
+) -> Iterator[None]:
     """Holds the machine's measuring lock, which is on the folder itself: a full or read-only one can be locked too.
 
     The system frees it when the process ends.
     """
-    end = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    end = time.monotonic() + timeout_seconds
     with writing(folder, "NOODLE_CACHE_DIR"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -194,7 +196,7 @@ def one_at_a_time(folder: Path, progress: MeasureProgress) -> Iterator[None]:
             except BlockingIOError as error:
                 if time.monotonic() > end:
                     raise StartError(
-                        f"another stage has been measuring this machine for {LOCK_TIMEOUT_SECONDS:.0f} seconds "
+                        f"another stage has been measuring this machine for {timeout_seconds:.0f} seconds "
                         f"({folder} is locked).",
                         cure="Look for a stage that hangs, stop it, and start this one again.",
                     ) from error

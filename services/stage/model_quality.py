@@ -10,8 +10,11 @@ from noodle import __version__
 from noodle.formats import Quality
 from services.stage.candidates import Candidate
 from services.stage.executors import load_by, version_of
+from services.stage.measure import one_at_a_time
 from services.stage.quality import TextScore, keep_quality, kept_quality, quality_of, score_text, text_tokens
 from services.stage.reading import Fetch
+
+LOCK_TIMEOUT_SECONDS = 7200.0  # a large model takes long on a small machine
 
 
 class ModelQuality:
@@ -42,14 +45,15 @@ class ModelQuality:
         """
         parts = (self._digest, self._device, candidate, candidate.kv_dtype, version_of(candidate.executor), __version__)
         key = " | ".join(map(str, parts))
-        if (known := kept_quality(self._cache_dir, key)) is not None:
-            return known
-        self._tokens = self._tokens or text_tokens(self._folder, self._context_length)
-        if self._reference is None:
-            self._reference = self._score(Candidate(candidate.executor, "f32", "f32", "float32"))
-        quality = quality_of(self._score(candidate), self._reference)
-        keep_quality(self._cache_dir, key, quality)
-        return quality
+        with one_at_a_time(self._cache_dir, self._tell, LOCK_TIMEOUT_SECONDS):  # the other stages find it then
+            if (known := kept_quality(self._cache_dir, key)) is not None:
+                return known
+            self._tokens = self._tokens or text_tokens(self._folder, self._context_length)
+            if self._reference is None:
+                self._reference = self._score(Candidate(candidate.executor, "f32", "f32", "float32"))
+            quality = quality_of(self._score(candidate), self._reference)
+            keep_quality(self._cache_dir, key, quality)
+            return quality
 
     def _score(self, candidate: Candidate) -> TextScore:
         load = partial(
