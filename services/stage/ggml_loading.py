@@ -13,7 +13,7 @@ from noodle.model_files import model_digest
 from services.stage.ggml_calls import GgmlCalls
 from services.stage.ggml_layers import NEOX, SliceTensors
 from services.stage.ggml_library import load_ggml
-from services.stage.ggml_recipes import Recipe, Recipes, keys_of
+from services.stage.ggml_recipes import Recipe, Recipes
 from services.stage.ggml_shape import ModelShape, shape_of
 from services.stage.ggml_slice import GgmlSlice
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, GgmlTensors, Placed, WeightMaker, own_memory
@@ -43,7 +43,7 @@ def load_ggml_slice(
     """Layers [start_layer, end_layer) of the model in `folder`, with embeddings or head when they are at an end.
 
     `weights`: a type of `WEIGHTS`, in which matrices are kept and computed with. What is made of the folder's tensors
-    is kept in `cache_dir` and mapped from there, by this and later stages; without one it is the process's own.
+    is kept in `cache_dir`, and read from there by later starts and other stages of the machine.
     `progress` gets bytes done and in all; `fetch` gets the keys of the tensors that will be read, before the first is.
     Raises GgmlUnavailable, UnsupportedModel with what ggml lacks for this model, ModelNotFound, or PlanDoesNotFit for
     layers that the model has not.
@@ -138,20 +138,7 @@ def _blocks(
         named = re.sub(r"[^0-9A-Za-z.]+", "-", version).strip("-")
         kept_folder = cache_dir / "ggml" / f"{model_digest(folder)[:16]}-{weights}-{named}"
     maker = WeightMaker(ggml, files, counter, kept_folder)
-    blocks: dict[str, Block] = {}
-    for name, each in wanted.items():
-        block = maker.kept(name, each, weights)
-        if block is not None:
-            blocks[name] = block
-    lacking = [recipe for name, each in wanted.items() if name not in blocks for recipe in each]
-    counter.total_bytes = sum(maker.bytes_of(recipe) for recipe in lacking)
-    if lacking:
-        fetch(keys_of(lacking))
-    counter.add(0)
-    for name, each in wanted.items():
-        if name not in blocks:
-            blocks[name] = maker.make(name, each, weights)
-    return blocks
+    return maker.blocks(wanted, weights, fetch)
 
 
 def _rotary_block(shape: ModelShape, start_layer: int, end_layer: int) -> Block:
@@ -166,7 +153,7 @@ def _rotary_block(shape: ModelShape, start_layer: int, end_layer: int) -> Block:
         if rotary is not None:
             memory[number, : len(rotary.frequencies)] = np.float32(1) / rotary.frequencies
         placed.append(Placed(str(number), 0, (length,), number * memory.strides[0], 4 * length))
-    return Block(tuple(placed), memory.ctypes.data, memory.nbytes, memory)
+    return Block(tuple(placed), memory.reshape(-1).view(np.uint8))
 
 
 def _tensors(

@@ -1,7 +1,7 @@
-"""Weights as ggml computes with them: made once from safetensors and kept in files that are mapped; knows no layer.
+"""Weights as ggml computes with them: made once from safetensors and kept in files; knows no layer and no graph.
 
-A kept file holds one layer, or the embeddings, or the head, in one type. Two stages of a machine that want the same
-one share its pages.
+A kept file holds one layer, or the embeddings, or the head, in one type. It is read, not mapped: a slice's weights
+stand in large pages, in which decoding was measured to be 1.25 times as fast as in a file's pages of 4 kB.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import ModelNotFound, UnsupportedModel
-from services.stage.ggml_recipes import Recipe
-from services.stage.reading import ReadCounter
+from services.stage.ggml_recipes import Recipe, keys_of
+from services.stage.reading import Fetch, ReadCounter
 from services.stage.safetensors_files import SafetensorsFolder
 
 log = logging.getLogger(__name__)
@@ -60,12 +60,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Block:
-    """Memory with tensors in it, a kept file's or the process's own; `owner` keeps it alive."""
+    """Memory with tensors in it."""
 
     tensors: tuple[Placed, ...]
-    address: int
-    byte_count: int
-    owner: Any
+    memory: Bytes
 
 
 def layout_of(ggml: Any, recipes: Sequence[Recipe], weights: str) -> tuple[Placed, ...]:
@@ -92,26 +90,60 @@ class WeightMaker:
         self._counter = counter
         self._kept_folder = kept_folder
 
-    def kept(self, name: str, recipes: Sequence[Recipe], weights: str) -> Block | None:
-        """The tensors of some recipes as they were kept; `name` is their file's. None where they are to be made."""
-        path = self._path(name)
-        return None if path is None else open_kept(path, layout_of(self._ggml, recipes, weights))
+    def blocks(self, wanted: Mapping[str, Sequence[Recipe]], weights: str, fetch: Fetch) -> dict[str, Block]:
+        """The tensors of each name's recipes, as they were kept or made now; `fetch` gets the keys that are read."""
+        layouts = {name: layout_of(self._ggml, recipes, weights) for name, recipes in wanted.items()}
+        blocks = self._room_for(layouts)
+        lacking = [name for name, block in blocks.items() if not self._take_kept(name, block)]
+        recipes = [recipe for name in lacking for recipe in wanted[name]]
+        self._counter.total_bytes = sum(self._bytes_of(recipe) for recipe in recipes)
+        if recipes:
+            fetch(keys_of(recipes))
+        self._counter.add(0)
+        for name in lacking:
+            block = blocks[name]
+            self._fill(block.memory, wanted[name], block.tensors)
+            self._keep(name, block)
+        return blocks
 
-    def make(self, name: str, recipes: Sequence[Recipe], weights: str) -> Block:
-        """The tensors of some recipes, read, converted, and kept where they can be."""
-        layout = layout_of(self._ggml, recipes, weights)
-        path = self._path(name)
-        if path is not None:
-            try:
-                return self._keep(path, recipes, layout)
-            except OSError as error:
-                log.warning("%s is not kept (%s): it is made anew at each start", path, error.strerror or error)
-        byte_count = _bytes_in(layout)
-        view = own_memory(byte_count)
-        self._fill(view, recipes, layout)
-        return Block(layout, view.ctypes.data, byte_count, view)
+    def _room_for(self, layouts: Mapping[str, tuple[Placed, ...]]) -> dict[str, Block]:
+        """One piece of memory for all, so that little of its last large page is left over."""
+        memory = own_memory(sum(bytes_in(layout) for layout in layouts.values()))
+        blocks: dict[str, Block] = {}
+        begin = 0
+        for name, layout in layouts.items():
+            end = begin + bytes_in(layout)
+            blocks[name] = Block(layout, memory[begin:end])
+            begin = end
+        return blocks
 
-    def bytes_of(self, recipe: Recipe) -> int:
+    def _take_kept(self, name: str, block: Block) -> bool:
+        """Read a block from its kept file; False where there is none, or it is damaged or of another layout."""
+        path = self._path(name)
+        if path is None:
+            return False
+        try:
+            with path.open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != HEADER_BYTES + len(block.memory):
+                    return False
+                header = file.read(HEADER_BYTES).rstrip(b"\0")
+                described = json.loads(header.removeprefix(MAGIC)) if header.startswith(MAGIC) else {}
+                if described.get("layout") != _described(block.tensors):
+                    return False
+                done = 0
+                while done < len(block.memory):
+                    read = file.readinto(block.memory[done:].data)
+                    if not read:
+                        return False
+                    done += read
+        except (OSError, ValueError):
+            return False
+        if described.get("digest") != _sampled_digest(block.memory):
+            log.warning("%s is damaged and made anew", path)
+            return False
+        return True
+
+    def _bytes_of(self, recipe: Recipe) -> int:
         """Bytes that making its tensor reads."""
         entries = (self._files.find(key).entries[key]["data_offsets"] for key in dict.fromkeys(recipe.sources))
         return sum(int(end) - int(begin) for begin, end in entries)
@@ -119,29 +151,24 @@ class WeightMaker:
     def _path(self, name: str) -> Path | None:
         return None if self._kept_folder is None else self._kept_folder / f"{name}.weights"
 
-    def _keep(self, path: Path, recipes: Sequence[Recipe], layout: tuple[Placed, ...]) -> Block:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _keep(self, name: str, block: Block) -> None:
+        """Write a block's file, whole or not at all; where it can not be written, the block is made at each start."""
+        path = self._path(name)
+        if path is None:
+            return
         beside = path.with_suffix(f".{os.getpid()}.tmp")
-        total_bytes = HEADER_BYTES + _bytes_in(layout)
+        described = {"layout": _described(block.tensors), "digest": _sampled_digest(block.memory)}
+        header = MAGIC + json.dumps(described).encode()
         try:
-            with beside.open("w+b") as file:
-                os.posix_fallocate(file.fileno(), 0, total_bytes)  # a full disk says so here, not as a signal later
-                with mmap.mmap(file.fileno(), total_bytes) as memory:
-                    view = np.frombuffer(memory, np.uint8)
-                    self._fill(view[HEADER_BYTES:], recipes, layout)
-                    digest = _sampled_digest(view[HEADER_BYTES:])
-                    del view
-                    header = MAGIC + json.dumps({"layout": _described(layout), "digest": digest}).encode()
-                    memory[: len(header)] = header
-                    memory.flush()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with beside.open("wb") as file:
+                file.write(header.ljust(HEADER_BYTES, b"\0"))
+                file.write(block.memory.data)
             beside.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
+        except OSError as error:
+            log.warning("%s is not kept (%s): it is made anew at each start", path, error.strerror or error)
+            with contextlib.suppress(OSError):  # the first one is told
                 beside.unlink(missing_ok=True)
-        block = open_kept(path, layout)
-        if block is None:
-            raise OSError(f"{path} is not as it was written")
-        return block
 
     def _fill(self, memory: Bytes, recipes: Sequence[Recipe], layout: Sequence[Placed]) -> None:
         for recipe, placed in zip(recipes, layout, strict=True):
@@ -201,35 +228,15 @@ class WeightMaker:
 
 
 def own_memory(byte_count: int) -> Bytes:
-    """Zeros in pages of their own: aligned as ggml wants it, and freed with the array whatever an allocator keeps."""
-    return np.frombuffer(mmap.mmap(-1, byte_count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    """Zeros in pages of their own, large ones where the system has them; freed with the last array of them."""
+    pages = mmap.mmap(-1, max(1, byte_count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without large pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8)
 
 
-def open_kept(path: Path, layout: tuple[Placed, ...]) -> Block | None:
-    """A kept file, mapped; None where there is none, or it is damaged or of another layout."""
-    total_bytes = HEADER_BYTES + _bytes_in(layout)
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != total_bytes:
-                return None
-            memory = mmap.mmap(file.fileno(), total_bytes, prot=mmap.PROT_READ)
-    except (OSError, ValueError):
-        return None
-    view = np.frombuffer(memory, np.uint8)
-    try:
-        header = bytes(view[:HEADER_BYTES]).rstrip(b"\0")
-        described = json.loads(header.removeprefix(MAGIC)) if header.startswith(MAGIC) else {}
-    except ValueError:
-        return None
-    if described.get("layout") != _described(layout):
-        return None
-    if described.get("digest") != _sampled_digest(view[HEADER_BYTES:]):
-        log.warning("%s is damaged and made anew", path)
-        return None
-    return Block(layout, view.ctypes.data + HEADER_BYTES, total_bytes - HEADER_BYTES, view)
-
-
-def _bytes_in(layout: Sequence[Placed]) -> int:
+def bytes_in(layout: Sequence[Placed]) -> int:
+    """Bytes of a block, to the next one's beginning."""
     last = layout[-1]
     return -(-(last.offset + last.byte_count) // ALIGNMENT) * ALIGNMENT
 
@@ -264,7 +271,8 @@ class GgmlTensors:
         self.byte_count = 0
         for name, block in blocks.items():
             largest = max(tensor.byte_count for tensor in block.tensors)
-            buffer = ggml.ggml_backend_dev_buffer_from_host_ptr(device, block.address, block.byte_count, largest)
+            address = int(block.memory.ctypes.data)
+            buffer = ggml.ggml_backend_dev_buffer_from_host_ptr(device, address, len(block.memory), largest)
             if not buffer:
                 raise ModelNotFound("ggml can not take weights from this machine's memory.", cure="Report this.")
             # so that ggml takes them for weights where it asks
@@ -279,7 +287,7 @@ class GgmlTensors:
         tensor = ggml.ggml_new_tensor(self._context, placed.type_number, len(placed.sizes), ctypes.addressof(sizes))
         if ggml.ggml_nbytes(tensor) != placed.byte_count:
             raise ModelNotFound(f"{placed.name} takes other bytes in this ggml than in its file.", cure="Report this.")
-        ggml.ggml_backend_tensor_alloc(buffer, tensor, block.address + placed.offset)
+        ggml.ggml_backend_tensor_alloc(buffer, tensor, int(block.memory.ctypes.data) + placed.offset)
         return int(tensor)
 
     def close(self) -> None:
