@@ -95,7 +95,7 @@ def _check_machines(shape: ModelShape, machines: tuple[MachineReport, ...]) -> N
                 f"{where} computes in {machine.dtype!r}, whose size in memory is not known here.",
                 cure=f"Set its NOODLE_DTYPE to one of {', '.join(DTYPE_BYTES)}.",
             )
-        if machine.weights and not _item_bytes(machine) > 0:
+        if machine.weights and not machine.layer_weight_bytes > 0 and machine.weights not in WEIGHT_ITEM_BYTES:
             raise PlanDoesNotFit(
                 f"{where} keeps its weights as {machine.weights!r}, whose size in memory is not known here.",
                 cure=f"Set its NOODLE_WEIGHTS to one of {', '.join(WEIGHT_ITEM_BYTES)}.",
@@ -127,15 +127,12 @@ def _check_split(split: tuple[int, ...], shape: ModelShape, machines: tuple[Mach
         )
 
 
-def _item_bytes(machine: MachineReport) -> float:
-    """Bytes of one weight in the machine's memory, 0 when that is not known."""
-    name = machine.weights or OF_DTYPE[machine.dtype]
-    return machine.weight_item_bytes or WEIGHT_ITEM_BYTES.get(name, 0.0)
-
-
 def _weight_ratio(shape: ModelShape, machine: MachineReport) -> float:
-    """Bytes in the machine's memory for each byte in the weight files."""
-    return _item_bytes(machine) / shape.stored_item_bytes
+    """Bytes in the machine's memory for each byte in the weight files; what was measured of its layers counts first."""
+    stored_bytes = sum(shape.layer_bytes)
+    if machine.layer_weight_bytes > 0 and stored_bytes:
+        return machine.layer_weight_bytes * shape.layer_count / stored_bytes
+    return WEIGHT_ITEM_BYTES[machine.weights or OF_DTYPE[machine.dtype]] / shape.stored_item_bytes
 
 
 def kv_bytes_per_layer(shape: ModelShape, machine: MachineReport | StageAssignment, kv_tokens: int) -> int:

@@ -153,6 +153,7 @@ def measured_report(
         prefill_layer_seconds_per_token=chosen.seconds.prefill_layer_seconds_per_token,
         head_decode_seconds=chosen.seconds.head_decode_seconds,
         source=chosen.seconds.source,
+        layer_weight_bytes=chosen.seconds.layer_weight_bytes if chosen.candidate.executor == "ggml" else 0.0,
         executor_version=version_of(chosen.candidate.executor),
         quality=chosen.quality,
         link_bytes_per_second=link_bytes_per_second(config),

@@ -49,6 +49,7 @@ class MeasuredSeconds:
     prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
     head_decode_seconds: float  # head and sampling of one row
     source: Source = "measured"
+    layer_weight_bytes: float = 0.0  # of one layer as it is held; 0 where a model has too few layers to tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +138,17 @@ def _measure(
         timer.step_seconds(1, CONTEXT_TOKENS, first_position=0)  # warm-up, and the rows that decode attends to
         return timer
 
+    held_bytes: list[int] = []
     steps: list[tuple[float, float]] = []  # decode and prefill seconds, of one layer and of one and the further ones
     for end in sorted({start + 1, start + 1 + further}):
         progress(0.3 * len(steps), f"measuring {end - start} of the model's layers")
         timer = timer_of(start, end)
+        held_bytes.append(timer.slice.weight_bytes)
         decode_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS)
         steps.append((decode_seconds, _median_seconds(timer, CONTEXT_TOKENS, first_position=0)))
         del timer
+    # a slice with the last layer has the head too
+    tells = start + 1 + further < layer_count
     progress(0.6, "measuring the head")
     timer = timer_of(layer_count - 1, layer_count)
     with_head_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS, sampled=True)
@@ -155,6 +160,7 @@ def _measure(
         decode_layer_seconds=decode_layer_seconds,
         prefill_layer_seconds_per_token=prefill_layer_seconds / CONTEXT_TOKENS,
         head_decode_seconds=max(with_head_seconds - without_head_seconds, 0.0),
+        layer_weight_bytes=(held_bytes[1] - held_bytes[0]) / further if tells else 0.0,
     )
 
 

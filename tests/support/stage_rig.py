@@ -97,7 +97,7 @@ def running_stages(
     token = secrets.token_hex(16)
     config = read_config(model)
     ends = [sum(layers[: index + 1]) for index in range(len(layers))]
-    nothing: list[dict[str, Any]] = [{} for _ in layers]
+    named = computed or [{}] * len(layers)
     with contextlib.ExitStack() as stack:
         relays = {index: stack.enter_context(Relay(ports[index])) for index in relayed}
         urls = [f"http://127.0.0.1:{port}" for port in ports]
@@ -110,9 +110,7 @@ def running_stages(
             vocab_size=config["vocab_size"],
             context_length=config["max_position_embeddings"],
             stages=tuple(
-                StageAssignment(
-                    index, "test", url, end - count, end, "float32", **(computed[index] if computed else {})
-                )
+                StageAssignment(index, "test", url, end - count, end, "float32", **named[index])
                 for index, (url, count, end) in enumerate(zip(planned, layers, ends, strict=True))
             ),
         )

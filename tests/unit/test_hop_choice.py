@@ -2,6 +2,7 @@
 
 import pytest
 
+from noodle.errors import PlanDoesNotFit
 from noodle.plan import MachineReport
 from services.planner.hop_choice import HOP_SHARE, choose_hop, choose_hops, link_bytes_per_second
 from tests.unit.test_partition import a_machine, a_shape, cut
@@ -76,5 +77,8 @@ def test_weights_and_kv_rows_count_in_the_format_they_are_kept_in() -> None:
     )
     assert packed.stages[0].weight_bytes == pytest.approx(plain.stages[0].weight_bytes * 34 / 32 / 4, abs=1)
     assert (packed.stages[0].executor, packed.stages[0].kv_dtype) == ("ggml", "f16")
-    gguf = cut(shape, [machine(0, executor="ggml", weights="gguf", kv_dtype="f16", weight_item_bytes=0.625)])
-    assert gguf.stages[0].weight_bytes < packed.stages[0].weight_bytes
+    # a layer of 100 stored bytes, held in 20: what was measured counts before what the name says
+    gguf = cut(shape, [machine(0, executor="ggml", weights="gguf", kv_dtype="f16", layer_weight_bytes=20.0)])
+    assert gguf.stages[0].weight_bytes == pytest.approx(plain.stages[0].weight_bytes / 5, abs=1)
+    with pytest.raises(PlanDoesNotFit, match="gguf"):
+        cut(shape, [machine(0, executor="ggml", weights="gguf", kv_dtype="f16")])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from noodle.errors import NotWritable
+from noodle.model_files import read_tensor_entries
 from services.stage import measure, slice_timing
 from services.stage.measure import FILE_NAME, MeasuredSeconds, MeasurementKey, measure_machine
 from tests.tiny_model import make_tiny_model
@@ -42,6 +43,11 @@ def forbid(*_arguments, **_options):
     raise AssertionError("measured again")
 
 
+def items_of_a_layer(folder):
+    entries = read_tensor_entries(folder)
+    return sum(entry.item_count for name, entry in entries.items() if ".layers.2." in name)
+
+
 def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, monkeypatch):
     told = []
     measured = measure_machine(folder, 6, 256, KEY, tmp_path, lambda fraction, text: told.append((fraction, text)))
@@ -49,6 +55,7 @@ def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, m
     assert 0 < measured.decode_layer_seconds < 1
     assert 0 < measured.prefill_layer_seconds_per_token < measured.decode_layer_seconds
     assert measured.head_decode_seconds >= 0
+    assert measured.layer_weight_bytes == 4 * items_of_a_layer(folder)
     assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
     assert told[-1] == (1.0, "measured")
     monkeypatch.setattr(measure, "_measure", forbid)
