@@ -11,7 +11,8 @@ import numpy as np
 from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
 from noodle.model_files import model_digest
 from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_layers import NEOX, SliceTensors
+from services.stage.ggml_gguf import GgufTensors, gguf_in
+from services.stage.ggml_layers import INTERLEAVED, NEOX, SliceTensors
 from services.stage.ggml_library import load_ggml
 from services.stage.ggml_recipes import Recipe, Recipes
 from services.stage.ggml_shape import ModelShape, shape_of
@@ -43,7 +44,8 @@ def load_ggml_slice(
     """Layers [start_layer, end_layer) of the model in `folder`, with embeddings or head when they are at an end.
 
     `weights`: a type of `WEIGHTS`, in which matrices are kept and computed with. What is made of the folder's tensors
-    is kept in `cache_dir`, and read from there by later starts and other stages of the machine.
+    is kept in `cache_dir`, and read from there by later starts and other stages of the machine. `gguf` takes the
+    tensors of the folder's .gguf file as they are.
     `progress` gets bytes done and in all; `fetch` gets the keys of the tensors that will be read, before the first is.
     Raises GgmlUnavailable, UnsupportedModel with what ggml lacks for this model, ModelNotFound, or PlanDoesNotFit for
     layers that the model has not.
@@ -56,7 +58,7 @@ def load_ggml_slice(
         )
     library = load_ggml()
     ggml = GgmlCalls(library.module)
-    shape = _shape_in(folder, context_length)
+    model_type, shape = _shape_in(folder, context_length)
     if not 0 <= start_layer < end_layer <= shape.layer_count:
         raise PlanDoesNotFit(
             f"layers {start_layer} to {end_layer} were asked for, but {folder} has {shape.layer_count}.",
@@ -64,11 +66,20 @@ def load_ggml_slice(
         )
     row_bytes = _row_bytes(ggml, shape, kv_dtype)
     counter = ReadCounter(progress)
-    blocks = _blocks(ggml, library.version, folder, shape, start_layer, end_layer, weights, counter, fetch, cache_dir)
+    pairing = NEOX
+    if weights == "gguf":
+        path = gguf_in(folder)
+        file = GgufTensors(ggml, path, model_type, shape, counter)
+        blocks = file.blocks(_wanted(shape, Recipes(shape, file.shape_of_key, str(path)), start_layer, end_layer))
+        pairing = INTERLEAVED if file.is_interleaved else NEOX
+    else:
+        blocks = _from_safetensors(
+            ggml, library.version, folder, shape, start_layer, end_layer, weights, counter, fetch, cache_dir
+        )
     blocks["rotary"] = _rotary_block(shape, start_layer, end_layer)
     backend = library.backend(threads)
     loaded = GgmlTensors(ggml, backend, blocks)
-    tensors = _tensors(loaded, shape, start_layer, end_layer, weights, KV_TYPE_NUMBERS[kv_dtype], row_bytes)
+    tensors = _tensors(loaded, shape, start_layer, end_layer, weights, KV_TYPE_NUMBERS[kv_dtype], row_bytes, pairing)
     return GgmlSlice(
         ggml,
         backend,
@@ -82,14 +93,14 @@ def load_ggml_slice(
     )
 
 
-def _shape_in(folder: Path, context_length: int) -> ModelShape:
+def _shape_in(folder: Path, context_length: int) -> tuple[str, ModelShape]:
     from transformers import AutoConfig  # takes a second
 
     from services.stage.slice_loading import read_config
 
     read_config(folder)  # refuses what noodle does not run
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return shape_of(config, context_length)
+    return str(config.model_type), shape_of(config, context_length)
 
 
 def _row_bytes(ggml: GgmlCalls, shape: ModelShape, kv_dtype: str) -> int:
@@ -104,7 +115,22 @@ def _row_bytes(ggml: GgmlCalls, shape: ModelShape, kv_dtype: str) -> int:
     return int(ggml.ggml_row_size(number, shape.head_dim)) * shape.kv_heads
 
 
-def _blocks(
+def _wanted(shape: ModelShape, recipes: Recipes, start_layer: int, end_layer: int) -> dict[str, list[Recipe]]:
+    """The slice's tensors by block: a layer's number, `embedding`, `positions`, `final_norm`, `head`."""
+    wanted: dict[str, list[Recipe]] = {str(number): recipes.layer(number) for number in range(start_layer, end_layer)}
+    is_last = end_layer == shape.layer_count
+    if start_layer == 0 or (is_last and shape.tied):
+        wanted["embedding"] = recipes.embedding()
+    if start_layer == 0 and shape.family.positions:
+        wanted["positions"] = recipes.positions()
+    if is_last:
+        wanted["final_norm"] = recipes.final_norm()
+        if not shape.tied:
+            wanted["head"] = recipes.head()
+    return wanted
+
+
+def _from_safetensors(
     ggml: GgmlCalls,
     version: str,
     folder: Path,
@@ -116,29 +142,17 @@ def _blocks(
     fetch: Fetch,
     cache_dir: Path | None,
 ) -> dict[str, Block]:
-    """The slice's weights by block: a layer's number, `embedding`, `positions`, `final_norm`, `head`."""
     files = SafetensorsFolder(folder)
 
     def shape_of_key(key: str) -> tuple[int, ...] | None:
         return tuple(files.find(key).entries[key]["shape"]) if key in files.file_by_key else None
 
-    recipes = Recipes(shape, shape_of_key, str(folder))
-    wanted: dict[str, list[Recipe]] = {str(number): recipes.layer(number) for number in range(start_layer, end_layer)}
-    is_last = end_layer == shape.layer_count
-    if start_layer == 0 or (is_last and shape.tied):
-        wanted["embedding"] = recipes.embedding()
-    if start_layer == 0 and shape.family.positions:
-        wanted["positions"] = recipes.positions()
-    if is_last:
-        wanted["final_norm"] = recipes.final_norm()
-        if not shape.tied:
-            wanted["head"] = recipes.head()
+    wanted = _wanted(shape, Recipes(shape, shape_of_key, str(folder)), start_layer, end_layer)
     kept_folder = None
     if cache_dir is not None:
         named = re.sub(r"[^0-9A-Za-z.]+", "-", version).strip("-")
         kept_folder = cache_dir / "ggml" / f"{model_digest(folder)[:16]}-{weights}-{named}"
-    maker = WeightMaker(ggml, files, counter, kept_folder)
-    return maker.blocks(wanted, weights, fetch)
+    return WeightMaker(ggml, files, counter, kept_folder).blocks(wanted, weights, fetch)
 
 
 def _rotary_block(shape: ModelShape, start_layer: int, end_layer: int) -> Block:
@@ -164,6 +178,7 @@ def _tensors(
     weights: str,
     key_type: int,
     row_bytes: int,
+    pairing: int,
 ) -> SliceTensors:
     blocks = loaded.by_block
     embedding = blocks.get("embedding", {}).get("embedding.weight", 0)
@@ -179,7 +194,7 @@ def _tensors(
             blocks["rotary"][str(number - start_layer)] if shape.rotaries[number] is not None else 0
             for number in range(start_layer, end_layer)
         ),
-        pairing=NEOX,
+        pairing=pairing,
         key_type=key_type,
         row_bytes=row_bytes,
         exact=weights == "f32",
