@@ -44,7 +44,7 @@ class Wishes:
     dtype: str = "auto"
 
 
-def candidates(wishes: Wishes, dtype: str, ggml_hindrance: str) -> tuple[Candidate, ...]:
+def candidates(wishes: Wishes, dtype: str, ggml_hindrance: str, *, has_gguf: bool = False) -> tuple[Candidate, ...]:
     """All that may be compared; `dtype` is what transformers would take here, `ggml_hindrance` empty where ggml can.
 
     Raises ConfigurationError when ggml is asked for and hindered. A lossy one is measured before it is used.
@@ -64,5 +64,7 @@ def candidates(wishes: Wishes, dtype: str, ggml_hindrance: str) -> tuple[Candida
     # who names transformers' dtype, or transformers, wants that and no comparison
     if not ggml_hindrance and wishes.executor != "transformers" and (wishes.dtype == "auto" or needs_ggml):
         names = GGML_WEIGHTS[wishes.quality] if wishes.weights == "auto" else (wishes.weights,)
+        if has_gguf and wishes.weights == "auto" and wishes.quality != "exact":
+            names = ("gguf", *names)  # what the model was published in: its own bits, whichever these are
         found += [Candidate("ggml", name, "f32" if name == "f32" else "f16", "float32") for name in names]
     return tuple(found)

@@ -145,7 +145,9 @@ def measured_report(
         progress,
         fetch,
     )
-    chosen = choose(candidates(wishes, dtype.value, hindrance), config.quality, measure, quality_of)
+    has_gguf = len(list(folder.glob("*.gguf"))) == 1
+    compared = candidates(wishes, dtype.value, hindrance, has_gguf=has_gguf)
+    chosen = choose(compared, config.quality, measure, quality_of)
     log.info("layers are computed by %s", chosen.reason)
     return msgspec.structs.replace(
         with_candidate(report, chosen.candidate),

@@ -64,6 +64,12 @@ def test_small_allows_four_bits():
     assert ALLOWANCES["small"].perplexity_ratio > ALLOWANCES["near-lossless"].perplexity_ratio
 
 
+def test_a_models_own_gguf_is_compared_too_but_never_for_exact():
+    assert str(candidates(Wishes(), "float32", "", has_gguf=True)[1]) == "ggml gguf"
+    exact = candidates(Wishes(quality="exact"), "float32", "", has_gguf=True)
+    assert [str(each) for each in exact] == ["transformers f32", "ggml f32"]
+
+
 def test_without_ggml_transformers_computes():
     assert names(Wishes(), "float32", NO_GGML) == ["transformers f32"]
 
