@@ -145,7 +145,7 @@ def measured_report(
         progress,
         fetch,
     )
-    has_gguf = len(list(folder.glob("*.gguf"))) == 1
+    has_gguf = [path.is_file() for path in folder.glob("*.gguf")] == [True]
     compared = candidates(wishes, dtype.value, hindrance, has_gguf=has_gguf)
     chosen = choose(compared, config.quality, measure, quality_of)
     log.info("layers are computed by %s", chosen.reason)
