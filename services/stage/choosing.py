@@ -50,7 +50,7 @@ def choose(
         if why:
             refused.append(f"{candidate} is refused ({why})")
             continue
-        reason = "; ".join([f"{candidate} of {times}", *_told(quality), *refused])
+        reason = "; ".join([f"{candidate}, of a new and a prompt token: {times}", *_told(quality), *refused])
         return Chosen(candidate, seconds, quality, reason)
     raise ConfigurationError(
         f"No allowed way to compute this model is left here: {'; '.join(refused)}.",
