@@ -6,6 +6,9 @@ VENV := .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUNTIME_STAMP := $(VENV)/.noodle-runtime
 DEV_STAMP := $(VENV)/.noodle-dev
+GGML_STAMP := $(VENV)/.noodle-ggml
+# switches of ggml's own build, with semicolons between; another device than the CPU is one more, as -DGGML_VULKAN=ON
+GGML_CMAKE_ARGS ?= -DGGML_NATIVE=ON;-DGGML_LLAMAFILE=ON;-DGGML_CPU_REPACK=ON
 UV_VERSION := 0.13.9
 LOCK := $(VENV)/bin/uv pip compile pyproject.toml --extra control --extra stage --extra up --extra plots \
 	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
@@ -18,14 +21,19 @@ IMAGE_LOCK := $(VENV)/bin/uv pip compile pyproject.toml --constraint requirement
 OF_TORCH := ^(torch|triton|(nvidia|cuda)-[a-z0-9-]+)==
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run test test-engine lint check measure lock clean
+.PHONY: help setup setup-dev ggml run test test-engine lint check measure lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(RUNTIME_STAMP) ## install what runs noodle into .venv
+setup: $(RUNTIME_STAMP) $(GGML_STAMP) ## install what runs noodle into .venv
 
-setup-dev: $(DEV_STAMP) ## install what tests it as well
+setup-dev: $(DEV_STAMP) $(GGML_STAMP) ## install what tests it as well
+
+ggml: $(RUNTIME_STAMP) ## build ggml anew for this machine (needs a C++ compiler; GGML_CMAKE_ARGS are its switches)
+	@rm -f $(GGML_STAMP)
+	@$(MAKE) --no-print-directory $(GGML_STAMP)
+	@test -f $(GGML_STAMP)
 
 run: setup ## set up, then start noodle on this machine (Ctrl-C stops it)
 	$(VENV)/bin/noodle up
@@ -54,6 +62,8 @@ lock: $(DEV_STAMP) ## resolve both lock files anew, keeping the versions that st
 	$(IMAGE_LOCK) --extra control --output-file requirements-control.lock
 	$(IMAGE_LOCK) --extra stage --output-file requirements-stage.lock
 	sed -i -E '/^nvidia-ml-py==/b;/$(OF_TORCH)/d' requirements-stage.lock
+	$(IMAGE_LOCK) --extra ggml --output-file requirements-ggml.lock
+	sed -i -E '/^(#|ggml-python==)/!d' requirements-ggml.lock
 
 clean: ## remove the virtual environment and every cache of the tools (not the model cache)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
@@ -70,6 +80,20 @@ $(RUNTIME_STAMP): requirements.lock pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements.lock
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
 	@touch $@
+
+# A machine without a compiler runs noodle on transformers alone, so nothing here may fail. pip's own cache is not asked: it
+# would give a build with other switches, or for another machine that shares the folder.
+$(GGML_STAMP): requirements-ggml.lock $(RUNTIME_STAMP)
+	@if ! printf 'int main(){}' | $${CC:-cc} -x c -o /dev/null - 2>/dev/null || \
+	    ! printf 'int main(){}' | $${CXX:-c++} -x c++ -o /dev/null - 2>/dev/null; then \
+		echo "no C and C++ compiler here (Debian and Ubuntu: build-essential), so ggml is not built: transformers computes, slower"; \
+	elif echo "building ggml for this machine, about a minute" && \
+	    $(VENV)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --no-deps --force-reinstall --verbose \
+	    --config-settings="cmake.args=$(GGML_CMAKE_ARGS)" -r requirements-ggml.lock >$(VENV)/ggml-build.log 2>&1; then \
+		touch $@; \
+	else \
+		echo "ggml could not be built ($(VENV)/ggml-build.log says why): transformers computes, slower"; \
+	fi
 
 $(DEV_STAMP): requirements-dev.lock $(RUNTIME_STAMP)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.lock

@@ -74,7 +74,7 @@ def _print_plan(seen: dict[str, Any]) -> None:
     )
     print(seen["reason"])
     table = Table(box=None, pad_edge=False)
-    for title in ("machine", "stage", "device", "dtype", "layers"):
+    for title in ("machine", "stage", "device", "computed by", "layers"):
         table.add_column(title)
     for title in ("ms a layer", "weights", "KV rows", "free", "left", "ms a token"):
         table.add_column(title, justify="right")
@@ -84,7 +84,7 @@ def _print_plan(seen: dict[str, Any]) -> None:
             escape(stage["node_id"]),
             str(stage["stage_id"]),
             stage["device_type"],
-            f"{stage['dtype']} {MARKS[sources['dtype']]}",
+            f"{stage['executor']} {stage['weights']} {MARKS[sources['dtype']]}",
             f"{stage['start_layer']} to {stage['end_layer'] - 1} ({stage['layer_count']})",
             _milliseconds(stage["layer_seconds"], sources["layer_seconds"]),
             _size(stage["weight_bytes"], sources["weight_bytes"]),
@@ -97,6 +97,8 @@ def _print_plan(seen: dict[str, Any]) -> None:
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     console.print(table)
+    for line in dict.fromkeys(_choices_in_words(seen["stages"])):
+        print(line)
     print(_prediction_in_words(seen["prediction"], seen["stages"]))
     print(f"({LEGEND})")
 
@@ -111,6 +113,17 @@ def _prediction_in_words(predicted: dict[str, Any], stages: list[dict[str, Any]]
         f"{predicted['prefill_tokens_per_second']:.0f} tokens/s of prompt; "
         f"stage {predicted['slowest_stage_id']} sets the pace."
     )
+
+
+def _choices_in_words(stages: list[dict[str, Any]]) -> list[str]:
+    """Why each stage computes as it does, and in what its hidden states go on."""
+    lines = [f"{stage['node_id']}: {stage['choice']}." for stage in stages if stage.get("choice")]
+    for stage in stages:
+        if stage.get("hop_dtype"):
+            link = stage.get("link_bytes_per_second") or 0.0
+            speed = f", its link brings {link / 1e6:.0f} MB/s m" if link else ""
+            lines.append(f"Stage {stage['stage_id']} hands hidden states on in {stage['hop_dtype']}{speed}.")
+    return lines
 
 
 def _weakest(stages: list[dict[str, Any]]) -> str:

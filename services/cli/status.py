@@ -16,6 +16,7 @@ from services.cli.run_state import ServiceRecord
 from services.cli.target import Target, find_target
 
 NOT_RUNNING_EXIT_CODE = 1
+SHOWN_OF_A_STAGE = ("machine", "layers", "dtype", "executor", "weights")
 
 
 def status(config: CommandConfig, url: str | None, *, as_json: bool) -> int:
@@ -94,9 +95,11 @@ def _remote_rows(coordinator: Health) -> list[dict[str, Any]]:
 
 
 def _layers(coordinator: Health) -> dict[str, dict[str, Any]]:
-    """Machine, layers and dtype of each stage, as the coordinator sees them."""
+    """Machine, layers and how they are computed, of each stage as the coordinator sees it."""
     return {
-        f"stage-{stage.get('stage_id')}": {name: stage.get(name) for name in ("machine", "layers", "dtype")}
+        f"stage-{stage.get('stage_id')}": {
+            name: stage.get(name) for name in ("machine", "layers", "dtype", "executor", "weights")
+        }
         for stage in coordinator.answer.get("stages") or []
         if isinstance(stage, dict)
     }
@@ -111,7 +114,7 @@ def _print(seen: dict[str, Any]) -> None:
     if seen["pid"]:
         print(f"`noodle up` is {seen['phase']}, pid {seen['pid']}.")
     table = Table(box=None, pad_edge=False)
-    for title in ("service", "pid", "port", "state", "restarts", "machine", "layers", "dtype", "memory"):
+    for title in ("service", "pid", "port", "state", "restarts", "machine", "layers", "computed by", "memory"):
         table.add_column(title, justify="right" if title in ("pid", "port", "restarts", "memory") else "left")
     for row in seen["services"]:
         layers = row.get("layers")
@@ -124,7 +127,7 @@ def _print(seen: dict[str, Any]) -> None:
             _shown(row.get("restarts")),
             _shown(row.get("machine")),
             f"{layers[0]} to {layers[1] - 1}" if layers else "",
-            _shown(row.get("dtype")),
+            f"{_shown(row.get('executor'))} {_shown(row.get('weights'))}".strip(),
             f"{memory_bytes / 1e6:.0f} MB" if memory_bytes else "",
         )
     if seen["services"]:

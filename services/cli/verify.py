@@ -30,7 +30,7 @@ from services.cli.preparation import StoreError, find_model
 from services.cli.processes import Interrupted, Signals, end_group, lines_of, start_child
 from services.cli.progress import Progress, open_progress
 from services.cli.target import Target
-from services.cli.verify_bounds import PromptResult, Verdict, judge, loosest
+from services.cli.verify_bounds import PromptResult, Verdict, format_of, judge, loosest, reference_dtype
 from services.cli.verify_prompts import PROMPTS
 
 REQUESTS_AT_A_TIME = 4  # also tries batches of sessions of different lengths
@@ -68,7 +68,7 @@ def verify(
     health = ask_health(target.url, target.token or target.credential)
     if health.status != "ready":
         raise NotReady(f"The cluster at {target.url} is not ready: {health.text()}", cure="See `noodle status`.")
-    dtype = loosest([str(stage.get("dtype")) for stage in health.answer.get("stages", []) if stage.get("layers")])
+    dtype = loosest([format_of(stage) for stage in health.answer.get("stages", []) if stage.get("layers")])
     prompts = PROMPTS[:prompt_count]
     progress = open_progress(sys.stderr)
     try:
@@ -76,7 +76,7 @@ def verify(
         with Signals() as signals:
             folder = find_model(target, config, environment, signals, progress).folder
             context_length = int(health.answer.get("context_length") or 0)
-            results = compare(folder, dtype, context_length, answers, environment, signals, progress)
+            results = compare(folder, reference_dtype(dtype), context_length, answers, environment, signals, progress)
     except Interrupted:
         raise KeyboardInterrupt from None
     finally:

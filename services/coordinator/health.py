@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from noodle import __version__
+from noodle.formats import OF_DTYPE
 from services.coordinator.engine import Engine
 from services.coordinator.leadership import progress_of, waiting_for, warnings_of
 
@@ -41,6 +42,7 @@ def stages_of(engine: Engine) -> list[dict[str, Any]]:
     """One line a stage: its layers by the plan, and what it says of itself."""
     view = engine.leadership.view
     assigned = {stage.stage_id: stage for stage in view.plan.stages} if view.plan else {}
+    last = view.plan.stages[-1] if view.plan and view.plan.stages else None
     lines = []
     for stage_id in sorted(assigned.keys() | view.stages.keys()):
         line: dict[str, Any] = {"stage_id": stage_id}
@@ -50,6 +52,10 @@ def stages_of(engine: Engine) -> list[dict[str, Any]]:
                 "url": stage.url,
                 "layers": [stage.start_layer, stage.end_layer],
                 "dtype": stage.dtype,
+                "executor": stage.executor,
+                "weights": stage.weights or OF_DTYPE[stage.dtype],
+                "kv_dtype": stage.kv_dtype or OF_DTYPE[stage.dtype],
+                "hop_dtypes": list(stage.may_hand_on) if stage is not last else [],
             }
         state = view.stages.get(stage_id)
         line |= {"phase": "silent"} if state is None else {
@@ -60,6 +66,7 @@ def stages_of(engine: Engine) -> list[dict[str, Any]]:
             "device": state.device,
             "device_name": state.device_name,
             "threads": state.threads,
+            "choice": state.choice,
             "weight_bytes": state.weight_bytes,
             "kv_bytes_held": state.kv_bytes_held,
             "kv_budget_bytes": state.kv_budget_bytes,

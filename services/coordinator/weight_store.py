@@ -22,7 +22,7 @@ from noodle.weight_manifest import MANIFEST_PATH, CompanionFile, TensorRange, We
 
 log = logging.getLogger(__name__)
 
-COMPANION_NAMES = ("config.json", "generation_config.json", INDEX_NAME)
+COMPANION_NAMES = ("config.json", "generation_config.json", "tokenizer.json", INDEX_NAME)
 PIECE_BYTES = 1 << 20  # read and sent at once
 KEPT_FOLDER = "digests"
 MANIFEST_WAIT_SECONDS = 10.0  # for the digests, until who asks is told to come again

@@ -66,7 +66,15 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
         if planning.shape is None:
             raise NotReady("The planner still reads the model's shape.", retry_after_seconds=1)
         machines = planning.reports if request.nodes is not None else planning.reports[: config.stage_count]
-        status, answer = preview(request, planning.shape, machines, _split_for(machines, config), planning.plan)
+        status, answer = preview(
+            request,
+            planning.shape,
+            machines,
+            _split_for(machines, config),
+            planning.plan,
+            config.hop_dtype,
+            config.quality == "exact",
+        )
         return json_response(answer, status)
 
     app.register_blueprint(guide)

@@ -151,9 +151,17 @@ def _given(node: Node, name: str, index: int, shape: ModelShape, registered: Seq
     if dtype == measured.dtype:
         return Given(report, sources | dict.fromkeys(SPEEDS, measured.source))
     speeds = {field: getattr(assumed, field) for field in SPEEDS}
-    return Given(msgspec.structs.replace(report, source="assumed", **speeds), sources)
+    return Given(msgspec.structs.replace(report, source="assumed", **TRANSFORMERS, **speeds), sources)
 
 
+# of a machine that is to compute in a dtype, and not as it has chosen
+TRANSFORMERS: dict[str, Any] = {
+    "executor": "transformers",
+    "weights": "",
+    "kv_dtype": "",
+    "quality": None,
+    "choice": "",
+}
 SPEEDS = ("decode_layer_seconds", "prefill_layer_seconds_per_token", "head_decode_seconds")
 
 

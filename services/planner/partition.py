@@ -11,16 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from noodle.errors import ConfigurationError, MemoryShort, PlanDoesNotFit
+from noodle.formats import KV_ITEM_BYTES, OF_DTYPE, WEIGHT_ITEM_BYTES
 from noodle.plan import MachineReport, ModelShape, Plan, StageAssignment
 from services.planner.cut_search import CutProblem, Matrix, best_cut, cut_fits, held_bytes, shortage_bytes
+from services.planner.hop_choice import choose_hops
 from services.planner.prediction import HopCost, in_words, predict, stage_decode_seconds
 
 # of the free memory a machine reports; the rest is for activations, the allocator's waste, and what else runs there
 USABLE_SHARE = 0.85
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# a quantized executor reports its own name: ggml's Q8_0 keeps 34 bytes for 32 items, and K and V as float16
-QUANTIZED_BYTES = {"q8_0": 34 / 32}
-QUANTIZED_KV_BYTES = 2
 
 
 def partition(
@@ -31,8 +30,12 @@ def partition(
     version: int,
     kv_tokens: int,
     hop: HopCost,
+    hop_dtype: str = "auto",
+    is_exact: bool = False,
 ) -> Plan:
     """The plan for `machines` in stage order; `kv_tokens` are the KV rows every stage must have room for.
+
+    `hop_dtype` is NOODLE_HOP_DTYPE, `is_exact` that hops must be float32 whatever it says.
 
     `split` (layers per stage) is taken as it is, if it adds up and fits. Stages of one machine and device share its
     memory, the smallest free_bytes that any of them reports. Raises PlanDoesNotFit (MemoryShort where that is why),
@@ -53,7 +56,7 @@ def partition(
             raise _does_not_fit(shape, ordered, problem, kv_tokens, None)
         ends = found
         why = "Cut so that the slowest stage is as fast as can be"
-    stages = _assignments(problem, shape, ordered, ends)
+    stages = _assignments(problem, shape, ordered, ends, hop_dtype, is_exact)
     prediction = predict(stages, {machine.stage_id: machine for machine in ordered}, hop)
     return Plan(
         version=version,
@@ -87,10 +90,15 @@ def _check_machines(shape: ModelShape, machines: tuple[MachineReport, ...]) -> N
                 f"{where} has other weights ({machine.model_digest[:12]}) than the planner ({shape.digest[:12]}).",
                 cure="Set NOODLE_MODEL to the same model on every machine, and fetch it again where it is older.",
             )
-        if machine.dtype not in DTYPE_BYTES and machine.dtype not in QUANTIZED_BYTES:
+        if machine.dtype not in DTYPE_BYTES:
             raise PlanDoesNotFit(
                 f"{where} computes in {machine.dtype!r}, whose size in memory is not known here.",
-                cure=f"Set its NOODLE_DTYPE to one of {', '.join((*DTYPE_BYTES, *QUANTIZED_BYTES))}.",
+                cure=f"Set its NOODLE_DTYPE to one of {', '.join(DTYPE_BYTES)}.",
+            )
+        if machine.weights and not machine.layer_weight_bytes > 0 and machine.weights not in WEIGHT_ITEM_BYTES:
+            raise PlanDoesNotFit(
+                f"{where} keeps its weights as {machine.weights!r}, whose size in memory is not known here.",
+                cure=f"Set its NOODLE_WEIGHTS to one of {', '.join(WEIGHT_ITEM_BYTES)}.",
             )
         numbers = (machine.decode_layer_seconds, machine.prefill_layer_seconds_per_token)
         may_be_zero = machine.head_decode_seconds
@@ -120,13 +128,17 @@ def _check_split(split: tuple[int, ...], shape: ModelShape, machines: tuple[Mach
 
 
 def _weight_ratio(shape: ModelShape, machine: MachineReport) -> float:
-    """Bytes in the machine's memory for each byte in the weight files."""
-    return (DTYPE_BYTES.get(machine.dtype) or QUANTIZED_BYTES[machine.dtype]) / shape.stored_item_bytes
+    """Bytes in the machine's memory for each byte in the weight files; what was measured of its layers counts first."""
+    stored_bytes = sum(shape.layer_bytes)
+    if machine.layer_weight_bytes > 0 and stored_bytes:
+        return machine.layer_weight_bytes * shape.layer_count / stored_bytes
+    return WEIGHT_ITEM_BYTES[machine.weights or OF_DTYPE[machine.dtype]] / shape.stored_item_bytes
 
 
-def kv_bytes_per_layer(shape: ModelShape, dtype: str, kv_tokens: int) -> int:
-    """K and V rows of so many tokens in one layer, in the dtype a machine computes in."""
-    return kv_tokens * shape.kv_items_per_token_per_layer * DTYPE_BYTES.get(dtype, QUANTIZED_KV_BYTES)
+def kv_bytes_per_layer(shape: ModelShape, machine: MachineReport | StageAssignment, kv_tokens: int) -> int:
+    """K and V rows of so many tokens in one layer, as a machine keeps them."""
+    name = machine.kv_dtype or OF_DTYPE[machine.dtype]
+    return round(kv_tokens * shape.kv_items_per_token_per_layer * KV_ITEM_BYTES[name])
 
 
 def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens: int) -> CutProblem:
@@ -143,7 +155,7 @@ def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens:
         seconds.append(np.where(layers > 0, by_layers[np.maximum(layers, 0)], np.inf))
         weights = prefix_bytes[None, :] - prefix_bytes[:, None]
         weights += (shape.embedding_bytes if index == 0 else 0) + (shape.head_bytes if is_last else 0)
-        kv_bytes = kv_bytes_per_layer(shape, machine.dtype, kv_tokens)
+        kv_bytes = kv_bytes_per_layer(shape, machine, kv_tokens)
         memory_bytes.append(weights * _weight_ratio(shape, machine) + layers * kv_bytes)
         groups.setdefault((machine.machine, machine.device), []).append(index)
     memories = tuple(tuple(indices) for indices in groups.values())
@@ -152,8 +164,18 @@ def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens:
 
 
 def _assignments(
-    problem: CutProblem, shape: ModelShape, machines: Sequence[MachineReport], ends: Sequence[int]
+    problem: CutProblem,
+    shape: ModelShape,
+    machines: Sequence[MachineReport],
+    ends: Sequence[int],
+    hop_dtype: str,
+    is_exact: bool,
 ) -> tuple[StageAssignment, ...]:
+    counts = np.diff([0, *ends])
+    slowest_seconds = max(
+        float(machine.prefill_layer_seconds_per_token * count) for machine, count in zip(machines, counts, strict=True)
+    )
+    hops = choose_hops(hop_dtype, is_exact, machines, shape.hidden_size, slowest_seconds)
     stages = []
     for index, (machine, start, end) in enumerate(zip(machines, [0, *ends[:-1]], ends, strict=True)):
         stored_bytes = sum(shape.layer_bytes[start:end])
@@ -169,6 +191,13 @@ def _assignments(
                 dtype=machine.dtype,
                 weight_bytes=round(stored_bytes * _weight_ratio(shape, machine)),
                 decode_seconds=float(problem.seconds[index][start, end]),
+                executor=machine.executor,
+                weights=machine.weights,
+                kv_dtype=machine.kv_dtype,
+                quality=machine.quality,
+                hop_dtype=hops[index].dtype if index < len(hops) else "",
+                hop_prefill_dtype=hops[index].prefill_dtype if index < len(hops) else "",
+                hop_token_seconds=hops[index].token_seconds if index < len(hops) else 0.0,
             )
         )
     return tuple(stages)

@@ -19,7 +19,7 @@ from noodle.config import PlannerConfig
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
 from noodle.families import check_supported
 from noodle.model_files import names_a_path, read_config
-from noodle.plan import MachineReport, ModelShape, Plan, PlannerState
+from noodle.plan import MachineReport, ModelShape, Plan, PlannerState, StageAssignment
 from noodle.weight_cache import WeightCache
 from noodle.work_queue import WorkQueue
 from services.planner.attendance import Attendance, AttendanceBook
@@ -125,6 +125,8 @@ class Planning:
                 version=0,
                 kv_tokens=min(PLANNED_KV_TOKENS, self.shape.context_length),
                 hop=ASSUMED_HOP,
+                hop_dtype=self._config.hop_dtype,
+                is_exact=self._config.quality == "exact",
             )
         except NoodleError as error:
             if holds and self.plan is not None:  # nothing is better without those that are gone
@@ -219,5 +221,10 @@ def still_holds(plan: Plan, shape: ModelShape, reports: Sequence[MachineReport],
         return False
     if config.split is not None and config.split != tuple(s.end_layer - s.start_layer for s in plan.stages):
         return False
-    places = {stage.stage_id: (stage.url, stage.dtype, stage.machine) for stage in plan.stages}
-    return all(places.get(report.stage_id) == (report.url, report.dtype, report.machine) for report in reports)
+    places = {stage.stage_id: _place(stage) for stage in plan.stages}
+    return all(places.get(report.stage_id) == _place(report) for report in reports)
+
+
+def _place(each: StageAssignment | MachineReport) -> tuple[str, ...]:
+    """What of a stage a plan rests on."""
+    return (each.url, each.machine, each.dtype, each.executor, each.weights, each.kv_dtype)

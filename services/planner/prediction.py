@@ -49,16 +49,22 @@ def predict(stages: Sequence[StageAssignment], machines: Mapping[int, MachineRep
     )
     return Prediction(
         stage_seconds=stage_seconds,
-        token_seconds=sum(stage_seconds) + hop.seconds * (len(stages) + 1),
-        steady_token_seconds=max(stage_seconds),
-        prefill_tokens_per_second=1 / slowest_prefill,
+        token_seconds=sum(stage_seconds) + hop.seconds * (len(stages) + 1) + _bytes_seconds(stages),
+        steady_token_seconds=max(*stage_seconds, *(stage.hop_token_seconds for stage in stages)),
+        prefill_tokens_per_second=1 / max(slowest_prefill, *(stage.hop_token_seconds for stage in stages)),
         source=_weakest([hop.source, *(report.source for report in reports)]),
     )
 
 
 def planned_token_seconds(plan: Plan, hop: HopCost) -> float:
     """`Prediction.token_seconds` of a plan that stands, by what it says of its stages itself: some may be silent."""
-    return sum(stage.decode_seconds for stage in plan.stages) + hop.seconds * (len(plan.stages) + 1)
+    computing = sum(stage.decode_seconds for stage in plan.stages)
+    return computing + hop.seconds * (len(plan.stages) + 1) + _bytes_seconds(plan.stages)
+
+
+def _bytes_seconds(stages: Sequence[StageAssignment]) -> float:
+    """What one token's hidden states take on all links beside the way there."""
+    return sum(stage.hop_token_seconds for stage in stages)
 
 
 def in_words(prediction: Prediction) -> str:

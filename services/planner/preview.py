@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from noodle.errors import ConfigurationError, MemoryShort, NoodleError, NotReady, PlanDoesNotFit, Unprocessable
+from noodle.formats import OF_DTYPE
 from noodle.plan import MachineReport, ModelShape, Plan
 from noodle.web import error_object
 from services.planner.cut_search import held_bytes
@@ -26,6 +27,8 @@ def preview(
     registered: Sequence[MachineReport],
     split: tuple[int, ...] | None,
     active: Plan | None,
+    hop_dtype: str = "auto",
+    is_exact: bool = False,
 ) -> tuple[int, dict[str, Any]]:
     """HTTP status and answer: 200 with the plan, or 422 with what is short and what would cure it.
 
@@ -50,7 +53,16 @@ def preview(
         split = request.split or split
     machines = [each.report for each in given]
     try:
-        plan = partition(shape, machines, split, version=0, kv_tokens=kv_tokens, hop=ASSUMED_HOP)
+        plan = partition(
+            shape,
+            machines,
+            split,
+            version=0,
+            kv_tokens=kv_tokens,
+            hop=ASSUMED_HOP,
+            hop_dtype=hop_dtype,
+            is_exact=is_exact,
+        )
     except MemoryShort as error:
         short = shortage(shape, machines, split, kv_tokens)
         return 422, {"success": False, "error": error_object(_as_refusal(error)), "short": short, "not_used": not_used}
@@ -100,7 +112,10 @@ def _as_refusal(error: NoodleError) -> Unprocessable:
 
 def _same_cut(plan: Plan, active: Plan) -> bool:
     def cut(each: Plan) -> list[tuple[Any, ...]]:
-        return [(stage.machine, stage.url, stage.start_layer, stage.end_layer, stage.dtype) for stage in each.stages]
+        return [
+            (stage.machine, stage.url, stage.start_layer, stage.end_layer, stage.dtype, stage.executor, stage.weights)
+            for stage in each.stages
+        ]
 
     return plan.model_digest == active.model_digest and cut(plan) == cut(active)
 
@@ -126,11 +141,18 @@ def _stages(plan: Plan, shape: ModelShape, given: Sequence[Given], kv_tokens: in
                 "device_type": report.device,
                 "device_name": report.device_name,
                 "dtype": stage.dtype,
+                "executor": stage.executor,
+                "weights": stage.weights or OF_DTYPE[stage.dtype],
+                "kv_dtype": stage.kv_dtype or OF_DTYPE[stage.dtype],
+                "quality": stage.quality,
+                "choice": report.choice,
+                "hop_dtype": " and ".join(stage.may_hand_on) if index < len(plan.stages) - 1 else "",
+                "link_bytes_per_second": report.link_bytes_per_second,
                 "start_layer": stage.start_layer,
                 "end_layer": stage.end_layer,
                 "layer_count": layer_count,
                 "weight_bytes": stage.weight_bytes,
-                "kv_bytes": layer_count * kv_bytes_per_layer(shape, stage.dtype, kv_tokens),
+                "kv_bytes": layer_count * kv_bytes_per_layer(shape, stage, kv_tokens),
                 "free_bytes": report.free_bytes,
                 "usable_bytes": usable_bytes,
                 "memory_left_bytes": usable_bytes - math.ceil(held[memory]),

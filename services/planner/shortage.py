@@ -132,9 +132,11 @@ def _free_memory(memories: Sequence[ShortMemory]) -> Cure:
 
 
 def _with_fewer_bits(machine: MachineReport) -> MachineReport:
-    if machine.dtype != "float32":
+    if machine.dtype != "float32" or machine.weights not in ("", "f32"):
         return machine
-    return msgspec.structs.replace(machine, dtype=FEWER_BITS[machine.device])
+    return msgspec.structs.replace(
+        machine, dtype=FEWER_BITS[machine.device], weights="", kv_dtype="", layer_weight_bytes=0.0
+    )
 
 
 def _another_machine(machines: Sequence[MachineReport], fits: Callable[..., bool]) -> list[Cure]:

@@ -12,13 +12,19 @@ import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import msgspec
+
 from noodle import __version__
 from noodle.config import StageConfig
 from noodle.errors import PlanDoesNotFit
+from noodle.formats import OF_DTYPE, Quality
 from noodle.model_files import model_digest, read_config
 from noodle.plan import MINIMUM_SESSION_TOKENS, MachineReport, Plan
+from noodle.reach import Target, try_service
 from noodle.scraped_metrics import CardUse
+from services.stage.candidates import Candidate, Wishes, candidates
 from services.stage.forward_sessions import FORWARD_KV_BYTES, ForwardSessions
+from services.stage.reading import Fetch, nothing_to_fetch
 from services.stage.stage import Stage
 from services.stage.worker import Role
 
@@ -44,15 +50,28 @@ def import_early() -> threading.Thread:
     return thread
 
 
-def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: Progress) -> MachineReport:
-    """What this machine can do for this model, measured with the real code or read from an earlier measurement."""
+def measured_report(
+    config: StageConfig,
+    boot_id: str,
+    folder: Path,
+    progress: Progress,
+    fetch: Fetch = nothing_to_fetch,
+    known_quality: Callable[[MachineReport], Quality | None] = lambda _: None,
+) -> MachineReport:
+    """What this machine can do for this model, measured with the real code or read from an earlier measurement.
+
+    `known_quality` is asked what others measured of a report's weights, before the whole model is fetched for that.
+    """
     progress(0.0, "starting torch")
     import torch
     from transformers import AutoConfig
 
     from noodle.families import check_supported
+    from services.stage.choosing import choose
     from services.stage.device import choose_device, choose_dtype, device_name, free_memory
-    from services.stage.measure import MeasurementKey, measure_machine
+    from services.stage.executors import ggml_hindrance, version_of
+    from services.stage.measure import MeasuredSeconds, MeasurementKey, measure_machine
+    from services.stage.model_quality import ModelQuality
 
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -61,14 +80,18 @@ def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: P
     memory = free_memory(device.value, torch)
     log.info("computing on %s (%s) in %s (%s)", device.value, device.reason, dtype.value, dtype.reason)
     log.info("%d threads, %d bytes free (%s)", threads, memory.free_bytes, memory.source)
-    check_supported(read_config(folder))
+    settings = read_config(folder)
+    check_supported(settings)
     model = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    layer_count, cache_dir = int(model.num_hidden_layers), config.cache_dir
     name = device_name(device.value, torch)
     digest = model_digest(folder)
-    key = MeasurementKey(digest, device.value, name, dtype.value, threads, __version__)
     context_length = int(model.max_position_embeddings)
-    seconds = measure_machine(folder, model.num_hidden_layers, context_length, key, config.cache_dir, progress)
-    return MachineReport(
+    wishes = Wishes(config.executor, config.weights, config.quality, config.dtype)
+    hindrance = "" if config.executor == "transformers" else ggml_hindrance(settings, device.value)
+    if hindrance:
+        log.info("transformers alone computes here: %s", hindrance)
+    report = MachineReport(
         stage_id=config.stage_id,
         machine=config.machine,
         url=config.advertise_url,
@@ -80,10 +103,81 @@ def measured_report(config: StageConfig, boot_id: str, folder: Path, progress: P
         dtype=dtype.value,
         threads=threads,
         free_bytes=memory.free_bytes,
-        decode_layer_seconds=seconds.decode_layer_seconds,
-        prefill_layer_seconds_per_token=seconds.prefill_layer_seconds_per_token,
-        head_decode_seconds=seconds.head_decode_seconds,
-        source=seconds.source,
+        decode_layer_seconds=0.0,
+        prefill_layer_seconds_per_token=0.0,
+        head_decode_seconds=0.0,
+    )
+
+    def measure(candidate: Candidate) -> MeasuredSeconds:
+        key = MeasurementKey(
+            digest,
+            device.value,
+            name,
+            candidate.executor,
+            version_of(candidate.executor),
+            candidate.weights,
+            candidate.kv_dtype,
+            candidate.dtype,
+            threads,
+            __version__,
+        )
+        return measure_machine(
+            folder,
+            layer_count,
+            context_length,
+            key,
+            cache_dir,
+            lambda done, what: progress(done, f"{candidate}: {what}"),
+        )
+
+    def quality_of(candidate: Candidate) -> Quality:
+        known = known_quality(with_candidate(report, candidate))
+        return known or qualities.of(candidate)
+
+    qualities = ModelQuality(
+        folder,
+        digest,
+        model.num_hidden_layers,
+        context_length,
+        device.value,
+        threads,
+        config.cache_dir,
+        progress,
+        fetch,
+    )
+    has_gguf = [path.is_file() for path in folder.glob("*.gguf")] == [True]
+    compared = candidates(wishes, dtype.value, hindrance, has_gguf=has_gguf)
+    chosen = choose(compared, config.quality, measure, quality_of)
+    log.info("layers are computed by %s", chosen.reason)
+    return msgspec.structs.replace(
+        with_candidate(report, chosen.candidate),
+        decode_layer_seconds=chosen.seconds.decode_layer_seconds,
+        prefill_layer_seconds_per_token=chosen.seconds.prefill_layer_seconds_per_token,
+        head_decode_seconds=chosen.seconds.head_decode_seconds,
+        source=chosen.seconds.source,
+        layer_weight_bytes=chosen.seconds.layer_weight_bytes if chosen.candidate.executor == "ggml" else 0.0,
+        executor_version=version_of(chosen.candidate.executor),
+        quality=chosen.quality,
+        link_bytes_per_second=link_bytes_per_second(config),
+        choice=chosen.reason if not hindrance else f"{chosen.reason}; no ggml: {hindrance}",
+    )
+
+
+def link_bytes_per_second(config: StageConfig) -> float:
+    """How fast bytes come here from the coordinator's machine, 0 when it is this one or does not answer yet."""
+    coordinator = Target("coordinator", config.coordinator_url)
+    reached = try_service(coordinator, config.cluster_token, measures=threading.Lock())
+    return 0.0 if reached.machine == config.machine else reached.bytes_per_second or 0.0
+
+
+def with_candidate(report: MachineReport, candidate: Candidate) -> MachineReport:
+    """The report of a stage that computes so."""
+    return msgspec.structs.replace(
+        report,
+        executor=candidate.executor,
+        weights=candidate.weights,
+        kv_dtype=candidate.kv_dtype,
+        dtype=candidate.dtype,
     )
 
 
@@ -112,7 +206,7 @@ def load_role(
     import torch
 
     from services.stage.device import free_memory_bytes
-    from services.stage.slice_loading import load_slice
+    from services.stage.executors import load_by
 
     index = plan.index_of(config.stage_id)
     if index is None:
@@ -121,13 +215,16 @@ def load_role(
     if stage.role is not None and free_memory_bytes(report.device, torch) < 2 * mine.weight_bytes:
         log.info("old and new layers do not fit side by side: the old ones go first")
         stage.become(0, None)
-    model_slice = load_slice(
+    weights = mine.weights or OF_DTYPE[mine.dtype]  # a plan that says no more is transformers'
+    model_slice = load_by(
+        Candidate(mine.executor, weights, mine.kv_dtype or weights, mine.dtype),
         folder,
         mine.start_layer,
         mine.end_layer,
         device=report.device,
-        dtype=mine.dtype,
+        threads=report.threads,
         context_length=plan.context_length,
+        cache_dir=config.cache_dir,
         progress=lambda done, total: progress(done / max(total, 1)),
         fetch=fetch,
     )

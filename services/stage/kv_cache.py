@@ -1,4 +1,4 @@
-"""KV rows by session and layer under a byte budget; knows tensors and sizes, neither models nor attention.
+"""KV rows by session under a byte budget; knows sizes, neither what rows are made of nor models nor attention.
 
 A session's rows are allocated once, for as many tokens as it reserves, so that a served request, which knows how many
 that is, copies nothing. A session that reserves more later gets larger rows, and what is computed is copied.
@@ -9,83 +9,51 @@ The memory of a card can not be had like that: there it counts by what it reserv
 
 from __future__ import annotations
 
-import math
-import mmap
-
-import torch
+from collections.abc import Callable
+from typing import Generic, Protocol, Self, TypeVar
 
 from noodle.errors import PositionGap, StepRefused
 
 
-class SessionRows:
+class Rows(Protocol):
     """K and V of one session in every layer of a slice, rows 0 to `reserve_tokens`."""
 
-    __slots__ = ("bytes_allocated", "counted_tokens", "keys", "length", "reserve_tokens", "values")
-
-    def __init__(self, reserve_tokens: int) -> None:
-        self.reserve_tokens = reserve_tokens
-        self.counted_tokens = 0  # in the budget
-        self.length = 0  # rows [0, length) are computed in all layers
-        self.bytes_allocated = 0
-        self.keys: dict[int, torch.Tensor] = {}  # layer -> [1, kv_heads, reserve_tokens, head_dim]
-        self.values: dict[int, torch.Tensor] = {}
-
-    def write(
-        self, layer: int, first_position: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put K and V `[1, kv_heads, tokens, head_dim]` at their rows; the layer's whole K and V come back."""
-        keys = self.keys.get(layer)
-        if keys is None:
-            keys = self._allocate(self.keys, layer, key)
-            self._allocate(self.values, layer, value)
-        values = self.values[layer]
-        tokens = key.shape[2]
-        keys.narrow(2, first_position, tokens).copy_(key)
-        values.narrow(2, first_position, tokens).copy_(value)
-        return keys, values
+    reserve_tokens: int
+    counted_tokens: int  # in the budget
+    length: int  # rows [0, length) are computed in all layers
+    bytes_allocated: int
 
     def grow(self, reserve_tokens: int) -> None:
-        """Make room for more tokens; computed rows are kept. One layer after the other, so little is held twice."""
-        for rows_by_layer in (self.keys, self.values):
-            for layer, old in rows_by_layer.items():
-                _, kv_heads, held_tokens, head_dim = old.shape
-                rows = _empty_rows((1, kv_heads, reserve_tokens, head_dim), old)
-                kept = min(self.length, held_tokens)
-                rows.narrow(2, 0, kept).copy_(old.narrow(2, 0, kept))
-                rows_by_layer[layer] = rows
-                self.bytes_allocated += rows.nbytes - old.nbytes
-        self.reserve_tokens = reserve_tokens
+        """Make room for more tokens; computed rows are kept."""
+        ...
 
-    def copy_from(self, other: SessionRows, tokens: int) -> None:
-        """Take the first rows of another session as one's own: its tokens up to there are the same."""
-        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for layer, rows in theirs.items():
-                if layer not in ours:
-                    self._allocate(ours, layer, rows)
-                ours[layer].narrow(2, 0, tokens).copy_(rows.narrow(2, 0, tokens))
-        self.length = max(self.length, tokens)
-
-    def _allocate(self, rows_by_layer: dict[int, torch.Tensor], layer: int, like: torch.Tensor) -> torch.Tensor:
-        _, kv_heads, _, head_dim = like.shape
-        rows = _empty_rows((1, kv_heads, self.reserve_tokens, head_dim), like)
-        rows_by_layer[layer] = rows
-        self.bytes_allocated += rows.nbytes
-        return rows
+    def copy_from(self, other: Self, tokens: int) -> None:
+        """Take the first rows of another session as one's own."""
+        ...
 
 
-class KvCache:
-    """The rows of all sessions of one slice; `budget_bytes` None is no bound."""
+AnyRows = TypeVar("AnyRows", bound=Rows)
+
+
+class KvCache(Generic[AnyRows]):
+    """The rows of all sessions of one slice, made by `new_rows(reserve_tokens)`; `budget_bytes` None is no bound."""
 
     def __init__(
-        self, budget_bytes: int | None = None, bytes_per_token: int = 0, *, counts_reservations: bool = False
+        self,
+        new_rows: Callable[[int], AnyRows],
+        budget_bytes: int | None = None,
+        bytes_per_token: int = 0,
+        *,
+        counts_reservations: bool = False,
     ) -> None:
+        self._new_rows = new_rows
         self.budget_bytes = budget_bytes
         self.bytes_per_token = bytes_per_token  # over all layers of the slice
         self.counts_reservations = counts_reservations
-        self._sessions: dict[str, SessionRows] = {}
+        self._sessions: dict[str, AnyRows] = {}
         self._counted_tokens = 0
 
-    def open(self, session_id: str, reserve_tokens: int, end: int) -> SessionRows:
+    def open(self, session_id: str, reserve_tokens: int, end: int) -> AnyRows:
         """The rows of a session that is to have them up to `end`, larger ones when it reserves more than before.
 
         Raises StepRefused with reason `kv_budget` when that would pass the budget; nothing changes then.
@@ -103,7 +71,7 @@ class KvCache:
                 cure="Wait for other requests to end, ask for fewer tokens, or raise NOODLE_KV_BYTES on this stage.",
             )
         if rows is None:
-            rows = self._sessions[session_id] = SessionRows(reserve_tokens)
+            rows = self._sessions[session_id] = self._new_rows(reserve_tokens)
         elif reserve_tokens > rows.reserve_tokens:
             rows.grow(reserve_tokens)
         rows.counted_tokens += more_tokens
@@ -117,7 +85,7 @@ class KvCache:
             raise PositionGap(f"session {from_session_id} has no {tokens} rows for session {to_session_id}.")
         self.open(to_session_id, reserve_tokens, tokens).copy_from(source, tokens)
 
-    def check_span(self, session_id: str, rows: SessionRows, first_position: int, token_count: int) -> None:
+    def check_span(self, session_id: str, rows: AnyRows, first_position: int, token_count: int) -> None:
         """Refuse rows that were not reserved, or that leave a gap before them."""
         if first_position > rows.length:
             raise PositionGap(
@@ -147,16 +115,3 @@ class KvCache:
     def bytes_allocated(self) -> int:
         """Bytes of the rows that all sessions reserve, committed or not."""
         return sum(rows.bytes_allocated for rows in self._sessions.values())
-
-
-def _empty_rows(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Rows on the same device; on a CPU small pages that are committed when they are written, and freed with them.
-
-    Not from torch's own allocator: what that frees it may keep, and large pages would commit 2 MB for the first row.
-    """
-    if like.device.type != "cpu":
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    item_count = math.prod(shape)
-    pages = mmap.mmap(-1, max(1, item_count * like.dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=like.dtype, count=item_count).view(shape)

@@ -20,6 +20,7 @@ import msgspec
 
 from noodle.config import StageConfig
 from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
+from noodle.formats import Quality
 from noodle.model_files import names_a_path
 from noodle.plan import MachineReport, Plan, StagePhase, StageState
 from noodle.weight_cache import WeightCache
@@ -110,7 +111,12 @@ class Lifecycle:
         import_early()
         folder = self._model_folder()
         self._report = measured_report(
-            self._config, self._stage.boot_id, folder, lambda done, what: self._say("measuring", what, done)
+            self._config,
+            self._stage.boot_id,
+            folder,
+            lambda done, what: self._say("measuring", what, done),
+            partial(self._fetch, "the model's quality"),
+            self._known_quality,
         )
         if self._report.device == "cuda":
             self._stage.read_card = card_reader()
@@ -120,6 +126,7 @@ class Lifecycle:
                 device=self._report.device,
                 device_name=self._report.device_name,
                 threads=self._report.threads,
+                choice=self._report.choice,
             )
         self._say("waiting", "for a plan")
         while not self.stopping.is_set():
@@ -127,6 +134,19 @@ class Lifecycle:
             if plan is not None and plan.version > self._stage.plan_version and not self._refusal:
                 self._follow(plan, folder)
             self._load_by_hand(folder, PLAN_POLL_SECONDS)
+
+    def _known_quality(self, mine: MachineReport) -> Quality | None:
+        """What another stage has measured of the same weights of the same model."""
+        try:
+            reports = self._queue.reports()
+        except QueueUnavailable as error:
+            log.debug("nobody is asked for the model's quality: %s", error)
+            return None
+        wanted = (mine.model_digest, mine.executor, mine.weights, mine.kv_dtype)
+        for report in reports:
+            if (report.model_digest, report.executor, report.weights, report.kv_dtype) == wanted and report.quality:
+                return report.quality
+        return None
 
     def load_now(self, start_layer: int | None, end_layer: int | None, reload: bool) -> dict[str, Any]:
         """Load this stage's range of the newest plan by hand, unless it is loaded; gives what it holds then.
@@ -312,6 +332,8 @@ class Lifecycle:
                 kv_bytes_per_token=role.model_slice.kv_bytes_per_token,
                 kv_counts_reservations=role.model_slice.counts_reservations,
                 weight_bytes=role.model_slice.weight_bytes,
+                executor=mine.executor,
+                weights=mine.weights,
             )
         self._beat_now.set()
         log.info("ready for plan %d: %s, %d bytes of weights", plan.version, layers, role.model_slice.weight_bytes)

@@ -5,9 +5,7 @@ Two stages on one machine measure one after the other, and the second finds the 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import json
 import logging
 import os
 import statistics
@@ -24,6 +22,9 @@ import msgspec
 from noodle.errors import StartError
 from noodle.folders import not_writable, writing
 from noodle.plan import Source
+from services.stage.candidates import Candidate
+from services.stage.executors import load_by
+from services.stage.kept_file import read_kept, write_kept
 from services.stage.slice_timing import SliceTimer
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class MeasuredSeconds:
     prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
     head_decode_seconds: float  # head and sampling of one row
     source: Source = "measured"
+    layer_weight_bytes: float = 0.0  # of one layer as it is held; 0 where a model has too few layers to tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,21 @@ class MeasurementKey:
     model_digest: str
     device: str
     device_name: str
+    executor: str
+    executor_version: str
+    weights: str
+    kv_dtype: str
     dtype: str
     threads: int
     noodle_version: str
 
     def __str__(self) -> str:
         return " | ".join(str(part) for part in asdict(self).values())
+
+    @property
+    def candidate(self) -> Candidate:
+        """What computes."""
+        return Candidate(self.executor, self.weights, self.kv_dtype, self.dtype)
 
 
 def measure_machine(
@@ -83,7 +94,7 @@ def measure_machine(
         cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / FILE_NAME
     with one_at_a_time(cache_dir, progress):
-        kept = _read_kept(path)
+        kept = read_kept(path)
         known = _measurement_in(kept, str(key))
         if known is not None:
             progress(1.0, "measured before")
@@ -91,7 +102,7 @@ def measure_machine(
         measured = _measure(folder, layer_count, context_length, key, progress)
         kept[str(key)] = asdict(measured)
         try:
-            _write_kept(path, kept)
+            write_kept(path, kept)
         except OSError as error:
             log.warning(
                 "the measurement is used, but not kept: %s It is made anew at each start.",
@@ -102,32 +113,42 @@ def measure_machine(
 
 
 def _measure(
-    folder: Path, layer_count: int, context_length: int, key: MeasurementKey, progress: MeasureProgress
+    folder: Path,
+    layer_count: int,
+    context_length: int,
+    key: MeasurementKey,
+    progress: MeasureProgress,
 ) -> MeasuredSeconds:
     """By what further layers add to a step of one layer: what a step costs beside its layers is no layer's time."""
     further = min(FURTHER_LAYERS, layer_count - 1)
     start = (layer_count - 1 - further) // 2
 
     def timer_of(first: int, end: int) -> SliceTimer:
-        timer = SliceTimer(
+        loaded = load_by(
+            key.candidate,
             folder,
             first,
             end,
             device=key.device,
-            dtype=key.dtype,
+            threads=key.threads,
             context_length=context_length,
-            reserve_tokens=CONTEXT_TOKENS + 1,
+            cache_dir=None,  # the weights may be holes that nobody has fetched yet: nothing of them is kept
         )
+        timer = SliceTimer(loaded, device=key.device, reserve_tokens=CONTEXT_TOKENS + 1)
         timer.step_seconds(1, CONTEXT_TOKENS, first_position=0)  # warm-up, and the rows that decode attends to
         return timer
 
+    held_bytes: list[int] = []
     steps: list[tuple[float, float]] = []  # decode and prefill seconds, of one layer and of one and the further ones
     for end in sorted({start + 1, start + 1 + further}):
         progress(0.3 * len(steps), f"measuring {end - start} of the model's layers")
         timer = timer_of(start, end)
+        held_bytes.append(timer.slice.weight_bytes)
         decode_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS)
         steps.append((decode_seconds, _median_seconds(timer, CONTEXT_TOKENS, first_position=0)))
         del timer
+    # a slice with the last layer has the head too
+    tells = start + 1 + further < layer_count
     progress(0.6, "measuring the head")
     timer = timer_of(layer_count - 1, layer_count)
     with_head_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS, sampled=True)
@@ -139,6 +160,7 @@ def _measure(
         decode_layer_seconds=decode_layer_seconds,
         prefill_layer_seconds_per_token=prefill_layer_seconds / CONTEXT_TOKENS,
         head_decode_seconds=max(with_head_seconds - without_head_seconds, 0.0),
+        layer_weight_bytes=(held_bytes[1] - held_bytes[0]) / further if tells else 0.0,
     )
 
 
@@ -162,12 +184,14 @@ def _median_seconds(timer: SliceTimer, tokens: int, *, first_position: int, samp
 
 
 @contextmanager
-def one_at_a_time(folder: Path, progress: MeasureProgress) -> Iterator[None]:
+def one_at_a_time(
+    folder: Path, progress: MeasureProgress, timeout_seconds: float = LOCK_TIMEOUT_SECONDS
+) -> Iterator[None]:
     """Holds the machine's measuring lock, which is on the folder itself: a full or read-only one can be locked too.
 
     The system frees it when the process ends.
     """
-    end = time.monotonic() + LOCK_TIMEOUT_SECONDS
+    end = time.monotonic() + timeout_seconds
     with writing(folder, "NOODLE_CACHE_DIR"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -178,7 +202,7 @@ def one_at_a_time(folder: Path, progress: MeasureProgress) -> Iterator[None]:
             except BlockingIOError as error:
                 if time.monotonic() > end:
                     raise StartError(
-                        f"another stage has been measuring this machine for {LOCK_TIMEOUT_SECONDS:.0f} seconds "
+                        f"another stage has been measuring this machine for {timeout_seconds:.0f} seconds "
                         f"({folder} is locked).",
                         cure="Look for a stage that hangs, stop it, and start this one again.",
                     ) from error
@@ -187,17 +211,6 @@ def one_at_a_time(folder: Path, progress: MeasureProgress) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _read_kept(path: Path) -> dict[str, Any]:
-    """The file's measurements; none when it is not there or damaged, for they can be made again."""
-    if not path.is_file():
-        return {}
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        return {}
-    return kept if isinstance(kept, dict) else {}
 
 
 def _measurement_in(kept: dict[str, Any], key: str) -> MeasuredSeconds | None:
@@ -210,14 +223,3 @@ def _measurement_in(kept: dict[str, Any], key: str) -> MeasuredSeconds | None:
         return None  # damaged, or written by hand: it can be measured again
     seconds = (measured.decode_layer_seconds, measured.prefill_layer_seconds_per_token)
     return measured if min(seconds) > 0 and measured.head_decode_seconds >= 0 else None
-
-
-def _write_kept(path: Path, kept: dict[str, Any]) -> None:
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(kept, indent=2), encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):  # the first one is told
-            beside.unlink(missing_ok=True)
-        raise

@@ -15,6 +15,7 @@ from noodle.errors import GenerationFailed, WireError
 from noodle.wire import WireTensor
 from services.stage import packed_attention
 from services.stage.kv_cache import KvCache
+from services.stage.kv_rows import SessionRows
 from services.stage.model_cut import base_model_of
 from services.stage.packed_attention import AttentionSpan, StepSpans
 from services.stage.slice_interface import PackedBatch, SliceOutput, Span
@@ -54,10 +55,12 @@ class TransformersSlice:
         self._base_output: Any = None  # of the last step, on the last stage
         self._step_spans = StepSpans()
         packed_attention.attach(model, self._step_spans)
-        self._cache = KvCache()
+        self._cache = KvCache(SessionRows)
         self.kv_bytes_per_token = self._measured_kv_bytes_per_token()
         self.counts_reservations = self._device.type != "cpu"
-        self._cache = KvCache(kv_budget_bytes, self.kv_bytes_per_token, counts_reservations=self.counts_reservations)
+        self._cache = KvCache(
+            SessionRows, kv_budget_bytes, self.kv_bytes_per_token, counts_reservations=self.counts_reservations
+        )
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
         """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""

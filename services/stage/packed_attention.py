@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from services.stage.kv_cache import SessionRows
+from services.stage.kv_rows import SessionRows
 
 IMPLEMENTATION = "noodle"
 _ATTRIBUTE = "noodle_step_spans"

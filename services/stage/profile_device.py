@@ -16,6 +16,7 @@ from noodle.measuring import DecodePoint, DeviceProfile, PartPoint, PrefillPoint
 from services.stage.device import choose_dtype, device_name, free_memory
 from services.stage.measure import seconds_per_layer
 from services.stage.profile_points import Extent, Point, fitting_kv_tokens, layer_points, repeated
+from services.stage.slice_loading import load_slice
 from services.stage.slice_timing import SliceTimer
 
 FURTHER_LAYERS = 2  # beside the one that every slice has
@@ -185,12 +186,7 @@ class DeviceProfiler:
         )
 
     def _timer(self, start: int, end: int) -> SliceTimer:
-        return SliceTimer(
-            self.folder,
-            start,
-            end,
-            device=self.device,
-            dtype=self.dtype,
-            context_length=self.context_length,
-            reserve_tokens=1,
+        loaded = load_slice(
+            self.folder, start, end, device=self.device, dtype=self.dtype, context_length=self.context_length
         )
+        return SliceTimer(loaded, device=self.device, reserve_tokens=1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import http.client
 import logging
-import math
 import socket
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -24,7 +23,7 @@ from noodle.messages import (
 )
 from noodle.metrics import StageMetrics
 from noodle.plan import Plan
-from noodle.wire import ITEM_BYTES, MAXIMUM_STEP_TOKENS, body_digest
+from noodle.wire import HOP_DTYPES, MAXIMUM_STEP_TOKENS, body_digest, tensor_bytes
 from noodle.work_queue import RESULTS_STREAM, hop_stream
 from services.stage.outbox import Outbox
 from services.stage.transport import Inbox
@@ -238,4 +237,4 @@ def _body_bytes(step: Step, hidden_size: int) -> int:
     """What the step's body must take, 0 for one that no plan with this hidden size allows: nothing is allocated."""
     if len(step.shape) != 2 or step.shape[1] != hidden_size or step.shape[0] > MAXIMUM_STEP_TOKENS:
         return 0
-    return math.prod(step.shape) * ITEM_BYTES.get(step.dtype, 0)
+    return tensor_bytes(step.dtype, step.shape) if step.dtype in HOP_DTYPES else 0

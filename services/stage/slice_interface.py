@@ -94,3 +94,7 @@ class ModelSlice(Protocol):
     def kv_bytes_held(self) -> int:
         """Bytes that KV rows of all sessions count for now."""
         ...
+
+    def set_kv_budget(self, budget_bytes: int | None) -> None:
+        """The most bytes that sessions may hold from now on; None is no bound."""
+        ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,9 @@ from noodle.families import check_supported
 from services.stage import packed_attention
 from services.stage.model_cut import cut_class, layer_list_name
 from services.stage.model_slice import TransformersSlice
+from services.stage.reading import Fetch, Progress, ReadCounter, ignore_progress, nothing_to_fetch
 from services.stage.rotary import fix_rotary
-from services.stage.weight_files import LazyTensor, Progress, ReadCounter, WeightFiles, ignore_progress
-
-Fetch = Callable[[Collection[str]], None]
-
-
-def nothing_to_fetch(_keys: Collection[str]) -> None:
-    """For a folder in which all tensors are."""
+from services.stage.weight_files import LazyTensor, WeightFiles
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from noodle.messages import SamplingParameters
 from noodle.wire import WireTensor
-from services.stage.model_slice import DTYPES, to_wire
+from services.stage.hop_dtype import encode
+from services.stage.model_slice import TransformersSlice
 from services.stage.sampler import sample
-from services.stage.slice_interface import PackedBatch, Span
-from services.stage.slice_loading import load_slice
+from services.stage.slice_interface import ModelSlice, PackedBatch, Span
 
 CACHE_BYTES = 128 << 20  # written before a step: a slice's layers come from memory, not from the processor's cache
 SAMPLING = SamplingParameters(temperature=0.8, top_p=0.95)
 
 
 class SliceTimer:
-    """A slice of its own, with sessions that reserve `reserve_tokens` rows each; one thread at a time uses it."""
+    """A slice that is its own, with sessions that reserve `reserve_tokens` rows each; one thread at a time uses it."""
 
-    def __init__(
-        self, folder: Path, start: int, end: int, *, device: str, dtype: str, context_length: int, reserve_tokens: int
-    ) -> None:
-        self.slice = load_slice(folder, start, end, device=device, dtype=dtype, context_length=context_length)
+    def __init__(self, model_slice: ModelSlice, *, device: str, reserve_tokens: int) -> None:
+        self.slice = model_slice
         self._device = device
         self.reserve_tokens = reserve_tokens  # of sessions that are seen from now on
         self._random = np.random.default_rng(0)
@@ -33,6 +30,8 @@ class SliceTimer:
 
     def fill_rows(self, sessions: int, tokens: int) -> None:
         """Give sessions rows 0 to `tokens` without computing them: noise, which takes as long to attend to."""
+        if not isinstance(self.slice, TransformersSlice):
+            raise ValueError("only transformers' rows can be filled with noise")
         for session in range(sessions):
             self.step_seconds(1, 1, first_position=0, first_session=session)
             self.slice.fill_rows_with_noise(_session_id(session), tokens)
@@ -75,7 +74,7 @@ class SliceTimer:
 
     def _hidden_states(self, tokens: int) -> WireTensor:
         values = self._random.standard_normal((tokens, self.slice.hidden_size), np.float32)
-        return to_wire(torch.from_numpy(values).to(DTYPES[self.slice.dtype]))
+        return encode(values, self.slice.dtype)
 
 
 def _session_id(session: int) -> str:

@@ -1,29 +1,17 @@
-"""Tensors of a folder of safetensors files, each read alone and straight to where it stays; knows no model.
-
-Read, not mapped: mapped pages would count as the process's memory beside the tensors made from them.
-"""
+"""Tensors of a folder of safetensors files as torch reads them, straight to where they stay; knows no model."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from noodle.errors import ModelNotFound, UnsupportedModel
+from noodle.errors import UnsupportedModel
+from services.stage.reading import ReadCounter
+from services.stage.safetensors_files import SafetensorsFile, SafetensorsFolder
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # a tensor that is converted is read in pieces of this size, so that no second one as large stands beside it
 PIECE_BYTES = 1 << 20
-MAXIMUM_HEADER_BYTES = 100_000_000  # as the format has it
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,81 +24,6 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-Progress = Callable[[int, int], None]
-
-
-def ignore_progress(_done_bytes: int, _total_bytes: int) -> None:
-    """For callers that show nothing."""
-
-
-@dataclass
-class ReadCounter:
-    """Bytes of tensors read from disk so far, told to `progress` with their sum; several threads may add."""
-
-    progress: Progress = ignore_progress
-    bytes_read: int = 0
-    total_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, read_bytes: int) -> None:
-        """Count a piece that was read."""
-        with self._lock:
-            self.bytes_read += read_bytes
-            self.progress(self.bytes_read, self.total_bytes)
-
-
-class SafetensorsFile:
-    """One file whose header has been read and checked against the file's size."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise ModelNotFound(
-                f"{path} can not be read: {error.strerror}.", cure="Fetch the missing file of the model."
-            ) from error
-        self.entries, self._data_start = self._read_header()
-
-    def __del__(self) -> None:
-        descriptor = getattr(self, "_descriptor", None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer with the bytes from `offset` of the file's data on."""
-        done = 0
-        while done < len(buffer):
-            read = os.preadv(self._descriptor, [buffer[done:]], self._data_start + offset + done)
-            if read == 0:
-                raise self._damaged("it ends inside a tensor")
-            done += read
-
-    def _read_header(self) -> tuple[dict[str, dict[str, Any]], int]:
-        file_bytes = os.fstat(self._descriptor).st_size
-        header_bytes = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        if file_bytes < 8 or header_bytes > min(MAXIMUM_HEADER_BYTES, file_bytes - 8):
-            raise self._damaged(f"its {file_bytes} bytes can not hold the header")
-        try:
-            header = json.loads(os.pread(self._descriptor, header_bytes, 8))
-            entries = {str(key): dict(entry) for key, entry in header.items() if key != "__metadata__"}
-            for key, entry in entries.items():
-                begin, end = entry["data_offsets"]
-                if not 0 <= begin <= end or 8 + header_bytes + end > file_bytes:
-                    raise self._damaged(f"it has {file_bytes} bytes, and {key} would end at {8 + header_bytes + end}")
-                dtype = TORCH_DTYPES.get(entry["dtype"])
-                if dtype is not None and math.prod(entry["shape"]) * dtype.itemsize != end - begin:
-                    raise self._damaged(f"{key} has {end - begin} bytes for shape {entry['shape']} of {entry['dtype']}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(f"its header can not be read ({error!r})") from error
-        return entries, 8 + header_bytes
-
-    def _damaged(self, reason: str) -> ModelNotFound:
-        return ModelNotFound(
-            f"{self.path} is not a whole safetensors file: {reason}.",
-            cure="It is damaged or cut short: fetch it again.",
-        )
 
 
 class LazyTensor:
@@ -170,53 +83,9 @@ class LazyTensor:
         return self._stored_name
 
 
-class WeightFiles:
+class WeightFiles(SafetensorsFolder):
     """All tensors of a model folder by key; a file is opened when one of its tensors is wanted."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open_files: dict[Path, SafetensorsFile] = {}
-        if not folder.is_dir():
-            raise ModelNotFound(
-                f"{folder} is not a folder.", cure="Set NOODLE_MODEL to a model's folder, a hub id or a .gguf file."
-            )
-        self.file_by_key = self._find()
 
     def lazy(self, key: str, counter: ReadCounter, dtype: torch.dtype) -> LazyTensor:
         """One tensor, to be read later."""
-        path = self.file_by_key[key]
-        file = self._open(path)
-        if key not in file.entries:
-            raise ModelNotFound(
-                f"{self._folder / INDEX_FILE} says that {path.name} holds {key}, but it does not.",
-                cure="Index and weights are not of the same model: fetch the folder again.",
-            )
-        return LazyTensor(file, key, counter, dtype)
-
-    def _open(self, path: Path) -> SafetensorsFile:
-        if path not in self._open_files:
-            self._open_files[path] = SafetensorsFile(path)
-        return self._open_files[path]
-
-    def _find(self) -> dict[str, Path]:
-        index_path, single_path = self._folder / INDEX_FILE, self._folder / SINGLE_FILE
-        if index_path.is_file():
-            try:
-                weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-                return {str(key): self._folder / Path(name).name for key, name in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-                raise ModelNotFound(
-                    f"{index_path} is not an index of weights: {error!r}.", cure="Fetch it again."
-                ) from error
-        if single_path.is_file():
-            return dict.fromkeys(self._open(single_path).entries, single_path)
-        pickles = sorted(path.name for path in self._folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise UnsupportedModel(
-                f"{self._folder} holds its weights as pickle only ({', '.join(pickles[:3])}), and unpickling runs "
-                "whatever code is in the file.",
-                cure="Take the model's safetensors version, or convert it where you trust the file.",
-            )
-        raise ModelNotFound(
-            f"{self._folder} holds no weights.", cure=f"It needs {SINGLE_FILE}, or {INDEX_FILE} and its files."
-        )
+        return LazyTensor(self.find(key), key, counter, dtype)

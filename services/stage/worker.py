@@ -29,8 +29,9 @@ from noodle.messages import (
 )
 from noodle.metrics import StageMetrics
 from noodle.plan import Plan
-from noodle.wire import ITEM_BYTES, MAXIMUM_STEP_TOKENS, WireTensor, checked_tensor
+from noodle.wire import MAXIMUM_STEP_TOKENS, WireTensor, checked_tensor, row_bytes
 from services.stage.forward_sessions import ForwardSessions
+from services.stage.hop_dtype import recast
 from services.stage.sessions import Admission, SessionTable
 from services.stage.slice_interface import ModelSlice, PackedBatch, Span
 from services.stage.span_results import span_results
@@ -68,9 +69,9 @@ class Role:
     forwards: ForwardSessions = field(default_factory=lambda: ForwardSessions(0, 0, 0))  # by hand, none by default
 
     @property
-    def expected_dtype(self) -> str:
-        """Of a step's body as it comes in."""
-        return "int32" if self.index == 0 else self.plan.stages[self.index - 1].dtype
+    def expected_dtypes(self) -> tuple[str, ...]:
+        """Of a step's body as it may come in."""
+        return ("int32",) if self.index == 0 else self.plan.stages[self.index - 1].may_hand_on
 
 
 class Worker:
@@ -161,15 +162,15 @@ class Worker:
                 log.warning("step %d refused: %s (%s)", step.step_id, error, reason, extra=about(span.session_id))
             self._refuse(role, step, step.spans, reason, str(error))
             return
-        row_bytes = ITEM_BYTES[step.dtype] * (role.plan.hidden_size if role.index else 1)
-        admission = self._sessions.admit(step, body, row_bytes, self._heard_at)
+        bytes_of_row = row_bytes(step.dtype, role.plan.hidden_size if role.index else 1)
+        admission = self._sessions.admit(step, body, bytes_of_row, self._heard_at)
         for session_id in admission.restarted:
             role.model_slice.release(session_id)
         for reason, count in admission.dropped.items():
             self._metrics.dropped_spans.labels(reason).inc(count)
         self._copy_prefixes(role, step, admission)
         if len(admission.compute) < len(step.spans):
-            step, body = _only(step, body, row_bytes, admission.compute)
+            step, body = _only(step, body, bytes_of_row, admission.compute)
         if admission.refusals:
             self._count_refusals(admission.refusals)
             step = msgspec.structs.replace(step, refusals=[*step.refusals, *admission.refusals])
@@ -205,8 +206,8 @@ class Worker:
         if not refusals:
             return step, body
         self._count_refusals(refusals)
-        row_bytes = ITEM_BYTES[step.dtype] * (role.plan.hidden_size if role.index else 1)
-        step, body = _only(step, body, row_bytes, fits)
+        bytes_of_row = row_bytes(step.dtype, role.plan.hidden_size if role.index else 1)
+        step, body = _only(step, body, bytes_of_row, fits)
         return msgspec.structs.replace(step, refusals=[*step.refusals, *refusals]), body
 
     def _compute(self, role: Role, step: Step, body: memoryview, arrived_at: float) -> None:
@@ -241,7 +242,7 @@ class Worker:
         if role.next_stage is None:
             self._answer(step, results, step.refusals, timings)
         elif output.hidden_states is not None:
-            hidden = output.hidden_states
+            hidden = recast(output.hidden_states, role.plan.stages[role.index].hands_on(total_tokens(step)))
             onward = msgspec.structs.replace(step, dtype=hidden.dtype, shape=list(hidden.shape), timings=timings)
             if not role.next_stage.send(onward, hidden.data):
                 self._metrics.dropped_spans.labels("next_stage_down").inc(len(step.spans))
@@ -292,10 +293,9 @@ class Worker:
 
     def _check(self, role: Role, step: Step, body: memoryview) -> None:
         """Distrust everything (design D5): dtype, shape, length, positions and token ids against the plan."""
-        if step.dtype != role.expected_dtype:
-            raise StepRefused(
-                f"The step's dtype is {step.dtype}, this stage takes {role.expected_dtype}.", reason="wrong_dtype"
-            )
+        if step.dtype not in role.expected_dtypes:
+            takes = " or ".join(role.expected_dtypes)
+            raise StepRefused(f"The step's dtype is {step.dtype}, this stage takes {takes}.", reason="wrong_dtype")
         tokens = total_tokens(step)
         expected = [tokens] if role.index == 0 else [tokens, role.plan.hidden_size]
         if step.shape != expected or tokens > MAXIMUM_STEP_TOKENS:
@@ -341,7 +341,7 @@ class Worker:
         if role.next_stage is None:
             self._answer(step, [], step.refusals, step.timings)
             return
-        dtype = role.plan.stages[role.index].dtype
+        dtype = role.plan.stages[role.index].hands_on(0)
         empty = msgspec.structs.replace(step, spans=[], dtype=dtype, shape=[0, role.plan.hidden_size])
         role.next_stage.send(empty)
 
@@ -383,16 +383,20 @@ def _packed(role: Role, step: Step, body: memoryview, is_last: bool) -> PackedBa
         if is_last and span.sampling is not None:
             rows.append(end - 1)
     token_ids = np.frombuffer(body, np.int32).astype(np.int64) if role.index == 0 else None
-    hidden = None if role.index == 0 else WireTensor(step.dtype, tuple(step.shape), body)
+    hidden = None
+    if role.index:
+        hidden = WireTensor(step.dtype, tuple(step.shape), body)
+        if step.dtype == "int8":  # a format of hops alone: no slice computes with it
+            hidden = recast(hidden, "float32")
     return PackedBatch(tuple(spans), np.array(rows, np.int64), token_ids, hidden)
 
 
-def _only(step: Step, body: memoryview, row_bytes: int, indexes: list[int]) -> tuple[Step, memoryview]:
+def _only(step: Step, body: memoryview, bytes_of_row: int, indexes: list[int]) -> tuple[Step, memoryview]:
     """The step with only some of its spans, and their rows."""
     parts, row, chosen = [], 0, set(indexes)
     for index, span in enumerate(step.spans):
         if index in chosen:
-            parts.append(body[row * row_bytes : (row + span.token_count) * row_bytes])
+            parts.append(body[row * bytes_of_row : (row + span.token_count) * bytes_of_row])
         row += span.token_count
     spans = [step.spans[index] for index in indexes]
     shape = [sum(span.token_count for span in spans), *step.shape[1:]]

@@ -19,7 +19,9 @@ from urllib.parse import urlsplit
 from noodle.addresses import host_of
 from noodle.api_keys import ApiKey, read_api_keys
 from noodle.errors import ConfigurationError
+from noodle.formats import ALLOWANCES, DTYPE_OF, EXECUTORS, OF_DTYPE, WEIGHTS
 from noodle.plan import MINIMUM_SESSION_TOKENS
+from noodle.wire import HOP_DTYPES
 
 CURE_OF_A_FILE = (
     "Write the secret into it; with Docker `docker compose run --rm init` does, and lets its containers read it."
@@ -188,7 +190,31 @@ VARIABLES: tuple[Variable, ...] = (
         "NOODLE_DTYPE",
         "auto",
         _one_of("auto", "float32", "float16", "bfloat16"),
-        "number format of this stage; auto: float32 on a CPU, what the card does natively on a GPU",
+        "number format transformers computes in; auto: float32 on a CPU, what the card does natively on a GPU",
+    ),
+    Variable(
+        "NOODLE_EXECUTOR",
+        "auto",
+        _one_of("auto", *EXECUTORS),
+        "what computes this stage's layers; auto: whichever is measured to be faster here",
+    ),
+    Variable(
+        "NOODLE_WEIGHTS",
+        "auto",
+        _one_of("auto", *WEIGHTS),
+        "format of this stage's weights; auto: the fastest one that NOODLE_QUALITY allows",
+    ),
+    Variable(
+        "NOODLE_QUALITY",
+        "near-lossless",
+        _one_of(*ALLOWANCES),
+        "how near to float32 a model must stay: exact, at most 1 % more perplexity, or 10 % (small)",
+    ),
+    Variable(
+        "NOODLE_HOP_DTYPE",
+        "auto",
+        _one_of("auto", *HOP_DTYPES),
+        "format of what goes from stage to stage; auto: as computed, 16 bits over slow links; int8: prompts alone",
     ),
     Variable("NOODLE_THREADS", "0", _whole(0, 1024), "threads this stage computes with; 0: one per core it may use"),
     Variable("NOODLE_KV_BYTES", "0", _whole(0, 1 << 50), "bytes for KV rows on this stage; 0: half of what is free"),
@@ -263,7 +289,29 @@ def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
             raise ConfigurationError(
                 f"{variable.name} is {text!r}: {error}.", cure=f"It means: {variable.remark}."
             ) from error
+    _check_formats(values)
     return values
+
+
+def _check_formats(values: Mapping[str, Any]) -> None:
+    """Refuse wishes for number formats that contradict one another."""
+    executor, weights, dtype = (values[f"NOODLE_{name}"] for name in ("EXECUTOR", "WEIGHTS", "DTYPE"))
+    if values["NOODLE_QUALITY"] == "exact":
+        for name, exact in (("WEIGHTS", "f32"), ("DTYPE", "float32"), ("HOP_DTYPE", "float32")):
+            if values[f"NOODLE_{name}"] not in ("auto", exact):
+                raise ConfigurationError(
+                    f"NOODLE_QUALITY is exact, and NOODLE_{name} is {values[f'NOODLE_{name}']}.",
+                    cure=f"Leave NOODLE_{name} at auto, or choose near-lossless.",
+                )
+    if executor == "transformers" and weights not in ("auto", *DTYPE_OF):
+        raise ConfigurationError(
+            f"NOODLE_EXECUTOR is transformers, which does not compute with NOODLE_WEIGHTS={weights}.",
+            cure=f"Choose one of {', '.join(DTYPE_OF)}, or NOODLE_EXECUTOR=ggml.",
+        )
+    if dtype != "auto" and weights not in ("auto", OF_DTYPE[dtype]):
+        raise ConfigurationError(
+            f"NOODLE_DTYPE is {dtype}, and NOODLE_WEIGHTS is {weights}.", cure="Set one of them, and leave the other."
+        )
 
 
 def _secret(values: Mapping[str, Any], name: str) -> str:
@@ -340,6 +388,8 @@ class PlannerConfig(ServiceConfig):
     stage_return_seconds: float
     split: tuple[int, ...] | None
     context_length: int | None
+    hop_dtype: str = "auto"
+    quality: str = "near-lossless"
 
 
 @dataclass(frozen=True)
@@ -354,6 +404,9 @@ class StageConfig(ServiceConfig):
     dtype: str
     threads: int  # 0: one per core
     kv_bytes: int  # 0: half of what is free
+    executor: str = "auto"
+    weights: str = "auto"
+    quality: str = "near-lossless"
 
 
 @dataclass(frozen=True)
@@ -438,6 +491,8 @@ def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
         stage_return_seconds=values["NOODLE_STAGE_RETURN_SECONDS"],
         split=split,
         context_length=values["NOODLE_CONTEXT_LENGTH"] or None,
+        hop_dtype=values["NOODLE_HOP_DTYPE"],
+        quality=values["NOODLE_QUALITY"],
     )
 
 
@@ -468,6 +523,9 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
         dtype=values["NOODLE_DTYPE"],
         threads=values["NOODLE_THREADS"],
         kv_bytes=values["NOODLE_KV_BYTES"],
+        executor=values["NOODLE_EXECUTOR"],
+        weights=values["NOODLE_WEIGHTS"],
+        quality=values["NOODLE_QUALITY"],
     )
 
 

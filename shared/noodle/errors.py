@@ -7,6 +7,7 @@ NoodleError
 │   ├── UnsupportedModel       the model is there, but noodle does not run it
 │   ├── PlanDoesNotFit         the model and these machines do not go together
 │   │   └── MemoryShort        because of their memory
+│   ├── GgmlUnavailable        ggml is missing, or can not compute on this machine
 │   ├── NotWritable            a folder that noodle keeps things in is full or not ours
 │   └── PortInUse              another program listens where we want to
 ├── RequestError               the request is wrong; 4xx
@@ -89,6 +90,12 @@ class PlanDoesNotFit(StartError):
 
 class MemoryShort(PlanDoesNotFit):
     """Raised when the machines' memory does not hold the model, however it is cut or as it was asked to be."""
+
+
+class GgmlUnavailable(StartError):
+    """Raised when ggml is not installed, or not as this machine's processor needs it."""
+
+    code = "ggml_unavailable"
 
 
 class NotWritable(StartError):

@@ -10,10 +10,13 @@ from typing import Literal
 
 from msgspec import Struct
 
+from noodle.formats import Quality
 from noodle.messages import ChainLink
 
 # Prompt and answer of a session that is of any use: a context, or room for KV rows, that holds less serves nobody.
 MINIMUM_SESSION_TOKENS = 16
+# A step of so many tokens has a prompt's chunk in it: decode steps of home use have fewer.
+PREFILL_HOP_TOKENS = 32
 
 Source = Literal["measured", "assumed", "configured"]  # where a number comes from (design D8)
 
@@ -54,6 +57,14 @@ class MachineReport(Struct, frozen=True):
     head_decode_seconds: float  # norm, head and sampling of one row
     source: Source = "measured"
     leaving: bool = False  # it wants its layers moved to the others
+    executor: str = "transformers"
+    weights: str = ""  # as noodle.formats names them; empty, as kv_dtype: as `dtype` says
+    kv_dtype: str = ""
+    layer_weight_bytes: float = 0.0  # one layer as measured: ggml keeps some tensors in more bits; 0: by the name
+    executor_version: str = ""
+    quality: Quality | None = None  # of these weights and KV rows, None where they are float32
+    choice: str = ""  # what was compared and why this was chosen, in words
+    link_bytes_per_second: float = 0.0  # from the coordinator's machine to here; 0: not measured
 
 
 class StageAssignment(Struct, frozen=True):
@@ -67,6 +78,24 @@ class StageAssignment(Struct, frozen=True):
     dtype: str
     weight_bytes: int = 0  # what the planner expects the slice to take
     decode_seconds: float = 0.0  # predicted for one token
+    executor: str = "transformers"
+    weights: str = ""  # as in the stage's report
+    kv_dtype: str = ""
+    quality: Quality | None = None
+    hop_dtype: str = ""  # of the hidden states it hands on; empty: the one it computes in
+    hop_prefill_dtype: str = ""  # the same for steps of many tokens; empty: no other one
+    hop_token_seconds: float = 0.0  # predicted for one token's bytes on the way to the next stage
+
+    def hands_on(self, tokens: int) -> str:
+        """The dtype of the hidden states of a step of so many tokens."""
+        if self.hop_prefill_dtype and tokens >= PREFILL_HOP_TOKENS:
+            return self.hop_prefill_dtype
+        return self.hop_dtype or self.dtype
+
+    @property
+    def may_hand_on(self) -> tuple[str, ...]:
+        """Every dtype that the next stage must take."""
+        return tuple(dict.fromkeys((self.hands_on(1), self.hands_on(PREFILL_HOP_TOKENS))))
 
 
 class Plan(Struct, frozen=True):
@@ -108,6 +137,9 @@ class StageState(Struct, frozen=True):
     device: str = ""  # "cpu" or "cuda"; this and the next two once it has measured
     device_name: str = ""
     threads: int = 0
+    executor: str = ""  # this and the next one once layers are loaded
+    weights: str = ""
+    choice: str = ""  # why these, in words
     outbox_bytes: int = 0  # activations kept until the next stage fetches them
     transport: str = "direct"  # NOODLE_TRANSPORT of the stage, which must be the coordinator's
     link: ChainLink | None = None  # how it reaches the next stage, for a coordinator that has no connection to ask

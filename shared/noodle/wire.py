@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -18,7 +18,9 @@ from noodle.errors import FrameTooLarge, WireError
 from noodle.messages import HopMessage, QueueEntry
 
 LENGTHS = struct.Struct("<II")
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}  # the only dtypes that cross a hop
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}  # with int8 the only dtypes that cross a hop
+HOP_DTYPES = ("float32", "float16", "bfloat16", "int8")  # of hidden states between stages
+SCALE_BYTES = 4  # before each row of int8, which stages alone send: a float32 that its numbers are multiplied by
 MAXIMUM_HEADER_BYTES = 4 << 20
 MAXIMUM_STEP_TOKENS = 8192  # rows of one step; with the hidden size it bounds a frame
 
@@ -29,7 +31,10 @@ _entry_decoder: msgspec.msgpack.Decoder[QueueEntry] = msgspec.msgpack.Decoder(Qu
 
 @dataclass(frozen=True, slots=True)
 class WireTensor:
-    """A tensor as it crosses a hop: `data` is C-contiguous, little-endian, exactly product(shape) items of `dtype`."""
+    """A tensor as it crosses a hop: `data` is C-contiguous, little-endian, exactly product(shape) items of `dtype`.
+
+    In int8 it has two dimensions, and each row is one scale and then its items.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -38,14 +43,26 @@ class WireTensor:
 
 def checked_tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> WireTensor:
     """The tensor that a header describes, when its dtype is allowed and its bytes are exactly as many as it says."""
-    if dtype not in ITEM_BYTES:
-        raise WireError(f"dtype {dtype!r} is not one of {', '.join(ITEM_BYTES)}.")
+    if dtype not in (*ITEM_BYTES, "int8"):
+        raise WireError(f"dtype {dtype!r} is not one of {', '.join(ITEM_BYTES)}, int8.")
     if any(size < 0 for size in shape):
         raise WireError(f"shape {list(shape)} has a negative size.")
-    expected_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if dtype == "int8" and len(shape) != 2:
+        raise WireError(f"shape {list(shape)} of int8 has no rows.")
+    expected_bytes = tensor_bytes(dtype, shape)
     if data.nbytes != expected_bytes:
         raise WireError(f"shape {list(shape)} of {dtype} takes {expected_bytes} bytes, but {data.nbytes} came.")
     return WireTensor(dtype, shape, data)
+
+
+def row_bytes(dtype: str, row_items: int) -> int:
+    """Bytes of one row of a tensor; raises KeyError for a dtype that crosses no hop."""
+    return row_items + SCALE_BYTES if dtype == "int8" else row_items * ITEM_BYTES[dtype]
+
+
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor; raises KeyError for a dtype that crosses no hop."""
+    return math.prod(shape[:1]) * row_bytes(dtype, math.prod(shape[1:]))
 
 
 def encode_frame(header: HopMessage, body: bytes | memoryview = b"") -> tuple[bytes, bytes | memoryview]:

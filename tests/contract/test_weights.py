@@ -186,7 +186,7 @@ def test_a_disk_that_can_not_be_written_is_named_with_its_cure(model, tmp_path):
             400,
         ),
         ("/weights/files/..%2f..%2fetc%2fpasswd", {"Authorization": f"Bearer {TOKEN}", "Range": "bytes=0-9"}, 404),
-        ("/weights/files/tokenizer.json", {"Authorization": f"Bearer {TOKEN}", "Range": "bytes=0-9"}, 404),
+        ("/weights/files/tokenizer_config.json", {"Authorization": f"Bearer {TOKEN}", "Range": "bytes=0-9"}, 404),
     ],
 )
 def test_only_ranges_of_the_models_files_leave_and_only_with_the_token(model, tmp_path, path, headers, status):

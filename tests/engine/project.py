@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.engine import CONTROL, ROOT, STAGE, docker, run
-from tests.support.cluster import free_ports, request, wait_until
+from tests.support.cluster import EXACT, free_ports, request, wait_until
 
 READY_SECONDS = 240.0
 COMPOSE_SECONDS = 180.0
@@ -42,7 +42,7 @@ class Project:
         self.ports = ports
         lines = [f"COMPOSE_PROJECT_NAME={self.name}", f"COMPOSE_FILE=docker-compose.yml:{TEST_FILE}"]
         lines += [f"NOODLE_{name}_PORT={port}" for name, port in ports.items()]
-        lines += [f"{name}={value}" for name, value in variables.items()]
+        lines += [f"{name}={value}" for name, value in (EXACT | variables).items()]
         self.env_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.kind = ""
 

@@ -44,6 +44,25 @@ def test_control_has_no_torch_and_a_stage_has_the_locked_one():
     assert ("torch", f"torch=={version}") in locked("requirements.lock")
 
 
+def test_a_stage_has_ggml_with_the_kernels_of_this_processor():
+    code = "from services.stage.ggml_library import load_ggml; g = load_ggml(); print(g.kernels, g.devices)"
+    done = in_image(STAGE, "python", "-P", "-c", code, options=("--read-only", "--cap-drop", "ALL"))
+    assert re.fullmatch(r"(haswell|alderlake|skylakex|icelake|zen4|armv8\S+) \('CPU',\)\n", done.stdout), done.stderr
+
+
+def test_a_processor_without_avx2_is_named_with_the_cure_and_nothing_dies(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nflags : fpu sse2 sse4_2 avx\n", encoding="utf-8")
+    code = (
+        "import pathlib; from services.stage import ggml_library as g; "
+        "g.check_processor(g.processor_flags(pathlib.Path('/tmp/cpuinfo')))"
+    )
+    done = in_image(STAGE, "python", "-P", "-c", code, options=("--volume", f"{cpuinfo}:/tmp/cpuinfo:ro"))
+    assert done.returncode == 1
+    assert "no AVX2" in done.stderr
+    assert "NOODLE_EXECUTOR=transformers" in done.stderr
+
+
 @pytest.mark.parametrize(("image", "lock"), [(CONTROL, "control"), (STAGE, "stage")])
 def test_it_has_the_locked_versions(image, lock):
     listed = in_image(image, "pip", "list", "--format", "freeze").stdout.lower()
@@ -72,7 +91,8 @@ def test_a_container_that_lacks_everything_says_what_it_lacks():
 
 
 def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_they_are(tmp_path, images):
-    for name in ("Dockerfile.cpu", ".dockerignore", "requirements-stage.lock", "requirements-control.lock"):
+    locks = ("requirements-stage.lock", "requirements-control.lock", "requirements-ggml.lock")
+    for name in ("Dockerfile.cpu", ".dockerignore", *locks):
         shutil.copy2(ROOT / name, tmp_path / name)
     for name in ("services", "shared"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from services.stage.slice_interface import PackedBatch, Span
-from services.stage.slice_loading import load_slice
+from tests.support.executors import load_exact
 
 Logits = npt.NDArray[np.float32]
 
@@ -22,10 +23,13 @@ STEPS = [[(0, 11)], [(0, 5), (1, 8)], [(1, 1), (0, 6), (2, 3)], [(2, 10), (0, 1)
 class SlicePipeline:
     """Slices of one model, cut at `cuts` (0 and the layer count are its ends), each fed by the one before."""
 
-    def __init__(self, folder: Path, cuts: Sequence[int], *, context_length: int = 256, dtype: str = "float32") -> None:
+    def __init__(
+        self, folder: Path, cuts: Sequence[int], *, executor: str | Sequence[str] = "transformers", **options: Any
+    ) -> None:
+        executors = itertools.repeat(executor) if isinstance(executor, str) else executor
         self.slices = [
-            load_slice(folder, start, end, device="cpu", dtype=dtype, context_length=context_length)
-            for start, end in itertools.pairwise(cuts)
+            load_exact(each, folder, start, end, **options)
+            for each, (start, end) in zip(executors, itertools.pairwise(cuts), strict=False)
         ]
 
     def step(self, spans: Sequence[Span], token_ids: npt.NDArray[np.int64], logits_rows: Sequence[int]) -> Logits:

@@ -17,7 +17,7 @@ from noodle.plan import Plan, StageAssignment
 from noodle.work_queue import WorkQueue
 from services.cli.run_state import RunFolder
 from services.cli.valkey import answers, server_binary, write_configuration
-from tests.support.cluster import Services, free_ports, request, wait_until
+from tests.support.cluster import EXACT, Services, free_ports, request, wait_until
 from tests.support.relay import Relay
 
 READY_SECONDS = 120.0
@@ -86,13 +86,18 @@ def running_stages(
     *,
     relayed: Sequence[int] = (),
     absent: Sequence[int] = (),
+    computed: Sequence[dict[str, Any]] = (),
     **variables: str,
 ) -> Iterator[StageRig]:
-    """One stage process for each number of layers, ready for one plan; `absent` ones are played by the test."""
+    """One stage process for each number of layers, ready for one plan; `absent` ones are played by the test.
+
+    `computed` says of each stage what the plan names beside float32: executor, weights, formats of KV rows and hops.
+    """
     valkey_port, *ports = free_ports(1 + len(layers))
     token = secrets.token_hex(16)
     config = read_config(model)
     ends = [sum(layers[: index + 1]) for index in range(len(layers))]
+    named = computed or [{}] * len(layers)
     with contextlib.ExitStack() as stack:
         relays = {index: stack.enter_context(Relay(ports[index])) for index in relayed}
         urls = [f"http://127.0.0.1:{port}" for port in ports]
@@ -105,7 +110,7 @@ def running_stages(
             vocab_size=config["vocab_size"],
             context_length=config["max_position_embeddings"],
             stages=tuple(
-                StageAssignment(index, "test", url, end - count, end, "float32")
+                StageAssignment(index, "test", url, end - count, end, "float32", **named[index])
                 for index, (url, count, end) in enumerate(zip(planned, layers, ends, strict=True))
             ),
         )
@@ -121,6 +126,7 @@ def running_stages(
             "NOODLE_STATE_DIR": str(folder / "state"),
             "NOODLE_MACHINE": "test",
             "NOODLE_THREADS": "1",
+            **EXACT,
             **variables,
         }
         for index, port in enumerate(ports):

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.cluster import Services, free_ports, wait_until
+from tests.support.cluster import EXACT, Services, free_ports, wait_until
 from tests.support.stage_rig import READY_SECONDS, running_valkey, started
 
 STOP_SECONDS = 30.0
@@ -55,6 +55,7 @@ def two_machines(folder: Path, model: Path) -> Iterator[TwoMachines]:
             "NOODLE_PLANNER_BIND": f"127.0.0.1:{machines.planner_port}",
             "NOODLE_PLANNER_URL": f"http://127.0.0.1:{machines.planner_port}",
             "NOODLE_THREADS": "1",
+            **EXACT,
         }
         own: list[tuple[str, dict[str, str]]] = [
             ("planner", {"NOODLE_MACHINE": "machine-a"}),

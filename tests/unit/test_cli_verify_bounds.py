@@ -5,7 +5,7 @@ import math
 import pytest
 
 from noodle.errors import UnsupportedModel
-from services.cli.verify_bounds import Difference, PromptResult, judge, loosest
+from services.cli.verify_bounds import Difference, PromptResult, format_of, judge, loosest, reference_dtype
 
 
 def result(tokens: int = 64, error: float = 1e-5, gaps: tuple[float, ...] = ()) -> PromptResult:
@@ -47,4 +47,20 @@ def test_the_loosest_format_of_a_mixed_cluster_decides() -> None:
     assert loosest(["float32", "float16"]) == "float16"
     assert loosest(["bfloat16", "float32"]) == "bfloat16"
     with pytest.raises(UnsupportedModel):
-        loosest(["float32", "q8_0"])
+        loosest(["float32", "q3_K"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "bound"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "float32", "executor": "ggml", "weights": "f32", "kv_dtype": "f32"}, "float32"),
+        ({"dtype": "float32", "executor": "ggml", "weights": "q8_0", "kv_dtype": "f16"}, "q8_0"),
+        ({"dtype": "bfloat16", "executor": "transformers", "weights": "bf16", "kv_dtype": "bf16"}, "bfloat16"),
+        ({"dtype": "float32", "hop_dtypes": ["float16"]}, "float16"),
+        ({"dtype": "float32", "hop_dtypes": ["float16", "int8"]}, "q8_0"),
+    ],
+)
+def test_the_bound_of_a_stage_is_its_weights_or_its_hops(stage: dict[str, object], bound: str) -> None:
+    assert format_of(stage) == bound
+    assert reference_dtype(bound) == (bound if bound.startswith(("float", "bfloat")) else "float32")

@@ -79,6 +79,22 @@ def test_the_image_for_a_card_differs_in_torch_alone():
     assert look.endswith("$TORCH_KERNELS")
 
 
+def test_ggml_is_built_alike_for_both_images_but_for_the_compiler_of_a_card():
+    cpu, gpu = instructions(CPU, "ggml"), instructions(GPU, "ggml")
+    differences = [(one, other) for one, other in zip(cpu, gpu, strict=True) if one != other]
+    assert [one.split()[0] for one, _ in differences] == ["RUN", "ARG"]
+    assert differences[1][1] == 'ARG GGML_CMAKE_ARGS="-DGGML_CUDA=ON;-DCMAKE_CUDA_ARCHITECTURES=61"'
+    build = cpu[-1]
+    assert "-DGGML_NATIVE=OFF" in build  # the machine that builds an image is not the one that runs it
+    assert "-DGGML_CPU_ALL_VARIANTS=ON" in build
+
+
+def test_ggml_has_one_version_everywhere_and_what_it_needs_is_locked_for_a_stage():
+    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    assert {line for _, line in locked("requirements-ggml.lock")} == set(extras["ggml"])
+    assert {"numpy", "typing-extensions"} <= {package for package, _ in locked("requirements-stage.lock")}
+
+
 @pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
 def test_old_engines_can_build_it(path):
     text = text_of(path)

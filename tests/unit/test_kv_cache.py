@@ -5,6 +5,7 @@ import torch
 
 from noodle.errors import PositionGap, StepRefused
 from services.stage.kv_cache import KvCache
+from services.stage.kv_rows import SessionRows
 
 
 def key_and_value(tokens, kv_heads=2, key_dim=4, value_dim=3):
@@ -12,7 +13,7 @@ def key_and_value(tokens, kv_heads=2, key_dim=4, value_dim=3):
 
 
 def test_rows_are_allocated_once_and_growing_moves_nothing():
-    rows = KvCache().open("a", 10, 10)
+    rows = KvCache(SessionRows).open("a", 10, 10)
     first_key, first_value = key_and_value(4)
     keys, values = rows.write(0, 0, first_key, first_value)
     place = keys.data_ptr(), values.data_ptr()
@@ -24,7 +25,7 @@ def test_rows_are_allocated_once_and_growing_moves_nothing():
 
 
 def test_k_and_v_may_differ_in_shape_and_every_layer_has_its_own():
-    cache = KvCache(bytes_per_token=2 * 2 * (4 + 3) * 4)
+    cache = KvCache(SessionRows, bytes_per_token=2 * 2 * (4 + 3) * 4)
     rows = cache.open("a", 10, 3)
     rows.write(3, 0, *key_and_value(3))
     rows.write(7, 0, *key_and_value(3))
@@ -33,7 +34,7 @@ def test_k_and_v_may_differ_in_shape_and_every_layer_has_its_own():
 
 
 def test_rows_that_are_computed_again_take_the_same_place():
-    rows = KvCache().open("a", 4, 4)
+    rows = KvCache(SessionRows).open("a", 4, 4)
     rows.write(0, 0, *key_and_value(4))
     key, value = key_and_value(2)
     keys, _ = rows.write(0, 1, key, value)
@@ -41,7 +42,7 @@ def test_rows_that_are_computed_again_take_the_same_place():
 
 
 def test_released_rows_are_no_longer_held_and_releasing_twice_is_fine():
-    cache = KvCache()
+    cache = KvCache(SessionRows)
     cache.open("a", 10, 1).write(0, 0, *key_and_value(1))
     assert cache.holds("a")
     cache.release("a")
@@ -52,7 +53,7 @@ def test_released_rows_are_no_longer_held_and_releasing_twice_is_fine():
 
 @pytest.mark.parametrize("counts_reservations", [True, False])
 def test_a_session_over_the_budget_is_refused_with_the_numbers_and_leaves_nothing(counts_reservations):
-    cache = KvCache(budget_bytes=1000, bytes_per_token=56, counts_reservations=counts_reservations)
+    cache = KvCache(SessionRows, budget_bytes=1000, bytes_per_token=56, counts_reservations=counts_reservations)
     cache.open("a", 10, 10)
     with pytest.raises(StepRefused) as refusal:
         cache.open("b", 8, 8)
@@ -65,14 +66,14 @@ def test_a_session_over_the_budget_is_refused_with_the_numbers_and_leaves_nothin
 
 
 def test_what_is_reserved_counts_only_where_memory_can_not_be_had_page_by_page():
-    lazy = KvCache(budget_bytes=560, bytes_per_token=56)
+    lazy = KvCache(SessionRows, budget_bytes=560, bytes_per_token=56)
     for name in "abcd":
         lazy.open(name, 1000, 2)
     lazy.open("a", 1000, 4)
     assert lazy.bytes_held() == 560
     with pytest.raises(StepRefused):
         lazy.open("a", 1000, 5)
-    eager = KvCache(budget_bytes=560, bytes_per_token=56, counts_reservations=True)
+    eager = KvCache(SessionRows, budget_bytes=560, bytes_per_token=56, counts_reservations=True)
     eager.open("a", 10, 1)
     with pytest.raises(StepRefused):
         eager.open("b", 1, 1)
@@ -83,7 +84,7 @@ def test_rows_take_memory_as_they_are_written():
         with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
             return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
-    cache = KvCache()
+    cache = KvCache(SessionRows)
     before = anonymous_bytes()
     rows = cache.open("a", 100_000, 64)  # 51 MB each of K and V
     rows.write(0, 0, torch.ones(1, 2, 64, 64), torch.ones(1, 2, 64, 64))
@@ -97,12 +98,12 @@ def test_rows_take_memory_as_they_are_written():
 
 
 def test_an_open_session_keeps_its_reservation():
-    cache = KvCache(budget_bytes=560, bytes_per_token=56)
+    cache = KvCache(SessionRows, budget_bytes=560, bytes_per_token=56)
     assert cache.open("a", 10, 10) is cache.open("a", 10, 10)
 
 
 def test_copied_rows_are_the_same_and_ones_own():
-    cache = KvCache(bytes_per_token=1)
+    cache = KvCache(SessionRows, bytes_per_token=1)
     first = cache.open("a", 10, 6)
     first.write(0, 0, *key_and_value(6))
     first.length = 6
@@ -117,7 +118,7 @@ def test_copied_rows_are_the_same_and_ones_own():
 
 
 def test_rows_that_are_not_there_can_not_be_copied():
-    cache = KvCache()
+    cache = KvCache(SessionRows)
     cache.open("a", 10, 6).length = 3
     for name in ("a", "nobody"):
         with pytest.raises(PositionGap):
@@ -126,7 +127,7 @@ def test_rows_that_are_not_there_can_not_be_copied():
 
 
 def test_a_gap_before_a_span_and_a_span_beyond_the_reservation_are_refused():
-    cache = KvCache()
+    cache = KvCache(SessionRows)
     rows = cache.open("a", 10, 10)
     rows.length = 4
     cache.check_span("a", rows, 4, 6)

@@ -1,5 +1,6 @@
 """Measurements of a tiny model: made once, kept, found by the second stage, made again when the file is damaged."""
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -11,11 +12,12 @@ import pytest
 import torch
 
 from noodle.errors import NotWritable
+from noodle.model_files import read_tensor_entries
 from services.stage import measure, slice_timing
 from services.stage.measure import FILE_NAME, MeasuredSeconds, MeasurementKey, measure_machine
 from tests.tiny_model import make_tiny_model
 
-KEY = MeasurementKey("digest", "cpu", "a processor", "float32", 1, "0.1.0")
+KEY = MeasurementKey("digest", "cpu", "a processor", "transformers", "torch", "f32", "f32", "float32", 1, "0.1.0")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,11 @@ def forbid(*_arguments, **_options):
     raise AssertionError("measured again")
 
 
+def items_of_a_layer(folder):
+    entries = read_tensor_entries(folder)
+    return sum(entry.item_count for name, entry in entries.items() if ".layers.2." in name)
+
+
 def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, monkeypatch):
     told = []
     measured = measure_machine(folder, 6, 256, KEY, tmp_path, lambda fraction, text: told.append((fraction, text)))
@@ -48,6 +55,7 @@ def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, m
     assert 0 < measured.decode_layer_seconds < 1
     assert 0 < measured.prefill_layer_seconds_per_token < measured.decode_layer_seconds
     assert measured.head_decode_seconds >= 0
+    assert measured.layer_weight_bytes == 4 * items_of_a_layer(folder)
     assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
     assert told[-1] == (1.0, "measured")
     monkeypatch.setattr(measure, "_measure", forbid)
@@ -56,7 +64,7 @@ def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, m
 
 def test_another_dtype_or_version_is_measured_for_itself(folder, tmp_path):
     measure_machine(folder, 6, 256, KEY, tmp_path, ignore)
-    other = MeasurementKey("digest", "cpu", "a processor", "bfloat16", 1, "0.1.0")
+    other = dataclasses.replace(KEY, weights="bf16", kv_dtype="bf16", dtype="bfloat16")
     measure_machine(folder, 6, 256, other, tmp_path, ignore)
     assert len(json.loads((tmp_path / FILE_NAME).read_text())) == 2
 

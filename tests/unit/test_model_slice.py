@@ -1,5 +1,7 @@
 """A slice as the worker sees it: packed batches, replays, windows, budgets, dtypes and what it refuses."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from noodle.wire import WireTensor
 from services.stage import packed_attention
 from services.stage.model_slice import from_wire, to_wire
 from services.stage.slice_interface import ModelSlice, PackedBatch, Span
-from services.stage.slice_loading import load_slice
+from tests.support.executors import EXECUTORS, load_exact
 from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
 from tests.tiny_model import make_tiny_model
 
@@ -30,8 +32,19 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=EXECUTORS)
+def executor(request):
+    return request.param
+
+
+@pytest.fixture
+def load_any(executor):
+    """`load` for whichever executor."""
+    return partial(load_exact, executor)
+
+
 def load(folder, start, end, **options):
-    return load_slice(folder, start, end, **{"device": "cpu", "dtype": "float32", "context_length": 256, **options})
+    return load_exact("transformers", folder, start, end, **options)
 
 
 def tokens_batch(session_id, first_position, token_ids, rows=(), reserve_tokens=32):
@@ -39,9 +52,9 @@ def tokens_batch(session_id, first_position, token_ids, rows=(), reserve_tokens=
     return PackedBatch((span,), np.array(rows, np.int64), token_ids=np.array(token_ids, np.int64))
 
 
-def test_a_slice_says_what_it_is(folder):
-    first: ModelSlice = load(folder, 0, 2)
-    last: ModelSlice = load(folder, 2, 6)
+def test_a_slice_says_what_it_is(load_any, folder):
+    first: ModelSlice = load_any(folder, 0, 2)
+    last: ModelSlice = load_any(folder, 2, 6)
     assert (first.is_first, first.is_last, last.is_first, last.is_last) == (True, False, False, True)
     assert (first.hidden_size, first.vocab_size, first.dtype) == (64, 199, "float32")
     assert first.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, K and V, KV heads, head size, bytes
@@ -58,10 +71,10 @@ def test_sessions_longer_than_the_sliding_window_are_the_same_in_slices(model_ty
     assert relative_difference(pipeline.run(sessions, steps), unsplit_logits(folder, sessions)) < 1e-4
 
 
-def test_rows_computed_again_change_nothing(folder):
+def test_rows_computed_again_change_nothing(executor, folder):
     sessions = random_sessions(LENGTHS)
-    expected = SlicePipeline(folder, (0, 3, 6)).run(sessions, STEPS)
-    pipeline = SlicePipeline(folder, (0, 3, 6))
+    expected = SlicePipeline(folder, (0, 3, 6), executor=executor).run(sessions, STEPS)
+    pipeline = SlicePipeline(folder, (0, 3, 6), executor=executor)
     pipeline.run(sessions, STEPS)
     held = [each.kv_bytes_held() for each in pipeline.slices]
     again = pipeline.run(sessions, [[(2, 14), (0, 20)], [(1, 9)], [(0, 3)]])
@@ -69,11 +82,14 @@ def test_rows_computed_again_change_nothing(folder):
     assert [each.kv_bytes_held() for each in pipeline.slices] == held
 
 
-def test_slices_in_one_process_do_not_meet(folder, tmp_path):
+def test_slices_in_one_process_do_not_meet(executor, folder, tmp_path):
     other_folder = make_tiny_model(tmp_path, "llama", seed=9)
     sessions = random_sessions(LENGTHS)
     packed_attention.register()
-    one, other = SlicePipeline(folder, (0, 3, 6)), SlicePipeline(other_folder, (0, 3, 6))
+    one, other = (
+        SlicePipeline(folder, (0, 3, 6), executor=executor),
+        SlicePipeline(other_folder, (0, 3, 6), executor=executor),
+    )
     results = ([], [])
     for step in range(23):
         for pipeline, result in zip((one, other), results, strict=True):
@@ -127,8 +143,8 @@ def test_a_tensor_comes_back_from_the_wire_as_it_was(dtype):
     assert torch.equal(from_wire(received), tensor)
 
 
-def test_released_sessions_hold_nothing_and_begin_anew(folder):
-    whole = load(folder, 0, 6)
+def test_released_sessions_hold_nothing_and_begin_anew(load_any, folder):
+    whole = load_any(folder, 0, 6)
     first = whole.forward(tokens_batch("a", 0, [5, 6, 7], rows=[2])).logits
     assert whole.kv_bytes_held() == 3 * whole.kv_bytes_per_token
     whole.release("a")
@@ -141,8 +157,8 @@ def test_released_sessions_hold_nothing_and_begin_anew(folder):
     assert np.array_equal(first, again)
 
 
-def test_a_batch_that_passes_the_kv_budget_is_refused_and_reserves_nothing(folder):
-    whole = load(folder, 0, 6)
+def test_a_batch_that_passes_the_kv_budget_is_refused_and_reserves_nothing(load_any, folder):
+    whole = load_any(folder, 0, 6)
     whole.set_kv_budget(40 * whole.kv_bytes_per_token)
     batch = PackedBatch((Span("a", 0, 32, 32), Span("b", 0, 9, 32)), NO_ROWS, token_ids=np.arange(41))
     with pytest.raises(StepRefused) as refusal:
@@ -152,9 +168,9 @@ def test_a_batch_that_passes_the_kv_budget_is_refused_and_reserves_nothing(folde
     whole.forward(tokens_batch("c", 0, list(range(40)), reserve_tokens=40))
 
 
-def test_copied_rows_compute_what_computed_ones_do(folder):
+def test_copied_rows_compute_what_computed_ones_do(load_any, folder):
     ids = list(range(20, 44))
-    whole = load(folder, 0, 6)
+    whole = load_any(folder, 0, 6)
     expected = whole.forward(tokens_batch("a", 0, ids, rows=[23])).logits
     whole.forward(tokens_batch("b", 0, ids[:16]))
     whole.copy_rows("b", "c", 16, 32)
@@ -165,8 +181,8 @@ def test_copied_rows_compute_what_computed_ones_do(folder):
         whole.copy_rows("b", "d", 16, 32)
 
 
-def test_hidden_states_that_do_not_fit_the_spans_are_refused(folder):
-    last = load(folder, 3, 6)
+def test_hidden_states_that_do_not_fit_the_spans_are_refused(load_any, folder):
+    last = load_any(folder, 3, 6)
     span = Span("a", 0, 4, 8)
     for shape in ((3, 64), (4, 32)):
         with pytest.raises(WireError) as refusal:
@@ -210,8 +226,8 @@ def embeddings_of(model, ids):
         return model.get_input_embeddings()(torch.tensor(ids))
 
 
-def test_a_session_that_reserves_more_keeps_its_rows_and_its_budget_is_counted(folder):
-    straight, growing = load(folder, 0, 6), load(folder, 0, 6)
+def test_a_session_that_reserves_more_keeps_its_rows_and_its_budget_is_counted(load_any, folder):
+    straight, growing = load_any(folder, 0, 6), load_any(folder, 0, 6)
     ids = list(range(20, 44))
     expected = straight.forward(tokens_batch("a", 0, ids, rows=[23], reserve_tokens=64)).logits
     growing.set_kv_budget(40 * growing.kv_bytes_per_token)

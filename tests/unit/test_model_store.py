@@ -112,6 +112,11 @@ def test_another_file_of_the_same_name_gets_its_own_folder(tiny_gguf: Path, tmp_
     assert prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder != first.folder
 
 
+def test_the_gguf_stands_in_the_folder_too_and_takes_no_room(tiny_gguf: Path, tmp_path: Path) -> None:
+    folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
+    assert (folder / tiny_gguf.name).samefile(tiny_gguf)
+
+
 @pytest.mark.parametrize("damage", ["shorter", "other bytes", "lacking", "no manifest", "broken manifest", "older"])
 def test_a_damaged_folder_is_made_again(tiny_gguf: Path, tmp_path: Path, damage: str) -> None:
     folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
@@ -128,7 +133,7 @@ def test_a_damaged_folder_is_made_again(tiny_gguf: Path, tmp_path: Path, damage:
     elif damage == "broken manifest":
         manifest.write_text("{")
     else:
-        manifest.write_text(manifest.read_text().replace('"conversion_version": 1', '"conversion_version": 0'))
+        manifest.write_text(manifest.read_text().replace('"conversion_version": 2', '"conversion_version": 1'))
     said: list[Progress] = []
     assert prepare_model(str(tiny_gguf), tmp_path / "cache", said.append).folder == folder
     assert said

@@ -11,6 +11,7 @@ from services.stage import slice_timing
 from services.stage.profile import devices_of
 from services.stage.profile_device import DeviceProfiler
 from services.stage.profile_points import QUICK
+from services.stage.slice_loading import load_slice
 from services.stage.slice_timing import SliceTimer
 from tests.tiny_model import make_tiny_model
 
@@ -106,7 +107,8 @@ def test_a_model_of_very_few_layers_is_measured_too(layers, tmp_path):
 
 
 def test_rows_of_noise_are_attended_to_without_being_computed(folder):
-    timer = SliceTimer(folder, 2, 3, device="cpu", dtype="float32", context_length=CONTEXT, reserve_tokens=65)
+    loaded = load_slice(folder, 2, 3, device="cpu", dtype="float32", context_length=CONTEXT)
+    timer = SliceTimer(loaded, device="cpu", reserve_tokens=65)
     timer.fill_rows(2, 64)
     assert timer.step_seconds(2, 1, first_position=64) > 0
     assert timer.slice.kv_bytes_held() == timer.slice.kv_bytes_per_token * (2 * 65)

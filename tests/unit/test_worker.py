@@ -11,7 +11,9 @@ from noodle.logs import RequestFilter
 from noodle.messages import LiveSessions, SamplingParameters, Step, StepSpan
 from noodle.metrics import StageMetrics
 from noodle.plan import Plan, StageAssignment
+from noodle.wire import tensor_bytes
 from services.stage import worker as worker_module
+from services.stage.hop_dtype import decode, encode
 from services.stage.sessions import UNLISTED_SECONDS
 from services.stage.slice_interface import SliceOutput
 from services.stage.span_results import SCORED_ROWS
@@ -170,3 +172,67 @@ def test_a_step_that_computes_for_long_costs_no_session_its_rows(monkeypatch):
     worker.run()
     assert [span.first_position for answer in answers.results for span in answer.spans] == [0, 3, 6]
     assert not any(answer.refusals for answer in answers.results)
+
+
+class PassingSlice(RowSlice):
+    """Hands on the same hidden states for every batch, and notes those that came."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows, self.came = rows, []
+
+    def forward(self, batch):
+        self.came.append(batch.hidden_states)
+        return SliceOutput(hidden_states=encode(self.rows, "float32"))
+
+
+class NextStage:
+    def __init__(self):
+        self.sent = []
+
+    def send(self, message, body=b""):
+        self.sent.append((message, body))
+        return True
+
+
+def sent_on(index, step, body, rows, **hop):
+    """What the stage at `index` of three hands on, and the hidden states that its slice was given."""
+    stages = tuple(StageAssignment(i, "test", "http://x:1", i, i + 1, "float32", **hop) for i in range(3))
+    inbox, following, model_slice = Inbox(), NextStage(), PassingSlice(rows)
+    worker = Worker(index, inbox, Answers(), StageMetrics(CollectorRegistry()))
+    plan = Plan(1, "digest", 3, 8, VOCABULARY, 1000, stages)
+    worker.install(Role(plan, index, model_slice, following), lambda: None)
+    inbox.put(step, body)
+    worker.stop()
+    worker.run()
+    ((message, sent),) = following.sent
+    return message, sent, model_slice.came[0] if model_slice.came else None
+
+
+@pytest.mark.parametrize(
+    ("hop", "tokens", "dtype"),
+    [
+        ({}, 4, "float32"),
+        ({"hop_dtype": "float16"}, 4, "float16"),
+        ({"hop_dtype": "float16", "hop_prefill_dtype": "int8"}, 4, "float16"),
+        ({"hop_dtype": "float16", "hop_prefill_dtype": "int8"}, 40, "int8"),
+    ],
+)
+def test_hidden_states_go_on_in_the_format_that_the_plan_names_and_are_taken_in_it(hop, tokens, dtype):
+    rows = np.random.default_rng(0).standard_normal((tokens, 8)).astype(np.float32)
+    span = StepSpan("a", 1, 0, tokens, tokens + 1)
+    step = Step(1, 1, 1, "int32", [tokens], [span])
+    message, body, _ = sent_on(0, step, memoryview(np.zeros(tokens, np.int32).tobytes()), rows, **hop)
+    assert (message.dtype, message.shape) == (dtype, [tokens, 8])
+    assert body.nbytes == tensor_bytes(dtype, message.shape)
+    _, _, came = sent_on(1, message, memoryview(bytes(body)), rows, **hop)
+    assert came.dtype == ("float32" if dtype == "int8" else dtype)  # int8 is nothing that a slice knows
+    assert np.abs(decode(came) - rows).max() < 0.05
+
+
+def test_a_format_that_the_plan_does_not_name_is_refused():
+    rows = np.zeros((4, 8), np.float32)
+    step = Step(1, 1, 1, "float16", [4, 8], [StepSpan("a", 1, 0, 4, 5)])
+    message, _, came = sent_on(1, step, memoryview(bytes(64)), rows)
+    assert [refusal.reason for refusal in message.refusals] == ["wrong_dtype"]
+    assert came is None

@@ -1,0 +1,74 @@
+"""Chooses what computes a stage's layers: the fastest candidate whose quality is allowed, by measurement alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from noodle.errors import ConfigurationError, UnsupportedModel
+from noodle.formats import Quality, why_refused
+from services.stage.candidates import Candidate
+from services.stage.measure import MeasuredSeconds
+
+# What a candidate is held against another by: a request of as many prompt tokens as new ones. A prompt's tokens are
+# computed together, so they weigh little where they are not slow.
+PROMPT_TOKENS_PER_NEW_TOKEN = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a stage computes with, how fast that is, and in words why."""
+
+    candidate: Candidate
+    seconds: MeasuredSeconds
+    quality: Quality | None  # None where the candidate is lossless, or its quality can not be measured
+    reason: str
+
+
+def choose(
+    compared: Sequence[Candidate],
+    wanted_quality: str,
+    measure: Callable[[Candidate], MeasuredSeconds],
+    quality_of: Callable[[Candidate], Quality],
+) -> Chosen:
+    """Time all, then try the quality of the fastest ones until one is allowed.
+
+    `quality_of` may raise UnsupportedModel when it can not be measured: a candidate that nobody asked for by name is
+    not used then. Raises ConfigurationError when none is left, with what each one lacks.
+    """
+    timed = sorted(((measure(candidate), candidate) for candidate in compared), key=lambda each: cost(each[0]))
+    times = ", ".join(f"{candidate} {_times(seconds)}" for seconds, candidate in timed)
+    refused: list[str] = []
+    for seconds, candidate in timed:
+        quality, why = None, ""
+        if not candidate.is_lossless:
+            try:
+                quality = quality_of(candidate)
+                why = why_refused(quality, wanted_quality)
+            except UnsupportedModel as error:
+                why = "" if len(compared) == 1 else f"its quality is not known: {error.message}"
+        if why:
+            refused.append(f"{candidate} is refused ({why})")
+            continue
+        reason = "; ".join([f"{candidate}, of a new and a prompt token: {times}", *_told(quality), *refused])
+        return Chosen(candidate, seconds, quality, reason)
+    raise ConfigurationError(
+        f"No allowed way to compute this model is left here: {'; '.join(refused)}.",
+        cure="Allow more (NOODLE_QUALITY=small), or leave NOODLE_WEIGHTS and NOODLE_DTYPE at auto.",
+    )
+
+
+def cost(seconds: MeasuredSeconds) -> float:
+    """Seconds of a layer for one new token and its share of the prompt."""
+    return seconds.decode_layer_seconds + PROMPT_TOKENS_PER_NEW_TOKEN * seconds.prefill_layer_seconds_per_token
+
+
+def _times(seconds: MeasuredSeconds) -> str:
+    decode, prefill = seconds.decode_layer_seconds * 1e3, seconds.prefill_layer_seconds_per_token * 1e3
+    return f"{decode:.2f} and {prefill:.3f} ms a layer"
+
+
+def _told(quality: Quality | None) -> list[str]:
+    if quality is None:
+        return []
+    return [f"perplexity times {quality.perplexity_ratio:.4f}, {quality.greedy_agreement:.1%} of greedy tokens agree"]

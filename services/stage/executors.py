@@ -1,0 +1,76 @@
+"""The one door to both executors: loads a slice by whichever a candidate names, and says why ggml can not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from noodle.errors import GgmlUnavailable
+from services.stage.candidates import Candidate
+from services.stage.ggml_families import ggml_lacks
+from services.stage.ggml_library import ggml_version, load_ggml
+from services.stage.reading import Fetch, Progress, ignore_progress, nothing_to_fetch
+from services.stage.slice_interface import ModelSlice
+
+
+def load_by(
+    candidate: Candidate,
+    folder: Path,
+    start_layer: int,
+    end_layer: int,
+    *,
+    device: str,
+    threads: int,
+    context_length: int,
+    cache_dir: Path | None,
+    progress: Progress = ignore_progress,
+    fetch: Fetch = nothing_to_fetch,
+) -> ModelSlice:
+    """Layers [start_layer, end_layer) of the model in `folder`, as the candidate computes them."""
+    if candidate.executor == "ggml":
+        from services.stage.ggml_loading import load_ggml_slice
+
+        return load_ggml_slice(
+            folder,
+            start_layer,
+            end_layer,
+            weights=candidate.weights,
+            kv_dtype=candidate.kv_dtype,
+            context_length=context_length,
+            threads=threads,
+            progress=progress,
+            fetch=fetch,
+            cache_dir=cache_dir,
+        )
+    from services.stage.slice_loading import load_slice  # takes seconds: torch and transformers
+
+    return load_slice(
+        folder,
+        start_layer,
+        end_layer,
+        device=device,
+        dtype=candidate.dtype,
+        context_length=context_length,
+        progress=progress,
+        fetch=fetch,
+    )
+
+
+def ggml_hindrance(config: dict[str, Any], device: str) -> str:
+    """Why ggml can not compute this model here, with the cure; empty when it can."""
+    if device != "cpu":
+        return f"layers are computed by ggml on the CPU alone, and this stage computes on {device}."
+    if lacks := ggml_lacks(config):
+        return f"{lacks.rstrip('.')}."
+    try:
+        load_ggml()
+    except GgmlUnavailable as error:
+        return str(error)
+    return ""
+
+
+def version_of(executor: str) -> str:
+    """Of the package that computes, for what is kept of its speed and quality."""
+    import torch
+
+    return f"ggml-python {ggml_version()}" if executor == "ggml" else f"torch {torch.__version__}"

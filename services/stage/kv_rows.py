@@ -1,0 +1,80 @@
+"""K and V of one session as torch tensors, a layer's rows in one allocation; knows sizes and devices, no budget.
+
+On a CPU the rows are pages that the system commits as they are written. The memory of a card can not be had like that.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+
+
+class SessionRows:
+    """K and V of one session in every layer of a slice, rows 0 to `reserve_tokens`."""
+
+    __slots__ = ("bytes_allocated", "counted_tokens", "keys", "length", "reserve_tokens", "values")
+
+    def __init__(self, reserve_tokens: int) -> None:
+        self.reserve_tokens = reserve_tokens
+        self.counted_tokens = 0  # in the budget
+        self.length = 0  # rows [0, length) are computed in all layers
+        self.bytes_allocated = 0
+        self.keys: dict[int, torch.Tensor] = {}  # layer -> [1, kv_heads, reserve_tokens, head_dim]
+        self.values: dict[int, torch.Tensor] = {}
+
+    def write(
+        self, layer: int, first_position: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put K and V `[1, kv_heads, tokens, head_dim]` at their rows; the layer's whole K and V come back."""
+        keys = self.keys.get(layer)
+        if keys is None:
+            keys = self._allocate(self.keys, layer, key)
+            self._allocate(self.values, layer, value)
+        values = self.values[layer]
+        tokens = key.shape[2]
+        keys.narrow(2, first_position, tokens).copy_(key)
+        values.narrow(2, first_position, tokens).copy_(value)
+        return keys, values
+
+    def grow(self, reserve_tokens: int) -> None:
+        """Make room for more tokens; computed rows are kept. One layer after the other, so little is held twice."""
+        for rows_by_layer in (self.keys, self.values):
+            for layer, old in rows_by_layer.items():
+                _, kv_heads, held_tokens, head_dim = old.shape
+                rows = _empty_rows((1, kv_heads, reserve_tokens, head_dim), old)
+                kept = min(self.length, held_tokens)
+                rows.narrow(2, 0, kept).copy_(old.narrow(2, 0, kept))
+                rows_by_layer[layer] = rows
+                self.bytes_allocated += rows.nbytes - old.nbytes
+        self.reserve_tokens = reserve_tokens
+
+    def copy_from(self, other: SessionRows, tokens: int) -> None:
+        """Take the first rows of another session as one's own: its tokens up to there are the same."""
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, rows in theirs.items():
+                if layer not in ours:
+                    self._allocate(ours, layer, rows)
+                ours[layer].narrow(2, 0, tokens).copy_(rows.narrow(2, 0, tokens))
+        self.length = max(self.length, tokens)
+
+    def _allocate(self, rows_by_layer: dict[int, torch.Tensor], layer: int, like: torch.Tensor) -> torch.Tensor:
+        _, kv_heads, _, head_dim = like.shape
+        rows = _empty_rows((1, kv_heads, self.reserve_tokens, head_dim), like)
+        rows_by_layer[layer] = rows
+        self.bytes_allocated += rows.nbytes
+        return rows
+
+
+def _empty_rows(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Rows on the same device; on a CPU small pages that are committed when they are written, and freed with them.
+
+    Not from torch's own allocator: what that frees it may keep, and large pages would commit 2 MB for the first row.
+    """
+    if like.device.type != "cpu":
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    item_count = math.prod(shape)
+    pages = mmap.mmap(-1, max(1, item_count * like.dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=like.dtype, count=item_count).view(shape)

@@ -1,0 +1,36 @@
+"""Both executors behind one call, for tests that hold for any slice; a missing ggml skips, and fails in CI."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from noodle.errors import GgmlUnavailable
+from services.stage.ggml_library import load_ggml
+from services.stage.ggml_loading import load_ggml_slice
+from services.stage.slice_interface import ModelSlice
+from services.stage.slice_loading import load_slice
+
+EXECUTORS = ("transformers", "ggml")
+
+
+def need_ggml() -> None:
+    """Skip the test where ggml can not be loaded, and fail it in CI."""
+    try:
+        load_ggml()
+    except GgmlUnavailable as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"ggml is needed in CI: {error}")
+        pytest.skip(str(error))
+
+
+def load_exact(executor: str, folder: Path, start: int, end: int, **options: Any) -> ModelSlice:
+    """A slice in float32 weights with float32 KV rows, on one thread or as many as torch has."""
+    settings = {"context_length": 256, **options}
+    if executor == "transformers":
+        return load_slice(folder, start, end, **{"device": "cpu", "dtype": "float32", **settings})
+    need_ggml()
+    return load_ggml_slice(folder, start, end, **{"weights": "f32", "kv_dtype": "f32", "threads": 1, **settings})

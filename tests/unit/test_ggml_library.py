@@ -1,0 +1,71 @@
+import importlib.util
+import platform
+from pathlib import Path
+
+import pytest
+
+from noodle.errors import GgmlUnavailable
+from services.stage import ggml_library
+from services.stage.ggml_library import check_processor, load_ggml, processor_flags
+
+needs_ggml = pytest.mark.skipif(importlib.util.find_spec("ggml") is None, reason="ggml is not installed (make ggml)")
+
+
+def test_a_processor_without_avx2_is_named_before_anything_of_ggml_is_loaded(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse4_2 avx f16c\n", encoding="utf-8")
+
+    flags = processor_flags(cpuinfo)
+
+    if platform.machine() == "x86_64":
+        assert flags == {"fpu", "sse4_2", "avx", "f16c"}
+    with pytest.raises(GgmlUnavailable, match="no AVX2") as caught:
+        check_processor(frozenset({"avx"}))
+    assert "NOODLE_EXECUTOR=transformers" in caught.value.cure
+
+
+def test_a_processor_that_is_not_told_of_is_not_refused(tmp_path: Path) -> None:
+    assert processor_flags(tmp_path / "missing") is None
+    check_processor(None)
+
+
+def test_a_machine_without_ggml_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+
+    with pytest.raises(GgmlUnavailable, match="not installed") as caught:
+        ggml_library._folder_of_libraries()
+
+    assert "make ggml" in caught.value.cure
+
+
+@needs_ggml
+def test_ggml_is_loaded_once_and_says_its_version_and_its_devices() -> None:
+    library = load_ggml()
+
+    assert library is load_ggml()
+    assert library.version.startswith(ggml_library.ggml_version())
+    assert "CPU" in library.devices
+
+
+@needs_ggml
+def test_a_build_for_another_processor_is_refused_by_name() -> None:
+    folder = ggml_library._folder_of_libraries()
+    library = load_ggml()
+    used = [flag for function, flag in ggml_library.NEEDED_FLAGS.items() if getattr(library.module, function)()]
+    if not used:
+        pytest.skip("this build uses none of the flags")
+
+    with pytest.raises(GgmlUnavailable, match="another processor"):
+        ggml_library._load(folder, frozenset({"avx2"} | set(used[1:]) - {used[-1]}))
+
+
+@needs_ggml
+def test_a_backend_computes_with_the_threads_it_is_given_and_an_unknown_device_is_named() -> None:
+    library = load_ggml()
+
+    backend = library.backend(2)
+    library.set_threads(backend, 1)
+    library.module.ggml_backend_free(backend)
+
+    with pytest.raises(GgmlUnavailable, match="no device Abacus0"):
+        library.backend(1, "Abacus0")
