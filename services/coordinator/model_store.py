@@ -32,7 +32,7 @@ from services.coordinator.model_hub import fetch_from_hub, is_hub_id
 from services.coordinator.model_progress import Progress, ReportProgress, at_intervals
 
 # raised when the converter writes something else for the same file: older folders are then made again
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 1
 MANIFEST_NAME = "noodle_manifest.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SPARE_DISK_BYTES = 64 << 20  # left free after a conversion: tokenizer, manifest, and room for logs
@@ -204,10 +204,10 @@ def _convert(gguf_path: Path, folder: Path, source: str, progress: ReportProgres
     weights_sha256 = write_model_folder(
         model, folder, lambda done: report(Progress("convert", "writing safetensors", done, total_bytes))
     )
-    _keep_beside(gguf_path, folder)
     files = {path.name: StoredFile(path.stat().st_size, sampled_digest(path)) for path in sorted(folder.iterdir())}
     manifest = Manifest(source, CONVERSION_VERSION, files, weights_sha256)
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    _keep_beside(gguf_path, folder)  # not among the files that make the folder whole: it can do without
 
 
 def _keep_beside(gguf_path: Path, folder: Path) -> None:

@@ -133,7 +133,7 @@ def test_a_damaged_folder_is_made_again(tiny_gguf: Path, tmp_path: Path, damage:
     elif damage == "broken manifest":
         manifest.write_text("{")
     else:
-        manifest.write_text(manifest.read_text().replace('"conversion_version": 2', '"conversion_version": 1'))
+        manifest.write_text(manifest.read_text().replace('"conversion_version": 1', '"conversion_version": 0'))
     said: list[Progress] = []
     assert prepare_model(str(tiny_gguf), tmp_path / "cache", said.append).folder == folder
     assert said
