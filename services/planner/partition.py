@@ -15,7 +15,7 @@ from noodle.formats import KV_ITEM_BYTES, OF_DTYPE, WEIGHT_ITEM_BYTES
 from noodle.plan import MachineReport, ModelShape, Plan, StageAssignment
 from services.planner.cut_search import CutProblem, Matrix, best_cut, cut_fits, held_bytes, shortage_bytes
 from services.planner.hop_choice import choose_hops
-from services.planner.prediction import HopCost, in_words, predict, stage_decode_seconds
+from services.planner.prediction import HopCost, in_words, predict, stage_decode_seconds, stage_work_seconds
 
 # of the free memory a machine reports; the rest is for activations, the allocator's waste, and what else runs there
 USABLE_SHARE = 0.85
@@ -56,7 +56,7 @@ def partition(
             raise _does_not_fit(shape, ordered, problem, kv_tokens, None)
         ends = found
         why = "Cut so that the slowest stage is as fast as can be"
-    stages = _assignments(problem, shape, ordered, ends, hop_dtype, is_exact)
+    stages = _assignments(shape, ordered, ends, hop_dtype, is_exact)
     prediction = predict(stages, {machine.stage_id: machine for machine in ordered}, hop)
     return Plan(
         version=version,
@@ -151,7 +151,7 @@ def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens:
     groups: dict[tuple[str, str], list[int]] = {}
     for index, machine in enumerate(machines):
         is_last = index == len(machines) - 1
-        by_layers = np.array([stage_decode_seconds(machine, taken, is_last=is_last) for taken in range(count + 1)])
+        by_layers = np.array([stage_work_seconds(machine, taken, is_last=is_last) for taken in range(count + 1)])
         seconds.append(np.where(layers > 0, by_layers[np.maximum(layers, 0)], np.inf))
         weights = prefix_bytes[None, :] - prefix_bytes[:, None]
         weights += (shape.embedding_bytes if index == 0 else 0) + (shape.head_bytes if is_last else 0)
@@ -164,7 +164,6 @@ def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens:
 
 
 def _assignments(
-    problem: CutProblem,
     shape: ModelShape,
     machines: Sequence[MachineReport],
     ends: Sequence[int],
@@ -190,7 +189,7 @@ def _assignments(
                 end_layer=end,
                 dtype=machine.dtype,
                 weight_bytes=round(stored_bytes * _weight_ratio(shape, machine)),
-                decode_seconds=float(problem.seconds[index][start, end]),
+                decode_seconds=stage_decode_seconds(machine, end - start, is_last=index == len(ends) - 1),
                 executor=machine.executor,
                 weights=machine.weights,
                 kv_dtype=machine.kv_dtype,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from noodle.plan import MachineReport, Plan, Source, StageAssignment
 
+PROMPT_TOKENS_PER_NEW_ONE = 4.0  # of a usual request: chats carry what was said before, and some of it is kept
+
 
 @dataclass(frozen=True, slots=True)
 class HopCost:
@@ -30,6 +32,15 @@ class Prediction:
 def stage_decode_seconds(machine: MachineReport, layer_count: int, *, is_last: bool) -> float:
     """Seconds one stage computes on one token."""
     return layer_count * machine.decode_layer_seconds + (machine.head_decode_seconds if is_last else 0.0)
+
+
+def stage_work_seconds(machine: MachineReport, layer_count: int, *, is_last: bool) -> float:
+    """What one new token costs a stage with its share of a prompt: what layers are dealt out by.
+
+    By decode alone the last stage would get few layers for its head's sake, which no token of a prompt needs.
+    """
+    prefill_seconds = layer_count * machine.prefill_layer_seconds_per_token
+    return stage_decode_seconds(machine, layer_count, is_last=is_last) + PROMPT_TOKENS_PER_NEW_ONE * prefill_seconds
 
 
 def predict(stages: Sequence[StageAssignment], machines: Mapping[int, MachineReport], hop: HopCost) -> Prediction:

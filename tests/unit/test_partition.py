@@ -80,8 +80,8 @@ def test_a_machine_three_times_as_fast_gets_three_times_the_layers() -> None:
 
 def test_the_head_counts_against_the_last_stage() -> None:
     plan = cut(a_shape(), [a_machine(0), a_machine(1, head_decode_seconds=0.004)])
-    assert layers(plan) == [8, 4]
-    assert plan.stages[1].decode_seconds == pytest.approx(0.008)
+    assert layers(plan) == [7, 5]  # [8, 4] by decode alone, but a prompt's tokens need no head
+    assert plan.stages[1].decode_seconds == pytest.approx(0.009)
 
 
 def test_stages_stand_in_the_order_of_their_numbers() -> None:
@@ -235,7 +235,8 @@ def brute_force(shape: ModelShape, machines: list[MachineReport], kv_tokens: int
             used = stored * size / shape.stored_item_bytes + count * kv_tokens * size
             held[machine.machine] = held.get(machine.machine, 0) + used
             free[machine.machine] = min(free.get(machine.machine, 1e30), machine.free_bytes * USABLE_SHARE)
-            seconds.append(count * machine.decode_layer_seconds + (machine.head_decode_seconds if is_last else 0))
+            layer_seconds = machine.decode_layer_seconds + 4 * machine.prefill_layer_seconds_per_token
+            seconds.append(count * layer_seconds + (machine.head_decode_seconds if is_last else 0))
             start += count
         if all(held[name] <= free[name] for name in held):
             figure = (max(seconds), sum(seconds))
@@ -268,7 +269,11 @@ def test_no_cut_is_better_than_the_one_chosen(seed: int) -> None:
             cut(shape, machines, kv_tokens=kv_tokens)
         return
     plan = cut(shape, machines, kv_tokens=kv_tokens)
-    seconds = [stage.decode_seconds for stage in plan.stages]
+    prompt_seconds = [4 * machine.prefill_layer_seconds_per_token for machine in machines]
+    seconds = [
+        stage.decode_seconds + count * each
+        for stage, count, each in zip(plan.stages, layers(plan), prompt_seconds, strict=True)
+    ]
     assert (max(seconds), sum(seconds)) == pytest.approx(expected)
     assert [plan.stages[0].start_layer, plan.stages[-1].end_layer] == [0, layer_count]
     assert all(one.end_layer == two.start_layer for one, two in itertools.pairwise(plan.stages))
