@@ -121,7 +121,7 @@ def measured_report(
             threads,
             __version__,
         )
-        return measure_machine(
+        measured[candidate] = measure_machine(
             folder,
             layer_count,
             context_length,
@@ -129,10 +129,13 @@ def measured_report(
             cache_dir,
             lambda done, what: progress(done, f"{candidate}: {what}"),
         )
+        return measured[candidate]
 
     def quality_of(candidate: Candidate) -> Quality:
         known = known_quality(with_candidate(report, candidate))
-        return known or qualities.of(candidate)
+        return known or qualities.of(candidate, layer_count * measured[candidate].prefill_layer_seconds_per_token)
+
+    measured: dict[Candidate, MeasuredSeconds] = {}
 
     qualities = ModelQuality(
         folder,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from noodle import __version__
+from noodle.errors import UnsupportedModel
 from noodle.formats import Quality
 from services.stage.candidates import Candidate
 from services.stage.executors import load_by, version_of
@@ -14,6 +15,7 @@ from services.stage.measure import one_at_a_time
 from services.stage.quality import TextScore, keep_quality, kept_quality, quality_of, score_text, text_tokens
 from services.stage.reading import Fetch
 
+MOST_MINUTES = 15.0  # a start may wait for what a format does to a model; else only what changes nothing is used
 LOCK_TIMEOUT_SECONDS = 7200.0  # a large model takes long on a small machine
 
 
@@ -38,10 +40,11 @@ class ModelQuality:
         self._tokens: list[int] = []
         self._reference: TextScore | None = None
 
-    def of(self, candidate: Candidate) -> Quality:
-        """Raises UnsupportedModel when this model's text can not be read here.
+    def of(self, candidate: Candidate, token_seconds: float) -> Quality:
+        """Raises UnsupportedModel when this model's text can not be read here, or would take too long.
 
-        The whole model is read for it, and what of it is not on this machine is fetched.
+        `token_seconds` is what a prompt's token takes in all layers. The whole model is read for it, and what of it is
+        not on this machine is fetched.
         """
         parts = (self._digest, self._device, candidate, candidate.kv_dtype, version_of(candidate.executor), __version__)
         key = " | ".join(map(str, parts))
@@ -49,6 +52,12 @@ class ModelQuality:
             if (known := kept_quality(self._cache_dir, key)) is not None:
                 return known
             self._tokens = self._tokens or text_tokens(self._folder, self._context_length)
+            minutes = 2 * len(self._tokens) * token_seconds / 60  # the reference, and the candidate
+            if minutes > MOST_MINUTES:
+                raise UnsupportedModel(
+                    f"measuring it here would take about {minutes:.0f} minutes, more than {MOST_MINUTES:.0f}",
+                    cure=f"Ask for it: NOODLE_EXECUTOR={candidate.executor} and NOODLE_WEIGHTS={candidate.weights}.",
+                )
             if self._reference is None:
                 self._reference = self._score(Candidate(candidate.executor, "f32", "f32", "float32"))
             quality = quality_of(self._score(candidate), self._reference)
