@@ -285,7 +285,9 @@ def test_large_steps_go_by_reference_and_leave_nothing(tmp_path, wide_folder):
         small = ids_of(services, long_prompt[:50], 8)
         assert steps_by(services, "queue") == [0, 0]
         first = ids_of(services, long_prompt, 8)
-        assert steps_by(services, "queue") == [0, 2]  # two chunks of 512 and 476 tokens, 2 MiB each
+        into_first, into_second = steps_by(services, "queue")
+        assert into_first == 0
+        assert into_second > 0  # chunks of 64 tokens and more
         services.rig.valkey.kill()
         assert services.post("/generate", {"inputs": long_prompt})[0] == 503
         services.rig.valkey.start()
@@ -297,13 +299,13 @@ def test_large_steps_go_by_reference_and_leave_nothing(tmp_path, wide_folder):
 
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory):
-    """A model whose chunks of a prompt are large: 1,024 hidden states a token."""
+    """A model whose chunks of a prompt are large: 4,096 hidden states a token, which cost little to compute."""
     from tests.tiny_model import make_tiny_model
 
     folder = tmp_path_factory.mktemp("wide") / "wide"
     make_tiny_model(
-        folder, "llama", tokenizer=True, vocab_size=300, hidden_size=1024, num_hidden_layers=6,
-        max_position_embeddings=2048,
+        folder, "llama", tokenizer=True, vocab_size=300, hidden_size=4096, head_dim=16, intermediate_size=64,
+        num_hidden_layers=6, max_position_embeddings=2048,
     )  # fmt: skip
     return folder
 
