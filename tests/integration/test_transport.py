@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(300)
 TRANSPORTS = ("direct", "queue", "auto")
 PROMPTS = ["a fixed prompt", "another one", "x" * 120]
 NEW_TOKENS = 100
-RECOVERY_SECONDS = 6
+RECOVERY_SECONDS = 10
 
 
 @contextlib.contextmanager
