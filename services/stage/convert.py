@@ -69,7 +69,7 @@ def _write(gguf_path: Path, folder: Path, dtype: str) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf_path.parent, **source)
     # transformers says what it can not read by each of these, a cut file by an IndexError of numpy
-    except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, RuntimeError, TypeError) as error:
         raise UnsupportedModel(
             f"transformers can not read {gguf_path} ({type(error).__name__}: {error}).", cure=SAFETENSORS_CURE
         ) from error

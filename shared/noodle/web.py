@@ -21,7 +21,6 @@ from flask import Blueprint, Flask, Response, request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException
 
-from noodle.config import Address
 from noodle.connection import ClientConnection
 from noodle.errors import (
     BodyTooLarge,
@@ -36,6 +35,7 @@ from noodle.errors import (
     UnsupportedMediaType,
 )
 from noodle.logs import configure_logs
+from noodle.variables import Address
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,12 @@ from noodle.config import (
     VARIABLES,
     command_config,
     coordinator_config,
-    env_example,
     planner_config,
     read_variables,
     stage_config,
 )
 from noodle.errors import ConfigurationError
+from noodle.variables import env_example
 
 TOKEN = {"NOODLE_CLUSTER_TOKEN": "a-long-enough-secret"}
 ROOT = Path(__file__).parents[2]

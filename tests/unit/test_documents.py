@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from noodle.config import VARIABLES
 from noodle.families import FAMILIES
+from noodle.variables import VARIABLES
 from services.cli.main import _parser
 
 ROOT = Path(__file__).parents[2]

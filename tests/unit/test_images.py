@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from noodle import __version__
-from noodle.config import VARIABLES
+from noodle.variables import VARIABLES
 from services.cli.machine_settings import DEFAULT_PORTS, PORTS
 
 ROOT = Path(__file__).parents[2]
