@@ -5,6 +5,7 @@ Knows Flask and gunicorn, but none of the services. The master process imports n
 
 from __future__ import annotations
 
+import abc
 import hmac
 import json
 import logging
@@ -48,7 +49,7 @@ HEAD_FIELDS = 64
 HEAD_FIELD_BYTES = 8190
 
 
-class Service:
+class Service(abc.ABC):
     """What `serve` runs: `create_app` is called in the worker, `start` after it, `stop` on SIGTERM."""
 
     name: str
@@ -56,13 +57,15 @@ class Service:
     threads: int
     log_format = "pretty"
 
+    @abc.abstractmethod
     def create_app(self) -> Flask:
         """Build the Flask app; raises StartError when it can not start as it is configured."""
-        raise NotImplementedError(f"{type(self).__name__}.create_app is given by each service")
 
+    @abc.abstractmethod
     def start(self) -> None:
         """Start the service's own threads; returns at once, so that /health answers from the first second."""
 
+    @abc.abstractmethod
     def stop(self) -> None:
         """Refuse new work and close every long-lived connection; called once, from a thread of its own."""
 
