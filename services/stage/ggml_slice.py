@@ -21,8 +21,9 @@ from services.stage.ggml_kv import GgmlRows
 from services.stage.ggml_layers import LAYER_TENSORS, SPAN_TENSORS, LayerGraph, SliceTensors
 from services.stage.ggml_shape import ModelShape
 from services.stage.ggml_weights import GgmlTensors
+from services.stage.hop_dtype import decode
 from services.stage.kv_cache import KvCache
-from services.stage.slice_interface import PackedBatch, SliceOutput, Span
+from services.stage.slice_interface import PackedBatch, SliceOutput, Span, checked_hidden_states
 
 Floats = npt.NDArray[np.float32]
 
@@ -167,35 +168,15 @@ class GgmlSlice:
                     f"{len(ids)} token ids came for {total_tokens} tokens of a vocabulary of {self.vocab_size}."
                 )
             return ids.astype(np.int32)
-        if batch.hidden_states is None:
-            wants = "token ids or input embeddings" if self.is_first else "hidden states"
-            raise WireError(f"layers from {self.start_layer} on compute with {wants}, and none came.")
-        if batch.hidden_states.shape != (total_tokens, self.hidden_size):
-            raise WireError(
-                f"hidden states of shape {list(batch.hidden_states.shape)} came for {total_tokens} tokens of "
-                f"hidden size {self.hidden_size}."
-            )
-        return _floats(batch.hidden_states)
+        return decode(checked_hidden_states(self, batch))
 
     def _open(self, spans: tuple[Span, ...]) -> list[GgmlRows]:
         """Every span's session's rows; nothing is reserved if one is refused."""
-        opened: list[str] = []
-        found: list[GgmlRows] = []
-        try:
-            for span in spans:
-                if not self._cache.holds(span.session_id):
-                    opened.append(span.session_id)
-                end = span.first_position + span.token_count
-                if self._tensors.positions and end > self._shape.maximum_positions:
-                    raise WireError(f"position {end - 1} came, and this model has {self._shape.maximum_positions}.")
-                rows = self._cache.open(span.session_id, span.reserve_tokens, end)
-                self._cache.check_span(span.session_id, rows, span.first_position, span.token_count)
-                found.append(rows)
-        except Exception:
-            for session_id in opened:
-                self._cache.release(session_id)
-            raise
-        return found
+        if self._tensors.positions:
+            last = max(span.first_position + span.token_count for span in spans) - 1
+            if last >= self._shape.maximum_positions:
+                raise WireError(f"position {last} came, and this model has {self._shape.maximum_positions}.")
+        return self._cache.open_spans(spans)
 
     def _step_graph(self, from_tokens: bool, counts: tuple[int, ...]) -> _StepGraph:
         key = (from_tokens, counts)
@@ -282,12 +263,3 @@ def _free(ggml: Any, backend: Any, weights: GgmlTensors, graphs: OrderedDict[Any
     graphs.clear()
     weights.close()
     ggml.ggml_backend_free(backend)
-
-
-def _floats(tensor: WireTensor) -> Floats:
-    """Hidden states of any dtype of the wire as float32."""
-    if tensor.dtype == "bfloat16":
-        halves = np.frombuffer(tensor.data, "<u2").astype(np.uint32)
-        return (halves << 16).view(np.float32).reshape(tensor.shape)
-    stored = np.frombuffer(tensor.data, "<f2" if tensor.dtype == "float16" else "<f4")
-    return np.asarray(stored, np.float32).reshape(tensor.shape)

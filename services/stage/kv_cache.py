@@ -9,10 +9,11 @@ The memory of a card can not be had like that: there it counts by what it reserv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, Self, TypeVar
 
 from noodle.errors import PositionGap, StepRefused
+from services.stage.slice_interface import Span
 
 
 class Rows(Protocol):
@@ -77,6 +78,23 @@ class KvCache(Generic[AnyRows]):
         rows.counted_tokens += more_tokens
         self._counted_tokens += more_tokens
         return rows
+
+    def open_spans(self, spans: Sequence[Span]) -> list[AnyRows]:
+        """The rows of each span of a step, checked; no session is left with rows that are new when one is refused."""
+        opened: list[str] = []
+        found: list[AnyRows] = []
+        try:
+            for span in spans:
+                if not self.holds(span.session_id):
+                    opened.append(span.session_id)
+                rows = self.open(span.session_id, span.reserve_tokens, span.first_position + span.token_count)
+                self.check_span(span.session_id, rows, span.first_position, span.token_count)
+                found.append(rows)
+        except Exception:
+            for session_id in opened:
+                self.release(session_id)
+            raise
+        return found
 
     def copy(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
         """Let a session have the first rows of another; raises PositionGap when that one has fewer, else as `open`."""

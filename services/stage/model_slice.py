@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from noodle.errors import GenerationFailed, WireError
+from noodle.errors import GenerationFailed
 from noodle.wire import WireTensor
 from services.stage import packed_attention
 from services.stage.kv_cache import KvCache
 from services.stage.kv_rows import SessionRows
 from services.stage.model_cut import base_model_of
 from services.stage.packed_attention import AttentionSpan, StepSpans
-from services.stage.slice_interface import PackedBatch, SliceOutput, Span
+from services.stage.slice_interface import PackedBatch, SliceOutput, Span, checked_hidden_states
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
@@ -65,7 +65,7 @@ class TransformersSlice:
     def forward(self, batch: PackedBatch) -> SliceOutput:
         """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
         total_tokens = sum(span.token_count for span in batch.spans)
-        inputs = self._inputs(batch, total_tokens)
+        inputs = self._inputs(batch)
         attention_spans = self._attention_spans(batch.spans)
         self._step_spans.spans = attention_spans
         try:
@@ -130,21 +130,10 @@ class TransformersSlice:
     def _attention_spans(self, spans: tuple[Span, ...]) -> list[AttentionSpan]:
         """Where each session's rows are in the packed axis and in the cache; nothing is reserved if one is refused."""
         attention_spans: list[AttentionSpan] = []
-        opened: list[str] = []
         begin = 0
-        try:
-            for span in spans:
-                if not self._cache.holds(span.session_id):
-                    opened.append(span.session_id)
-                end = span.first_position + span.token_count
-                rows = self._cache.open(span.session_id, span.reserve_tokens, end)
-                self._cache.check_span(span.session_id, rows, span.first_position, span.token_count)
-                attention_spans.append(AttentionSpan(rows, begin, begin + span.token_count, span.first_position))
-                begin += span.token_count
-        except Exception:
-            for session_id in opened:
-                self._cache.release(session_id)
-            raise
+        for rows, span in zip(self._cache.open_spans(spans), spans, strict=True):
+            attention_spans.append(AttentionSpan(rows, begin, begin + span.token_count, span.first_position))
+            begin += span.token_count
         return attention_spans
 
     def _compute(self, inputs: dict[str, Any], batch: PackedBatch) -> SliceOutput:
@@ -157,18 +146,10 @@ class TransformersSlice:
         self._base_output = output
         return SliceOutput(logits=self.logits_of(batch.logits_rows))
 
-    def _inputs(self, batch: PackedBatch, total_tokens: int) -> dict[str, Any]:
+    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
         if self.is_first and batch.token_ids is not None:
             return {"input_ids": torch.from_numpy(batch.token_ids).to(self._device)[None]}
-        if batch.hidden_states is None:
-            wants = "token ids or input embeddings" if self.is_first else "hidden states"
-            raise WireError(f"layers from {self.start_layer} on compute with {wants}, and none came.")
-        if batch.hidden_states.shape != (total_tokens, self.hidden_size):
-            raise WireError(
-                f"hidden states of shape {list(batch.hidden_states.shape)} came for {total_tokens} tokens of "
-                f"hidden size {self.hidden_size}."
-            )
-        hidden_states = from_wire(batch.hidden_states).to(self._device, self._torch_dtype)
+        hidden_states = from_wire(checked_hidden_states(self, batch)).to(self._device, self._torch_dtype)
         return {"inputs_embeds": hidden_states[None]}
 
     def _position_ids(self, spans: tuple[Span, ...]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from noodle.errors import WireError
 from noodle.wire import WireTensor
 
 
@@ -98,3 +99,17 @@ class ModelSlice(Protocol):
     def set_kv_budget(self, budget_bytes: int | None) -> None:
         """The most bytes that sessions may hold from now on; None is no bound."""
         ...
+
+
+def checked_hidden_states(model_slice: ModelSlice, batch: PackedBatch) -> WireTensor:
+    """The hidden states that a slice is to compute with; raises WireError when none came, or not a row per token."""
+    if batch.hidden_states is None:
+        wants = "token ids or input embeddings" if model_slice.is_first else "hidden states"
+        raise WireError(f"layers from {model_slice.start_layer} on compute with {wants}, and none came.")
+    total_tokens = sum(span.token_count for span in batch.spans)
+    if batch.hidden_states.shape != (total_tokens, model_slice.hidden_size):
+        raise WireError(
+            f"hidden states of shape {list(batch.hidden_states.shape)} came for {total_tokens} tokens of "
+            f"hidden size {model_slice.hidden_size}."
+        )
+    return batch.hidden_states
