@@ -29,12 +29,12 @@ def choose(
     compared: Sequence[Candidate],
     wanted_quality: str,
     measure: Callable[[Candidate], MeasuredSeconds],
-    quality_of: Callable[[Candidate], Quality],
+    quality_of: Callable[[Candidate, MeasuredSeconds], Quality],
 ) -> Chosen:
     """Time all, then try the quality of the fastest ones until one is allowed.
 
-    `quality_of` may raise UnsupportedModel when it can not be measured: a candidate that nobody asked for by name is
-    not used then. Raises ConfigurationError when none is left, with what each one lacks.
+    `quality_of` gets what was timed too, and may raise UnsupportedModel when it can not be measured: a candidate that
+    nobody asked for by name is not used then. Raises ConfigurationError when none is left, with what each one lacks.
     """
     timed = sorted(((measure(candidate), candidate) for candidate in compared), key=lambda each: cost(each[0]))
     times = ", ".join(f"{candidate} {_times(seconds)}" for seconds, candidate in timed)
@@ -43,7 +43,7 @@ def choose(
         quality, why = None, ""
         if not candidate.is_lossless:
             try:
-                quality = quality_of(candidate)
+                quality = quality_of(candidate, seconds)
                 why = why_refused(quality, wanted_quality)
             except UnsupportedModel as error:
                 why = "" if len(compared) == 1 else f"its quality is not known: {error.message}"

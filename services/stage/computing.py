@@ -121,7 +121,7 @@ def measured_report(
             threads,
             __version__,
         )
-        measured[candidate] = measure_machine(
+        return measure_machine(
             folder,
             layer_count,
             context_length,
@@ -129,22 +129,19 @@ def measured_report(
             cache_dir,
             lambda done, what: progress(done, f"{candidate}: {what}"),
         )
-        return measured[candidate]
 
-    def quality_of(candidate: Candidate) -> Quality:
+    def quality_of(candidate: Candidate, seconds: MeasuredSeconds) -> Quality:
         known = known_quality(with_candidate(report, candidate))
-        return known or qualities.of(candidate, layer_count * measured[candidate].prefill_layer_seconds_per_token)
-
-    measured: dict[Candidate, MeasuredSeconds] = {}
+        return known or qualities.of(candidate, layer_count * seconds.prefill_layer_seconds_per_token)
 
     qualities = ModelQuality(
         folder,
         digest,
-        model.num_hidden_layers,
+        layer_count,
         context_length,
         device.value,
         threads,
-        config.cache_dir,
+        cache_dir,
         progress,
         fetch,
     )

@@ -30,7 +30,9 @@ def names(*arguments):
 
 def chosen(wishes=None, quality=lambda _: GOOD, hindrance="", dtype="float32"):
     wishes = wishes or Wishes()
-    return choose(candidates(wishes, dtype, hindrance), wishes.quality, measured, quality)
+    return choose(
+        candidates(wishes, dtype, hindrance), wishes.quality, measured, lambda candidate, _seconds: quality(candidate)
+    )
 
 
 def test_the_fastest_allowed_one_is_taken_and_the_comparison_is_told():
