@@ -1,4 +1,4 @@
-"""Forms steps out of the sessions that want tokens, and keeps the books of what is in flight; pure, time is given.
+"""Forms steps out of the sessions that want tokens, and takes in what comes back; pure, time is given.
 
 Each step takes the decode tokens of running sessions that are not in flight and chunks of prompts, within a token
 budget. Room for KV rows is taken as they are computed: when it runs out, first what is kept of ended sessions gives
@@ -14,14 +14,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from noodle.messages import SpanRefusal, SpanResult, Step, StepResult, StepSpan
+from services.coordinator.flights import Flights
 from services.coordinator.kv_books import KvBooks
 from services.coordinator.session import FinishReason, InFlight, Limits, NewToken, Session
 from services.coordinator.step_costs import StepCosts
 from services.coordinator.waiting_line import WaitingLine
 
-# A step that takes this many times its prediction, and never less than the floor, counts as lost.
-DEADLINE_FACTOR = 20.0
-DEADLINE_FLOOR_SECONDS = 8.0
 GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that the gap is told first
 MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is the request that is at fault
 # refusals that a replay cures
@@ -51,7 +49,7 @@ class Scheduler:
         self._step_tokens, self._maximum_running = step_tokens, maximum_running
         self._waiting = WaitingLine()
         self._running: dict[str, Session] = {}  # whoever was served last stands last
-        self._in_flight: dict[int, InFlight] = {}
+        self._in_flight = Flights()
         self._next_step_id = 1
         self._admissions = 0
         self._books = KvBooks()
@@ -123,7 +121,7 @@ class Scheduler:
             self._waiting.remove(session_id)
             return []
         is_whole = session.in_flight == 0 and session.sent > 0
-        self._forget_steps(session)
+        self._in_flight.forget_session(session.session_id)
         if keep_rows and is_whole:
             return self._books.keep(session)
         self._books.forget(session_id)
@@ -134,11 +132,11 @@ class Scheduler:
         limits, costs = self._limits, self._costs
         if limits is None or costs is None:
             return None
-        self._admit(limits, now)
         # a chunk more than there are stages, so that none waits for a result's way back; not in a token's way
-        decodes = any(session.decodes for session in self._running.values())
-        if len(self._in_flight) >= limits.stage_count + (0 if decodes else CHUNKS_AHEAD):
+        ahead = len(self._in_flight) - limits.stage_count
+        if ahead >= CHUNKS_AHEAD or (ahead >= 0 and any(session.decodes for session in self._running.values())):
             return None
+        self._admit(limits, now)
         chosen = self._choose(limits, costs)
         if not chosen:
             return None
@@ -176,10 +174,11 @@ class Scheduler:
             released=self._books.take_released(),
         )
         self._next_step_id += 1
-        flight = InFlight(step, token_ids.tobytes(), now, now + self._deadline_seconds(len(token_ids), limits))
+        deadline = now + self._in_flight.deadline_seconds(len(token_ids), limits)
+        flight = InFlight(step, token_ids.tobytes(), now, deadline)
         flight.decodes = any(session.decodes for session, _ in chosen)
         flight.sessions = {span.session_id: span.session_epoch for span in spans}
-        self._in_flight[step.step_id] = flight
+        self._in_flight.add(flight)
         return flight
 
     def apply(self, result: StepResult) -> tuple[InFlight | None, list[NewToken], list[tuple[Session, SpanRefusal]]]:
@@ -232,17 +231,12 @@ class Scheduler:
             else:
                 fatal.append((session, refusal))
         self._step_back(without_room)
-        if not flight.sessions:
-            self._in_flight.pop(result.step_id, None)
+        self._in_flight.close(flight)
         return flight, tokens, fatal
 
     def to_send_again(self, now: float) -> list[InFlight]:
         """All steps in flight in their order, with their time begun anew: the connection was cut, the caches stand."""
-        flights = [self._in_flight[step_id] for step_id in sorted(self._in_flight)]
-        for flight in flights:
-            flight.deadline += now - flight.sent_at
-            flight.sent_at = now
-        return flights
+        return self._in_flight.to_send_again(now)
 
     def forget_kept(self) -> None:
         """What is kept of ended sessions may be gone on some stage."""
@@ -262,10 +256,7 @@ class Scheduler:
         Returned instead are those that did so too often, and those of `given_up`.
         """
         hopeless: list[Session] = []
-        for step_id, flight in list(self._in_flight.items()):
-            if flight.deadline > now:
-                continue
-            del self._in_flight[step_id]
+        for flight in self._in_flight.take_overdue(now):
             for session_id, epoch in flight.sessions.items():
                 session = self._running.get(session_id)
                 if session is None or session.epoch != epoch:
@@ -336,15 +327,8 @@ class Scheduler:
 
     def _lose_place(self, session: Session) -> None:
         del self._running[session.session_id]
-        self._forget_steps(session)
+        self._in_flight.forget_session(session.session_id)
         self._waiting.put_back(session)
-
-    def _forget_steps(self, session: Session) -> None:
-        """Wait no longer for what is on its way of a session."""
-        for step_id, flight in list(self._in_flight.items()):
-            flight.sessions.pop(session.session_id, None)
-            if not flight.sessions:
-                del self._in_flight[step_id]
 
     def _admit(self, limits: Limits, now: float) -> None:
         """Give places to those whose turn it is, as long as there is room for what is known of them."""
@@ -375,7 +359,7 @@ class Scheduler:
         most_decodes = 0
         if decoding:
             steps = costs.micro_batches(decoding)
-            if sum(flight.decodes for flight in self._in_flight.values()) < steps:  # else they gather for a larger one
+            if self._in_flight.decode_steps < steps:  # else they gather for a larger one
                 most_decodes = min(budget, math.ceil(decoding / steps))
         chosen: dict[str, int] = {}
         wanted: set[str] = set()  # whose rows others copy in this step
@@ -445,8 +429,3 @@ class Scheduler:
             self._lose_place(victim)
         self._books.hold(session, end)
         return True
-
-    def _deadline_seconds(self, tokens: int, limits: Limits) -> float:
-        predicted = limits.decode_seconds + tokens * limits.prefill_seconds_per_token
-        ahead = len(self._in_flight) + 1
-        return max(DEADLINE_FLOOR_SECONDS, DEADLINE_FACTOR * predicted * ahead)

@@ -11,6 +11,7 @@ from noodle.messages import LiveSessions, SamplingParameters, SpanRefusal, SpanR
 from noodle.metrics import CoordinatorMetrics
 from noodle.plan import Plan, StageAssignment
 from noodle.work_queue import RecordedToken, RequestRecord
+from services.coordinator import flights as flights_module
 from services.coordinator import generate
 from services.coordinator import scheduler as scheduler_module
 from services.coordinator.generate import GenerationLoop
@@ -265,7 +266,7 @@ def test_a_pipeline_that_comes_and_goes_does_not_hold_a_request_for_ever(rig):
 
 
 def test_a_step_that_is_lost_after_the_break_is_not_tried_again_when_the_time_is_over(rig, monkeypatch):
-    monkeypatch.setattr(scheduler_module, "DEADLINE_FLOOR_SECONDS", RECOVERY_SECONDS)
+    monkeypatch.setattr(flights_module, "DEADLINE_FLOOR_SECONDS", RECOVERY_SECONDS)
     request = rig.submit()
     rig.step(1)
     rig.down()
