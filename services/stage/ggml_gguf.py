@@ -16,7 +16,7 @@ import numpy.typing as npt
 from noodle.errors import UnsupportedModel
 from services.stage.ggml_recipes import Recipe
 from services.stage.ggml_shape import ModelShape
-from services.stage.ggml_weights import ALIGNMENT, Block, Placed, bytes_in, own_memory
+from services.stage.ggml_weights import ALIGNMENT, Block, Placed, empty_blocks
 from services.stage.reading import ReadCounter
 
 # architecture of the file -> model types of config.json; those whose heads llama.cpp reorders for its way of rotating
@@ -76,16 +76,11 @@ class GgufTensors:
         """The tensors of each name's recipes; nothing else of the file is read."""
         split = {name: self._as_stored(recipes) for name, recipes in wanted.items()}
         layouts = {name: self._layout(recipes) for name, recipes in split.items()}
-        memory = own_memory(sum(bytes_in(layout) for layout in layouts.values()))
         self._counter.total_bytes = sum(placed.byte_count for layout in layouts.values() for placed in layout)
-        blocks: dict[str, Block] = {}
-        begin = 0
-        for name, layout in layouts.items():
-            end = begin + bytes_in(layout)
-            blocks[name] = Block(layout, memory[begin:end])
-            begin = end
-            for recipe, placed in zip(split[name], layout, strict=True):
-                target = blocks[name].memory[placed.offset : placed.offset + placed.byte_count]
+        blocks = empty_blocks(layouts)
+        for name, block in blocks.items():
+            for recipe, placed in zip(split[name], block.tensors, strict=True):
+                target = block.memory[placed.offset : placed.offset + placed.byte_count]
                 done = 0
                 for source in recipe.sources:
                     data = self._data(source, recipe)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
-from noodle.model_files import model_digest
+from noodle.families import check_supported
+from noodle.model_files import model_digest, read_config
 from services.stage.ggml_calls import GgmlCalls
 from services.stage.ggml_gguf import GgufTensors, gguf_in
 from services.stage.ggml_layers import INTERLEAVED, NEOX, SliceTensors
@@ -96,9 +97,7 @@ def load_ggml_slice(
 def _shape_in(folder: Path, context_length: int) -> tuple[str, ModelShape]:
     from transformers import AutoConfig  # takes a second
 
-    from services.stage.slice_loading import read_config
-
-    read_config(folder)  # refuses what noodle does not run
+    check_supported(read_config(folder))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return str(config.model_type), shape_of(config, context_length)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from noodle.errors import ModelNotFound, UnsupportedModel
+from noodle.errors import ModelNotFound
 from services.stage.ggml_recipes import Recipe, keys_of
 from services.stage.reading import Fetch, ReadCounter
 from services.stage.safetensors_files import SafetensorsFolder
@@ -93,7 +93,7 @@ class WeightMaker:
     def blocks(self, wanted: Mapping[str, Sequence[Recipe]], weights: str, fetch: Fetch) -> dict[str, Block]:
         """The tensors of each name's recipes, as they were kept or made now; `fetch` gets the keys that are read."""
         layouts = {name: layout_of(self._ggml, recipes, weights) for name, recipes in wanted.items()}
-        blocks = self._room_for(layouts)
+        blocks = empty_blocks(layouts)
         lacking = [name for name, block in blocks.items() if not self._take_kept(name, block)]
         recipes = [recipe for name in lacking for recipe in wanted[name]]
         self._counter.total_bytes = sum(self._bytes_of(recipe) for recipe in recipes)
@@ -104,17 +104,6 @@ class WeightMaker:
             block = blocks[name]
             self._fill(block.memory, wanted[name], block.tensors)
             self._keep(name, block)
-        return blocks
-
-    def _room_for(self, layouts: Mapping[str, tuple[Placed, ...]]) -> dict[str, Block]:
-        """One piece of memory for all, so that little of its last large page is left over."""
-        memory = own_memory(sum(bytes_in(layout) for layout in layouts.values()))
-        blocks: dict[str, Block] = {}
-        begin = 0
-        for name, layout in layouts.items():
-            end = begin + bytes_in(layout)
-            blocks[name] = Block(layout, memory[begin:end])
-            begin = end
         return blocks
 
     def _take_kept(self, name: str, block: Block) -> bool:
@@ -215,16 +204,25 @@ class WeightMaker:
         entry = file.entries[key]
         stored = FLOAT_TYPES.get(entry["dtype"])
         if stored is None:
-            raise UnsupportedModel(
-                f"tensor {key} of {file.path} is stored as {entry['dtype']}, which noodle does not compute with.",
-                cure="Take the model's float32, float16 or bfloat16 version.",
-            )
+            raise file.not_computed_with(key)
         values = np.empty(items, stored)
         file.read_into(values.view(np.uint8).data, int(entry["data_offsets"][0]) + first_item * stored.itemsize)
         self._counter.add(values.nbytes)
         if entry["dtype"] == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return np.asarray(values, np.float32)
+
+
+def empty_blocks(layouts: Mapping[str, tuple[Placed, ...]]) -> dict[str, Block]:
+    """One piece of memory for all, so that little of its last large page is left over."""
+    memory = own_memory(sum(bytes_in(layout) for layout in layouts.values()))
+    blocks: dict[str, Block] = {}
+    begin = 0
+    for name, layout in layouts.items():
+        end = begin + bytes_in(layout)
+        blocks[name] = Block(layout, memory[begin:end])
+        begin = end
+    return blocks
 
 
 def own_memory(byte_count: int) -> Bytes:

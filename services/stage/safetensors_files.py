@@ -47,6 +47,14 @@ class SafetensorsFile:
                 raise self._damaged("it ends inside a tensor")
             done += read
 
+    def not_computed_with(self, key: str) -> UnsupportedModel:
+        """Of a tensor whose dtype no executor takes."""
+        stored = self.entries[key]["dtype"]
+        return UnsupportedModel(
+            f"tensor {key} of {self.path} is stored as {stored}, which noodle does not compute with.",
+            cure="Take the model's float32, float16 or bfloat16 version.",
+        )
+
     def _read_header(self) -> tuple[dict[str, dict[str, Any]], int]:
         file_bytes = os.fstat(self._descriptor).st_size
         header_bytes = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")

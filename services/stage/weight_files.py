@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from noodle.errors import UnsupportedModel
 from services.stage.reading import ReadCounter
 from services.stage.safetensors_files import SafetensorsFile, SafetensorsFolder
 
@@ -37,10 +36,7 @@ class LazyTensor:
         entry = file.entries[key]
         stored_dtype = TORCH_DTYPES.get(entry["dtype"])
         if stored_dtype is None:
-            raise UnsupportedModel(
-                f"tensor {key} of {file.path} is stored as {entry['dtype']}, which noodle does not compute with.",
-                cure="Take the model's float32, float16 or bfloat16 version.",
-            )
+            raise file.not_computed_with(key)
         self.key = key
         self.shape: list[int] = list(entry["shape"])
         self.offset, end = entry["data_offsets"]
