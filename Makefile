@@ -82,14 +82,16 @@ $(RUNTIME_STAMP): requirements.lock pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 # A machine without a compiler runs noodle on transformers alone, so nothing here may fail. pip's own cache is not asked: it
-# would give a build with other switches, or for another machine that shares the folder.
+# would give a build with other switches, or for another machine that shares the folder. The switches are only heeded for
+# a requirement that is named here, and not for one in a file.
 $(GGML_STAMP): requirements-ggml.lock $(RUNTIME_STAMP)
 	@if ! printf 'int main(){}' | $${CC:-cc} -x c -o /dev/null - 2>/dev/null || \
 	    ! printf 'int main(){}' | $${CXX:-c++} -x c++ -o /dev/null - 2>/dev/null; then \
 		echo "no C and C++ compiler here (Debian and Ubuntu: build-essential), so ggml is not built: transformers computes, slower"; \
 	elif echo "building ggml for this machine, about a minute" && \
 	    $(VENV)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --no-deps --force-reinstall --verbose \
-	    --config-settings="cmake.args=$(GGML_CMAKE_ARGS)" -r requirements-ggml.lock >$(VENV)/ggml-build.log 2>&1; then \
+	    --config-settings="cmake.args=$(GGML_CMAKE_ARGS)" $$(grep '^ggml-python==' requirements-ggml.lock) \
+	    >$(VENV)/ggml-build.log 2>&1; then \
 		touch $@; \
 	else \
 		echo "ggml could not be built ($(VENV)/ggml-build.log says why): transformers computes, slower"; \

@@ -7,6 +7,7 @@ import pytest
 from noodle.errors import GgmlUnavailable
 from services.stage import ggml_library
 from services.stage.ggml_library import check_processor, load_ggml, processor_flags
+from tests.support.executors import need_ggml
 
 needs_ggml = pytest.mark.skipif(importlib.util.find_spec("ggml") is None, reason="ggml is not installed (make ggml)")
 
@@ -69,3 +70,13 @@ def test_a_backend_computes_with_the_threads_it_is_given_and_an_unknown_device_i
 
     with pytest.raises(GgmlUnavailable, match="no device Abacus0"):
         library.backend(1, "Abacus0")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="those kernels are of this kind of processor")
+def test_ggml_was_built_with_the_switches_that_make_prompts_fast() -> None:
+    """pip heeds no switch for a requirement that stands in a file, and says nothing of it."""
+    need_ggml()
+    kernels = sorted(Path(load_ggml().module.__file__ or "").parent.glob("lib/libggml-cpu*"))
+
+    assert kernels
+    assert all(b"llamafile_sgemm" in path.read_bytes() for path in kernels)
