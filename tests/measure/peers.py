@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -67,9 +68,10 @@ def compare(programs: Path, source: Path, ours: str, theirs: str) -> list[list[o
         pin(one.worker_pid("stage-0"), first)
         for index, core in enumerate((first, second)):
             pin(two.worker_pid(f"stage-{index}"), core)
-        bench_rpc = stack.enter_context(rpc_server(programs, second))
-        server_rpc = stack.enter_context(rpc_server(programs, second))
-        server = stack.enter_context(llama_server(programs, gguf, first, server_rpc))
+        bench_rpc, server_rpc, server = free_ports(3)
+        for port in (bench_rpc, server_rpc):
+            stack.enter_context(rpc_server(programs, second, port))
+        stack.enter_context(llama_server(programs, gguf, first, server_rpc, server))
         for number in range(ROUNDS + 1):
             round_ = {
                 **pairs("one machine", noodle_alone(one, number), llama_bench(programs, gguf, first)),
@@ -146,17 +148,22 @@ def seconds_of_all(one: object) -> float:
 
 
 @contextlib.contextmanager
-def rpc_server(programs: Path, core: int) -> Iterator[int]:
-    """llama.cpp's second machine; gives its port."""
-    (port,) = free_ports(1)
+def rpc_server(programs: Path, core: int, port: int) -> Iterator[None]:
+    """llama.cpp's second machine."""
     with background("taskset", "-c", core, programs / "ggml-rpc-server", "-H", "127.0.0.1", "-p", port, "-t", 1):
-        yield port
+        wait_until(lambda: is_taken(port), START_SECONDS, "the RPC server listens")
+        yield
+
+
+def is_taken(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager
-def llama_server(programs: Path, gguf: Path, core: int, rpc_port: int) -> Iterator[int]:
-    """llama.cpp's HTTP server over two machines; gives its port."""
-    (port,) = free_ports(1)
+def llama_server(programs: Path, gguf: Path, core: int, rpc_port: int, port: int) -> Iterator[None]:
+    """llama.cpp's HTTP server over two machines."""
     arguments = ["-m", gguf, "-t", 1, "-np", STREAMS, "--cont-batching", "-c", 8192, "--host", "127.0.0.1"]
     remote = ["--rpc", f"127.0.0.1:{rpc_port}", "-ngl", 15]
     with background("taskset", "-c", core, programs / "llama-server", *arguments, *remote, "--port", port):
@@ -168,7 +175,7 @@ def llama_server(programs: Path, gguf: Path, core: int, rpc_port: int) -> Iterat
                 return False
 
         wait_until(is_ready, START_SECONDS, "llama-server is ready")
-        yield port
+        yield
 
 
 @contextlib.contextmanager
