@@ -397,9 +397,8 @@ class Scheduler:
         if first == 0 and session.copies_rows and session.scores is None:  # a copied row has no logits, and so no score
             prefix = self._books.prefix_for(session, self._running.values())
             first = prefix.token_count if prefix else 0
-        begun_at = session.begun_at if session.sent else first
-        chunk_tokens = costs.chunk_tokens(begun_at, first, len(session.token_ids), others_decode=others_decode)
-        count = min(budget, chunk_tokens)
+        ends = session.chunk_ends if session.sent else costs.chunk_ends(first, len(session.token_ids))
+        count = min(budget, costs.chunk_tokens(first, ends, others_decode=others_decode))
         if prefix:
             wanted.add(prefix.session_id)
         if not self._make_room(session, first + count, limits, chosen, wanted):
@@ -407,7 +406,7 @@ class Scheduler:
         if session.sent == 0:
             self.counts.prompt_tokens += len(session.token_ids)
             self.counts.reused_tokens += first
-            session.begun_at = first
+            session.chunk_ends = ends
         session.sent, session.prefix = first, prefix
         return count
 

@@ -25,7 +25,7 @@ class Session:
     scores: list[TokenScore | None] | None = None  # of the prompt's tokens from its second on, where they are wanted
     epoch: int = 1
     sent: int = 0  # tokens that steps of this epoch have taken, or that were there before
-    begun_at: int = 0  # of them, those that were there before
+    chunk_ends: tuple[int, ...] = ()  # where this epoch's prompt is cut, chosen when its first chunk goes
     in_flight: int = 0  # spans of this epoch that have not come back
     replays: int = 0  # since the last new token
     finished: bool = False  # it has its last token and only waits to be removed

@@ -7,18 +7,19 @@ the same as two, for other kernels multiply them. So decode costs are kept by nu
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 from noodle.messages import StageTiming
 from services.coordinator.chunk_costs import ChunkCosts
 from services.coordinator.line_fit import LineFit
+from services.coordinator.prompt_chunks import chunk_shares
 from services.coordinator.session import Limits
 
 # Assumed of a token more in a step, as a share of a step of one: to be replaced by what is measured.
 PRIOR_DECODE_SHARE = 0.2
 SMALLEST_CHUNK_TOKENS = 32  # below it a chunk costs nearly as much as a larger one: weights are read for each
-LAST_CHUNK_SHARE = 0.25  # of a chunk: so little more of a prompt goes with the one before it
 MEAN_WEIGHT = 0.1  # of the newest step in the mean of steps with as many tokens
 KNOWN_STEPS = 3  # so many steps make a mean that is better than the line
 TRIAL_STEPS = 8  # how long another cut is tried out, in decode steps
@@ -98,22 +99,30 @@ class StepCosts:
         each = [cost.seconds(math.ceil(sessions / count)) for cost in self._decode]
         return max(count * max(each), sum(each))
 
-    def chunk_tokens(self, begun_at: int, first: int, end: int, *, others_decode: bool) -> int:
-        """How many of a prompt's tokens [first, end) the next step takes, if those from `begun_at` on are computed.
+    def chunk_ends(self, first: int, end: int) -> tuple[int, ...]:
+        """Where to cut a prompt's tokens [first, end) so that all stages have computed it soonest; the last is `end`."""
+        fixed = [decode.seconds(1) for decode in self._decode]
+        work = [chunks.seconds(first, end) for chunks in self._chunks]
+        slowest = max(range(len(work)), key=lambda stage: fixed[stage] + work[stage])
+        smallest = SMALLEST_CHUNK_TOKENS / (end - first)
+        shares = chunk_shares(fixed, work, int(1 / smallest), smallest)
+        ends = []
+        for done in itertools.accumulate(shares[:-1]):
+            at = first + self._chunks[slowest].tokens_within(first, done * work[slowest])
+            if ends[-1:] != [at] and at < end:
+                ends.append(at)
+        return (*ends, end)
 
-        k chunks that cost the same, over S stages, take (k + S - 1) * (fixed + work / k) on the slowest, which is least
-        at k = sqrt((S - 1) * work / fixed). While others decode, a chunk keeps them waiting.
+    def chunk_tokens(self, first: int, ends: Sequence[int], *, others_decode: bool) -> int:
+        """How many of a prompt's tokens from `first` on the next step takes, if the prompt is to be cut at `ends`.
+
+        While others decode, a chunk keeps them waiting no longer than they may, on any stage.
         """
-        fixed, work, slowest = max(
-            (
-                (decode.seconds(1), chunks.seconds(begun_at, end), stage)
-                for stage, (decode, chunks) in enumerate(zip(self._decode, self._chunks, strict=True))
-            ),
-            key=lambda cost: cost[0] + cost[1],
+        tokens = next(end for end in ends if end - first >= SMALLEST_CHUNK_TOKENS or end == ends[-1]) - first
+        if not others_decode:
+            return tokens
+        between = min(
+            chunks.tokens_within(first, max(0.0, DECODE_GAP_SECONDS - decode.seconds(1)))
+            for decode, chunks in zip(self._decode, self._chunks, strict=True)
         )
-        count = max(1, round(math.sqrt((len(self._chunks) - 1) * work / max(fixed, 1e-6))))
-        seconds = work / count
-        if others_decode:
-            seconds = min(seconds, DECODE_GAP_SECONDS - fixed)
-        tokens = max(SMALLEST_CHUNK_TOKENS, self._chunks[slowest].tokens_within(first, seconds) if seconds > 0 else 0)
-        return end - first if end - first <= tokens * (1 + LAST_CHUNK_SHARE) else tokens
+        return min(tokens, max(SMALLEST_CHUNK_TOKENS, between))

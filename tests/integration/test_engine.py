@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from tests.support.cluster import running_cluster, wait_until
+from tests.support.executors import EXECUTORS, exactly
 
 pytestmark = pytest.mark.timeout(300)
 KV_BYTES_PER_TOKEN = 768  # of the tiny model, on a stage with three of its layers
@@ -14,11 +15,19 @@ NEW_TOKENS = 60
 PROMPT = "What a long beginning this is, which all of them share: "
 
 
-@pytest.fixture(scope="module")
-def narrow(tiny_folder, tmp_path_factory):
+@pytest.fixture(scope="module", params=EXECUTORS)
+def pair(request, tiny_folder, tmp_path_factory):
+    """Two stages with room enough."""
+    state = tmp_path_factory.mktemp("pair") / "state"
+    with running_cluster(state, tiny_folder, 2, **exactly(request.param)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=EXECUTORS)
+def narrow(request, tiny_folder, tmp_path_factory):
     """A cluster with room for about two of the requests below."""
     state = tmp_path_factory.mktemp("narrow") / "state"
-    room = {"NOODLE_KV_BYTES": str(ROOM_TOKENS * KV_BYTES_PER_TOKEN), "NOODLE_SPLIT": "3,3"}
+    room = {**exactly(request.param), "NOODLE_KV_BYTES": str(ROOM_TOKENS * KV_BYTES_PER_TOKEN), "NOODLE_SPLIT": "3,3"}
     with running_cluster(state, tiny_folder, 2, **room) as running:
         yield running
 
@@ -56,16 +65,14 @@ def test_a_request_that_can_never_fit_is_refused_at_once_with_the_numbers(narrow
     assert str(ROOM_TOKENS) in answer["error"]["message"]
 
 
-def test_a_prompt_that_begins_like_one_before_gets_the_same_tokens_for_less(cluster):
-    first = ask(cluster, PROMPT)
-    hits = cluster.metric(cluster.port, "noodle_prefix_cache_hits_total")
-    assert ask(cluster, PROMPT) == first
-    wait_until(
-        lambda: cluster.metric(cluster.port, "noodle_prefix_cache_hits_total") > hits + 16, 5, "rows were copied"
-    )
-    turn = ask(cluster, PROMPT + first + " And then?")
-    wait_until(lambda: cluster.kv_bytes_held() == 0, 15, "only what is kept on purpose is left")
-    with_stream = cluster.generate(PROMPT + first + " And then?", max_new_tokens=NEW_TOKENS, ignore_eos=True)
+def test_a_prompt_that_begins_like_one_before_gets_the_same_tokens_for_less(pair):
+    first = ask(pair, PROMPT)
+    hits = pair.metric(pair.port, "noodle_prefix_cache_hits_total")
+    assert ask(pair, PROMPT) == first
+    wait_until(lambda: pair.metric(pair.port, "noodle_prefix_cache_hits_total") > hits + 16, 5, "rows were copied")
+    turn = ask(pair, PROMPT + first + " And then?")
+    wait_until(lambda: pair.kv_bytes_held() == 0, 15, "only what is kept on purpose is left")
+    with_stream = pair.generate(PROMPT + first + " And then?", max_new_tokens=NEW_TOKENS, ignore_eos=True)
     assert with_stream["generated_text"] == turn
 
 

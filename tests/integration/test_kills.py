@@ -7,6 +7,7 @@ import pytest
 from tests.measure.kills import LAYERS, is_empty
 from tests.support.cluster import running_cluster, wait_until
 from tests.support.equality import first_difference
+from tests.support.executors import exactly
 from tests.support.kill_runs import SERVICES_OF, killer, random_moment, requests_of, run_streams
 from tests.support.real_model import real_model_folder
 from tests.support.stage_rig import running_coordinator, running_stages
@@ -20,6 +21,14 @@ TIMES = 2
 def undisturbed(tmp_path_factory):
     """A cluster, and what its streams say when nothing dies."""
     with running_cluster(tmp_path_factory.mktemp("kills") / "state", real_model_folder(), 2) as cluster:
+        yield cluster, [stream.tokens for stream in run_streams(cluster, "undisturbed", None)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_ggml(tmp_path_factory):
+    """The same, computed by ggml."""
+    state = tmp_path_factory.mktemp("kills-ggml") / "state"
+    with running_cluster(state, real_model_folder(), 2, **exactly("ggml")) as cluster:
         yield cluster, [stream.tokens for stream in run_streams(cluster, "undisturbed", None)]
 
 
@@ -60,6 +69,12 @@ def test_every_request_ends_with_its_own_tokens(undisturbed, whole, kind, number
     cluster, expected = undisturbed
     run = f"{kind.replace(' ', '-').replace(',', '')}-{number}"
     check_that_all_end_well(cluster, run, killer(cluster, kind), expected, whole)
+
+
+@pytest.mark.parametrize("kind", ["stage 0", "stage 1", "coordinator", "all of machine A"])
+def test_every_request_ends_with_its_own_tokens_where_ggml_computes(undisturbed_ggml, whole, kind):
+    cluster, expected = undisturbed_ggml
+    check_that_all_end_well(cluster, kind.replace(" ", "-"), killer(cluster, kind), expected, whole)
 
 
 @pytest.mark.parametrize("number", range(TIMES))

@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.cluster import running_cluster
 from tests.support.equality import assert_equal_or_tied
+from tests.support.executors import exactly
 from tests.support.prompts import PROMPTS
 from tests.support.real_model import real_model_folder
 from tests.support.whole_model import WholeModel
@@ -21,13 +22,13 @@ def whole():
 
 @pytest.fixture(scope="module")
 def drawn_texts():
-    """Texts with temperature and seed, by number of stages; filled by the tests below."""
+    """Texts with temperature and seed, by number of stages and executor; filled by the tests below."""
     return {}
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-def test_greedy_tokens_equal_those_of_the_unsplit_model(stages, whole, drawn_texts, tmp_path):
-    with running_cluster(tmp_path / "state", real_model_folder(), stages) as cluster:
+@pytest.mark.parametrize(("executor", "stages"), [("transformers", 1), ("transformers", 3), ("ggml", 2)])
+def test_greedy_tokens_equal_those_of_the_unsplit_model(executor, stages, whole, drawn_texts, tmp_path):
+    with running_cluster(tmp_path / "state", real_model_folder(), stages, **exactly(executor)) as cluster:
         tied = 0
         for prompt in PROMPTS_IN_CI:
             answer = cluster.generate(prompt, max_new_tokens=NEW_TOKENS, details=True)
@@ -36,7 +37,7 @@ def test_greedy_tokens_equal_those_of_the_unsplit_model(stages, whole, drawn_tex
             assert answer["details"]["prompt_tokens"] == len(prompt_ids)
             tied += assert_equal_or_tied(whole, prompt_ids, token_ids, NEW_TOKENS)
         assert tied <= 1
-        drawn_texts[stages] = [
+        drawn_texts[executor, stages] = [
             cluster.generate(prompt, max_new_tokens=32, temperature=0.8, top_p=0.95, seed=1234)["generated_text"]
             for prompt in PROMPTS_IN_CI[:3]
         ]

@@ -15,6 +15,7 @@ from services.stage.sessions import UNLISTED_SECONDS
 from tests.measure.pressure import OVERLOAD_NEW_TOKENS, overload
 from tests.support.cluster import request, running_cluster, wait_until
 from tests.support.event_reader import EventReader
+from tests.support.executors import EXECUTORS, exactly
 from tests.tiny_model import tiny_llama_folder
 
 pytestmark = pytest.mark.timeout(300)
@@ -31,8 +32,8 @@ def small(tiny_folder, tmp_path_factory):
         yield running
 
 
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory):
+@pytest.fixture(scope="module", params=EXECUTORS)
+def poisoned(request, tmp_path_factory):
     """A cluster of a model that computes no numbers once it reads a certain token."""
     folder = tmp_path_factory.mktemp("poisoned") / "model"
     tiny_llama_folder(folder)
@@ -40,7 +41,8 @@ def poisoned(tmp_path_factory):
     tensors = safetensors.numpy.load_file(path)
     tensors["model.embed_tokens.weight"][POISON] = np.nan
     safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
-    with running_cluster(tmp_path_factory.mktemp("poisoned-state") / "state", folder, 2) as running:
+    state = tmp_path_factory.mktemp("poisoned-state") / "state"
+    with running_cluster(state, folder, 2, **exactly(request.param)) as running:
         yield running
 
 

@@ -1,11 +1,13 @@
 """`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
 
-`soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where llama.cpp's programs are, and is not among all.
+`equality=ggml`, `kills=ggml` and `memory=ggml` let ggml compute; `soak=3` soaks for 3 minutes instead of 15;
+`peers=FOLDER` names where llama.cpp's programs are, and is not among all.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from tests.measure import (
     containers,
@@ -23,8 +25,9 @@ from tests.measure import (
     start,
     transport,
 )
+from tests.measure.report import Section
 
-MEASUREMENTS = {
+MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "equality": equality.measure,
     "speed": speed.measure,
     "memory": memory.measure,
@@ -50,10 +53,8 @@ def main() -> int:
         print(f"There is no measurement {unknown[0]!r}; there are {', '.join(MEASUREMENTS)}.", file=sys.stderr)
         return 2
     for name, _, value in asked:
-        if name == "peers":
-            section = peers.measure(value)
-        else:
-            section = soak.measure(float(value)) if name == "soak" and value else MEASUREMENTS[name]()
+        measure = peers.measure if name == "peers" else MEASUREMENTS[name]
+        section = measure(value) if value else measure()
         section.write()
     return 0
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.measure.report import Section
+from tests.measure.report import TRANSFORMERS, Section, named, title_of
 from tests.support.cluster import running_cluster
 from tests.support.equality import assert_equal_or_tied
 from tests.support.prompts import PROMPTS
@@ -28,13 +28,13 @@ def at_once(ask: Callable[[str], Any]) -> list[Any]:
         return list(pool.map(ask, PROMPTS))
 
 
-def measure() -> Section:
+def measure(executor: str = TRANSFORMERS) -> Section:
     """Fails when a token differs where the two best logits are not tied."""
-    section = Section("equality", "Does the split change anything?")
+    section = Section(named("equality", executor), title_of("Does the split change anything?", executor))
     folder = real_model_folder()
     whole = WholeModel(folder)
     section.say(
-        f"SmolLM2-135M-Instruct, float32, {len(PROMPTS)} prompts, {NEW_TOKENS} new tokens, greedy, against "
+        f"SmolLM2-135M-Instruct, {executor}, float32, {len(PROMPTS)} prompts, {NEW_TOKENS} new tokens, greedy, against "
         f"transformers' `generate()`, {AT_ONCE} requests at once; drawn: temperature 0.8, top_p 0.95, seed 1234, "
         "against one stage."
     )
@@ -43,7 +43,10 @@ def measure() -> Section:
     for stages in STAGES:
         tied = tokens = 0
         lengths = []
-        with tempfile.TemporaryDirectory() as scratch, running_cluster(Path(scratch) / "s", folder, stages) as cluster:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            running_cluster(Path(scratch) / "s", folder, stages, NOODLE_EXECUTOR=executor) as cluster,
+        ):
             for details in at_once(lambda prompt: cluster.generate(prompt, **GREEDY)["details"]):
                 got = [token["id"] for token in details["tokens"]]
                 tied += assert_equal_or_tied(whole, details["prompt_token_ids"], got, NEW_TOKENS)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.measure.report import Section
+from tests.measure.report import TRANSFORMERS, Section, named, title_of
 from tests.support.cluster import Cluster, Services, wait_until
 from tests.support.equality import TIE_GAP, first_difference
 from tests.support.kill_runs import (
@@ -34,11 +34,11 @@ EMPTY_SECONDS = 60.0
 LAYERS = (15, 15)
 
 
-def measure() -> Section:
+def measure(executor: str = TRANSFORMERS) -> Section:
     """What fails is said in the section and not hidden: the claim is that nothing does."""
-    section = Section("kills", "Everything dies")
+    section = Section(named("kills", executor), title_of("Everything dies", executor))
     section.say(
-        f"SmolLM2-135M-Instruct, float32, two stages of one thread on two shared cores, {STREAMS} streams at once, "
+        f"SmolLM2-135M-Instruct, {executor}, float32, two stages of one thread on two shared cores, {STREAMS} streams at once, "
         f"half greedy and half drawn with a seed, {NEW_TOKENS} tokens each; `kill -9` at a random moment, {TIMES} "
         "times of each kind. Clients come back for the rest of their streams. Equal: the tokens of the undisturbed "
         f"run; tied: the first other token stands where the two best logits are closer than {TIE_GAP:g}. Held: the "
@@ -49,7 +49,7 @@ def measure() -> Section:
     rows: list[list[object]] = []
     whole = WholeModel(real_model_folder())
     with tempfile.TemporaryDirectory() as scratch:
-        cluster = Cluster(Path(scratch) / "s", real_model_folder(), 2).start()
+        cluster = Cluster(Path(scratch) / "s", real_model_folder(), 2, NOODLE_EXECUTOR=executor).start()
         try:
             expected = [stream.tokens for stream in run_streams(cluster, "undisturbed", None)]
             processes = len(processes_of(cluster))
@@ -62,7 +62,7 @@ def measure() -> Section:
         finally:
             cluster.stop()
         left = len(processes_of(cluster))
-    rows.append(row_of(section, KINDS[-1], link_runs(chance), expected, whole))
+    rows.append(row_of(section, KINDS[-1], link_runs(chance, executor), expected, whole))
     section.table(
         ["killed", "requests", "ended", "equal", "tied", "held", "median s to the next token", "95th", "worst"], rows
     )
@@ -117,14 +117,26 @@ def is_empty(services: Services) -> bool:
         return False
 
 
-def link_runs(chance: random.Random) -> list[Run]:
+def link_runs(chance: random.Random, executor: str) -> list[Run]:
     """All connections into stage 1 are cut."""
     with (
         tempfile.TemporaryDirectory() as scratch,
-        running_stages(Path(scratch), real_model_folder(), LAYERS, relayed=(1,), NOODLE_TRANSPORT="auto") as rig,
+        running_stages(
+            Path(scratch),
+            real_model_folder(),
+            LAYERS,
+            relayed=(1,),
+            computed=computed_by(executor),
+            NOODLE_TRANSPORT="auto",
+        ) as rig,
         running_coordinator(rig, Path(scratch)) as services,
     ):
         return [one_run(services, f"link-{number}", rig.relays[1].cut, chance) for number in range(TIMES)]
+
+
+def computed_by(executor: str) -> tuple[dict[str, str], ...]:
+    """What a plan by hand says of each stage's computing: float32 throughout."""
+    return ({"executor": executor, "weights": "f32", "kv_dtype": "f32"},) * len(LAYERS)
 
 
 def row_of(section: Section, kind: str, runs: list[Run], expected: list[list[int]], whole: WholeModel) -> list[object]:

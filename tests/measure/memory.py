@@ -8,11 +8,14 @@ import tempfile
 import threading
 from pathlib import Path
 
-from tests.measure.report import Section
+from tests.measure.report import GGML, TRANSFORMERS, Section, named, title_of
 from tests.support.cluster import Cluster
 from tests.support.real_model import real_model_folder
 
 LOOK_SECONDS = 0.02
+PROMPT_TOKENS, NEW_TOKENS = 300, 100
+SHARES = {TRANSFORMERS: 1.15, GGML: 1.1}
+FORMATS = {TRANSFORMERS: ("f32",), GGML: ("f32", "f16", "q8_0")}
 EMPTY_STAGE = """
 import torch, transformers, sys
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,36 +64,49 @@ class Watch:
                 self.highest[stage] = max(self.highest[stage], proportional_bytes(process))
 
 
-def measure() -> Section:
+def measure(executor: str = TRANSFORMERS) -> Section:
     """Two stages, from their start through a long request."""
-    section = Section("memory", "Memory of a stage")
+    section = Section(named("memory", executor), title_of("Memory of a stage", executor))
     empty = empty_stage_bytes()
+    share = SHARES[executor]
     section.say(
-        "Two stages of SmolLM2-135M-Instruct in float32; Pss_Anon of each worker process, at its highest from start "
-        "through loading and a request of 400 tokens, and steady after it. An empty stage (torch, transformers and "
-        f"noodle imported, no weights) takes {empty / 1e6:.0f} MB. Allowed: weights times 1.15 and an empty stage."
+        "Two stages of SmolLM2-135M-Instruct; Pss_Anon of each worker process, at its highest from start "
+        f"through loading and a request of {PROMPT_TOKENS + NEW_TOKENS} tokens, and steady after it. An empty stage "
+        f"(torch, transformers and noodle imported, no weights) takes {empty / 1e6:.0f} MB. Allowed: weights times "
+        f"{share}, KV rows and an empty stage."
     )
+    rows = [row for weights in FORMATS[executor] for row in of_format(executor, weights, share, empty)]
+    section.table(["format", "stage", "weights", "KV", "steady", "highest", "allowed", "within"], rows)
+    return section
+
+
+def of_format(executor: str, weights: str, share: float, empty: int) -> list[list[object]]:
+    """A line for each stage."""
+    variables = {"NOODLE_EXECUTOR": executor, "NOODLE_WEIGHTS": weights}
+    if weights != "f32":
+        variables["NOODLE_QUALITY"] = "near-lossless"
     with tempfile.TemporaryDirectory() as scratch:
-        cluster = Cluster(Path(scratch) / "s", real_model_folder(), 2)
+        cluster = Cluster(Path(scratch) / "s", real_model_folder(), 2, **variables)
         watch = Watch(cluster)
         watch.thread.start()
-        cluster.start()
         try:
-            cluster.generate(list(range(100, 400)), max_new_tokens=100, ignore_eos=True)
+            cluster.start()
+            cluster.generate(list(range(100, 100 + PROMPT_TOKENS)), max_new_tokens=NEW_TOKENS, ignore_eos=True)
             watch.over.set()
             watch.thread.join()
             steady = {stage: proportional_bytes(cluster.worker_pid(f"stage-{stage}")) for stage in (0, 1)}
-            weights = {state["stage_id"]: state["weight_bytes"] for state in cluster.stage_states()}
+            states = {state["stage_id"]: state for state in cluster.stage_states()}
         finally:
             watch.over.set()
             cluster.stop()
-    rows = []
+    rows: list[list[object]] = []
     for stage in (0, 1):
-        allowed = weights[stage] * 1.15 + empty
-        numbers = (weights[stage], steady[stage], watch.highest[stage], allowed)
-        rows.append([stage, *(f"{number / 1e6:.0f} MB" for number in numbers), yes(numbers[2] <= allowed)])
-    section.table(["stage", "weights", "steady", "highest", "allowed", "within"], rows)
-    return section
+        held = states[stage]["weight_bytes"], states[stage]["kv_bytes_held"]
+        allowed = held[0] * share + held[1] + empty
+        numbers = (*held, steady[stage], watch.highest[stage], allowed)
+        is_within = yes(watch.highest[stage] <= allowed)
+        rows.append([weights, stage, *(f"{number / 1e6:.0f} MB" for number in numbers), is_within])
+    return rows
 
 
 def yes(value: bool) -> str:

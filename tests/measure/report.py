@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+TRANSFORMERS, GGML = "transformers", "ggml"  # what measurements of tokens compute with: float32 throughout
 PATH = Path(__file__).parents[2] / "docs" / "measurements.md"
 
 
@@ -44,12 +45,22 @@ class Section:
         text = re.sub(r"\n{3,}", "\n\n", text)
         block = f"<!-- {self.name} -->\n{text}<!-- end {self.name} -->\n"
         document = PATH.read_text(encoding="utf-8")
-        pattern = re.compile(rf"<!-- {self.name} -->\n.*?<!-- end {self.name} -->\n", re.S)
+        pattern = re.compile(rf"<!-- {re.escape(self.name)} -->\n.*?<!-- end {re.escape(self.name)} -->\n", re.S)
         if pattern.search(document):
             document = pattern.sub(lambda _: block, document)
         else:
             document = document.rstrip() + "\n\n" + block
         PATH.write_text(document, encoding="utf-8")
+
+
+def named(measurement: str, executor: str) -> str:
+    """What a measurement is called, for its section and on the command line, with this executor."""
+    return measurement if executor == TRANSFORMERS else f"{measurement}={executor}"
+
+
+def title_of(title: str, executor: str) -> str:
+    """A heading that no other section has."""
+    return title if executor == TRANSFORMERS else f"{title} ({executor})"
 
 
 def machine() -> str:

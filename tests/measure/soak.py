@@ -32,8 +32,9 @@ DEATHS = (*SERVICES_OF, "valkey, then the coordinator", FREEZE)
 SERVICES = ("coordinator", "planner", "valkey", "stage-0", "stage-1")
 
 
-def measure(minutes: float = MINUTES) -> Section:
+def measure(minutes: float | str = MINUTES) -> Section:
     """What fails is said in the section."""
+    minutes = float(minutes)
     section = Section("soak", "A soak with deaths")
     section.say(
         f"{minutes:g} minutes, SmolLM2-135M-Instruct, float32, two stages of one thread on two shared cores. {CLIENTS} "

@@ -27,6 +27,13 @@ def need_ggml() -> None:
         pytest.skip(str(error))
 
 
+def exactly(executor: str) -> dict[str, str]:
+    """The variables with which a cluster computes in float32 by this executor; skips where it can not."""
+    if executor == "ggml":
+        need_ggml()
+    return {"NOODLE_EXECUTOR": executor, "NOODLE_QUALITY": "exact"}
+
+
 def load_exact(executor: str, folder: Path, start: int, end: int, **options: Any) -> ModelSlice:
     """A slice in float32 weights with float32 KV rows, on one thread or as many as torch has."""
     settings = {"context_length": 256, **options}
