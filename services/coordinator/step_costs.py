@@ -100,7 +100,7 @@ class StepCosts:
         return max(count * max(each), sum(each))
 
     def chunk_ends(self, first: int, end: int) -> tuple[int, ...]:
-        """Where to cut a prompt's tokens [first, end) so that all stages have computed it soonest; the last is `end`."""
+        """Where to cut a prompt's tokens [first, end), so that all stages have computed it soonest; ends with `end`."""
         fixed = [decode.seconds(1) for decode in self._decode]
         work = [chunks.seconds(first, end) for chunks in self._chunks]
         slowest = max(range(len(work)), key=lambda stage: fixed[stage] + work[stage])
