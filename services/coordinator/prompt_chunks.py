@@ -29,7 +29,8 @@ def chunk_shares(
 
     best: tuple[float, ...] = (1.0,)
     for growth in GROWTH if len(fixed_seconds) > 1 else ():
-        best_here, worse = (1.0,), 0
+        best_here: tuple[float, ...] = (1.0,)
+        worse = 0
         for count in range(2, min(most_chunks, MAXIMUM_CHUNKS) + 1):
             shares = _growing(count, growth)
             if min(shares) < smallest_share or worse > PATIENCE:

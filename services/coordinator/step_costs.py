@@ -106,7 +106,7 @@ class StepCosts:
         slowest = max(range(len(work)), key=lambda stage: fixed[stage] + work[stage])
         smallest = SMALLEST_CHUNK_TOKENS / (end - first)
         shares = chunk_shares(fixed, work, int(1 / smallest), smallest)
-        ends = []
+        ends: list[int] = []
         for done in itertools.accumulate(shares[:-1]):
             at = first + self._chunks[slowest].tokens_within(first, done * work[slowest])
             if ends[-1:] != [at] and at < end:

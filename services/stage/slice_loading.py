@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from noodle.errors import ModelNotFound, PlanDoesNotFit
 from noodle.families import check_supported
 from services.stage import packed_attention
+from services.stage.few_rows import choose_ways
 from services.stage.model_cut import cut_class, layer_list_name
 from services.stage.model_slice import TransformersSlice
 from services.stage.reading import Fetch, Progress, ReadCounter, ignore_progress, nothing_to_fetch
@@ -90,6 +91,7 @@ def load_slice(
         _check_loading(loading, in_layers, start_layer, config.model_type, folder)
         fix_rotary(model, context_length)
         model.requires_grad_(False).to(device)
+        choose_ways(model)
     except torch.OutOfMemoryError as error:
         raise PlanDoesNotFit(
             f"{device} has not the memory for layers {start_layer} to {end_layer} ({counter.total_bytes} bytes).",

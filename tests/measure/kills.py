@@ -38,12 +38,12 @@ def measure(executor: str = TRANSFORMERS) -> Section:
     """What fails is said in the section and not hidden: the claim is that nothing does."""
     section = Section(named("kills", executor), title_of("Everything dies", executor))
     section.say(
-        f"SmolLM2-135M-Instruct, {executor}, float32, two stages of one thread on two shared cores, {STREAMS} streams at once, "
-        f"half greedy and half drawn with a seed, {NEW_TOKENS} tokens each; `kill -9` at a random moment, {TIMES} "
-        "times of each kind. Clients come back for the rest of their streams. Equal: the tokens of the undisturbed "
-        f"run; tied: the first other token stands where the two best logits are closer than {TIE_GAP:g}. Held: the "
-        "most KV bytes that stages hold after a run beyond what is kept for prefixes. The times are from the death to "
-        "each stream's next token."
+        f"SmolLM2-135M-Instruct, {executor}, float32, two stages of one thread on two shared cores, {STREAMS} streams "
+        f"at once, half greedy and half drawn with a seed, {NEW_TOKENS} tokens each; `kill -9` at a random moment, "
+        f"{TIMES} times of each kind. Clients come back for the rest of their streams. Equal: the tokens of the "
+        f"undisturbed run; tied: the first other token stands where the two best logits are closer than {TIE_GAP:g}. "
+        "Held: the most KV bytes that stages hold after a run beyond what is kept for prefixes. The times are from the "
+        "death to each stream's next token."
     )
     chance = random.Random(7)
     rows: list[list[object]] = []

@@ -1,4 +1,4 @@
-"""How a prompt is cut: what the stages then take is held against simpler cuts and against the least that is possible."""
+"""How a prompt is cut: what the stages then take is held against simpler cuts."""
 
 import itertools
 

@@ -1,0 +1,63 @@
+"""Few rows are multiplied in the fastest of several ways, and in all of them the product is the same."""
+
+import pytest
+import torch
+from torch import nn
+
+from services.stage import few_rows
+from services.stage.few_rows import MOST_ROWS, FewRowsLinear, Way, choose_ways, multiplied
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(few_rows, "_known", {})
+
+
+def large(out=512, into=256, **options):
+    return nn.Linear(into, out, **options).requires_grad_(False)
+
+
+@pytest.mark.parametrize("way", Way)
+@pytest.mark.parametrize("count", [1, 2, 3, MOST_ROWS])
+def test_every_way_gives_the_product(way, count):
+    if way is Way.TWO_COLUMNS and count != 1:
+        pytest.skip("one row alone is doubled")
+    weight, rows = torch.randn(300, 200), torch.randn(count, 200)
+    torch.testing.assert_close(multiplied(way, weight, rows), rows @ weight.T)
+    assert multiplied(way, weight, rows).is_contiguous()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 256), (1, 2, 256), (3, 256), (1, MOST_ROWS + 1, 256), (1, 0, 256)])
+def test_a_layer_computes_what_it_did_in_whatever_way(bias, shape, monkeypatch):
+    layer, given = large(bias=bias), torch.randn(shape)
+    expected = layer(given)
+    fastest = (Way.TWO_COLUMNS, *[Way.COLUMNS] * (MOST_ROWS - 1))
+    monkeypatch.setattr(few_rows, "fastest_ways", lambda _weights: fastest)
+    choose_ways(nn.Sequential(layer))
+    assert type(layer) is FewRowsLinear
+    torch.testing.assert_close(layer(given), expected)
+
+
+def test_ways_are_measured_once_for_layers_that_are_alike(monkeypatch):
+    asked = []
+    monkeypatch.setattr(few_rows, "fastest_ways", lambda weights: asked.append(len(weights)) or (Way.ROWS,) * MOST_ROWS)
+    model = nn.Sequential(large(), large(), large(out=256, into=512))
+    choose_ways(model)
+    choose_ways(nn.Sequential(large()))
+    assert asked == [2, 1]
+
+
+def test_a_way_is_known_for_every_small_number_of_rows():
+    ways = few_rows.fastest_ways([torch.randn(512, 256)])
+    assert len(ways) == MOST_ROWS
+    assert all(way is not Way.TWO_COLUMNS for way in ways[1:])
+
+
+def test_small_layers_and_those_of_another_kind_stay_as_they_are():
+    class Other(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Other(512, 512), nn.Linear(512, 512, device="meta"))
+    choose_ways(model)
+    assert [type(module) for module in model] == [nn.Linear, Other, nn.Linear]
