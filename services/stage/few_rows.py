@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 MOST_ROWS = 8  # of more, no other way was ever faster
 SMALLEST_BYTES = 1 << 18  # of a weight that is worth a look
 ROUNDS = 2  # of which the fastest counts: what else runs here only ever adds
-TIMED_BYTES = 64 << 20  # of weights of one shape, one behind the other, so that few of them are in a cache
+TIMED_BYTES = 48 << 20  # of weights of one shape, one behind the other: more than a processor's caches hold
 WORTH_CHANGING = 0.85  # of the seconds as torch does it
 
 
@@ -67,21 +66,22 @@ def choose_ways(model: nn.Module) -> None:
             by_kind.setdefault((weight.shape, weight.dtype, threads), []).append(module)
     for kind, modules in by_kind.items():
         if kind not in _known:
-            _known[kind] = fastest_ways([module.weight for module in modules])
+            _known[kind] = fastest_ways(*kind[:2])
         for module in modules:
             module.__class__ = FewRowsLinear
             module.__dict__["ways"] = _known[kind]
 
 
-def fastest_ways(weights: Sequence[torch.Tensor]) -> tuple[Way, ...]:
-    """For each number of rows from 1 to MOST_ROWS; the weights are of one shape."""
-    weights = weights[: max(1, TIMED_BYTES // weights[0].nbytes)]
+def fastest_ways(shape: torch.Size, dtype: torch.dtype) -> tuple[Way, ...]:
+    """For each number of rows from 1 to MOST_ROWS, with weights of a shape that come from memory."""
+    count = -(-TIMED_BYTES // (shape.numel() * dtype.itemsize))
+    weights = torch.ones(count, *shape, dtype=dtype)  # one block, which goes back to the system as a whole
     with torch.inference_mode():
-        return tuple(_fastest_way(weights, count) for count in range(1, MOST_ROWS + 1))
+        return tuple(_fastest_way(weights, rows) for rows in range(1, MOST_ROWS + 1))
 
 
-def _fastest_way(weights: Sequence[torch.Tensor], count: int) -> Way:
-    rows = torch.ones(count, weights[0].shape[1], dtype=weights[0].dtype)
+def _fastest_way(weights: torch.Tensor, count: int) -> Way:
+    rows = torch.ones(count, weights.shape[2], dtype=weights.dtype)
     as_it_is, other = Way.ROWS, Way.TWO_COLUMNS if count == 1 else Way.COLUMNS
     seconds = {as_it_is: math.inf, other: math.inf}
     for _ in range(ROUNDS):
