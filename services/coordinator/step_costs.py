@@ -25,7 +25,7 @@ KNOWN_STEPS = 3  # so many steps make a mean that is better than the line
 TRIAL_STEPS = 8  # how long another cut is tried out, in decode steps
 TRIAL_INTERVAL_STEPS = 256  # how often
 WORTH_CHANGING = 0.97  # another cut must promise this share of the seconds
-DECODE_GAP_SECONDS = 0.5  # how much later a running stream's next token may be for one chunk of another's prompt
+DECODE_GAP_SECONDS = 0.25  # how much later a running stream's next token may be for one chunk of another's prompt
 
 
 class DecodeCosts:
@@ -73,7 +73,7 @@ class StepCosts:
         if len(timings) != len(self._chunks) or token_count < SMALLEST_CHUNK_TOKENS:
             return
         for chunks, decode, timing in zip(self._chunks, self._decode, timings, strict=True):
-            chunks.add(token_count, mean_rows, timing.computed_seconds, decode.seconds(1))
+            chunks.add(token_count, mean_rows, max(1e-6, timing.computed_seconds), max(1e-6, decode.seconds(1)))
 
     def micro_batches(self, sessions: int) -> int:
         """Into how many steps to cut the decode tokens of so many sessions, for the most tokens per second.
@@ -101,7 +101,7 @@ class StepCosts:
 
     def chunk_ends(self, first: int, end: int) -> tuple[int, ...]:
         """Where to cut a prompt's tokens [first, end), so that all stages have computed it soonest; ends with `end`."""
-        fixed = [decode.seconds(1) for decode in self._decode]
+        fixed = [chunks.fixed_seconds for chunks in self._chunks]
         work = [chunks.seconds(first, end) for chunks in self._chunks]
         slowest = max(range(len(work)), key=lambda stage: fixed[stage] + work[stage])
         smallest = SMALLEST_CHUNK_TOKENS / (end - first)
@@ -122,7 +122,6 @@ class StepCosts:
         if not others_decode:
             return tokens
         between = min(
-            chunks.tokens_within(first, max(0.0, DECODE_GAP_SECONDS - decode.seconds(1)))
-            for decode, chunks in zip(self._decode, self._chunks, strict=True)
+            chunks.tokens_within(first, max(0.0, DECODE_GAP_SECONDS - chunks.fixed_seconds)) for chunks in self._chunks
         )
         return min(tokens, max(SMALLEST_CHUNK_TOKENS, between))
