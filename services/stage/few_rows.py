@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 MOST_ROWS = 8  # of more, no other way was ever faster
-SMALLEST_BYTES = 1 << 18  # of a weight that is worth a look
+SMALLEST_ITEMS = 1 << 18  # of a weight that is worth a look
 ROUNDS = 2  # of which the fastest counts: what else runs here only ever adds
 TIMED_BYTES = 48 << 20  # of weights of one shape, one behind the other: more than a processor's caches hold
 WORTH_CHANGING = 0.85  # of the seconds as torch does it
@@ -62,7 +62,7 @@ def choose_ways(model: nn.Module) -> None:
         if not isinstance(module, nn.Linear) or type(module) is not nn.Linear:  # another class may compute otherwise
             continue
         weight = module.weight
-        if weight.device.type == "cpu" and weight.nbytes >= SMALLEST_BYTES:
+        if weight.device.type == "cpu" and weight.numel() >= SMALLEST_ITEMS:
             by_kind.setdefault((weight.shape, weight.dtype, threads), []).append(module)
     for kind, modules in by_kind.items():
         if kind not in _known:

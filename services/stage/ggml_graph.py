@@ -108,6 +108,16 @@ class GraphMemory:
             self.context = None
 
 
+@dataclass(frozen=True, slots=True)
+class MaskSlot:
+    """A mask of a graph: of which of its spans, for which window, with how many rows, and its tensor's first word."""
+
+    span: int
+    window: int
+    rows: int  # at least the span's tokens
+    word: int
+
+
 @dataclass
 class SlotTensors:
     """The tensors of a graph that stand for sessions' rows: word indices of their fields, layer by layer, by span."""
@@ -118,7 +128,7 @@ class SlotTensors:
     value_count: list[list[int]] = field(default_factory=list)
     key_written: list[list[int]] = field(default_factory=list)
     value_written: list[list[int]] = field(default_factory=list)
-    masks: list[tuple[int, int, int]] = field(default_factory=list)  # span, window, the mask's first word
+    masks: list[MaskSlot] = field(default_factory=list)
 
 
 class SlotPatches:
@@ -164,22 +174,24 @@ class SlotPatches:
         words[self._fields] = values.reshape(-1).view(np.uint64)
         if self._masks:
             self._mask_memory.clear()
-            for index, window, at in self._masks:
-                self._write_mask(spans[index], window or NO_WINDOW, at)
+            for mask in self._masks:
+                self._write_mask(spans[mask.span], mask)
 
-    def _write_mask(self, span: SpanRows, window: int, at: int) -> None:
-        """Which keys each row of a span attends to, float16 [tokens, keys]: 0, or minus infinity."""
+    def _write_mask(self, span: SpanRows, slot: MaskSlot) -> None:
+        """Which keys each row of a span attends to, float16 [rows, keys]: 0, or minus infinity."""
         memory, first, end = self._memory, span.first_position, span.first_position + span.token_count
+        window, at = slot.window or NO_WINDOW, slot.word
         begin = max(0, first + 1 - window)
         query_position = np.arange(first, end)[:, None]
         key_position = np.arange(begin, end)[None]
         masked = key_position > query_position
         if end > window:
             masked |= key_position <= query_position - window
-        mask = masked * ROW_MASKED
+        mask = np.zeros((slot.rows, end - begin), np.uint16)
+        mask[: span.token_count] = masked * ROW_MASKED
         self._mask_memory.append(mask)
         memory.words[at + memory.at_data] = mask.ctypes.data
         memory.words[at + memory.at_sizes] = end - begin
         row_bytes = 2 * (end - begin)
         memory.words[at + memory.at_strides + 1] = row_bytes
-        memory.words[at + memory.at_strides + 2 : at + memory.at_strides + 4] = row_bytes * span.token_count
+        memory.words[at + memory.at_strides + 2 : at + memory.at_strides + 4] = row_bytes * slot.rows

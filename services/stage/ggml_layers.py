@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from services.stage.ggml_graph import GraphMemory, SlotTensors
+from services.stage.ggml_few_rows import DotCounts, new_lone_expert, product_by_dots
+from services.stage.ggml_graph import GraphMemory, MaskSlot, SlotTensors
 from services.stage.ggml_shape import ModelShape
 
 ITEM_BYTES = 4  # of activations
 NEOX, INTERLEAVED = 2, 0  # how a head's dimensions are paired for rotary positions
 # operations of one layer at most, and of each of its spans: a graph's memory is set before it is built
-LAYER_TENSORS, SPAN_TENSORS = 72, 12
+LAYER_TENSORS, SPAN_TENSORS = 88, 16
+# So many rows are computed as a whole tile's: the kernel for tiles takes no fewer, and for these it is faster still.
+TILE_ROWS, TILED_ROWS = 64, 22
+TILED_TYPES = (0, 1)  # of K and V: float32 and float16
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class SliceTensors:
     key_type: int  # of K and V
     row_bytes: int  # of a token's K in one layer
     exact: bool  # float32 throughout: ggml's table of GELU, which is float16, is not used
+    dot_counts: DotCounts = field(default_factory=dict)
 
 
 class LayerGraph:
@@ -46,6 +51,7 @@ class LayerGraph:
         self._tensors = tensors
         self._start_layer = start_layer
         self.slots = SlotTensors()
+        self.lone_expert = 0  # of products by dots; to be zeroed when the graph has its memory
 
     def embed(self, token_ids: int) -> int:
         """Tokens' embeddings, scaled as the family does it."""
@@ -62,9 +68,11 @@ class LayerGraph:
         """All layers of the slice, over spans of so many tokens."""
         shape = self._shape
         packed = 0
-        if len(counts) > 1:
-            # every span's attention is written into its place here; shared by all layers
-            packed = self._call("new_tensor_2d", 0, shape.heads * shape.head_dim, sum(counts))
+        surplus = max(self._attended_rows(count) - count for count in counts)
+        if len(counts) > 1 or surplus:
+            # every span's attention is written into its place here; shared by all layers. What one computes beyond its
+            # rows is overwritten by the next
+            packed = self._call("new_tensor_2d", 0, shape.heads * shape.head_dim, sum(counts) + surplus)
             self._ggml.ggml_set_input(packed)
             self._ggml.ggml_set_output(packed)
         masks: dict[tuple[int, int], int] = {}
@@ -97,9 +105,18 @@ class LayerGraph:
         return tensor if factor == 1.0 else self._call("scale", tensor, factor)
 
     def _linear(self, tensor: int, weights: dict[str, int], name: str) -> int:
-        result = self._call("mul_mat", weights[f"{name}.weight"], tensor)
+        result = self._product(weights[f"{name}.weight"], tensor)
         bias = weights.get(f"{name}.bias")
         return result if bias is None else self._call("add", result, bias)
+
+    def _product(self, weight: int, rows: int) -> int:
+        ggml = self._ggml
+        count = int(ggml.ggml_tensor.from_address(rows).ne[1])
+        kind = int(ggml.ggml_tensor.from_address(weight).type)
+        if count not in self._tensors.dot_counts.get(kind, ()):
+            return self._call("mul_mat", weight, rows)
+        self.lone_expert = self.lone_expert or new_lone_expert(self._memory, count)
+        return product_by_dots(ggml, self._context, weight, rows, self.lone_expert)
 
     def _norm(self, tensor: int, weights: dict[str, int], name: str) -> int:
         """Normed by a module of the layer; as it is where the layer has no such one."""
@@ -136,7 +153,11 @@ class LayerGraph:
                 self._memory.place_in(attended, packed, begin * shape.heads * shape.head_dim * ITEM_BYTES)
                 self._ggml.ggml_build_forward_expand(self._memory.graph, attended)
             begin += count
-        joined = packed or self._call("reshape_2d", attended, shape.heads * shape.head_dim, begin)
+        width = shape.heads * shape.head_dim
+        if packed:
+            joined = self._call("view_2d", packed, width, begin, width * ITEM_BYTES, 0)
+        else:
+            joined = self._call("reshape_2d", attended, width, begin)
         return self._linear(joined, weights, "output")
 
     def _query_key_value(
@@ -237,13 +258,21 @@ class LayerGraph:
         offset = query.offset + begin * query.stride
         own = self._call("view_3d", query.tensor, shape.head_dim, count, shape.heads, query.stride, head_bytes, offset)
         window = shape.windows[self._start_layer + number]
+        rows = self._attended_rows(count)
         mask = None
         if count > 1:  # a single token attends to all rows it is given
             mask = masks.get((index, window))
             if mask is None:
-                mask = masks[index, window] = memory.outside(self._call("new_tensor_2d", 1, 1, count))
-                slots.masks.append((index, window, memory.word(mask)))
+                mask = masks[index, window] = memory.outside(self._call("new_tensor_2d", 1, 1, rows))
+                slots.masks.append(MaskSlot(index, window, rows, memory.word(mask)))
+        if rows > count:
+            own = self._call("pad", self._call("cont", own), 0, rows - count, 0, 0)
         return self._call("flash_attn_ext", own, key, value, mask, shape.attention_scale, 0.0, shape.attention_cap)
+
+    def _attended_rows(self, count: int) -> int:
+        """How many rows attention computes for a span of so many: those beyond are thrown away."""
+        is_tiled = TILED_ROWS <= count < TILE_ROWS and self._tensors.key_type in TILED_TYPES
+        return TILE_ROWS if is_tiled else count
 
     def _slot(self, data: list[int], counts: list[int]) -> int:
         """K or V of one session in one layer; how many rows it has is written before each step."""

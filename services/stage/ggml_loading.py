@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
 from noodle.families import check_supported
 from noodle.model_files import model_digest, read_config
 from services.stage.ggml_calls import GgmlCalls
+from services.stage.ggml_few_rows import dot_counts
 from services.stage.ggml_gguf import GgufTensors, gguf_in
 from services.stage.ggml_layers import INTERLEAVED, NEOX, SliceTensors
 from services.stage.ggml_library import load_ggml
@@ -81,11 +83,12 @@ def load_ggml_slice(
     backend = library.backend(threads)
     loaded = GgmlTensors(ggml, backend, blocks)
     tensors = _tensors(loaded, shape, start_layer, end_layer, weights, KV_TYPE_NUMBERS[kv_dtype], row_bytes, pairing)
+    matrices = [*tensors.head.values(), *(tensor for layer in tensors.layers for tensor in layer.values())]
     return GgmlSlice(
         ggml,
         backend,
         loaded,
-        tensors,
+        replace(tensors, dot_counts=dot_counts(ggml, backend, matrices)),
         shape,
         start_layer=start_layer,
         end_layer=end_layer,

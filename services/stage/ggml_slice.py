@@ -16,6 +16,7 @@ import numpy.typing as npt
 from noodle.errors import WireError
 from noodle.wire import WireTensor
 from services.stage.ggml_calls import GgmlCalls
+from services.stage.ggml_few_rows import zero_lone_expert
 from services.stage.ggml_graph import GraphMemory, SlotPatches, SpanRows
 from services.stage.ggml_kv import GgmlRows
 from services.stage.ggml_layers import LAYER_TENSORS, SPAN_TENSORS, LayerGraph, SliceTensors
@@ -211,6 +212,7 @@ class GgmlSlice:
         ggml.ggml_build_forward_expand(memory.graph, positions)
         ggml.ggml_build_forward_expand(memory.graph, output)
         memory.allocate(self._backend)
+        zero_lone_expert(memory, build.lone_expert, tokens)
         windows = shape.windows[self.start_layer : self.end_layer]
         return _StepGraph(
             memory,
@@ -235,10 +237,12 @@ class GgmlSlice:
         memory = GraphMemory(ggml, 64)
         inputs = ggml.ggml_new_tensor_2d(memory.context, ggml.GGML_TYPE_F32, self.hidden_size, row_count)
         ggml.ggml_set_input(inputs)
-        logits = LayerGraph(memory, self._shape, self._tensors, self.start_layer).head(inputs)
+        build = LayerGraph(memory, self._shape, self._tensors, self.start_layer)
+        logits = build.head(inputs)
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(memory.graph, logits)
         memory.allocate(self._backend)
+        zero_lone_expert(memory, build.lone_expert, row_count)
         made = _HeadGraph(
             memory,
             memory.array(inputs, (row_count, self.hidden_size), "<f4"),

@@ -13,7 +13,7 @@ def nothing_known(monkeypatch):
     monkeypatch.setattr(few_rows, "_known", {})
 
 
-def large(out=512, into=256, **options):
+def large(out=1024, into=256, **options):
     return nn.Linear(into, out, **options).requires_grad_(False)
 
 
@@ -44,10 +44,10 @@ def test_ways_are_measured_once_for_layers_that_are_alike(monkeypatch):
     monkeypatch.setattr(
         few_rows, "fastest_ways", lambda shape, _dtype: asked.append(tuple(shape)) or (Way.ROWS,) * MOST_ROWS
     )
-    model = nn.Sequential(large(), large(), large(out=256, into=512))
+    model = nn.Sequential(large(), large(), large(out=256, into=1024))
     choose_ways(model)
     choose_ways(nn.Sequential(large()))
-    assert asked == [(512, 256), (256, 512)]
+    assert asked == [(1024, 256), (256, 1024)]
 
 
 def test_a_way_is_known_for_every_small_number_of_rows():

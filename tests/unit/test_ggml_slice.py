@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from noodle.errors import ConfigurationError, ModelNotFound, PlanDoesNotFit, UnsupportedModel, WireError
 from noodle.wire import WireTensor
-from services.stage import ggml_slice
+from services.stage import ggml_loading, ggml_slice
 from services.stage.ggml_loading import load_ggml_slice
 from services.stage.slice_interface import PackedBatch, Span
 from services.stage.slice_loading import load_slice
@@ -78,6 +78,32 @@ def test_long_chunks_and_windows_are_the_same_as_in_transformers(model_type, tmp
     steps = [[(0, 150)], [(0, 70), (1, 130)], [(0, 1), (1, 69)], [(0, 400)], *[[(0, 1)]] * 18, [(0, 1), (1, 1)]]
     got = SlicePipeline(folder, (0, 3, 6), executor="ggml", context_length=1024).run(sessions, steps)
     assert relative_difference(got, unsplit_logits(folder, sessions)) < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma2"])
+def test_few_rows_by_dot_products_are_the_same_as_by_tiles(model_type, tmp_path, monkeypatch):
+    monkeypatch.setattr(ggml_loading, "dot_counts", lambda *_: {0: frozenset(range(2, 9))})
+    folder = make_tiny_model(tmp_path, model_type)
+    sessions = random_sessions(LENGTHS)
+    got = SlicePipeline(folder, (0, 2, 6), executor="ggml").run(sessions, STEPS)
+    assert relative_difference(got, unsplit_logits(folder, sessions)) < 1e-5
+
+
+def test_for_every_type_of_large_weights_it_is_measured_which_way_is_faster(tmp_path):
+    folder = make_tiny_model(tmp_path, "llama", hidden_size=512, intermediate_size=1024)
+    for weights, kind in {"f32": 0, "f16": 1, "q8_0": 8}.items():
+        found = load(folder, weights=weights)._tensors.dot_counts
+        assert set(found) == {kind}
+        assert found[kind] <= set(range(2, 9))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_chunks_below_a_tile_of_attention_are_the_same_wherever_they_stand_in_a_step(model_type, tmp_path):
+    folder = make_tiny_model(tmp_path, model_type, sliding_window=40)
+    sessions = random_sessions((120, 90, 60))
+    steps = [[(0, 22)], [(1, 63), (0, 30)], [(0, 1), (2, 40), (1, 21)], [(2, 20), (1, 6), (0, 50)], [(0, 17)]]
+    got = SlicePipeline(folder, (0, 3, 6), executor="ggml").run(sessions, steps)
+    assert relative_difference(got, unsplit_logits(folder, sessions)) < 1e-5
 
 
 def test_graphs_are_bounded_in_number_and_in_bytes(folder, monkeypatch):
