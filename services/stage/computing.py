@@ -69,7 +69,7 @@ def measured_report(
     from noodle.families import check_supported
     from services.stage.choosing import choose
     from services.stage.device import choose_device, choose_dtype, device_name, free_memory
-    from services.stage.executors import ggml_hindrance, version_of
+    from services.stage.executors import build_of, ggml_hindrance, version_of
     from services.stage.measure import MeasuredSeconds, MeasurementKey, measure_machine
     from services.stage.model_quality import ModelQuality
 
@@ -114,7 +114,7 @@ def measured_report(
             device.value,
             name,
             candidate.executor,
-            version_of(candidate.executor),
+            build_of(candidate.executor),
             candidate.weights,
             candidate.kv_dtype,
             candidate.dtype,

@@ -8,7 +8,7 @@ from typing import Any
 from noodle.errors import GgmlUnavailable
 from services.stage.candidates import Candidate
 from services.stage.ggml_families import ggml_lacks
-from services.stage.ggml_library import ggml_version, load_ggml
+from services.stage.ggml_library import ggml_build, ggml_version, load_ggml
 from services.stage.reading import Fetch, Progress, ignore_progress, nothing_to_fetch
 from services.stage.slice_interface import ModelSlice
 
@@ -70,7 +70,12 @@ def ggml_hindrance(config: dict[str, Any], device: str) -> str:
 
 
 def version_of(executor: str) -> str:
-    """Of the package that computes, for what is kept of its speed and quality."""
+    """Of the package that computes, for what is kept of its quality: on every machine the same."""
     import torch
 
     return f"ggml-python {ggml_version()}" if executor == "ggml" else f"torch {torch.__version__}"
+
+
+def build_of(executor: str) -> str:
+    """The version as this machine has it, for what is kept of its speed here."""
+    return f"{version_of(executor)} {ggml_build()}" if executor == "ggml" else version_of(executor)

@@ -104,6 +104,18 @@ def ggml_version() -> str:
         return ""
 
 
+def ggml_build() -> str:
+    """Which build of its libraries is installed, by when they were made; empty when none is.
+
+    The same version built again with other switches computes at another speed.
+    """
+    try:
+        made = max((path.stat().st_mtime for path in _folder_of_libraries().glob("libggml*.so")), default=0.0)
+    except (GgmlUnavailable, OSError):
+        return ""
+    return f"{int(made):x}" if made else ""
+
+
 def processor_flags(cpuinfo: Path = CPUINFO) -> frozenset[str] | None:
     """What this machine's x86 processor can do, by Linux's names; None where that is not told, or it is no x86."""
     if platform.machine().lower() not in X86:

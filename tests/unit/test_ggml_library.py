@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import platform
 from pathlib import Path
 
@@ -80,3 +81,17 @@ def test_ggml_was_built_with_the_switches_that_make_prompts_fast() -> None:
 
     assert kernels
     assert all(b"llamafile_sgemm" in path.read_bytes() for path in kernels)
+
+
+def test_a_rebuilt_ggml_is_another_build_of_the_same_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "libggml-cpu.so"
+    library.touch()
+    monkeypatch.setattr(ggml_library, "_folder_of_libraries", lambda: tmp_path)
+    os.utime(library, (1_700_000_000, 1_700_000_000))
+    first = ggml_library.ggml_build()
+    os.utime(library, (1_700_000_060, 1_700_000_060))
+
+    assert first
+    assert ggml_library.ggml_build() not in ("", first)
+    library.unlink()
+    assert ggml_library.ggml_build() == ""
