@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from noodle.errors import ConfigurationError, UnsupportedModel
 from noodle.formats import Quality, why_refused
@@ -13,6 +13,7 @@ from services.stage.measure import MeasuredSeconds
 # What a candidate is held against another by: a request of as many prompt tokens as new ones. A prompt's tokens are
 # computed together, so they weigh little where they are not slow.
 PROMPT_TOKENS_PER_NEW_TOKEN = 1.0
+FEWER_THREADS_SHARE = 0.95  # of the seconds of all threads: what fewer of them must not take
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,23 @@ def choose(
         f"No allowed way to compute this model is left here: {'; '.join(refused)}.",
         cure="Allow more (NOODLE_QUALITY=small), or leave NOODLE_WEIGHTS and NOODLE_DTYPE at auto.",
     )
+
+
+def choose_threads(
+    chosen: Chosen, threads: int, measure: Callable[[Candidate, int], MeasuredSeconds]
+) -> tuple[int, Chosen]:
+    """Half as many threads where these are faster: of two that share a core one may only be in the other's way.
+
+    Gives how many, and the choice with the seconds that they take.
+    """
+    half = threads // 2
+    if half < 1:
+        return threads, chosen
+    seconds = measure(chosen.candidate, half)
+    if cost(seconds) >= FEWER_THREADS_SHARE * cost(chosen.seconds):
+        return threads, chosen
+    reason = f"{chosen.reason}; {half} threads take {_times(seconds)}, {threads} more than that"
+    return half, replace(chosen, seconds=seconds, reason=reason)
 
 
 def cost(seconds: MeasuredSeconds) -> float:

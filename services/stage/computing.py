@@ -67,7 +67,7 @@ def measured_report(
     from transformers import AutoConfig
 
     from noodle.families import check_supported
-    from services.stage.choosing import choose
+    from services.stage.choosing import choose, choose_threads
     from services.stage.device import choose_device, choose_dtype, device_name, free_memory
     from services.stage.executors import build_of, ggml_hindrance, version_of
     from services.stage.measure import MeasuredSeconds, MeasurementKey, measure_machine
@@ -108,7 +108,8 @@ def measured_report(
         head_decode_seconds=0.0,
     )
 
-    def measure(candidate: Candidate) -> MeasuredSeconds:
+    def measure(candidate: Candidate, threads: int = threads) -> MeasuredSeconds:
+        torch.set_num_threads(threads)
         key = MeasurementKey(
             digest,
             device.value,
@@ -148,9 +149,13 @@ def measured_report(
     has_gguf = [path.is_file() for path in folder.glob("*.gguf")] == [True]
     compared = candidates(wishes, dtype.value, hindrance, has_gguf=has_gguf)
     chosen = choose(compared, config.quality, measure, quality_of)
-    log.info("layers are computed by %s", chosen.reason)
+    if device.value == "cpu":
+        threads, chosen = choose_threads(chosen, threads, measure)
+        torch.set_num_threads(threads)
+    log.info("layers are computed on %d threads by %s", threads, chosen.reason)
     return msgspec.structs.replace(
         with_candidate(report, chosen.candidate),
+        threads=threads,
         decode_layer_seconds=chosen.seconds.decode_layer_seconds,
         prefill_layer_seconds_per_token=chosen.seconds.prefill_layer_seconds_per_token,
         head_decode_seconds=chosen.seconds.head_decode_seconds,

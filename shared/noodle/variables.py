@@ -203,7 +203,12 @@ VARIABLES: tuple[Variable, ...] = (
         _one_of("auto", *HOP_DTYPES),
         "format of what goes from stage to stage; auto: as computed, 16 bits over slow links; int8: prompts alone",
     ),
-    Variable("NOODLE_THREADS", "0", _whole(0, 1024), "threads this stage computes with; 0: one per core it may use"),
+    Variable(
+        "NOODLE_THREADS",
+        "0",
+        _whole(0, 1024),
+        "threads this stage may compute with: all, or half where that is faster; 0: one per core it may use",
+    ),
     Variable("NOODLE_KV_BYTES", "0", _whole(0, 1 << 50), "bytes for KV rows on this stage; 0: half of what is free"),
     # a request
     Variable("NOODLE_MAX_OPEN_REQUESTS", "64", _whole(1, 4096), "requests computed at the same time"),

@@ -5,7 +5,7 @@ import pytest
 from noodle.errors import ConfigurationError, UnsupportedModel
 from noodle.formats import ALLOWANCES, Quality
 from services.stage.candidates import Wishes, candidates
-from services.stage.choosing import choose
+from services.stage.choosing import choose, choose_threads
 from services.stage.measure import MeasuredSeconds
 
 SPEEDS = {
@@ -103,3 +103,23 @@ def test_where_quality_can_not_be_measured_only_float32_or_what_was_asked_for_is
 
     assert chosen(quality=unknown).candidate.is_lossless
     assert str(chosen(Wishes(weights="q8_0"), quality=unknown).candidate) == "ggml q8_0"
+
+
+@pytest.mark.parametrize(("half_takes", "taken"), [(0.9, 4), (0.97, 8), (1.5, 8)])
+def test_half_the_threads_are_taken_where_they_are_clearly_faster(half_takes, taken):
+    made, asked = chosen(), []
+
+    def measure(candidate, threads):
+        asked.append((str(candidate), threads))
+        return MeasuredSeconds(2.0 * half_takes, 0.1 * half_takes, 0.0)
+
+    threads, told = choose_threads(made, 8, measure)
+    assert asked == [("ggml q8_0", 4)]
+    assert threads == taken
+    assert ("4 threads take" in told.reason) == (taken == 4)
+    assert told.seconds == (measure(made.candidate, 4) if taken == 4 else made.seconds)
+
+
+def test_one_thread_has_no_half():
+    made = chosen()
+    assert choose_threads(made, 1, lambda *_: pytest.fail("measured")) == (1, made)
