@@ -66,16 +66,18 @@ def choose_ways(model: nn.Module) -> None:
             by_kind.setdefault((weight.shape, weight.dtype, threads), []).append(module)
     for kind, modules in by_kind.items():
         if kind not in _known:
-            _known[kind] = fastest_ways(*kind[:2])
+            _known[kind] = fastest_ways(modules[0].weight)
         for module in modules:
             module.__class__ = FewRowsLinear
             module.__dict__["ways"] = _known[kind]
 
 
-def fastest_ways(shape: torch.Size, dtype: torch.dtype) -> tuple[Way, ...]:
-    """For each number of rows from 1 to MOST_ROWS, with weights of a shape that come from memory."""
-    count = -(-TIMED_BYTES // (shape.numel() * dtype.itemsize))
-    weights = torch.ones(count, *shape, dtype=dtype)  # one block, which goes back to the system as a whole
+def fastest_ways(weight: torch.Tensor) -> tuple[Way, ...]:
+    """For each number of rows from 1 to MOST_ROWS, with weights like this one that come from memory and no cache."""
+    if weight.nbytes >= TIMED_BYTES:
+        weights = weight[None, : TIMED_BYTES // weight[0].nbytes]
+    else:  # one block, which goes back to the system as a whole
+        weights = torch.ones(-(-TIMED_BYTES // weight.nbytes), *weight.shape, dtype=weight.dtype)
     with torch.inference_mode():
         return tuple(_fastest_way(weights, rows) for rows in range(1, MOST_ROWS + 1))
 

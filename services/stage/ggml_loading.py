@@ -83,7 +83,7 @@ def load_ggml_slice(
     backend = library.backend(threads)
     loaded = GgmlTensors(ggml, backend, blocks)
     tensors = _tensors(loaded, shape, start_layer, end_layer, weights, KV_TYPE_NUMBERS[kv_dtype], row_bytes, pairing)
-    matrices = [*tensors.head.values(), *(tensor for layer in tensors.layers for tensor in layer.values())]
+    matrices = [*(tensor for layer in tensors.layers for tensor in layer.values()), *tensors.head.values()]
     return GgmlSlice(
         ggml,
         backend,
