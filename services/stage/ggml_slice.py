@@ -31,6 +31,9 @@ Floats = npt.NDArray[np.float32]
 # kept between steps: enough for every number of decoding sessions and some chunks beside them
 MAXIMUM_GRAPHS = 96
 MAXIMUM_GRAPH_BYTES = 256 << 20
+# Of steps with more tokens one is kept: chunks of prompts are seldom of the same size, take megabytes each, and so long
+# to compute that it matters little to build one anew.
+LARGE_STEP_TOKENS = 32
 
 
 @dataclass
@@ -252,13 +255,19 @@ class GgmlSlice:
         return made
 
     def _keep(self, key: tuple[bool, tuple[int, ...]], graph: _StepGraph | _HeadGraph) -> None:
-        """Keep a new graph, and free those that were not used for longest when they are too many or too large."""
+        """Keep a new graph, and free large ones, and those not used for longest when they are too many or too large."""
+        if sum(key[1]) > LARGE_STEP_TOKENS:
+            for other in [other for other in self._graphs if sum(other[1]) > LARGE_STEP_TOKENS]:
+                self._drop(other)
         self._graphs[key] = graph
         self._graph_bytes += graph.memory.byte_count
         while len(self._graphs) > 1 and (len(self._graphs) > MAXIMUM_GRAPHS or self._graph_bytes > MAXIMUM_GRAPH_BYTES):
-            _, oldest = self._graphs.popitem(last=False)
-            self._graph_bytes -= oldest.memory.byte_count
-            oldest.memory.close()
+            self._drop(next(iter(self._graphs)))
+
+    def _drop(self, key: tuple[bool, tuple[int, ...]]) -> None:
+        memory = self._graphs.pop(key).memory
+        self._graph_bytes -= memory.byte_count
+        memory.close()
 
 
 def _free(ggml: Any, backend: Any, weights: GgmlTensors, graphs: OrderedDict[Any, _StepGraph | _HeadGraph]) -> None:

@@ -26,6 +26,7 @@ from noodle.plan import MachineReport, Plan, StagePhase, StageState
 from noodle.weight_cache import WeightCache
 from noodle.work_queue import WorkQueue
 from services.stage.computing import card_reader, import_early, load_role, measured_report
+from services.stage.freed_memory import return_freed_memory
 from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class Lifecycle:
                 threads=self._report.threads,
                 choice=self._report.choice,
             )
+        return_freed_memory()
         self._say("waiting", "for a plan")
         while not self.stopping.is_set():
             plan = self._newest_plan()
@@ -320,6 +322,7 @@ class Lifecycle:
             self._say("failed", str(error))
             return
         self._stage.become(plan.version, role)
+        return_freed_memory()
         kv_bytes = self._stage.kv_budget_bytes
         with self._lock:
             self._state = msgspec.structs.replace(
