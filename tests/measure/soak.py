@@ -116,10 +116,12 @@ class Soak:
         return any(died_at > began_at - 1.0 for died_at in self.coordinator_died_at)
 
     def memory_now(self) -> dict[str, int]:
-        """Of each service, its master counted, and of `noodle up` itself."""
+        """Of each service, its master counted, and of `noodle up` itself; and what of the stages' is KV rows."""
         taken = {"noodle up": proportional_bytes(self.cluster.process.pid)}
         for name in SERVICES:
             taken[name] = sum(proportional_bytes(pid) for pid in pids_of(self.cluster, name))
+        for state in self.cluster.stage_states():  # rows of ended sessions are kept until their room is needed
+            taken[f"KV rows of stage-{state['stage_id']}"] = int(state["kv_bytes_held"])
         return taken
 
     def tell(self, section: Section) -> None:
