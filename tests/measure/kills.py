@@ -34,13 +34,18 @@ EMPTY_SECONDS = 60.0
 LAYERS = (15, 15)
 
 
-def measure(executor: str = TRANSFORMERS) -> Section:
-    """What fails is said in the section and not hidden: the claim is that nothing does."""
-    section = Section(named("kills", executor), title_of("Everything dies", executor))
+def measure(asked: str = TRANSFORMERS) -> Section:
+    """What fails is said in the section and not hidden: the claim is that nothing does.
+
+    `asked` is an executor and perhaps, after a comma, how many times each kind of death comes.
+    """
+    executor, _, wanted_times = asked.partition(",")
+    times = int(wanted_times or TIMES)
+    section = Section(named("kills", asked), title_of("Everything dies", executor))
     section.say(
         f"SmolLM2-135M-Instruct, {executor}, float32, two stages of one thread on two shared cores, {STREAMS} streams "
         f"at once, half greedy and half drawn with a seed, {NEW_TOKENS} tokens each; `kill -9` at a random moment, "
-        f"{TIMES} times of each kind. Clients come back for the rest of their streams. Equal: the tokens of the "
+        f"{times} times of each kind. Clients come back for the rest of their streams. Equal: the tokens of the "
         f"undisturbed run; tied: the first other token stands where the two best logits are closer than {TIE_GAP:g}. "
         "Held: the most KV bytes that stages hold after a run beyond what is kept for prefixes. The times are from the "
         "death to each stream's next token."
@@ -55,14 +60,14 @@ def measure(executor: str = TRANSFORMERS) -> Section:
             processes = len(processes_of(cluster))
             for kind in (*SERVICES_OF, "valkey, then the coordinator"):
                 name = kind.replace(" ", "-").replace(",", "")
-                runs = [one_run(cluster, f"{name}-{number}", killer(cluster, kind), chance) for number in range(TIMES)]
+                runs = [one_run(cluster, f"{name}-{number}", killer(cluster, kind), chance) for number in range(times)]
                 rows.append(row_of(section, kind, runs, expected, whole))
             wait_until(cluster.is_ready, EMPTY_SECONDS, "it is whole again")
             processes_after = len(processes_of(cluster))
         finally:
             cluster.stop()
         left = len(processes_of(cluster))
-    rows.append(row_of(section, KINDS[-1], link_runs(chance, executor), expected, whole))
+    rows.append(row_of(section, KINDS[-1], link_runs(chance, executor, times), expected, whole))
     section.table(
         ["killed", "requests", "ended", "equal", "tied", "held", "median s to the next token", "95th", "worst"], rows
     )
@@ -117,7 +122,7 @@ def is_empty(services: Services) -> bool:
         return False
 
 
-def link_runs(chance: random.Random, executor: str) -> list[Run]:
+def link_runs(chance: random.Random, executor: str, times: int) -> list[Run]:
     """All connections into stage 1 are cut."""
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -131,7 +136,7 @@ def link_runs(chance: random.Random, executor: str) -> list[Run]:
         ) as rig,
         running_coordinator(rig, Path(scratch)) as services,
     ):
-        return [one_run(services, f"link-{number}", rig.relays[1].cut, chance) for number in range(TIMES)]
+        return [one_run(services, f"link-{number}", rig.relays[1].cut, chance) for number in range(times)]
 
 
 def computed_by(executor: str) -> tuple[dict[str, str], ...]:
