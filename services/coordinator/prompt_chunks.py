@@ -23,23 +23,19 @@ def chunk_shares(
 
     `fixed_seconds` and `work_seconds` are each stage's, in pipeline order.
     """
-
-    def seconds(shares: tuple[float, ...]) -> float:
-        return pipeline_seconds(fixed_seconds, work_seconds, shares)
-
     best: tuple[float, ...] = (1.0,)
+    best_seconds = whole_seconds = pipeline_seconds(fixed_seconds, work_seconds, best)
     for growth in GROWTH if len(fixed_seconds) > 1 else ():
-        best_here: tuple[float, ...] = (1.0,)
-        worse = 0
+        least_seconds, worse = whole_seconds, 0  # with chunks that grow like this
         for count in range(2, min(most_chunks, MAXIMUM_CHUNKS) + 1):
             shares = _growing(count, growth)
             if min(shares) < smallest_share or worse > PATIENCE:
                 break
-            if seconds(shares) < seconds(best_here):
-                best_here, worse = shares, 0
-            else:
-                worse += 1
-        best = min(best, best_here, key=seconds)
+            seconds = pipeline_seconds(fixed_seconds, work_seconds, shares)
+            worse = 0 if seconds < least_seconds else worse + 1
+            least_seconds = min(least_seconds, seconds)
+            if seconds < best_seconds:
+                best, best_seconds = shares, seconds
     return best
 
 

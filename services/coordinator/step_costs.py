@@ -21,6 +21,7 @@ from services.coordinator.session import Limits
 PRIOR_DECODE_SHARE = 0.2
 SMALLEST_CHUNK_TOKENS = 32  # below it a chunk costs nearly as much as a larger one: weights are read for each
 MEAN_WEIGHT = 0.1  # of the newest step in the mean of steps with as many tokens
+KNOWN_ENDS = 256  # prompts of which it is remembered where they are cut
 KNOWN_STEPS = 3  # so many steps make a mean that is better than the line
 TRIAL_STEPS = 8  # how long another cut is tried out, in decode steps
 TRIAL_INTERVAL_STEPS = 256  # how often
@@ -58,6 +59,7 @@ class StepCosts:
             DecodeCosts(LineFit(one * (1 - PRIOR_DECODE_SHARE), one * PRIOR_DECODE_SHARE, 1, 16)) for _ in stages
         ]
         self._chunks = [ChunkCosts(one) for _ in stages]
+        self._ends: dict[tuple[int, int], tuple[int, ...]] = {}  # of prompts, by what was learnt of chunks until now
         self._chosen: dict[int, int] = {}  # by number of sessions
         self._steps = 0  # decode steps that came back
 
@@ -72,6 +74,7 @@ class StepCosts:
         """Take in a step of chunks of prompts, whose tokens attend to so many rows each."""
         if len(timings) != len(self._chunks) or token_count < SMALLEST_CHUNK_TOKENS:
             return
+        self._ends.clear()
         for chunks, decode, timing in zip(self._chunks, self._decode, timings, strict=True):
             chunks.add(token_count, mean_rows, max(1e-6, timing.computed_seconds), max(1e-6, decode.seconds(1)))
 
@@ -100,7 +103,17 @@ class StepCosts:
         return max(count * max(each), sum(each))
 
     def chunk_ends(self, first: int, end: int) -> tuple[int, ...]:
-        """Where to cut a prompt's tokens [first, end), so that all stages have computed it soonest; ends with `end`."""
+        """Where to cut a prompt's tokens [first, end), so that all stages have computed it soonest; ends with `end`.
+
+        A prompt that waits for room asks at every step: it is only found anew when a chunk has been measured.
+        """
+        if (first, end) not in self._ends:
+            if len(self._ends) >= KNOWN_ENDS:  # short prompts teach nothing of chunks, and so clear nothing
+                self._ends.clear()
+            self._ends[first, end] = self._new_ends(first, end)
+        return self._ends[first, end]
+
+    def _new_ends(self, first: int, end: int) -> tuple[int, ...]:
         fixed = [chunks.fixed_seconds for chunks in self._chunks]
         work = [chunks.seconds(first, end) for chunks in self._chunks]
         slowest = max(range(len(work)), key=lambda stage: fixed[stage] + work[stage])

@@ -59,7 +59,7 @@ def choose_ways(model: nn.Module) -> None:
     threads = torch.get_num_threads()
     by_kind: dict[_Kind, list[nn.Linear]] = {}
     for module in model.modules():
-        if not isinstance(module, nn.Linear) or type(module) is not nn.Linear:  # another class may compute otherwise
+        if type(module) is not nn.Linear:  # another class may compute otherwise
             continue
         weight = module.weight
         if weight.device.type == "cpu" and weight.numel() >= SMALLEST_ITEMS:

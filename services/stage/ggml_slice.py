@@ -28,7 +28,7 @@ from services.stage.slice_interface import PackedBatch, SliceOutput, Span, check
 
 Floats = npt.NDArray[np.float32]
 
-# kept between steps: enough for every number of decoding sessions and some chunks beside them
+# kept between steps: enough for every number of decoding sessions, and a chunk beside them
 MAXIMUM_GRAPHS = 96
 MAXIMUM_GRAPH_BYTES = 256 << 20
 # Of steps with more tokens one is kept: chunks of prompts are seldom of the same size, take megabytes each, and so long

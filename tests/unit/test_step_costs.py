@@ -3,6 +3,7 @@
 import pytest
 
 from noodle.messages import StageTiming
+from services.coordinator import step_costs
 from services.coordinator.session import Limits
 from services.coordinator.step_costs import DECODE_GAP_SECONDS, SMALLEST_CHUNK_TOKENS, TRIAL_INTERVAL_STEPS, StepCosts
 
@@ -122,3 +123,19 @@ def test_now_and_then_every_cut_is_tried():
         tried.add(costs.micro_batches(8))
         costs.add_decode(4, [StageTiming(i, 0.0, 0.02, 0.0) for i in range(2)])
     assert tried == {1, 2}
+
+
+def test_where_a_prompt_is_cut_is_found_once_until_a_chunk_is_measured_and_remembered_of_few(monkeypatch):
+    asked = []
+    monkeypatch.setattr(step_costs, "chunk_shares", lambda *_: asked.append(1) or (1.0,))
+    monkeypatch.setattr(step_costs, "KNOWN_ENDS", 3)
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    for _ in range(5):
+        assert costs.chunk_ends(0, 500) == (500,)
+    assert len(asked) == 1
+    costs.add_chunks(100, 50.0, [StageTiming(i, 0.0, 0.1, 0.0) for i in range(2)])
+    costs.chunk_ends(0, 500)
+    assert len(asked) == 2
+    for end in range(100, 120):
+        costs.chunk_ends(0, end)
+    assert len(costs._ends) <= 3
