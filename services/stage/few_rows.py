@@ -7,16 +7,17 @@ long as two columns of which one is thrown away. Which way is fastest is measure
 
 from __future__ import annotations
 
-import math
-import time
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import nn
 
+from services.stage.least_seconds import least_seconds
+
 MOST_ROWS = 8  # of more, no other way was ever faster
 SMALLEST_ITEMS = 1 << 18  # of a weight that is worth a look
-ROUNDS = 2  # of which the fastest counts: what else runs here only ever adds
+ROUNDS = 2  # of each way, of which the fastest counts
 TIMED_BYTES = 48 << 20  # of weights of one shape, one behind the other: more than a processor's caches hold
 WORTH_CHANGING = 0.85  # of the seconds as torch does it
 
@@ -84,15 +85,14 @@ def fastest_ways(weight: torch.Tensor) -> tuple[Way, ...]:
 
 def _fastest_way(weights: torch.Tensor, count: int) -> Way:
     rows = torch.ones(count, weights.shape[2], dtype=weights.dtype)
-    as_it_is, other = Way.ROWS, Way.TWO_COLUMNS if count == 1 else Way.COLUMNS
-    seconds = {as_it_is: math.inf, other: math.inf}
-    for _ in range(ROUNDS):
-        for way in seconds:
-            start = time.perf_counter()
-            for weight in weights:
-                multiplied(way, weight, rows)
-            seconds[way] = min(seconds[way], time.perf_counter() - start)
-    return other if seconds[other] < WORTH_CHANGING * seconds[as_it_is] else as_it_is
+    other = Way.TWO_COLUMNS if count == 1 else Way.COLUMNS
+
+    def multiply_all(way: Way) -> None:
+        for weight in weights:
+            multiplied(way, weight, rows)
+
+    seconds = least_seconds([partial(multiply_all, Way.ROWS), partial(multiply_all, other)], ROUNDS)
+    return other if seconds[1] < WORTH_CHANGING * seconds[0] else Way.ROWS
 
 
 _Kind = tuple[torch.Size, torch.dtype, int]  # of weights that are alike: shape, type, and by how many threads

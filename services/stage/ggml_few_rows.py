@@ -7,17 +7,17 @@ products, and of four rows in 8 bits a quarter more; of sixteen rows two thirds.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from services.stage.ggml_graph import GraphMemory
+from services.stage.least_seconds import least_seconds
 
 MOST_ROWS = 8  # of more, tiles were always faster
-ROUNDS = 3  # of which the fastest counts: what else runs here only ever adds
+ROUNDS = 3  # of each way, of which the fastest counts
 SMALLEST_ITEMS = 1 << 18  # of a weight that is worth a look
 TIMED_BYTES = 48 << 20  # of weights of one type, one behind the other: more than a processor's caches hold
 WORTH_CHANGING = 0.9  # of the seconds by tiles
@@ -67,12 +67,7 @@ def zero_lone_expert(memory: GraphMemory, lone_expert: int, count: int) -> None:
 def _dots_are_faster(ggml: Any, backend: Any, weights: Sequence[int], count: int) -> bool:
     graphs = [_products(ggml, backend, weights, count, by_dots) for by_dots in (False, True)]
     try:
-        seconds = [math.inf, math.inf]
-        for _ in range(ROUNDS):
-            for way, memory in enumerate(graphs):
-                start = time.perf_counter()
-                memory.compute(backend)
-                seconds[way] = min(seconds[way], time.perf_counter() - start)
+        seconds = least_seconds([partial(memory.compute, backend) for memory in graphs], ROUNDS)
     finally:
         for memory in graphs:
             memory.close()
