@@ -9,6 +9,7 @@ from flask import Flask, Response, request
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
+from noodle.chunk_stream import ChunkStream
 from noodle.config import StageConfig
 from noodle.errors import Conflict, InvalidRequest
 from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
@@ -72,12 +73,11 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         require_token(config.cluster_token)
         stage.refuse_connections()
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
-        frames = stage.hops.serve(
-            unbuffered_read(request.environ["wsgi.input"]),
-            streaming_connection(),
-            maximum_frame_bytes(role.plan.hidden_size),
-        )
-        return _stream(frames)
+        if request.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            raise InvalidRequest("A hop is a stream of frames.", cure="Send it with Transfer-Encoding: chunked.")
+        connection = streaming_connection()
+        chunks = ChunkStream(connection.recv, connection.received_ahead())
+        return _stream(stage.hops.serve(chunks.read, connection, maximum_frame_bytes(role.plan.hidden_size)))
 
     @app.get("/activations/<activation_id>")
     def activations(activation_id: str) -> Response:

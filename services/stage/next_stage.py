@@ -16,7 +16,8 @@ from noodle.hop import HopConnection, KeptOpen
 from noodle.messages import HopMessage, HopRefused, KeepAlive, LiveSessions, Step, StepResult
 from noodle.metrics import TravelMetrics
 from noodle.plan import Plan
-from services.stage.transport import NO_BODY, Chain, ResultsOutlet
+from services.stage.results_outlet import ResultsOutlet
+from services.stage.transport import NO_BODY, Chain
 
 log = logging.getLogger(__name__)
 

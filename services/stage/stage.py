@@ -17,7 +17,8 @@ from services.stage.forward import Forwards
 from services.stage.next_stage import NextStage, ResultsWay
 from services.stage.outbox import Outbox
 from services.stage.queued_transport import Fetcher, QueuedInlet, QueuedOutlet, results_by
-from services.stage.transport import Chain, HopServer, Inbox, ResultsOutlet
+from services.stage.results_outlet import ResultsOutlet
+from services.stage.transport import Chain, HopServer, Inbox
 from services.stage.worker import Role, Worker
 
 INSTALL_TIMEOUT_SECONDS = 120.0  # the worker finishes the step in progress first

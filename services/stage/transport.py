@@ -1,6 +1,7 @@
-"""The stage's doors on the direct way: steps come in by POST /hop, results go out by GET /results, both streamed.
+"""The stage's door for steps on the direct way, POST /hop, and the inbox that they wait in.
 
-Knows frames, connections and the bounds of every buffer; not what a step means. The client's end is `noodle/hop.py`.
+Knows frames, connections and the bounds of every buffer; not what a step means. The client's end is `noodle/hop.py`,
+the door of the results `results_outlet.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
-import select
 import socket
 import threading
 import time
@@ -18,7 +18,7 @@ from typing import Any
 
 from noodle.errors import FrameTooLarge, WireError
 from noodle.hop import KEEP_ALIVE_SECONDS, SILENCE_SECONDS
-from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, LiveSessions, Step, StepResult
+from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, LiveSessions, Step
 from noodle.wire import ITEM_BYTES, MAXIMUM_HEADER_BYTES, MAXIMUM_STEP_TOKENS, encode_frame, read_frame
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 INBOX_FRAMES = 64
 INBOX_BYTES = 256 << 20
 INBOX_FULL_SECONDS = 60.0  # a worker that takes nothing for so long has lost its upstream's patience too
-RESULTS_FRAMES = 256
 NO_BODY = memoryview(b"")
 
 
@@ -239,71 +238,6 @@ class HopServer:
             log.info("the hop into stage %d was cut: %s", self._stage_id, error or type(error).__name__)
         refused.put(last_word)
         self._chain.wake()
-
-
-class ResultsOutlet:
-    """Hands results to the coordinator that reads them; without one they are dropped: it sends its steps again."""
-
-    def __init__(self, unread: Callable[[StepResult], object] = lambda _: None) -> None:
-        self._unread = unread  # takes results that a reader left behind
-        self._reader: queue.SimpleQueue[StepResult | None] | None = None  # of the newest connection
-        self._lock = threading.Lock()
-
-    def put(self, result: StepResult) -> bool:
-        """Queue one result; False when no coordinator takes them."""
-        with self._lock:
-            if self._reader is None or self._reader.qsize() >= RESULTS_FRAMES:
-                return False
-            self._reader.put(result)
-            return True
-
-    def serve(self, connection: socket.socket) -> Iterator[bytes]:
-        """The answer of one GET /results; a newer connection ends an older one."""
-        connection.settimeout(SILENCE_SECONDS)  # a reader that takes nothing is gone
-        # A SimpleQueue, as in the Inbox; `put` is its only writer of results and keeps it within RESULTS_FRAMES.
-        mine: queue.SimpleQueue[StepResult | None] = queue.SimpleQueue()
-        # What is written after the other end has closed is lost without a word, the first time. It sends nothing, so
-        # whatever there is to read is its end.
-        gone = select.poll()
-        gone.register(connection, select.POLLIN | select.POLLRDHUP)
-        self._replace(mine)
-        try:
-            yield _frame(KeepAlive())
-            while True:
-                try:
-                    result = mine.get(timeout=KEEP_ALIVE_SECONDS)
-                except queue.Empty:
-                    yield _frame(KeepAlive())
-                    continue
-                if result is None:
-                    return
-                if gone.poll(0):
-                    self._unread(result)
-                    return
-                yield _frame(result)
-        finally:
-            with self._lock:
-                if self._reader is mine:
-                    self._reader = None
-            self._leave(mine)
-
-    def close(self) -> None:
-        """End the connection at once."""
-        self._replace(None)
-
-    def _leave(self, reader: queue.SimpleQueue[StepResult | None]) -> None:
-        """What nobody has read: nothing is added any more, for another reader, or none, has its place."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                result = reader.get_nowait()
-                if result is not None:
-                    self._unread(result)
-
-    def _replace(self, reader: queue.SimpleQueue[StepResult | None] | None) -> None:
-        with self._lock:
-            older, self._reader = self._reader, reader
-        if older is not None:
-            older.put(None)  # one that is blocked in its socket ends by its timeout
 
 
 def _frame(message: HopMessage) -> bytes:

@@ -61,6 +61,11 @@ class ClientConnection(socket.socket):
         # a token waits for each read of a hop: without a deadline to look at, the socket's own way is enough
         self.recv = super().recv  # type: ignore[method-assign, assignment]  # of this connection, until its next request
 
+    def received_ahead(self) -> bytes:
+        """What came of the body together with the head; whoever reads the body itself begins with it."""
+        ahead: bytes = self.http_request.unreader.take_buffered()
+        return ahead
+
     def end(self) -> None:
         """The request is answered: give back what it held."""
         if self._has_place:

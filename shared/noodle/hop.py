@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from noodle.chunk_stream import ChunkStream
 from noodle.errors import LinkLost, WireError
 from noodle.messages import HopMessage, KeepAlive
 from noodle.web import start_loop
@@ -31,7 +32,6 @@ RECONNECT_LAST_SECONDS = 1.0  # between two tries to open a connection
 SEND_TIMEOUT_SECONDS = 15.0  # back-pressure this long is a loss
 MAXIMUM_ANSWER_BYTES = 32 << 20  # of a frame from a stage back to its caller: no activations among them
 MAXIMUM_REFUSAL_BYTES = 64 << 10
-READ_AHEAD_BYTES = 64 << 10  # of an answer's chunk at once
 SMALL_FRAME_BYTES = 64 << 10  # below it, one copy and one system call are cheaper than three calls
 
 PLAN_VERSION_HEADER = "X-Noodle-Plan-Version"
@@ -89,8 +89,8 @@ class _FrameStream:
 
     def _read(self) -> None:
         try:
-            read = _buffered_read(self._answer)
-            while (frame := read_frame(read, MAXIMUM_ANSWER_BYTES)) is not None:
+            chunks = ChunkStream(self._answer.fp.read1)  # what came behind the head is in there
+            while (frame := read_frame(chunks.read, MAXIMUM_ANSWER_BYTES)) is not None:
                 self._on_message(frame[0])
             self._lose("the other end closed it")
         except (OSError, http.client.HTTPException, WireError, ValueError, AttributeError) as error:
@@ -205,23 +205,6 @@ class ResultsConnection(_FrameStream):
         """Take the results of one plan; raises LinkLost when the stage is not there, not last or not ready."""
         headers = {PLAN_VERSION_HEADER: str(plan_version), COORDINATOR_EPOCH_HEADER: str(coordinator_epoch)}
         self._open("GET", "/results", headers)
-
-
-def _buffered_read(answer: http.client.HTTPResponse) -> Callable[[int], bytes]:
-    """`answer.read`, but taking what has come of a chunk at once: a frame is one chunk, and read in three pieces."""
-    held = bytearray()
-
-    def read(wanted_bytes: int) -> bytes:
-        while len(held) < wanted_bytes:
-            part = answer.read1(READ_AHEAD_BYTES)
-            if not part:
-                break
-            held.extend(part)
-        taken = bytes(held[:wanted_bytes])
-        del held[:wanted_bytes]
-        return taken
-
-    return read
 
 
 class Opened(Protocol):
