@@ -7,6 +7,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUNTIME_STAMP := $(VENV)/.noodle-runtime
 DEV_STAMP := $(VENV)/.noodle-dev
 GGML_STAMP := $(VENV)/.noodle-ggml
+KERNELS := services/stage/kernels/packed_rows.c
+KERNELS_STAMP := $(VENV)/.noodle-kernels
 # switches of ggml's own build, with semicolons between; another device than the CPU is one more, as -DGGML_VULKAN=ON
 GGML_CMAKE_ARGS ?= -DGGML_NATIVE=ON;-DGGML_LLAMAFILE=ON;-DGGML_CPU_REPACK=ON
 UV_VERSION := 0.13.9
@@ -26,13 +28,13 @@ OF_TORCH := ^(torch|triton|(nvidia|cuda)-[a-z0-9-]+)==
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(RUNTIME_STAMP) $(GGML_STAMP) ## install what runs noodle into .venv
+setup: $(RUNTIME_STAMP) $(GGML_STAMP) $(KERNELS_STAMP) ## install what runs noodle into .venv
 
-setup-dev: $(DEV_STAMP) $(GGML_STAMP) ## install what tests it as well
+setup-dev: $(DEV_STAMP) $(GGML_STAMP) $(KERNELS_STAMP) ## install what tests it as well
 
 ggml: $(RUNTIME_STAMP) ## build ggml anew for this machine (needs a C++ compiler; GGML_CMAKE_ARGS are its switches)
 	@rm -f $(GGML_STAMP)
-	@$(MAKE) --no-print-directory $(GGML_STAMP)
+	@$(MAKE) --no-print-directory $(KERNELS_STAMP)
 	@test -f $(GGML_STAMP)
 
 run: setup ## set up, then start noodle on this machine (Ctrl-C stops it)
@@ -96,6 +98,16 @@ $(GGML_STAMP): requirements-ggml.lock $(RUNTIME_STAMP)
 	else \
 		echo "ggml could not be built ($(VENV)/ggml-build.log says why): transformers computes, slower"; \
 	fi
+
+# noodle's own kernels stand beside ggml's. They are compiled for several kinds of processors, and asked which this one is.
+$(KERNELS_STAMP): $(KERNELS) $(GGML_STAMP)
+	@for folder in $(VENV)/lib/python3*/site-packages/ggml/lib; do \
+		if [ -d "$$folder" ]; then \
+			$${CC:-cc} -O3 -shared -fPIC -o "$$folder/libnoodle-rows.so" $(KERNELS) || \
+				{ echo "noodle's own kernels could not be built: ggml's compute, slower in 8 bits"; exit 0; }; \
+			touch $@; \
+		fi; \
+	done
 
 $(DEV_STAMP): requirements-dev.lock $(RUNTIME_STAMP)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements-dev.lock

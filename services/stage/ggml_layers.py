@@ -12,6 +12,7 @@ from typing import Any
 
 from services.stage.ggml_few_rows import DotCounts, new_lone_expert, product_by_dots
 from services.stage.ggml_graph import GraphMemory, MaskSlot, SlotTensors
+from services.stage.ggml_packed import PackedRows
 from services.stage.ggml_shape import ModelShape
 
 ITEM_BYTES = 4  # of activations
@@ -38,6 +39,8 @@ class SliceTensors:
     row_bytes: int  # of a token's K in one layer
     exact: bool  # float32 throughout: ggml's table of GELU, which is float16, is not used
     dot_counts: DotCounts = field(default_factory=dict)
+    kernels: PackedRows | None = None
+    packed: frozenset[int] = frozenset()  # the matrices that these kernels multiply by
 
 
 class LayerGraph:
@@ -51,11 +54,17 @@ class LayerGraph:
         self._tensors = tensors
         self._start_layer = start_layer
         self.slots = SlotTensors()
+        self._tiles: dict[int, int] = {}  # activations as the kernels take them, by the tensor that they are of
         self.lone_expert = 0  # of products by dots; to be zeroed when the graph has its memory
 
     def embed(self, token_ids: int) -> int:
         """Tokens' embeddings, scaled as the family does it."""
-        return self._scaled(self._call("get_rows", self._tensors.embedding, token_ids), self._shape.token_scale)
+        embedding, kernels = self._tensors.embedding, self._tensors.kernels
+        if kernels is not None and embedding in self._tensors.packed:
+            taken = kernels.take_rows(self._context, embedding, token_ids)
+        else:
+            taken = self._call("get_rows", embedding, token_ids)
+        return self._scaled(taken, self._shape.token_scale)
 
     def enter(self, hidden: int, positions: int) -> int:
         """What a family does to whatever enters its first layer."""
@@ -110,7 +119,11 @@ class LayerGraph:
         return result if bias is None else self._call("add", result, bias)
 
     def _product(self, weight: int, rows: int) -> int:
-        ggml = self._ggml
+        ggml, kernels = self._ggml, self._tensors.kernels
+        if kernels is not None and weight in self._tensors.packed:
+            if rows not in self._tiles:
+                self._tiles[rows] = kernels.quantised(self._context, rows)
+            return kernels.product(self._context, weight, self._tiles[rows])
         count = int(ggml.ggml_tensor.from_address(rows).ne[1])
         kind = int(ggml.ggml_tensor.from_address(weight).type)
         if count not in self._tensors.dot_counts.get(kind, ()):

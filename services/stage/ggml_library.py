@@ -92,7 +92,7 @@ def load_ggml() -> GgmlLibrary:
     global _loaded
     with _lock:
         if _loaded is None:
-            _loaded = _load(_folder_of_libraries(), processor_flags())
+            _loaded = _load(folder_of_libraries(), processor_flags())
         return _loaded
 
 
@@ -110,7 +110,7 @@ def ggml_build() -> str:
     The same version built again with other switches computes at another speed.
     """
     try:
-        made = max((path.stat().st_mtime for path in _folder_of_libraries().glob("libggml*.so")), default=0.0)
+        made = max((path.stat().st_mtime for path in folder_of_libraries().glob("lib*.so")), default=0.0)
     except (GgmlUnavailable, OSError):
         return ""
     return f"{int(made):x}" if made else ""
@@ -138,7 +138,8 @@ def check_processor(flags: frozenset[str] | None) -> None:
         )
 
 
-def _folder_of_libraries() -> Path:
+def folder_of_libraries() -> Path:
+    """Where the package has them; raises GgmlUnavailable when it is not installed."""
     found = importlib.util.find_spec("ggml")
     if found is None or not found.submodule_search_locations:
         raise GgmlUnavailable("ggml is not installed here.", cure=CURE_OF_A_BUILD)

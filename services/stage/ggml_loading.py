@@ -17,6 +17,7 @@ from services.stage.ggml_few_rows import dot_counts
 from services.stage.ggml_gguf import GgufTensors, gguf_in
 from services.stage.ggml_layers import INTERLEAVED, NEOX, SliceTensors
 from services.stage.ggml_library import load_ggml
+from services.stage.ggml_packed import packed_rows
 from services.stage.ggml_recipes import Recipe, Recipes
 from services.stage.ggml_shape import ModelShape, shape_of
 from services.stage.ggml_slice import GgmlSlice
@@ -79,16 +80,23 @@ def load_ggml_slice(
         blocks = _from_safetensors(
             ggml, library.version, folder, shape, start_layer, end_layer, weights, counter, fetch, cache_dir
         )
+    kernels = packed_rows(ggml)
+    packed: frozenset[tuple[str, str]] = frozenset()
+    if kernels is not None:
+        # where the embeddings are the head as well, they are read more often as that
+        packed = kernels.pack(blocks, also_embedding=end_layer == shape.layer_count and shape.tied)
     blocks["rotary"] = _rotary_block(shape, start_layer, end_layer)
     backend = library.backend(threads)
     loaded = GgmlTensors(ggml, backend, blocks)
     tensors = _tensors(loaded, shape, start_layer, end_layer, weights, KV_TYPE_NUMBERS[kv_dtype], row_bytes, pairing)
+    by_kernels = frozenset(loaded.by_block[block][name] for block, name in packed)
     matrices = [*(tensor for layer in tensors.layers for tensor in layer.values()), *tensors.head.values()]
+    counts = dot_counts(ggml, backend, [tensor for tensor in matrices if tensor not in by_kernels])
     return GgmlSlice(
         ggml,
         backend,
         loaded,
-        replace(tensors, dot_counts=dot_counts(ggml, backend, matrices)),
+        replace(tensors, dot_counts=counts, kernels=kernels, packed=by_kernels),
         shape,
         start_layer=start_layer,
         end_layer=end_layer,

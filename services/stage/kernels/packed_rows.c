@@ -1,0 +1,178 @@
+/* Products of weights in Q8_0 and rows in float32, for operations of ggml that are not ggml's own (GGML_OP_CUSTOM).
+ *
+ * ggml multiplies a Q8_0 weight row by row, one block of 32 at a time, and spends more on lining up bytes and on scales
+ * than on products. Here 16 of a weight's rows stand side by side, so that one instruction (VPDPBUSD of AVX512-VNNI)
+ * takes four numbers of each of them, and a number of a row is lined up by its load. The bytes are as many as before:
+ *
+ *   a group: 16 rows of K numbers (K a multiple of 32), as K / 32 blocks of
+ *     16 scales in float16, one for each row, and then
+ *     [8][16][4] bytes: byte j of [g][r] is number 4 * g + j of the block in row r, plus 128
+ *   so that all bytes are read in their order: with the scales behind the numbers, a processor that guesses what is read
+ *   next guessed wrong, and a single row took twice as long
+ *
+ *   a tile: 8 quantised rows of activations (fewer at the end), as K / 32 blocks of
+ *     for each row: 32 numbers in int8, their scale in float32, and -128 times their sum in int32
+ *
+ * As in ggml, activations are rounded to 8 bits with a scale for each 32 of them, products are summed in int32 within a
+ * block and in float32 over blocks.
+ */
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 32
+#define GROUP_ROWS 16
+#define BLOCK_BYTES 34
+#define TILE_ROWS 8
+#define TILE_BLOCK_BYTES 40 /* of each row */
+#define SCALES_BYTES 32 /* of a group's block */
+#define GROUP_BLOCK_BYTES (GROUP_ROWS * BLOCK_BYTES)
+#define PASS_ROWS 64 /* so many rows of activations stay in the second cache while all of the weight passes */
+
+/* where a ggml_tensor has its fields: told once by whoever knows this ggml's struct */
+static size_t at_data, at_sizes, at_strides, at_sources;
+
+void noodle_set_tensor_fields(size_t data, size_t sizes, size_t strides, size_t sources) {
+    at_data = data;
+    at_sizes = sizes;
+    at_strides = strides;
+    at_sources = sources;
+}
+
+static char *data_of(const void *tensor) { return *(char **)((const char *)tensor + at_data); }
+static int64_t size_of(const void *tensor, int axis) { return ((const int64_t *)((const char *)tensor + at_sizes))[axis]; }
+static size_t stride_of(const void *tensor, int axis) { return ((const size_t *)((const char *)tensor + at_strides))[axis]; }
+static const void *source_of(const void *tensor, int number) {
+    return ((void *const *)((const char *)tensor + at_sources))[number];
+}
+
+/* Puts the rows of a Q8_0 matrix as ggml has it (blocks of a float16 scale and 32 int8) into groups, in place;
+ * `spare` has the bytes of 16 rows. */
+void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length) {
+    const int64_t blocks = length / BLOCK;
+    for (int64_t first = 0; first < row_count; first += GROUP_ROWS) {
+        char *group = weight + first * blocks * BLOCK_BYTES;
+        memcpy(spare, group, GROUP_ROWS * blocks * BLOCK_BYTES);
+        for (int64_t block = 0; block < blocks; block++) {
+            char *packed = group + block * GROUP_BLOCK_BYTES;
+            for (int row = 0; row < GROUP_ROWS; row++) {
+                const char *from = spare + (row * blocks + block) * BLOCK_BYTES;
+                memcpy(packed + row * 2, from, 2);
+                for (int number = 0; number < BLOCK; number++) {
+                    packed[SCALES_BYTES + (number / 4) * 64 + row * 4 + number % 4] = (char)(from[2 + number] ^ 0x80);
+                }
+            }
+        }
+    }
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define WITH_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
+
+bool noodle_has_packed_rows(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+static int64_t rows_in_tile(int64_t first, int64_t count) { return count - first < TILE_ROWS ? count - first : TILE_ROWS; }
+
+/* dst: bytes of tiles, K / 32 * 40 for each row; source 0: rows of K float32 */
+WITH_VNNI void noodle_quantise(void *dst, int thread, int threads, void *unused) {
+    (void)unused;
+    const void *rows = source_of(dst, 0);
+    const int64_t blocks = size_of(rows, 0) / BLOCK, count = size_of(rows, 1);
+    for (int64_t row = thread; row < count; row += threads) {
+        const float *from = (const float *)(data_of(rows) + row * stride_of(rows, 1));
+        const int64_t first = row - row % TILE_ROWS, width = rows_in_tile(first, count);
+        char *to = data_of(dst) + (first * blocks + row % TILE_ROWS) * TILE_BLOCK_BYTES;
+        for (int64_t block = 0; block < blocks; block++, from += BLOCK, to += width * TILE_BLOCK_BYTES) {
+            const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+            const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+            const bool has_nan = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q); /* the maximum may pass it over */
+            const float scale = has_nan ? NAN : largest / 127.0f;
+            const __m512 inverse = _mm512_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
+            const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+            const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+            _mm_storeu_si128((__m128i *)to, _mm512_cvtsepi32_epi8(a));
+            _mm_storeu_si128((__m128i *)(to + 16), _mm512_cvtsepi32_epi8(b));
+            const int32_t correction = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+            memcpy(to + 32, &scale, 4);
+            memcpy(to + 36, &correction, 4);
+        }
+    }
+}
+
+/* 16 rows of the weight times a tile of so many rows; inlined for each number of them */
+WITH_VNNI static inline __attribute__((always_inline)) void
+multiply_tile(const char *group, const char *tile, int64_t blocks, char *out, size_t out_stride, const int rows) {
+    __m512 sums[TILE_ROWS];
+    for (int row = 0; row < rows; row++) sums[row] = _mm512_setzero_ps();
+    for (; blocks; blocks--, group += GROUP_BLOCK_BYTES, tile += rows * TILE_BLOCK_BYTES) {
+        const __m512 scales = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)group));
+        __m512i weights[8];
+        for (int g = 0; g < 8; g++) weights[g] = _mm512_loadu_si512(group + SCALES_BYTES + g * 64);
+        for (int row = 0; row < rows; row++) {
+            const int32_t *numbers = (const int32_t *)(tile + row * TILE_BLOCK_BYTES);
+            __m512i products = _mm512_set1_epi32(numbers[9]);
+            for (int g = 0; g < 8; g++) products = _mm512_dpbusd_epi32(products, weights[g], _mm512_set1_epi32(numbers[g]));
+            const __m512 scale = _mm512_mul_ps(scales, _mm512_castsi512_ps(_mm512_set1_epi32(numbers[8])));
+            sums[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sums[row]);
+        }
+    }
+    for (int row = 0; row < rows; row++) _mm512_storeu_ps((float *)(out + row * out_stride), sums[row]);
+}
+
+/* dst: float32 [rows of the weight, rows]; sources: the packed weight, tiles */
+WITH_VNNI void noodle_multiply(void *dst, int thread, int threads, void *unused) {
+    (void)unused;
+    const void *weight = source_of(dst, 0);
+    const int64_t blocks = size_of(weight, 0) / BLOCK, groups = size_of(weight, 1) / GROUP_ROWS, count = size_of(dst, 1);
+    const size_t out_stride = stride_of(dst, 1);
+    const int64_t first = groups * thread / threads, end = groups * (thread + 1) / threads;
+    for (int64_t begin = 0; begin < count; begin += PASS_ROWS) {
+        const int64_t last = begin + PASS_ROWS < count ? begin + PASS_ROWS : count;
+        for (int64_t number = first; number < end; number++) {
+            const char *group = data_of(weight) + number * blocks * GROUP_BLOCK_BYTES;
+            for (int64_t row = begin; row < last; row += TILE_ROWS) {
+                const char *tile = data_of(source_of(dst, 1)) + row * blocks * TILE_BLOCK_BYTES;
+                char *out = data_of(dst) + row * out_stride + number * GROUP_ROWS * sizeof(float);
+                switch (rows_in_tile(row, count)) {
+                    case 8: multiply_tile(group, tile, blocks, out, out_stride, 8); break;
+                    case 7: multiply_tile(group, tile, blocks, out, out_stride, 7); break;
+                    case 6: multiply_tile(group, tile, blocks, out, out_stride, 6); break;
+                    case 5: multiply_tile(group, tile, blocks, out, out_stride, 5); break;
+                    case 4: multiply_tile(group, tile, blocks, out, out_stride, 4); break;
+                    case 3: multiply_tile(group, tile, blocks, out, out_stride, 3); break;
+                    case 2: multiply_tile(group, tile, blocks, out, out_stride, 2); break;
+                    default: multiply_tile(group, tile, blocks, out, out_stride, 1); break;
+                }
+            }
+        }
+    }
+}
+
+/* dst: float32 [length, ids]; sources: the packed weight, ids in int32 of the rows that are wanted of it */
+WITH_VNNI void noodle_take_rows(void *dst, int thread, int threads, void *unused) {
+    (void)unused;
+    const void *weight = source_of(dst, 0);
+    const int32_t *ids = (const int32_t *)data_of(source_of(dst, 1));
+    const int64_t blocks = size_of(weight, 0) / BLOCK, count = size_of(dst, 1);
+    for (int64_t row = thread; row < count; row += threads) {
+        const int lane = ids[row] % GROUP_ROWS;
+        const char *group = data_of(weight) + (ids[row] - lane) * blocks * BLOCK_BYTES;
+        float *out = (float *)(data_of(dst) + row * stride_of(dst, 1));
+        for (int64_t block = 0; block < blocks; block++, group += GROUP_BLOCK_BYTES) {
+            const float scale = _cvtsh_ss(((const unsigned short *)group)[lane]);
+            for (int number = 0; number < BLOCK; number++)
+                *out++ = scale * ((uint8_t)group[SCALES_BYTES + number / 4 * 64 + lane * 4 + number % 4] - 128);
+        }
+    }
+}
+#else
+bool noodle_has_packed_rows(void) { return false; }
+#endif

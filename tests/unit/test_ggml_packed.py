@@ -1,0 +1,175 @@
+"""Products by noodle's own kernels are those of the same numbers, in every shape and on every thread."""
+
+import ctypes
+import os
+
+import numpy as np
+import pytest
+
+from services.stage.ggml_calls import GgmlCalls
+from services.stage.ggml_graph import GraphMemory
+from services.stage.ggml_library import folder_of_libraries, load_ggml, processor_flags
+from services.stage.ggml_packed import GROUP_ROWS, LIBRARY_NAME, packed_rows
+from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
+from tests.support.executors import need_ggml
+
+Q8_0 = TYPE_NUMBERS["q8_0"]
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+
+
+@pytest.fixture(scope="module")
+def ggml():
+    need_ggml()
+    return GgmlCalls(load_ggml().module)
+
+
+@pytest.fixture(scope="module")
+def kernels(ggml):
+    if not (processor_flags() or frozenset()) >= NEEDED:
+        assert packed_rows(ggml) is None
+        pytest.skip("this processor has no AVX512-VNNI")
+    found = packed_rows(ggml)
+    if found is None and os.environ.get("CI"):
+        pytest.fail(f"{LIBRARY_NAME} is needed in CI")
+    if found is None:
+        pytest.skip(f"{LIBRARY_NAME} was not built")
+    return found
+
+
+def a_weight(ggml, outputs, length, seed=0):
+    """A matrix in Q8_0 as ggml has it, and what its bytes stand for."""
+    values = np.random.default_rng(seed).standard_normal((outputs, length)).astype(np.float32)
+    stored = np.empty(outputs * length // 32 * 34, np.uint8)
+    ggml.ggml_quantize_chunk(Q8_0, values.ctypes.data, stored.ctypes.data, 0, outputs, length, None)
+    blocks = stored.reshape(outputs, length // 32, 34)
+    scales = blocks[..., :2].copy().view(np.float16).astype(np.float64)
+    return stored, (blocks[..., 2:].view(np.int8) * scales).reshape(outputs, length)
+
+
+def packed_block(kernels, name, stored, outputs, length):
+    placed = Placed("weight", Q8_0, (length, outputs), 0, len(stored))
+    return kernels.pack({name: Block((placed,), stored)}, also_embedding=True)
+
+
+def in_8_bits(rows):
+    """Rows as the kernels round them."""
+    blocks = rows.reshape(len(rows), -1, 32)
+    scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.where(scales > 0, np.float32(1) / np.where(scales > 0, scales, 1), 0).astype(np.float32)
+    return (np.rint(blocks * inverse).astype(np.float64) * scales).reshape(rows.shape)
+
+
+class Graph:
+    """One operation of ggml over arrays."""
+
+    def __init__(self, ggml, threads=1):
+        self.ggml, self.memory = ggml, GraphMemory(ggml, 32)
+        self.backend = load_ggml().backend(threads)
+        self.given = []
+
+    def weight(self, stored, outputs, length):
+        tensor = self.memory.outside(self.ggml.ggml_new_tensor_2d(self.memory.context, Q8_0, length, outputs))
+        self.memory.words[self.memory.word(tensor) + self.memory.at_data] = stored.ctypes.data
+        return tensor
+
+    def input(self, values):
+        kind = self.ggml.GGML_TYPE_I32 if values.dtype == np.int32 else self.ggml.GGML_TYPE_F32
+        tensor = self.ggml.ggml_new_tensor(
+            self.memory.context, kind, values.ndim, (ctypes.c_int64 * values.ndim)(*reversed(values.shape))
+        )
+        self.ggml.ggml_set_input(tensor)
+        self.ggml.ggml_set_output(tensor)
+        self.given.append((tensor, values))
+        return tensor
+
+    def compute(self, tensor, shape):
+        self.ggml.ggml_set_output(tensor)
+        self.ggml.ggml_build_forward_expand(self.memory.graph, tensor)
+        self.memory.allocate(self.backend)
+        for given, values in self.given:
+            self.memory.array(given, values.shape, values.dtype)[...] = values
+        self.memory.compute(self.backend)
+        found = self.memory.array(tensor, shape, np.float32).copy()
+        self.memory.close()
+        self.ggml.ggml_backend_free(self.backend)
+        return found
+
+
+def product(ggml, kernels, stored, rows, outputs, threads=1):
+    graph = Graph(ggml, threads)
+    context = graph.memory.context
+    weight = graph.weight(stored, outputs, rows.shape[1])
+    tiles = kernels.quantised(context, graph.input(rows))
+    return graph.compute(kernels.product(context, weight, tiles), (len(rows), outputs))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("outputs", "length"), [(16, 32), (48, 64), (576, 96), (64, 1536)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 63, 64, 65, 200])
+def test_a_product_is_that_of_the_numbers_in_8_bits(count, outputs, length, threads, ggml, kernels):
+    stored, values = a_weight(ggml, outputs, length)
+    assert packed_block(kernels, "0", stored, outputs, length) == {("0", "weight")}
+    rows = np.random.default_rng(1).standard_normal((count, length)).astype(np.float32)
+    rows[0, :32] = 0.0  # a block without a scale
+    found = product(ggml, kernels, stored, rows, outputs, threads)
+    np.testing.assert_allclose(found, in_8_bits(rows) @ values.T, rtol=1e-4, atol=1e-4 * np.sqrt(length))
+
+
+def test_the_largest_numbers_overflow_nothing(ggml, kernels):
+    length, outputs = 1536, 16
+    stored = np.empty((outputs, length // 32, 34), np.uint8)
+    stored[..., :2] = np.frombuffer(np.float16(1.0).tobytes(), np.uint8)
+    stored[..., 2:] = np.array([-127, 127] * 16, np.int8).view(np.uint8)
+    values = np.tile(np.array([-127.0, 127.0]), (outputs, length // 2))
+    rows = np.tile(np.array([-127.0, 127.0], np.float32), (9, length // 2))
+    stored = stored.reshape(-1)
+    packed_block(kernels, "0", stored, outputs, length)
+    np.testing.assert_allclose(product(ggml, kernels, stored, rows, outputs), rows @ values.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 15, 16, 40])
+def test_what_is_no_number_does_not_become_one(place, wrong, ggml, kernels):
+    stored, _ = a_weight(ggml, 32, 64)
+    packed_block(kernels, "0", stored, 32, 64)
+    rows = np.ones((3, 64), np.float32)
+    rows[1, place] = wrong
+    found = product(ggml, kernels, stored, rows, 32)
+    assert not np.isfinite(found[1]).any()
+    assert np.isfinite(found[[0, 2]]).all()
+
+
+def test_rows_of_an_embedding_are_taken_as_they_were(ggml, kernels):
+    stored, values = a_weight(ggml, 160, 96)
+    assert packed_block(kernels, "embedding", stored, 160, 96)
+    graph = Graph(ggml, 2)
+    ids = np.array([0, 159, 17, 16, 15, 17], np.int32)
+    weight = graph.weight(stored, 160, 96)
+    found = graph.compute(kernels.take_rows(graph.memory.context, weight, graph.input(ids)), (6, 96))
+    np.testing.assert_array_equal(found, values[ids].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sizes"),
+    [
+        ("embedding", "q8_0", (64, 64)),
+        ("positions", "q8_0", (64, 64)),
+        ("0", "f16", (64, 64)),
+        ("0", "q8_0", (64, GROUP_ROWS + 1)),
+        ("0", "q8_0", (64, 64, 4)),  # experts
+    ],
+)
+def test_what_the_kernels_do_not_take_is_left_to_ggml(name, kind, sizes, ggml, kernels):
+    byte_count = ggml.ggml_row_size(TYPE_NUMBERS[kind], sizes[0]) * int(np.prod(sizes[1:]))
+    memory = np.arange(byte_count).astype(np.uint8)
+    before = memory.copy()
+    block = Block((Placed("weight", TYPE_NUMBERS[kind], sizes, 0, byte_count),), memory)
+    assert not kernels.pack({name: block}, also_embedding=False)
+    np.testing.assert_array_equal(memory, before)
+
+
+def test_a_library_that_can_not_be_loaded_leaves_all_to_ggml(ggml, tmp_path, monkeypatch):
+    (tmp_path / LIBRARY_NAME).write_bytes(b"no library")
+    monkeypatch.setattr("services.stage.ggml_packed.folder_of_libraries", lambda: tmp_path)
+    assert packed_rows(ggml) is None
+    assert (folder_of_libraries() / "libggml-base.so").is_file()
