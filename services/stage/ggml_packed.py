@@ -1,4 +1,4 @@
-"""Weights in Q8_0 as noodle's own kernels take them, and products by them in a graph of ggml; knows no layer.
+"""Weights as noodle's own kernels take them, and products by them in a graph of ggml; knows no layer.
 
 The kernels are in `kernels/packed_rows.c`, which says how they are faster than ggml's. They are built beside ggml's
 libraries where a compiler was; without them, or on a processor that lacks what they use, ggml's own compute.
@@ -17,29 +17,37 @@ import numpy as np
 
 from services.stage.ggml_calls import GgmlCalls
 from services.stage.ggml_library import folder_of_libraries
-from services.stage.ggml_weights import TYPE_NUMBERS, Block
+from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
 
 log = logging.getLogger(__name__)
 
 LIBRARY_NAME = "libnoodle-rows.so"
 GROUP_ROWS = 16  # of a weight stand side by side
-BLOCK_ITEMS = 32
+BLOCK_ITEMS = 32  # of Q8_0
 TILE_BLOCK_BYTES = 40  # of a block of activations: its numbers, its scale and what corrects for unsigned weights
-PACKED_TYPE = TYPE_NUMBERS["q8_0"]
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 0}  # of a weight's number; 0 is in blocks
 EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
+# matrices that ggml itself takes rows of or multiplies by, and not LayerGraph's products
+LEFT_TO_GGML = ("positions.weight", "router.weight")
 
 
 class PackedRows:
-    """The kernels, as operations of ggml's graphs."""
+    """The kernels that this processor runs, as operations of ggml's graphs."""
 
-    def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL) -> None:
+    def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL, types: frozenset[str]) -> None:
         self._ggml, self._library = ggml, library
+        self._type_names = {TYPE_NUMBERS[name]: name for name in types}
         fields = ggml.ggml_tensor
         offsets = (fields.data.offset, fields.ne.offset, fields.nb.offset, fields.src.offset)
         library.noodle_set_tensor_fields(*(ctypes.c_size_t(offset) for offset in offsets))
 
+    @property
+    def types(self) -> frozenset[str]:
+        """Of weights that they multiply by."""
+        return frozenset(self._type_names.values())
+
     def pack(self, blocks: Mapping[str, Block], *, also_embedding: bool) -> frozenset[tuple[str, str]]:
-        """Lay out in place what can be: matrices of one type; gives them by block and name.
+        """Lay out in place what can be, and give it by block and name.
 
         Embeddings, which rows are taken from, only where asked for: then by `take_rows`.
         """
@@ -48,24 +56,20 @@ class PackedRows:
             if block_name == "embedding" and not also_embedding:
                 continue
             for placed in block.tensors:
-                length, *others = placed.sizes
-                is_matrix = placed.type_number == PACKED_TYPE and len(others) == 1
-                if not is_matrix or length % BLOCK_ITEMS or others[0] % GROUP_ROWS or block_name == "positions":
-                    continue
-                memory = block.memory[placed.offset : placed.offset + placed.byte_count]
-                spare = np.empty(GROUP_ROWS * placed.byte_count // others[0], np.uint8)
-                self._library.noodle_pack(
-                    ctypes.c_void_p(memory.ctypes.data),
-                    ctypes.c_void_p(spare.ctypes.data),
-                    ctypes.c_int64(others[0]),
-                    ctypes.c_int64(length),
-                )
-                packed.add((block_name, placed.name))
+                if self._is_taken(placed):
+                    self._pack(placed, block)
+                    packed.add((block_name, placed.name))
         return frozenset(packed)
 
-    def quantised(self, context: Any, rows: int) -> int:
-        """Rows [features, count] in float32 as tiles in 8 bits, for any number of products."""
+    def takes_in_8_bits(self, weight: int) -> bool:
+        """Whether a packed weight is multiplied by tiles in 8 bits, and not in float32."""
+        return not ITEM_BYTES[self._type_of(weight)]
+
+    def tiles(self, context: Any, rows: int, *, in_8_bits: bool) -> int:
+        """Rows [features, count] in float32 as the kernels take them, for any number of products."""
         features, count = self._ggml.ggml_tensor.from_address(rows).ne[:2]
+        if not in_8_bits:
+            return self._operation(context, "arrange", self._ggml.GGML_TYPE_F32, features, count, rows)
         bytes_of_row = features // BLOCK_ITEMS * TILE_BLOCK_BYTES
         return self._operation(context, "quantise", self._ggml.GGML_TYPE_I8, bytes_of_row, count, rows)
 
@@ -73,13 +77,35 @@ class PackedRows:
         """Like ggml's mul_mat of a weight that was packed and the rows that the tiles were made of."""
         count = self._ggml.ggml_tensor.from_address(tiles).ne[1]
         outputs = self._ggml.ggml_tensor.from_address(weight).ne[1]
-        return self._operation(context, "multiply", self._ggml.GGML_TYPE_F32, outputs, count, weight, tiles)
+        name = f"multiply_{self._type_of(weight)}"
+        return self._operation(context, name, self._ggml.GGML_TYPE_F32, outputs, count, weight, tiles)
 
     def take_rows(self, context: Any, weight: int, ids: int) -> int:
-        """Like ggml's get_rows."""
+        """Like ggml's get_rows of a weight that was packed."""
         features = self._ggml.ggml_tensor.from_address(weight).ne[0]
         count = self._ggml.ggml_tensor.from_address(ids).ne[0]
-        return self._operation(context, "take_rows", self._ggml.GGML_TYPE_F32, features, count, weight, ids)
+        name = f"take_rows_{self._type_of(weight)}"
+        return self._operation(context, name, self._ggml.GGML_TYPE_F32, features, count, weight, ids)
+
+    def _is_taken(self, placed: Placed) -> bool:
+        name = self._type_names.get(placed.type_number)
+        if name is None or len(placed.sizes) != 2 or placed.name in LEFT_TO_GGML:
+            return False
+        length, outputs = placed.sizes
+        return outputs % GROUP_ROWS == 0 and (ITEM_BYTES[name] > 0 or length % BLOCK_ITEMS == 0)
+
+    def _pack(self, placed: Placed, block: Block) -> None:
+        length, outputs = placed.sizes
+        memory = block.memory[placed.offset : placed.offset + placed.byte_count]
+        spare = np.empty(GROUP_ROWS * placed.byte_count // outputs, np.uint8)
+        self._library.noodle_pack(
+            ctypes.c_void_p(memory.ctypes.data),
+            ctypes.c_void_p(spare.ctypes.data),
+            *(ctypes.c_int64(number) for number in (outputs, length, ITEM_BYTES[self._type_names[placed.type_number]])),
+        )
+
+    def _type_of(self, weight: int) -> str:
+        return self._type_names[int(self._ggml.ggml_tensor.from_address(weight).type)]
 
     def _operation(self, context: Any, name: str, kind: int, columns: int, rows: int, *sources: int) -> int:
         tensors = (ctypes.c_void_p * len(sources))(*sources)
@@ -89,17 +115,22 @@ class PackedRows:
         )
         return int(made)
 
-    @functools.cache  # noqa: B019  # three functions, of kernels that live as long as the process
+    @functools.cache  # noqa: B019  # a few functions, of kernels that live as long as the process
     def _function(self, name: str) -> Any:
         address = ctypes.cast(getattr(self._library, f"noodle_{name}"), ctypes.c_void_p).value
         return self._ggml.ggml_custom_op_t(address)
 
 
 def packed_rows(ggml: GgmlCalls) -> PackedRows | None:
-    """The kernels where they were built and this processor runs them, else None."""
+    """The kernels where they were built and this processor runs some of them, else None."""
     path = folder_of_libraries() / LIBRARY_NAME
     library = _library(path) if path.is_file() else None
-    return PackedRows(ggml, library) if library is not None else None
+    types: set[str] = set()
+    if library is not None and library.noodle_has_floats():
+        types.update(("f32", "f16", "bf16"))
+    if library is not None and library.noodle_has_q8_0():
+        types.add("q8_0")
+    return PackedRows(ggml, library, frozenset(types)) if library is not None and types else None
 
 
 @functools.cache
@@ -109,8 +140,6 @@ def _library(path: Path) -> ctypes.CDLL | None:
     except OSError as error:
         log.warning("%s can not be loaded, ggml's own kernels compute: %s", path, error)
         return None
-    library.noodle_has_packed_rows.restype = ctypes.c_bool
-    if not library.noodle_has_packed_rows():
-        log.info("this processor has no AVX512-VNNI: ggml's own kernels multiply by weights in 8 bits")
-        return None
+    for has in (library.noodle_has_floats, library.noodle_has_q8_0):
+        has.restype = ctypes.c_bool
     return library

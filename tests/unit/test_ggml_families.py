@@ -9,6 +9,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from noodle.errors import UnsupportedModel
+from services.stage import ggml_loading
 from services.stage.ggml_families import GGML_FAMILIES, ggml_lacks
 from services.stage.ggml_loading import load_ggml_slice
 from tests.support.executors import need_ggml
@@ -69,6 +70,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, params=["own kernels", "ggml's kernels"])
+def kernels(request, monkeypatch):
+    if request.param == "ggml's kernels":
+        monkeypatch.setattr(ggml_loading, "packed_rows", lambda _: None)
 
 
 def with_random_vectors(folder: Path) -> Path:

@@ -35,7 +35,7 @@ def test_a_machine_without_ggml_is_told_how_to_get_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
 
     with pytest.raises(GgmlUnavailable, match="not installed") as caught:
-        ggml_library._folder_of_libraries()
+        ggml_library.folder_of_libraries()
 
     assert "make ggml" in caught.value.cure
 
@@ -51,7 +51,7 @@ def test_ggml_is_loaded_once_and_says_its_version_and_its_devices() -> None:
 
 @needs_ggml
 def test_a_build_for_another_processor_is_refused_by_name() -> None:
-    folder = ggml_library._folder_of_libraries()
+    folder = ggml_library.folder_of_libraries()
     library = load_ggml()
     used = [flag for function, flag in ggml_library.NEEDED_FLAGS.items() if getattr(library.module, function)()]
     if not used:
@@ -86,7 +86,7 @@ def test_ggml_was_built_with_the_switches_that_make_prompts_fast() -> None:
 def test_a_rebuilt_ggml_is_another_build_of_the_same_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "libggml-cpu.so"
     library.touch()
-    monkeypatch.setattr(ggml_library, "_folder_of_libraries", lambda: tmp_path)
+    monkeypatch.setattr(ggml_library, "folder_of_libraries", lambda: tmp_path)
     os.utime(library, (1_700_000_000, 1_700_000_000))
     first = ggml_library.ggml_build()
     os.utime(library, (1_700_000_060, 1_700_000_060))

@@ -13,8 +13,9 @@ from services.stage.ggml_packed import GROUP_ROWS, LIBRARY_NAME, packed_rows
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
 from tests.support.executors import need_ggml
 
+TYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_0 = TYPE_NUMBERS["q8_0"]
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+NEEDED = {"avx512f", "fma", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +26,29 @@ def ggml():
 
 @pytest.fixture(scope="module")
 def kernels(ggml):
-    if not (processor_flags() or frozenset()) >= NEEDED:
-        assert packed_rows(ggml) is None
+    flags = processor_flags() or frozenset()
+    if not flags >= NEEDED:
         pytest.skip("this processor has no AVX512-VNNI")
     found = packed_rows(ggml)
     if found is None and os.environ.get("CI"):
         pytest.fail(f"{LIBRARY_NAME} is needed in CI")
     if found is None:
         pytest.skip(f"{LIBRARY_NAME} was not built")
+    assert found.types == set(TYPES)
     return found
 
 
-def a_weight(ggml, outputs, length, seed=0):
-    """A matrix in Q8_0 as ggml has it, and what its bytes stand for."""
+def a_weight(ggml, kind, outputs, length, seed=0):
+    """A matrix as ggml has it, and what its bytes stand for."""
     values = np.random.default_rng(seed).standard_normal((outputs, length)).astype(np.float32)
+    if kind == "f32":
+        return values.reshape(-1).view(np.uint8).copy(), values.astype(np.float64)
+    if kind == "f16":
+        stored = values.astype(np.float16)
+        return stored.reshape(-1).view(np.uint8).copy(), stored.astype(np.float64)
+    if kind == "bf16":
+        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return stored.reshape(-1).view(np.uint8).copy(), (stored.astype(np.uint32) << 16).view(np.float32).astype(float)
     stored = np.empty(outputs * length // 32 * 34, np.uint8)
     ggml.ggml_quantize_chunk(Q8_0, values.ctypes.data, stored.ctypes.data, 0, outputs, length, None)
     blocks = stored.reshape(outputs, length // 32, 34)
@@ -46,8 +56,8 @@ def a_weight(ggml, outputs, length, seed=0):
     return stored, (blocks[..., 2:].view(np.int8) * scales).reshape(outputs, length)
 
 
-def packed_block(kernels, name, stored, outputs, length):
-    placed = Placed("weight", Q8_0, (length, outputs), 0, len(stored))
+def packed_block(kernels, name, kind, stored, outputs, length):
+    placed = Placed("weight", TYPE_NUMBERS[kind], (length, outputs), 0, len(stored))
     return kernels.pack({name: Block((placed,), stored)}, also_embedding=True)
 
 
@@ -67,8 +77,9 @@ class Graph:
         self.backend = load_ggml().backend(threads)
         self.given = []
 
-    def weight(self, stored, outputs, length):
-        tensor = self.memory.outside(self.ggml.ggml_new_tensor_2d(self.memory.context, Q8_0, length, outputs))
+    def weight(self, kind, stored, outputs, length):
+        number = TYPE_NUMBERS[kind]
+        tensor = self.memory.outside(self.ggml.ggml_new_tensor_2d(self.memory.context, number, length, outputs))
         self.memory.words[self.memory.word(tensor) + self.memory.at_data] = stored.ctypes.data
         return tensor
 
@@ -95,24 +106,36 @@ class Graph:
         return found
 
 
-def product(ggml, kernels, stored, rows, outputs, threads=1):
+def product(ggml, kernels, kind, stored, rows, outputs, threads=1):
     graph = Graph(ggml, threads)
     context = graph.memory.context
-    weight = graph.weight(stored, outputs, rows.shape[1])
-    tiles = kernels.quantised(context, graph.input(rows))
+    weight = graph.weight(kind, stored, outputs, rows.shape[1])
+    tiles = kernels.tiles(context, graph.input(rows), in_8_bits=kernels.takes_in_8_bits(weight))
     return graph.compute(kernels.product(context, weight, tiles), (len(rows), outputs))
 
 
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("outputs", "length"), [(16, 32), (48, 64), (576, 96), (64, 1536)])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 63, 64, 65, 200])
-def test_a_product_is_that_of_the_numbers_in_8_bits(count, outputs, length, threads, ggml, kernels):
-    stored, values = a_weight(ggml, outputs, length)
-    assert packed_block(kernels, "0", stored, outputs, length) == {("0", "weight")}
+def test_a_product_is_that_of_the_numbers(count, outputs, length, threads, kind, ggml, kernels):
+    stored, values = a_weight(ggml, kind, outputs, length)
+    assert packed_block(kernels, "0", kind, stored, outputs, length) == {("0", "weight")}
     rows = np.random.default_rng(1).standard_normal((count, length)).astype(np.float32)
     rows[0, :32] = 0.0  # a block without a scale
-    found = product(ggml, kernels, stored, rows, outputs, threads)
-    np.testing.assert_allclose(found, in_8_bits(rows) @ values.T, rtol=1e-4, atol=1e-4 * np.sqrt(length))
+    found = product(ggml, kernels, kind, stored, rows, outputs, threads)
+    expected = (in_8_bits(rows) if kind == "q8_0" else rows.astype(np.float64)) @ values.T
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.sqrt(length))
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 33])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11])
+def test_floats_of_any_length_are_summed_whole(count, length, kind, ggml, kernels):
+    stored, values = a_weight(ggml, kind, 32, length)
+    packed_block(kernels, "0", kind, stored, 32, length)
+    rows = np.random.default_rng(1).standard_normal((count, length)).astype(np.float32)
+    np.testing.assert_allclose(product(ggml, kernels, kind, stored, rows, 32), rows @ values.T, rtol=1e-5, atol=1e-4)
 
 
 def test_the_largest_numbers_overflow_nothing(ggml, kernels):
@@ -123,28 +146,30 @@ def test_the_largest_numbers_overflow_nothing(ggml, kernels):
     values = np.tile(np.array([-127.0, 127.0]), (outputs, length // 2))
     rows = np.tile(np.array([-127.0, 127.0], np.float32), (9, length // 2))
     stored = stored.reshape(-1)
-    packed_block(kernels, "0", stored, outputs, length)
-    np.testing.assert_allclose(product(ggml, kernels, stored, rows, outputs), rows @ values.T, rtol=1e-6)
+    packed_block(kernels, "0", "q8_0", stored, outputs, length)
+    np.testing.assert_allclose(product(ggml, kernels, "q8_0", stored, rows, outputs), rows @ values.T, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 15, 16, 40])
-def test_what_is_no_number_does_not_become_one(place, wrong, ggml, kernels):
-    stored, _ = a_weight(ggml, 32, 64)
-    packed_block(kernels, "0", stored, 32, 64)
+def test_what_is_no_number_does_not_become_one(place, wrong, kind, ggml, kernels):
+    stored, _ = a_weight(ggml, kind, 32, 64)
+    packed_block(kernels, "0", kind, stored, 32, 64)
     rows = np.ones((3, 64), np.float32)
     rows[1, place] = wrong
-    found = product(ggml, kernels, stored, rows, 32)
+    found = product(ggml, kernels, kind, stored, rows, 32)
     assert not np.isfinite(found[1]).any()
     assert np.isfinite(found[[0, 2]]).all()
 
 
-def test_rows_of_an_embedding_are_taken_as_they_were(ggml, kernels):
-    stored, values = a_weight(ggml, 160, 96)
-    assert packed_block(kernels, "embedding", stored, 160, 96)
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_of_an_embedding_are_taken_as_they_were(kind, ggml, kernels):
+    stored, values = a_weight(ggml, kind, 160, 96)
+    assert packed_block(kernels, "embedding", kind, stored, 160, 96)
     graph = Graph(ggml, 2)
     ids = np.array([0, 159, 17, 16, 15, 17], np.int32)
-    weight = graph.weight(stored, 160, 96)
+    weight = graph.weight(kind, stored, 160, 96)
     found = graph.compute(kernels.take_rows(graph.memory.context, weight, graph.input(ids)), (6, 96))
     np.testing.assert_array_equal(found, values[ids].astype(np.float32))
 
@@ -153,8 +178,10 @@ def test_rows_of_an_embedding_are_taken_as_they_were(ggml, kernels):
     ("name", "kind", "sizes"),
     [
         ("embedding", "q8_0", (64, 64)),
-        ("positions", "q8_0", (64, 64)),
-        ("0", "f16", (64, 64)),
+        ("embedding", "f32", (64, 64)),
+        ("0", "q4_0", (64, 64)),
+        ("0", "f32", (64,)),
+        ("0", "f16", (64, GROUP_ROWS - 1)),
         ("0", "q8_0", (64, GROUP_ROWS + 1)),
         ("0", "q8_0", (64, 64, 4)),  # experts
     ],
@@ -163,9 +190,15 @@ def test_what_the_kernels_do_not_take_is_left_to_ggml(name, kind, sizes, ggml, k
     byte_count = ggml.ggml_row_size(TYPE_NUMBERS[kind], sizes[0]) * int(np.prod(sizes[1:]))
     memory = np.arange(byte_count).astype(np.uint8)
     before = memory.copy()
-    block = Block((Placed("weight", TYPE_NUMBERS[kind], sizes, 0, byte_count),), memory)
+    block = Block((Placed("any.weight", TYPE_NUMBERS[kind], sizes, 0, byte_count),), memory)
     assert not kernels.pack({name: block}, also_embedding=False)
     np.testing.assert_array_equal(memory, before)
+
+
+@pytest.mark.parametrize("name", ["positions.weight", "router.weight"])
+def test_what_ggml_itself_multiplies_by_or_takes_rows_of_stays_as_it_is(name, ggml, kernels):
+    stored, _ = a_weight(ggml, "f32", 64, 64)
+    assert not kernels.pack({"0": Block((Placed(name, 0, (64, 64), 0, len(stored)),), stored)}, also_embedding=True)
 
 
 def test_a_library_that_can_not_be_loaded_leaves_all_to_ggml(ggml, tmp_path, monkeypatch):

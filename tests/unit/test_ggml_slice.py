@@ -82,6 +82,7 @@ def test_long_chunks_and_windows_are_the_same_as_in_transformers(model_type, tmp
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma2"])
 def test_few_rows_by_dot_products_are_the_same_as_by_tiles(model_type, tmp_path, monkeypatch):
+    monkeypatch.setattr(ggml_loading, "packed_rows", lambda _: None)
     monkeypatch.setattr(ggml_loading, "dot_counts", lambda *_: {0: frozenset(range(2, 9))})
     folder = make_tiny_model(tmp_path, model_type)
     sessions = random_sessions(LENGTHS)
@@ -89,7 +90,8 @@ def test_few_rows_by_dot_products_are_the_same_as_by_tiles(model_type, tmp_path,
     assert relative_difference(got, unsplit_logits(folder, sessions)) < 1e-5
 
 
-def test_for_every_type_of_large_weights_it_is_measured_which_way_is_faster(tmp_path):
+def test_for_every_type_of_large_weights_it_is_measured_which_way_is_faster(tmp_path, monkeypatch):
+    monkeypatch.setattr(ggml_loading, "packed_rows", lambda _: None)
     folder = make_tiny_model(tmp_path, "llama", hidden_size=512, intermediate_size=1024)
     for weights, kind in {"f32": 0, "f16": 1, "q8_0": 8}.items():
         found = load(folder, weights=weights)._tensors.dot_counts

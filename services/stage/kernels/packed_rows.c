@@ -1,20 +1,21 @@
-/* Products of weights in Q8_0 and rows in float32, for operations of ggml that are not ggml's own (GGML_OP_CUSTOM).
+/* Products of weights and rows in float32, for operations of ggml that are not ggml's own (GGML_OP_CUSTOM).
  *
- * ggml multiplies a Q8_0 weight row by row, one block of 32 at a time, and spends more on lining up bytes and on scales
- * than on products. Here 16 of a weight's rows stand side by side, so that one instruction (VPDPBUSD of AVX512-VNNI)
- * takes four numbers of each of them, and a number of a row is lined up by its load. The bytes are as many as before:
+ * ggml multiplies a weight row by row, and spends much of its time on lining up what it has loaded. Here 16 of a weight's
+ * rows stand side by side, so that one instruction takes a number of each of them, or four numbers in 8 bits
+ * (VPDPBUSD of AVX512-VNNI), and a number of the other side is lined up by its load. The bytes are as many as before, and
+ * are read in their order: with the scales of 8 bits behind the numbers, a processor that guesses what is read next
+ * guessed wrong, and a single row took twice as long.
  *
- *   a group: 16 rows of K numbers (K a multiple of 32), as K / 32 blocks of
- *     16 scales in float16, one for each row, and then
- *     [8][16][4] bytes: byte j of [g][r] is number 4 * g + j of the block in row r, plus 128
- *   so that all bytes are read in their order: with the scales behind the numbers, a processor that guesses what is read
- *   next guessed wrong, and a single row took twice as long
+ *   a group: 16 rows of K numbers
+ *     in float32, float16 or bfloat16: [K][16] numbers
+ *     in Q8_0 (K a multiple of 32): K / 32 blocks of 16 scales in float16, one for each row, and then of
+ *       [8][16][4] bytes: byte j of [g][r] is number 4 * g + j of the block in row r, plus 128
+ *   a tile: 8 rows of activations (fewer at the end)
+ *     in float32: [K][rows] numbers
+ *     for Q8_0: K / 32 blocks, of each row 32 numbers in int8, their scale in float32, and -128 times their sum in int32
  *
- *   a tile: 8 quantised rows of activations (fewer at the end), as K / 32 blocks of
- *     for each row: 32 numbers in int8, their scale in float32, and -128 times their sum in int32
- *
- * As in ggml, activations are rounded to 8 bits with a scale for each 32 of them, products are summed in int32 within a
- * block and in float32 over blocks.
+ * As in ggml, activations are rounded to 8 bits with a scale for each 32 of them where weights are in Q8_0, products are
+ * summed in int32 within a block and in float32 over blocks. All else is summed in float32.
  */
 
 #include <math.h>
@@ -25,7 +26,7 @@
 
 #define BLOCK 32
 #define GROUP_ROWS 16
-#define BLOCK_BYTES 34
+#define BLOCK_BYTES 34 /* of a row in Q8_0 */
 #define TILE_ROWS 8
 #define TILE_BLOCK_BYTES 40 /* of each row */
 #define SCALES_BYTES 32 /* of a group's block */
@@ -49,37 +50,65 @@ static const void *source_of(const void *tensor, int number) {
     return ((void *const *)((const char *)tensor + at_sources))[number];
 }
 
-/* Puts the rows of a Q8_0 matrix as ggml has it (blocks of a float16 scale and 32 int8) into groups, in place;
- * `spare` has the bytes of 16 rows. */
-void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length) {
+static void pack_q8_0(char *group, const char *rows, int64_t length) {
     const int64_t blocks = length / BLOCK;
-    for (int64_t first = 0; first < row_count; first += GROUP_ROWS) {
-        char *group = weight + first * blocks * BLOCK_BYTES;
-        memcpy(spare, group, GROUP_ROWS * blocks * BLOCK_BYTES);
-        for (int64_t block = 0; block < blocks; block++) {
-            char *packed = group + block * GROUP_BLOCK_BYTES;
-            for (int row = 0; row < GROUP_ROWS; row++) {
-                const char *from = spare + (row * blocks + block) * BLOCK_BYTES;
-                memcpy(packed + row * 2, from, 2);
-                for (int number = 0; number < BLOCK; number++) {
-                    packed[SCALES_BYTES + (number / 4) * 64 + row * 4 + number % 4] = (char)(from[2 + number] ^ 0x80);
-                }
-            }
+    for (int64_t block = 0; block < blocks; block++) {
+        char *packed = group + block * GROUP_BLOCK_BYTES;
+        for (int row = 0; row < GROUP_ROWS; row++) {
+            const char *from = rows + (row * blocks + block) * BLOCK_BYTES;
+            memcpy(packed + row * 2, from, 2);
+            for (int number = 0; number < BLOCK; number++)
+                packed[SCALES_BYTES + (number / 4) * 64 + row * 4 + number % 4] = (char)(from[2 + number] ^ 0x80);
         }
     }
 }
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define WITH_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
-
-bool noodle_has_packed_rows(void) {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+/* Puts the rows of a matrix as ggml has it into groups, in place. `item_bytes` of a number, 0 is Q8_0;
+ * `spare` has the bytes of 16 rows. */
+void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length, int64_t item_bytes) {
+    const int64_t group_bytes = item_bytes ? GROUP_ROWS * length * item_bytes : length / BLOCK * GROUP_BLOCK_BYTES;
+    for (int64_t first = 0; first < row_count; first += GROUP_ROWS, weight += group_bytes) {
+        memcpy(spare, weight, group_bytes);
+        if (!item_bytes) {
+            pack_q8_0(weight, spare, length);
+            continue;
+        }
+        for (int64_t number = 0; number < length; number++)
+            for (int64_t row = 0; row < GROUP_ROWS; row++)
+                memcpy(weight + (number * GROUP_ROWS + row) * item_bytes, spare + (row * length + number) * item_bytes, item_bytes);
+    }
 }
 
 static int64_t rows_in_tile(int64_t first, int64_t count) { return count - first < TILE_ROWS ? count - first : TILE_ROWS; }
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define WITH_AVX512 __attribute__((target("avx512f,fma,f16c")))
+#define WITH_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
+
+/* whether this processor has what the kernels use */
+bool noodle_has_floats(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma");
+}
+
+bool noodle_has_q8_0(void) {
+    return noodle_has_floats() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+/* the tile that a row stands in and its kernel, once for each number of rows that a tile can have */
+#define FOR_EACH_TILE_WIDTH(width, multiply) \
+    switch (width) { \
+        case 8: multiply(8); break; \
+        case 7: multiply(7); break; \
+        case 6: multiply(6); break; \
+        case 5: multiply(5); break; \
+        case 4: multiply(4); break; \
+        case 3: multiply(3); break; \
+        case 2: multiply(2); break; \
+        default: multiply(1); break; \
+    }
 
 /* dst: bytes of tiles, K / 32 * 40 for each row; source 0: rows of K float32 */
 WITH_VNNI void noodle_quantise(void *dst, int thread, int threads, void *unused) {
@@ -128,7 +157,7 @@ multiply_tile(const char *group, const char *tile, int64_t blocks, char *out, si
 }
 
 /* dst: float32 [rows of the weight, rows]; sources: the packed weight, tiles */
-WITH_VNNI void noodle_multiply(void *dst, int thread, int threads, void *unused) {
+WITH_VNNI void noodle_multiply_q8_0(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *weight = source_of(dst, 0);
     const int64_t blocks = size_of(weight, 0) / BLOCK, groups = size_of(weight, 1) / GROUP_ROWS, count = size_of(dst, 1);
@@ -141,23 +170,16 @@ WITH_VNNI void noodle_multiply(void *dst, int thread, int threads, void *unused)
             for (int64_t row = begin; row < last; row += TILE_ROWS) {
                 const char *tile = data_of(source_of(dst, 1)) + row * blocks * TILE_BLOCK_BYTES;
                 char *out = data_of(dst) + row * out_stride + number * GROUP_ROWS * sizeof(float);
-                switch (rows_in_tile(row, count)) {
-                    case 8: multiply_tile(group, tile, blocks, out, out_stride, 8); break;
-                    case 7: multiply_tile(group, tile, blocks, out, out_stride, 7); break;
-                    case 6: multiply_tile(group, tile, blocks, out, out_stride, 6); break;
-                    case 5: multiply_tile(group, tile, blocks, out, out_stride, 5); break;
-                    case 4: multiply_tile(group, tile, blocks, out, out_stride, 4); break;
-                    case 3: multiply_tile(group, tile, blocks, out, out_stride, 3); break;
-                    case 2: multiply_tile(group, tile, blocks, out, out_stride, 2); break;
-                    default: multiply_tile(group, tile, blocks, out, out_stride, 1); break;
-                }
+#define MULTIPLY(width) multiply_tile(group, tile, blocks, out, out_stride, width)
+                FOR_EACH_TILE_WIDTH(rows_in_tile(row, count), MULTIPLY)
+#undef MULTIPLY
             }
         }
     }
 }
 
 /* dst: float32 [length, ids]; sources: the packed weight, ids in int32 of the rows that are wanted of it */
-WITH_VNNI void noodle_take_rows(void *dst, int thread, int threads, void *unused) {
+WITH_VNNI void noodle_take_rows_q8_0(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *weight = source_of(dst, 0);
     const int32_t *ids = (const int32_t *)data_of(source_of(dst, 1));
@@ -173,6 +195,101 @@ WITH_VNNI void noodle_take_rows(void *dst, int thread, int threads, void *unused
         }
     }
 }
+
+/* dst: float32 tiles; source 0: rows of K float32 */
+void noodle_arrange(void *dst, int thread, int threads, void *unused) {
+    (void)unused;
+    const void *rows = source_of(dst, 0);
+    const int64_t length = size_of(rows, 0), count = size_of(rows, 1);
+    for (int64_t first = thread * TILE_ROWS; first < count; first += threads * TILE_ROWS) {
+        const int64_t width = rows_in_tile(first, count);
+        float *tile = (float *)data_of(dst) + first * length;
+        for (int64_t row = 0; row < width; row++) {
+            const float *from = (const float *)(data_of(rows) + (first + row) * stride_of(rows, 1));
+            for (int64_t number = 0; number < length; number++) tile[number * width + row] = from[number];
+        }
+    }
+}
+
+/* 16 numbers of a weight */
+WITH_AVX512 static inline __attribute__((always_inline)) __m512 load_f32(const char *at) { return _mm512_loadu_ps(at); }
+WITH_AVX512 static inline __attribute__((always_inline)) __m512 load_f16(const char *at) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
+}
+WITH_AVX512 static inline __attribute__((always_inline)) __m512 load_bf16(const char *at) {
+    const __m256i numbers = _mm256_loadu_si256((const __m256i *)at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
+/* Of each type the product of a tile (as multiply_tile), of all tiles (as noodle_multiply_q8_0), and the taking of rows.
+ * A sum of few rows is split, for an addition must wait for the one before it. */
+#define FLOAT_KERNELS(type, item_bytes) \
+    WITH_AVX512 static inline __attribute__((always_inline)) void multiply_tile_##type( \
+        const char *group, const float *tile, int64_t length, char *out, size_t out_stride, const int rows) { \
+        const int parts = rows <= 2 ? 4 : rows <= 4 ? 2 : 1; \
+        __m512 sums[TILE_ROWS]; \
+        for (int sum = 0; sum < rows * parts; sum++) sums[sum] = _mm512_setzero_ps(); \
+        int64_t number = 0; \
+        for (; number + parts <= length; number += parts) { \
+            for (int part = 0; part < parts; part++) { \
+                const __m512 weights = load_##type(group); \
+                for (int row = 0; row < rows; row++) \
+                    sums[part * rows + row] = _mm512_fmadd_ps(weights, _mm512_set1_ps(tile[row]), sums[part * rows + row]); \
+                group += GROUP_ROWS * item_bytes; \
+                tile += rows; \
+            } \
+        } \
+        for (; number < length; number++, group += GROUP_ROWS * item_bytes, tile += rows) { \
+            const __m512 weights = load_##type(group); \
+            for (int row = 0; row < rows; row++) sums[row] = _mm512_fmadd_ps(weights, _mm512_set1_ps(tile[row]), sums[row]); \
+        } \
+        for (int row = 0; row < rows; row++) { \
+            for (int part = 1; part < parts; part++) sums[row] = _mm512_add_ps(sums[row], sums[part * rows + row]); \
+            _mm512_storeu_ps((float *)(out + row * out_stride), sums[row]); \
+        } \
+    } \
+    WITH_AVX512 void noodle_multiply_##type(void *dst, int thread, int threads, void *unused) { \
+        (void)unused; \
+        const void *weight = source_of(dst, 0); \
+        const int64_t length = size_of(weight, 0), groups = size_of(weight, 1) / GROUP_ROWS, count = size_of(dst, 1); \
+        const size_t out_stride = stride_of(dst, 1); \
+        const int64_t first = groups * thread / threads, end = groups * (thread + 1) / threads; \
+        for (int64_t begin = 0; begin < count; begin += PASS_ROWS) { \
+            const int64_t last = begin + PASS_ROWS < count ? begin + PASS_ROWS : count; \
+            for (int64_t number = first; number < end; number++) { \
+                const char *group = data_of(weight) + number * GROUP_ROWS * length * item_bytes; \
+                for (int64_t row = begin; row < last; row += TILE_ROWS) { \
+                    const float *tile = (const float *)data_of(source_of(dst, 1)) + row * length; \
+                    char *out = data_of(dst) + row * out_stride + number * GROUP_ROWS * sizeof(float); \
+                    FOR_EACH_TILE_WIDTH(rows_in_tile(row, count), MULTIPLY_##type) \
+                } \
+            } \
+        } \
+    } \
+    WITH_AVX512 void noodle_take_rows_##type(void *dst, int thread, int threads, void *unused) { \
+        (void)unused; \
+        const void *weight = source_of(dst, 0); \
+        const int32_t *ids = (const int32_t *)data_of(source_of(dst, 1)); \
+        const int64_t length = size_of(weight, 0), count = size_of(dst, 1); \
+        for (int64_t row = thread; row < count; row += threads) { \
+            const int lane = ids[row] % GROUP_ROWS; \
+            const char *group = data_of(weight) + (ids[row] - lane) * length * item_bytes; \
+            float *out = (float *)(data_of(dst) + row * stride_of(dst, 1)); \
+            for (int64_t number = 0; number < length; number++, group += GROUP_ROWS * item_bytes) { \
+                float numbers[GROUP_ROWS]; \
+                _mm512_storeu_ps(numbers, load_##type(group)); \
+                out[number] = numbers[lane]; \
+            } \
+        } \
+    }
+
+#define MULTIPLY_f32(width) multiply_tile_f32(group, tile, length, out, out_stride, width)
+#define MULTIPLY_f16(width) multiply_tile_f16(group, tile, length, out, out_stride, width)
+#define MULTIPLY_bf16(width) multiply_tile_bf16(group, tile, length, out, out_stride, width)
+FLOAT_KERNELS(f32, 4)
+FLOAT_KERNELS(f16, 2)
+FLOAT_KERNELS(bf16, 2)
 #else
-bool noodle_has_packed_rows(void) { return false; }
+bool noodle_has_floats(void) { return false; }
+bool noodle_has_q8_0(void) { return false; }
 #endif
