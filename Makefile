@@ -9,8 +9,9 @@ DEV_STAMP := $(VENV)/.noodle-dev
 GGML_STAMP := $(VENV)/.noodle-ggml
 KERNELS := services/stage/kernels/packed_rows.c
 KERNELS_STAMP := $(VENV)/.noodle-kernels
-# switches of ggml's own build, with semicolons between; another device than the CPU is one more, as -DGGML_VULKAN=ON
-GGML_CMAKE_ARGS ?= -DGGML_NATIVE=ON;-DGGML_LLAMAFILE=ON;-DGGML_CPU_REPACK=ON
+# switches of ggml's own build, with semicolons between; another device than the CPU is one more, as -DGGML_VULKAN=ON.
+# RPC is for tests: a device whose memory is not this machine's, as a card's is not
+GGML_CMAKE_ARGS ?= -DGGML_NATIVE=ON;-DGGML_LLAMAFILE=ON;-DGGML_CPU_REPACK=ON;-DGGML_RPC=ON
 UV_VERSION := 0.13.9
 LOCK := $(VENV)/bin/uv pip compile pyproject.toml --extra control --extra stage --extra up --extra plots \
 	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \

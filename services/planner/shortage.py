@@ -13,7 +13,7 @@ from noodle.plan import MachineReport, ModelShape
 from services.planner.cut_search import best_cut, cut_fits, held_bytes, shortage_bytes, some_cut_fits
 from services.planner.partition import USABLE_SHARE, cut_problem
 
-FEWER_BITS = {"cpu": "bfloat16", "cuda": "float16"}  # of a machine that computes in float32
+FEWER_BITS = {"cpu": "bfloat16", "cuda": "float16", "vulkan": "float16"}  # of a machine that computes in float32
 SMALLEST_USEFUL_TOKENS = 64  # a context below it cures nothing
 MOST_MACHINE_BYTES = 1 << 50
 

@@ -44,14 +44,24 @@ class Wishes:
     dtype: str = "auto"
 
 
-def candidates(wishes: Wishes, dtype: str, ggml_hindrance: str, *, has_gguf: bool = False) -> tuple[Candidate, ...]:
+def candidates(
+    wishes: Wishes, dtype: str, ggml_hindrance: str, *, has_gguf: bool = False, only_ggml: str = ""
+) -> tuple[Candidate, ...]:
     """All that may be compared; `dtype` is what transformers would take here, `ggml_hindrance` empty where ggml can.
+
+    `only_ggml` names a setting by which transformers can not compute here, if there is one.
 
     Raises ConfigurationError when ggml is asked for and hindered. A lossy one is measured before it is used.
     """
-    needs_ggml = wishes.executor == "ggml" or wishes.weights not in ("auto", *DTYPE_OF)
+    needs_ggml = wishes.executor == "ggml" or wishes.weights not in ("auto", *DTYPE_OF) or bool(only_ggml)
+    if only_ggml and (wishes.executor == "transformers" or wishes.dtype != "auto"):
+        raise ConfigurationError(
+            f"{only_ggml}, where ggml alone computes, but transformers or a dtype of its is asked for.",
+            cure="Leave NOODLE_EXECUTOR and NOODLE_DTYPE at auto.",
+        )
     if needs_ggml and ggml_hindrance:
         asked = "NOODLE_EXECUTOR=ggml" if wishes.executor == "ggml" else f"NOODLE_WEIGHTS={wishes.weights}"
+        asked = only_ggml or asked
         raise ConfigurationError(f"{asked}, but {ggml_hindrance}")
     found: list[Candidate] = []
     if not needs_ggml:

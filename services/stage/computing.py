@@ -68,7 +68,7 @@ def measured_report(
 
     from noodle.families import check_supported
     from services.stage.choosing import choose, choose_threads
-    from services.stage.device import choose_device, choose_dtype, device_name, free_memory
+    from services.stage.device import TORCH_DEVICES, choose_device, choose_dtype, device_name, free_memory
     from services.stage.executors import build_of, ggml_hindrance, version_of
     from services.stage.measure import MeasuredSeconds, MeasurementKey, measure_machine
     from services.stage.model_quality import ModelQuality
@@ -147,7 +147,8 @@ def measured_report(
         fetch,
     )
     has_gguf = [path.is_file() for path in folder.glob("*.gguf")] == [True]
-    compared = candidates(wishes, dtype.value, hindrance, has_gguf=has_gguf)
+    only_ggml = "" if device.value in TORCH_DEVICES else f"NOODLE_DEVICE={device.value}"
+    compared = candidates(wishes, dtype.value, hindrance, has_gguf=has_gguf, only_ggml=only_ggml)
     chosen = choose(compared, config.quality, measure, quality_of)
     if device.value == "cpu":
         threads, chosen = choose_threads(chosen, threads, measure)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from noodle.errors import ConfigurationError
+from noodle.errors import ConfigurationError, GgmlUnavailable
 from noodle.machine import container_use
 from noodle.scraped_metrics import CardUse
 
 DTYPES = ("float32", "float16", "bfloat16")
+TORCH_DEVICES = ("cpu", "cuda")  # on any other ggml alone computes
 NEWEST_OF_CU126 = (9, 0)  # the newest cards that wheels of that index have kernels for
 
 
@@ -35,12 +36,12 @@ class FreeMemory:
 
 
 def choose_device(wanted: str, torch: Any) -> Choice:
-    """`cpu` or `cuda` for "auto", "cpu" or "cuda".
+    """`cpu` or `cuda` for "auto", "cpu" or "cuda"; a device that only ggml has is taken by name alone.
 
     Raises ConfigurationError when a card is asked for and missing, or there is one that this torch can not compute on.
     """
-    if wanted == "cpu":
-        return Choice("cpu", "configured")
+    if wanted == "cpu" or wanted not in ("auto", *TORCH_DEVICES):
+        return Choice(wanted, "configured")
     if not torch.cuda.is_available():
         if wanted == "cuda":
             raise ConfigurationError(
@@ -84,6 +85,8 @@ def device_name(device: str, torch: Any) -> str:
     """What the device calls itself."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
+    if device not in TORCH_DEVICES:
+        return ggml_card(device).description
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -125,6 +128,8 @@ def free_memory(
     if device == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info()
         return FreeMemory(int(free_bytes), "the card's driver")
+    if device not in TORCH_DEVICES:
+        return FreeMemory(ggml_card(device).free_bytes, "the card's driver, by ggml")
     candidates = [FreeMemory(_available_bytes(proc / "meminfo"), "MemAvailable of the system")]
     container = container_use(cgroup)
     if container.memory_limit_bytes is not None and container.memory_bytes is not None:
@@ -132,6 +137,26 @@ def free_memory(
         source = f"the container's memory limit (cgroup v{container.cgroup_version})"
         candidates.append(FreeMemory(free_bytes, source))
     return min(candidates, key=lambda memory: memory.free_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class GgmlCard:
+    """What ggml's driver says of a card that torch does not know."""
+
+    description: str
+    free_bytes: int
+
+
+def ggml_card(device: str) -> GgmlCard:
+    """The card that ggml computes on; raises ConfigurationError when there is none of that kind."""
+    from services.stage.executors import ggml_device
+    from services.stage.ggml_library import load_ggml
+
+    try:
+        name, library = ggml_device(device), load_ggml()
+    except GgmlUnavailable as error:
+        raise ConfigurationError(f"NOODLE_DEVICE={device}, but {error}") from error
+    return GgmlCard(*library.card(name))
 
 
 def free_memory_bytes(device: str, torch: Any) -> int:

@@ -38,6 +38,7 @@ def load_by(
             kv_dtype=candidate.kv_dtype,
             context_length=context_length,
             threads=threads,
+            device_name=ggml_device(device),
             progress=progress,
             fetch=fetch,
             cache_dir=cache_dir,
@@ -56,14 +57,25 @@ def load_by(
     )
 
 
+def ggml_device(device: str) -> str:
+    """ggml's own name of what a stage computes on, as CUDA0 for cuda; raises GgmlUnavailable when it has no such."""
+    devices = load_ggml().devices
+    found = next((name for name in devices if name.rstrip("0123456789").lower() == device), None)
+    if found is None:
+        raise GgmlUnavailable(
+            f"this ggml computes on {', '.join(devices)} and not on {device}.",
+            cure=f"Build it for that (make ggml GGML_CMAKE_ARGS=-DGGML_{device.upper()}=ON, with its driver and tools "
+            "installed), or leave NOODLE_EXECUTOR at auto.",
+        )
+    return found
+
+
 def ggml_hindrance(config: dict[str, Any], device: str) -> str:
     """Why ggml can not compute this model here, with the cure; empty when it can."""
-    if device != "cpu":
-        return f"layers are computed by ggml on the CPU alone, and this stage computes on {device}."
     if lacks := ggml_lacks(config):
         return f"{lacks.rstrip('.')}."
     try:
-        load_ggml()
+        ggml_device(device)
     except GgmlUnavailable as error:
         return str(error)
     return ""

@@ -8,11 +8,11 @@ products, and of four rows in 8 bits a quarter more; of sixteen rows two thirds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
+from services.stage.ggml_device import GgmlDevice
 from services.stage.ggml_graph import GraphMemory
 from services.stage.least_seconds import least_seconds
 
@@ -25,8 +25,9 @@ WORTH_CHANGING = 0.9  # of the seconds by tiles
 DotCounts = Mapping[int, frozenset[int]]  # by type of weights: the numbers of rows that dot products are faster for
 
 
-def dot_counts(ggml: Any, backend: Any, weights: Sequence[int]) -> DotCounts:
-    """For the types of these weights, matrices of a slice whose memory is there; on the backend's threads."""
+def dot_counts(device: GgmlDevice, weights: Sequence[int]) -> DotCounts:
+    """For the types of these weights, matrices of a slice whose memory is there; on the device's threads."""
+    ggml = device.ggml
     by_type: dict[int, list[int]] = {}
     bytes_of_type: dict[int, int] = {}
     for weight in weights:
@@ -37,7 +38,7 @@ def dot_counts(ggml: Any, backend: Any, weights: Sequence[int]) -> DotCounts:
             by_type.setdefault(kind, []).append(weight)
             bytes_of_type[kind] = bytes_of_type.get(kind, 0) + int(ggml.ggml_nbytes(weight))
     return {
-        kind: frozenset(count for count in range(2, MOST_ROWS + 1) if _dots_are_faster(ggml, backend, chosen, count))
+        kind: frozenset(count for count in range(2, MOST_ROWS + 1) if _dots_are_faster(device, chosen, count))
         for kind, chosen in by_type.items()
     }
 
@@ -64,18 +65,19 @@ def zero_lone_expert(memory: GraphMemory, lone_expert: int, count: int) -> None:
         memory.array(lone_expert, (count,), "<i4")[...] = 0
 
 
-def _dots_are_faster(ggml: Any, backend: Any, weights: Sequence[int], count: int) -> bool:
-    graphs = [_products(ggml, backend, weights, count, by_dots) for by_dots in (False, True)]
+def _dots_are_faster(device: GgmlDevice, weights: Sequence[int], count: int) -> bool:
+    graphs = [_products(device, weights, count, by_dots) for by_dots in (False, True)]
     try:
-        seconds = least_seconds([partial(memory.compute, backend) for memory in graphs], ROUNDS)
+        seconds = least_seconds([memory.compute for memory in graphs], ROUNDS)
     finally:
         for memory in graphs:
             memory.close()
     return seconds[1] < WORTH_CHANGING * seconds[0]
 
 
-def _products(ggml: Any, backend: Any, weights: Sequence[int], count: int, by_dots: bool) -> GraphMemory:
-    memory = GraphMemory(ggml, 16 + 6 * len(weights))
+def _products(device: GgmlDevice, weights: Sequence[int], count: int, by_dots: bool) -> GraphMemory:
+    ggml = device.ggml
+    memory = GraphMemory(device, 16 + 6 * len(weights))
     lone_expert = new_lone_expert(memory, count)
     rows_by_features: dict[int, int] = {}
     for weight in weights:
@@ -95,7 +97,7 @@ def _products(ggml: Any, backend: Any, weights: Sequence[int], count: int, by_do
         ggml.ggml_build_forward_expand(memory.graph, product)
     for tensor in (lone_expert, *rows_by_features.values()):
         ggml.ggml_build_forward_expand(memory.graph, tensor)
-    memory.allocate(backend)
+    memory.allocate()
     zero_lone_expert(memory, lone_expert, count)
     for features, rows in rows_by_features.items():
         memory.array(rows, (count, features), "<f4")[...] = np.float32(0.5)

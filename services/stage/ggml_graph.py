@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from noodle.errors import GenerationFailed
+from noodle.errors import GenerationFailed, GgmlUnavailable
+from services.stage.ggml_device import DeviceMemory, GgmlDevice
 
 Words = npt.NDArray[np.uint64]
 NO_WINDOW = 1 << 40
@@ -27,18 +28,26 @@ class SpanRows:
     """Where one span's session has its rows, and which of them the step computes."""
 
     address: int
+    buffer: int  # of a card's memory, 0 in the machine's
     area_bytes: int
     first_position: int
     token_count: int
 
 
 class GraphMemory:
-    """A context of ggml in memory of our own, so that its tensors' fields can be written many at once."""
+    """A context of ggml in memory of our own, so that its tensors' fields can be written many at once.
 
-    def __init__(self, ggml: Any, tensor_count: int) -> None:
-        self.ggml = ggml
+    What the tensors hold is in the device's memory.
+    """
+
+    def __init__(self, device: GgmlDevice, tensor_count: int) -> None:
+        ggml = self.ggml = device.ggml
+        self.device = device
+        self._uploads: list[tuple[int, npt.NDArray[Any]]] = []
+        self._downloads: list[tuple[int, npt.NDArray[Any]]] = []
         fields = ggml.ggml_tensor
         self.at_data = fields.data.offset // 8
+        self.at_buffer = fields.buffer.offset // 8
         self.at_sizes = fields.ne.offset // 8
         self.at_strides = fields.nb.offset // 8
         self.at_view_source = fields.view_src.offset // 8
@@ -75,25 +84,53 @@ class GraphMemory:
         self.words[at + self.at_view_source] = whole
         self.words[at + self.at_view_offset] = offset
 
-    def allocate(self, backend: Any) -> None:
-        """Give every tensor that is computed here its memory."""
+    def allocate(self) -> None:
+        """Give every tensor that is computed here its memory; raises GgmlUnavailable for what the device has not."""
         ggml = self.ggml
-        self.allocator = ggml.ggml_gallocr_new(ggml.ggml_backend_get_default_buffer_type(backend))
+        try:
+            self.device.check_graph(self.graph)
+        except GgmlUnavailable:
+            self.close()
+            raise
+        self.allocator = ggml.ggml_gallocr_new(self.device.buffer_type)
         if not ggml.ggml_gallocr_alloc_graph(self.allocator, self.graph):
             self.close()
             raise GenerationFailed("no memory for this step.", cure=f"{MEMORY_CURE}(NOODLE_STEP_TOKENS).")
         self.byte_count += ggml.ggml_gallocr_get_buffer_size(self.allocator, 0)
 
-    def compute(self, backend: Any) -> None:
-        """Compute the graph with what its tensors now hold."""
-        status = self.ggml.ggml_backend_graph_compute(backend, self.graph)
+    def compute(self) -> None:
+        """Compute the graph with what its inputs now hold; then its outputs hold what came of it."""
+        for tensor, values in self._uploads:
+            self.upload(tensor, values)
+        status = self.ggml.ggml_backend_graph_compute(self.device.backend, self.graph)
         if status != 0:
             raise GenerationFailed(
                 f"ggml could not compute a step (status {status}).", cure=f"{MEMORY_CURE}(NOODLE_STEP_TOKENS)."
             )
 
+        for tensor, values in self._downloads:
+            self.ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+
+    def upload(self, tensor: int, values: npt.NDArray[Any]) -> None:
+        """Copy values into a tensor's memory."""
+        self.ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
+
+    def input(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Where a tensor's values are to be written before each time; `allocate` comes first."""
+        if self.device.is_host:
+            return self.array(tensor, shape, dtype)
+        self._uploads.append((tensor, np.zeros(shape, dtype)))
+        return self._uploads[-1][1]
+
+    def output(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Where a tensor's values are to be read after each time."""
+        if self.device.is_host:
+            return self.array(tensor, shape, dtype)
+        self._downloads.append((tensor, np.zeros(shape, dtype)))
+        return self._downloads[-1][1]
+
     def array(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """A tensor's data as an array, without a copy; only as long as this memory is open."""
+        """A tensor's data in the machine's memory as an array, without a copy; only as long as this is open."""
         items = int(np.prod(shape))
         memory = (ctypes.c_uint8 * (items * np.dtype(dtype).itemsize)).from_address(self.data_of(tensor))
         return np.frombuffer(memory, dtype).reshape(shape)
@@ -128,6 +165,8 @@ class SlotTensors:
     value_count: list[list[int]] = field(default_factory=list)
     key_written: list[list[int]] = field(default_factory=list)
     value_written: list[list[int]] = field(default_factory=list)
+    key_target: list[list[int]] = field(default_factory=list)  # what is written into, which a card looks at
+    value_target: list[list[int]] = field(default_factory=list)
     masks: list[MaskSlot] = field(default_factory=list)
 
 
@@ -139,6 +178,7 @@ class SlotPatches:
         self._row_bytes = row_bytes
         self._masks = slots.masks
         self._mask_memory: list[npt.NDArray[np.uint16]] = []  # until the step is computed
+        self._mask_on_card: dict[int, DeviceMemory] = {}  # by its tensor's word
         self._windows = np.array([window or NO_WINDOW for window in windows], np.int64)[:, None]
         self._areas = 2 * np.arange(len(windows), dtype=np.int64)[:, None]
         self._fields = np.array(
@@ -149,10 +189,15 @@ class SlotPatches:
                 slots.value_count,
                 slots.key_written,
                 slots.value_written,
+                slots.key_target,
+                slots.value_target,
             ],
             np.int64,
-        ).reshape(-1)
-        self._values = np.empty((6, len(windows), len(slots.key_data[0])), np.int64)
+        )
+        # which memory an address is in: on a card it is not told by the address
+        self._buffer_fields = (self._fields[[0, 1, 4, 5, 6, 7]] - memory.at_data + memory.at_buffer).reshape(-1)
+        self._fields = self._fields.reshape(-1)
+        self._values = np.empty((8, len(windows), len(slots.key_data[0])), np.int64)
 
     def write(self, spans: Sequence[SpanRows]) -> None:
         """For the spans of this step, in their order."""
@@ -170,8 +215,12 @@ class SlotPatches:
         values[3] = values[2]
         values[4] = keys + first * self._row_bytes
         values[5] = values[4] + area_bytes
+        values[6:8] = values[4:6]
         words = self._memory.words
         words[self._fields] = values.reshape(-1).view(np.uint64)
+        if not self._memory.device.is_host:
+            buffers = np.array([span.buffer for span in spans], np.uint64)
+            words[self._buffer_fields] = np.broadcast_to(buffers, (6, *values.shape[1:])).reshape(-1)
         if self._masks:
             self._mask_memory.clear()
             for mask in self._masks:
@@ -190,8 +239,15 @@ class SlotPatches:
         mask = np.zeros((slot.rows, end - begin), np.uint16)
         mask[: span.token_count] = masked * ROW_MASKED
         self._mask_memory.append(mask)
-        memory.words[at + memory.at_data] = mask.ctypes.data
         memory.words[at + memory.at_sizes] = end - begin
         row_bytes = 2 * (end - begin)
         memory.words[at + memory.at_strides + 1] = row_bytes
         memory.words[at + memory.at_strides + 2 : at + memory.at_strides + 4] = row_bytes * slot.rows
+        if memory.device.is_host:
+            memory.words[at + memory.at_data] = mask.ctypes.data
+            return
+        held = self._mask_on_card.get(at)
+        if held is None or held.byte_count < mask.nbytes:
+            held = self._mask_on_card[at] = DeviceMemory(memory.device, 2 * mask.nbytes)
+        memory.words[at + memory.at_data], memory.words[at + memory.at_buffer] = held.address, held.buffer
+        memory.upload(memory.base + 8 * at, mask)

@@ -156,12 +156,14 @@ class LayerGraph:
         query, key, value = self._query_key_value(tensor, number, weights, positions, sum(counts))
         for fields in (self.slots.key_data, self.slots.value_data, self.slots.key_count, self.slots.value_count):
             fields.append([])
-        self.slots.key_written.append([])
-        self.slots.value_written.append([])
+        for fields in (self.slots.key_written, self.slots.value_written):
+            fields.append([])
+        for fields in (self.slots.key_target, self.slots.value_target):
+            fields.append([])
         begin = attended = 0
         for index, count in enumerate(counts):
-            self._write_rows(key, begin, count, self.slots.key_written[-1])
-            self._write_rows(value, begin, count, self.slots.value_written[-1])
+            self._write_rows(key, begin, count, self.slots.key_written[-1], self.slots.key_target[-1])
+            self._write_rows(value, begin, count, self.slots.value_written[-1], self.slots.value_target[-1])
             attended = self._attend(query, number, index, begin, count, masks)
             if packed:
                 self._memory.place_in(attended, packed, begin * shape.heads * shape.head_dim * ITEM_BYTES)
@@ -253,7 +255,7 @@ class LayerGraph:
             1.0,
         )
 
-    def _write_rows(self, rows: _Rows, begin: int, count: int, written: list[int]) -> None:
+    def _write_rows(self, rows: _Rows, begin: int, count: int, written: list[int], targets: list[int]) -> None:
         """K or V of one span into its session's rows."""
         width = self._shape.kv_heads * self._shape.head_dim
         source = self._call("view_2d", rows.tensor, width, count, rows.stride, rows.offset + begin * rows.stride)
@@ -261,6 +263,7 @@ class LayerGraph:
         copied = self._call("cpy", source, target)
         self._ggml.ggml_build_forward_expand(self._memory.graph, copied)
         written.append(self._memory.word(copied) + self._memory.at_data)
+        targets.append(self._memory.word(target) + self._memory.at_data)
 
     def _attend(
         self, query: _Rows, number: int, index: int, begin: int, count: int, masks: dict[tuple[int, int], int]
@@ -286,6 +289,7 @@ class LayerGraph:
     def _attended_rows(self, count: int) -> int:
         """How many rows attention computes for a span of so many: those beyond are thrown away."""
         is_tiled = TILED_ROWS <= count < TILE_ROWS and self._tensors.key_type in TILED_TYPES
+        is_tiled = is_tiled and self._memory.device.is_host
         return TILE_ROWS if is_tiled else count
 
     def _slot(self, data: list[int], counts: list[int]) -> int:

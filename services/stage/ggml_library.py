@@ -78,6 +78,14 @@ class GgmlLibrary:
         self.set_threads(backend, threads)
         return backend
 
+    def card(self, name: str) -> tuple[str, int]:
+        """What a device by ggml's name calls itself, and its free bytes."""
+        ggml = self.module
+        device = ggml.ggml_backend_dev_by_name(name.encode())
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        ggml.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        return ggml.ggml_backend_dev_description(device).decode(), free.value
+
     def set_threads(self, backend: Any, threads: int) -> None:
         """How many threads a backend computes with from its next graph on; a card ignores it."""
         ggml = self.module

@@ -13,6 +13,7 @@ from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
 from noodle.families import check_supported
 from noodle.model_files import model_digest, read_config
 from services.stage.ggml_calls import GgmlCalls
+from services.stage.ggml_device import CPU, GgmlDevice
 from services.stage.ggml_few_rows import dot_counts
 from services.stage.ggml_gguf import GgufTensors, gguf_in
 from services.stage.ggml_layers import INTERLEAVED, NEOX, SliceTensors
@@ -40,6 +41,7 @@ def load_ggml_slice(
     kv_dtype: str = "f16",
     context_length: int,
     threads: int,
+    device_name: str = CPU,
     kv_budget_bytes: int | None = None,
     progress: Progress = ignore_progress,
     fetch: Fetch = nothing_to_fetch,
@@ -49,7 +51,7 @@ def load_ggml_slice(
 
     `weights`: a type of `WEIGHTS`, in which matrices are kept and computed with. What is made of the folder's tensors
     is kept in `cache_dir`, and read from there by later starts and other stages of the machine. `gguf` takes the
-    tensors of the folder's .gguf file as they are.
+    tensors of the folder's .gguf file as they are. `device_name` is ggml's own; `threads` count on its CPU alone.
     `progress` gets bytes done and in all; `fetch` gets the keys of the tensors that will be read, before the first is.
     Raises GgmlUnavailable, UnsupportedModel with what ggml lacks for this model, ModelNotFound, or PlanDoesNotFit for
     layers that the model has not.
@@ -80,21 +82,21 @@ def load_ggml_slice(
         blocks = _from_safetensors(
             ggml, library.version, folder, shape, start_layer, end_layer, weights, counter, fetch, cache_dir
         )
-    kernels = packed_rows(ggml)
+    device = GgmlDevice(ggml, device_name, library.backend(threads, device_name))
+    kernels = packed_rows(ggml) if device.is_host else None
     packed: frozenset[tuple[str, str]] = frozenset()
     if kernels is not None:
         # where the embeddings are the head as well, they are read more often as that
         packed = kernels.pack(blocks, also_embedding=end_layer == shape.layer_count and shape.tied)
     blocks["rotary"] = _rotary_block(shape, start_layer, end_layer)
-    backend = library.backend(threads)
-    loaded = GgmlTensors(ggml, backend, blocks)
+    loaded = GgmlTensors(device, blocks)
     tensors = _tensors(loaded, shape, start_layer, end_layer, weights, KV_TYPE_NUMBERS[kv_dtype], row_bytes, pairing)
     by_kernels = frozenset(loaded.by_block[block][name] for block, name in packed)
     matrices = [*(tensor for layer in tensors.layers for tensor in layer.values()), *tensors.head.values()]
-    counts = dot_counts(ggml, backend, [tensor for tensor in matrices if tensor not in by_kernels])
+    timed = [tensor for tensor in matrices if tensor not in by_kernels] if device.is_host else []
+    counts = dot_counts(device, timed)
     return GgmlSlice(
-        ggml,
-        backend,
+        device,
         loaded,
         replace(tensors, dot_counts=counts, kernels=kernels, packed=by_kernels),
         shape,

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from noodle.errors import WireError
 from noodle.wire import WireTensor
-from services.stage.ggml_calls import GgmlCalls
+from services.stage.ggml_device import GgmlDevice
 from services.stage.ggml_few_rows import zero_lone_expert
 from services.stage.ggml_graph import GraphMemory, SlotPatches, SpanRows
-from services.stage.ggml_kv import GgmlRows
+from services.stage.ggml_kv import DeviceRows, GgmlRows
 from services.stage.ggml_layers import LAYER_TENSORS, SPAN_TENSORS, LayerGraph, SliceTensors
 from services.stage.ggml_shape import ModelShape
 from services.stage.ggml_weights import GgmlTensors
@@ -56,12 +56,10 @@ class GgmlSlice:
     """Layers [start_layer, end_layer) of one model; a `ModelSlice` (slice_interface.py)."""
 
     dtype = "float32"  # of the hidden states it hands on
-    counts_reservations = False
 
     def __init__(
         self,
-        ggml: GgmlCalls,
-        backend: Any,
+        device: GgmlDevice,
         weights: GgmlTensors,
         tensors: SliceTensors,
         shape: ModelShape,
@@ -81,20 +79,25 @@ class GgmlSlice:
         self.weight_bytes = weights.byte_count
         layers = end_layer - start_layer
         self.kv_bytes_per_token = 2 * layers * tensors.row_bytes
-        self._ggml = ggml
-        self._backend = backend
+        self.counts_reservations = not device.is_host
+        self._ggml = device.ggml
+        self._device = device
         self._weights = weights
         self._tensors = tensors
         self._shape = shape
 
-        def new_rows(reserve_tokens: int) -> GgmlRows:
-            return GgmlRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes)
+        def new_rows(reserve_tokens: int) -> GgmlRows | DeviceRows:
+            if device.is_host:
+                return GgmlRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes)
+            return DeviceRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes, device=device)
 
-        self._cache = KvCache(new_rows, kv_budget_bytes, self.kv_bytes_per_token)
+        self._cache: KvCache[Any] = KvCache(
+            new_rows, kv_budget_bytes, self.kv_bytes_per_token, counts_reservations=self.counts_reservations
+        )
         self._graphs: OrderedDict[tuple[bool, tuple[int, ...]], _StepGraph | _HeadGraph] = OrderedDict()
         self._graph_bytes = 0
         self._last_hidden: Floats = np.empty((0, self.hidden_size), np.float32)
-        self._finalizer = weakref.finalize(self, _free, ggml, backend, weights, self._graphs)
+        self._finalizer = weakref.finalize(self, _free, device, weights, self._graphs)
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
         """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
@@ -102,7 +105,7 @@ class GgmlSlice:
         inputs = self._inputs(batch, total_tokens)
         rows = self._open(batch.spans)
         spans = [
-            SpanRows(each.address, each.area_bytes, span.first_position, span.token_count)
+            SpanRows(each.address, each.buffer, each.area_bytes, span.first_position, span.token_count)
             for each, span in zip(rows, batch.spans, strict=True)
         ]
         step = self._step_graph(inputs.ndim == 1, tuple(span.token_count for span in batch.spans))
@@ -113,7 +116,7 @@ class GgmlSlice:
             step.positions[begin:end] = np.arange(span.first_position, span.first_position + span.token_count)
             begin = end
         step.patches.write(spans)
-        step.memory.compute(self._backend)
+        step.memory.compute()
         for each, span in zip(rows, batch.spans, strict=True):
             each.length = max(each.length, span.first_position + span.token_count)
         hidden = step.output.copy()
@@ -136,7 +139,7 @@ class GgmlSlice:
             return np.empty((0, self.vocab_size), np.float32)
         graph = self._head_graph(len(rows))
         graph.inputs[...] = self._last_hidden[rows]
-        graph.memory.compute(self._backend)
+        graph.memory.compute()
         return graph.logits.copy()
 
     def release(self, session_id: str) -> None:
@@ -145,11 +148,7 @@ class GgmlSlice:
 
     def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
         """Let a session that holds rows have `tokens` of them, not computed: to measure steps far into a context."""
-        rows = self._cache.open(session_id, tokens, tokens)
-        filled = rows.memory[:, : tokens * self._tensors.row_bytes]
-        # any bytes will do that are small numbers in every type: 0x2c2c is 0.065 in float16
-        filled[...] = 0x2C
-        rows.length = max(rows.length, tokens)
+        self._cache.open(session_id, tokens, tokens).fill_with_noise(tokens)
 
     def kv_bytes_held(self) -> int:
         """Bytes that KV rows of all sessions count for now."""
@@ -174,7 +173,7 @@ class GgmlSlice:
             return ids.astype(np.int32)
         return decode(checked_hidden_states(self, batch))
 
-    def _open(self, spans: tuple[Span, ...]) -> list[GgmlRows]:
+    def _open(self, spans: tuple[Span, ...]) -> list[Any]:
         """Every span's session's rows; nothing is reserved if one is refused."""
         if self._tensors.positions:
             last = max(span.first_position + span.token_count for span in spans) - 1
@@ -195,7 +194,7 @@ class GgmlSlice:
     def _new_step_graph(self, from_tokens: bool, counts: tuple[int, ...]) -> _StepGraph:
         ggml, shape, tensors = self._ggml, self._shape, self._tensors
         layers = self.end_layer - self.start_layer
-        memory = GraphMemory(ggml, 32 + layers * (self._layer_tensors() + SPAN_TENSORS * len(counts)))
+        memory = GraphMemory(self._device, 32 + layers * (self._layer_tensors() + SPAN_TENSORS * len(counts)))
         build = LayerGraph(memory, shape, tensors, self.start_layer)
         tokens = sum(counts)
         positions = ggml.ggml_new_tensor_1d(memory.context, ggml.GGML_TYPE_I32, tokens)
@@ -214,17 +213,17 @@ class GgmlSlice:
         # in a model without rotary or learned positions nothing reads them
         ggml.ggml_build_forward_expand(memory.graph, positions)
         ggml.ggml_build_forward_expand(memory.graph, output)
-        memory.allocate(self._backend)
+        memory.allocate()
         zero_lone_expert(memory, build.lone_expert, tokens)
         windows = shape.windows[self.start_layer : self.end_layer]
         return _StepGraph(
             memory,
             SlotPatches(memory, build.slots, windows, tensors.row_bytes),
-            memory.array(
+            memory.input(
                 inputs, (tokens,) if from_tokens else (tokens, self.hidden_size), "<i4" if from_tokens else "<f4"
             ),
-            memory.array(positions, (tokens,), "<i4"),
-            memory.array(output, (tokens, self.hidden_size), "<f4"),
+            memory.input(positions, (tokens,), "<i4"),
+            memory.output(output, (tokens, self.hidden_size), "<f4"),
         )
 
     def _layer_tensors(self) -> int:
@@ -237,19 +236,19 @@ class GgmlSlice:
             self._graphs.move_to_end(key)
             return found
         ggml = self._ggml
-        memory = GraphMemory(ggml, 64)
+        memory = GraphMemory(self._device, 64)
         inputs = ggml.ggml_new_tensor_2d(memory.context, ggml.GGML_TYPE_F32, self.hidden_size, row_count)
         ggml.ggml_set_input(inputs)
         build = LayerGraph(memory, self._shape, self._tensors, self.start_layer)
         logits = build.head(inputs)
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(memory.graph, logits)
-        memory.allocate(self._backend)
+        memory.allocate()
         zero_lone_expert(memory, build.lone_expert, row_count)
         made = _HeadGraph(
             memory,
-            memory.array(inputs, (row_count, self.hidden_size), "<f4"),
-            memory.array(logits, (row_count, self.vocab_size), "<f4"),
+            memory.input(inputs, (row_count, self.hidden_size), "<f4"),
+            memory.output(logits, (row_count, self.vocab_size), "<f4"),
         )
         self._keep(key, made)
         return made
@@ -270,9 +269,9 @@ class GgmlSlice:
         memory.close()
 
 
-def _free(ggml: Any, backend: Any, weights: GgmlTensors, graphs: OrderedDict[Any, _StepGraph | _HeadGraph]) -> None:
+def _free(device: GgmlDevice, weights: GgmlTensors, graphs: OrderedDict[Any, _StepGraph | _HeadGraph]) -> None:
     for graph in graphs.values():
         graph.memory.close()
     graphs.clear()
     weights.close()
-    ggml.ggml_backend_free(backend)
+    device.ggml.ggml_backend_free(device.backend)

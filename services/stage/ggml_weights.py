@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import ModelNotFound
+from services.stage.ggml_device import DeviceMemory, GgmlDevice
 from services.stage.ggml_recipes import Recipe, keys_of
 from services.stage.reading import Fetch, ReadCounter
 from services.stage.safetensors_files import SafetensorsFolder
@@ -254,12 +255,15 @@ def _sampled_digest(data: Bytes) -> str:
 
 
 class GgmlTensors:
-    """Blocks of weights as ggml's tensors, each by its name in its block; frees what it made in `close`."""
+    """Blocks of weights as ggml's tensors, each by its name in its block; frees what it made in `close`.
 
-    def __init__(self, ggml: Any, backend: Any, blocks: dict[str, Block]) -> None:
-        self._ggml = ggml
-        self._blocks = blocks  # keeps their memory alive
-        device = ggml.ggml_backend_get_device(backend)
+    In the machine's memory they stay where they are, to a card's they are copied.
+    """
+
+    def __init__(self, device: GgmlDevice, blocks: dict[str, Block]) -> None:
+        ggml = self._ggml = device.ggml
+        self._blocks = blocks if device.is_host else {}  # keeps their memory alive
+        self._memory: list[DeviceMemory] = []
         count = sum(len(block.tensors) for block in blocks.values())
         self._context = ggml.ggml_init(
             ggml.ggml_init_params(mem_size=ggml.ggml_tensor_overhead() * (count + 1), mem_buffer=None, no_alloc=True)
@@ -268,24 +272,50 @@ class GgmlTensors:
         self.by_block: dict[str, dict[str, int]] = {}
         self.byte_count = 0
         for name, block in blocks.items():
-            largest = max(tensor.byte_count for tensor in block.tensors)
-            address = int(block.memory.ctypes.data)
-            buffer = ggml.ggml_backend_dev_buffer_from_host_ptr(device, address, len(block.memory), largest)
-            if not buffer:
-                raise ModelNotFound("ggml can not take weights from this machine's memory.", cure="Report this.")
-            # so that ggml takes them for weights where it asks
-            ggml.ggml_backend_buffer_set_usage(buffer, ggml.GGML_BACKEND_BUFFER_USAGE_WEIGHTS)
-            self._buffers.append(buffer)
-            self.by_block[name] = {tensor.name: self._tensor(buffer, block, tensor) for tensor in block.tensors}
+            place = self._stay if device.is_host else self._copy
+            self.by_block[name] = place(device, block)
             self.byte_count += sum(tensor.byte_count for tensor in block.tensors)
 
-    def _tensor(self, buffer: Any, block: Block, placed: Placed) -> int:
+    def _stay(self, device: GgmlDevice, block: Block) -> dict[str, int]:
+        ggml, address = self._ggml, int(block.memory.ctypes.data)
+        largest = max(tensor.byte_count for tensor in block.tensors)
+        ggml_device = ggml.ggml_backend_get_device(device.backend)
+        buffer = ggml.ggml_backend_dev_buffer_from_host_ptr(ggml_device, address, len(block.memory), largest)
+        if not buffer:
+            raise ModelNotFound("ggml can not take weights from this machine's memory.", cure="Report this.")
+        # so that ggml takes them for weights where it asks
+        ggml.ggml_backend_buffer_set_usage(buffer, ggml.GGML_BACKEND_BUFFER_USAGE_WEIGHTS)
+        self._buffers.append(buffer)
+        tensors: dict[str, int] = {}
+        for placed in block.tensors:
+            tensor = tensors[placed.name] = self._tensor(placed)
+            ggml.ggml_backend_tensor_alloc(buffer, tensor, address + placed.offset)
+        return tensors
+
+    def _copy(self, device: GgmlDevice, block: Block) -> dict[str, int]:
+        """Where a card has room for a block, at the bounds and with the surplus that it wants."""
+        ggml, kind = self._ggml, device.buffer_type
+        alignment = int(ggml.ggml_backend_buft_get_alignment(kind))
+        tensors = {placed.name: self._tensor(placed) for placed in block.tensors}
+        offsets, end = [], 0
+        for tensor in tensors.values():
+            offsets.append(end)
+            end += -(-int(ggml.ggml_backend_buft_get_alloc_size(kind, tensor)) // alignment) * alignment
+        memory = DeviceMemory(device, end)
+        ggml.ggml_backend_buffer_set_usage(memory.buffer, ggml.GGML_BACKEND_BUFFER_USAGE_WEIGHTS)
+        self._memory.append(memory)
+        for placed, tensor, offset in zip(block.tensors, tensors.values(), offsets, strict=True):
+            ggml.ggml_backend_tensor_alloc(memory.buffer, tensor, memory.address + offset)
+            begin = int(block.memory.ctypes.data) + placed.offset
+            ggml.ggml_backend_tensor_set(tensor, begin, 0, placed.byte_count)
+        return tensors
+
+    def _tensor(self, placed: Placed) -> int:
         ggml = self._ggml
         sizes = (ctypes.c_int64 * len(placed.sizes))(*placed.sizes)
         tensor = ggml.ggml_new_tensor(self._context, placed.type_number, len(placed.sizes), ctypes.addressof(sizes))
         if ggml.ggml_nbytes(tensor) != placed.byte_count:
             raise ModelNotFound(f"{placed.name} takes other bytes in this ggml than in its file.", cure="Report this.")
-        ggml.ggml_backend_tensor_alloc(buffer, tensor, int(block.memory.ctypes.data) + placed.offset)
         return int(tensor)
 
     def close(self) -> None:
@@ -293,6 +323,7 @@ class GgmlTensors:
         for buffer in self._buffers:
             self._ggml.ggml_backend_buffer_free(buffer)
         self._buffers.clear()
+        self._memory.clear()
         if self._context:
             self._ggml.ggml_free(self._context)
             self._context = None

@@ -98,8 +98,13 @@ def profile_machine(question: ProfileQuestion, say: Say) -> MachineProfile:
 
 def devices_of(wanted: str, torch: object, notes: list[str]) -> list[str]:
     """The card first where there is one that this torch can use; what is left out is noted."""
-    from services.stage.device import choose_device
+    from services.stage.device import TORCH_DEVICES, choose_device
 
+    if wanted not in ("auto", *TORCH_DEVICES):
+        notes.append(
+            f"NOODLE_DEVICE={wanted} is not measured: this measures transformers, and ggml alone computes there."
+        )
+        return ["cpu"]
     if wanted != "auto":
         return [choose_device(wanted, torch).value]
     try:

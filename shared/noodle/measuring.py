@@ -18,7 +18,7 @@ class ControlQuestion(Struct, frozen=True):
     """The first line to the control: the unsplit model, and what it may compute with."""
 
     folder: str
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu", "cuda" or one that ggml alone has
     dtype: str  # float32, float16 or bfloat16
     threads: int
     cores: tuple[int, ...]  # by the system's numbers; empty: all that the process has

@@ -47,7 +47,7 @@ class MachineReport(Struct, frozen=True):
     boot_id: str
     noodle_version: str
     model_digest: str
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu", "cuda" or one that ggml alone has
     device_name: str
     dtype: str
     threads: int

@@ -172,7 +172,12 @@ VARIABLES: tuple[Variable, ...] = (
     # a stage
     Variable("NOODLE_STAGE_ID", "0", _whole(0, 1023), "this stage's number; stages stand in this order"),
     Variable("NOODLE_MACHINE", "", _text, "name of this machine; empty: its host name"),
-    Variable("NOODLE_DEVICE", "auto", _one_of("auto", "cpu", "cuda"), "where this stage computes"),
+    Variable(
+        "NOODLE_DEVICE",
+        "auto",
+        _one_of("auto", "cpu", "cuda", "vulkan"),
+        "where this stage computes; vulkan: by a ggml built for it",
+    ),
     Variable(
         "NOODLE_DTYPE",
         "auto",

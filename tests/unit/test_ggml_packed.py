@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from services.stage.ggml_calls import GgmlCalls
+from services.stage.ggml_device import CPU, GgmlDevice
 from services.stage.ggml_graph import GraphMemory
 from services.stage.ggml_library import folder_of_libraries, load_ggml, processor_flags
 from services.stage.ggml_packed import GROUP_ROWS, LIBRARY_NAME, packed_rows
@@ -73,8 +74,8 @@ class Graph:
     """One operation of ggml over arrays."""
 
     def __init__(self, ggml, threads=1):
-        self.ggml, self.memory = ggml, GraphMemory(ggml, 32)
-        self.backend = load_ggml().backend(threads)
+        self.ggml, self.backend = ggml, load_ggml().backend(threads)
+        self.memory = GraphMemory(GgmlDevice(ggml, CPU, self.backend), 32)
         self.given = []
 
     def weight(self, kind, stored, outputs, length):
@@ -96,10 +97,10 @@ class Graph:
     def compute(self, tensor, shape):
         self.ggml.ggml_set_output(tensor)
         self.ggml.ggml_build_forward_expand(self.memory.graph, tensor)
-        self.memory.allocate(self.backend)
+        self.memory.allocate()
         for given, values in self.given:
             self.memory.array(given, values.shape, values.dtype)[...] = values
-        self.memory.compute(self.backend)
+        self.memory.compute()
         found = self.memory.array(tensor, shape, np.float32).copy()
         self.memory.close()
         self.ggml.ggml_backend_free(self.backend)
