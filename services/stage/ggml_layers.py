@@ -54,7 +54,7 @@ class LayerGraph:
         self._tensors = tensors
         self._start_layer = start_layer
         self.slots = SlotTensors()
-        self._tiles: dict[tuple[int, bool], int] = {}  # as the kernels take rows, by their tensor and whether in 8 bits
+        self._tiles: dict[tuple[int, str], int] = {}  # as the kernels take rows, by their tensor and kind
         self.lone_expert = 0  # of products by dots; to be zeroed when the graph has its memory
 
     def embed(self, token_ids: int) -> int:
@@ -121,9 +121,9 @@ class LayerGraph:
     def _product(self, weight: int, rows: int) -> int:
         ggml, kernels = self._ggml, self._tensors.kernels
         if kernels is not None and weight in self._tensors.packed:
-            key = (rows, kernels.takes_in_8_bits(weight))
+            key = (rows, kernels.tiles_of(weight))
             if key not in self._tiles:
-                self._tiles[key] = kernels.tiles(self._context, rows, in_8_bits=key[1])
+                self._tiles[key] = kernels.tiles(self._context, *key)
             return kernels.product(self._context, weight, self._tiles[key])
         count = int(ggml.ggml_tensor.from_address(rows).ne[1])
         kind = int(ggml.ggml_tensor.from_address(weight).type)

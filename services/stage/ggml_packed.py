@@ -25,7 +25,9 @@ LIBRARY_NAME = "libnoodle-rows.so"
 GROUP_ROWS = 16  # of a weight stand side by side
 BLOCK_ITEMS = 32  # of Q8_0
 TILE_BLOCK_BYTES = 40  # of a block of activations: its numbers, its scale and what corrects for unsigned weights
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 0}  # of a weight's number; 0 is in blocks
+UNIT_NUMBERS = {"f32": 1, "f16": 1, "bf16": 2, "q8_0": BLOCK_ITEMS}  # that stand together, row by row
+UNIT_BYTES = {"f32": 4, "f16": 2, "bf16": 4, "q8_0": 0}  # 0 is in blocks
+TILES = {"f32": "arrange", "f16": "arrange", "bf16": "arrange_bf16", "q8_0": "quantise"}
 EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
 # matrices that ggml itself takes rows of or multiplies by, and not LayerGraph's products
 LEFT_TO_GGML = ("positions.weight", "router.weight")
@@ -61,17 +63,19 @@ class PackedRows:
                     packed.add((block_name, placed.name))
         return frozenset(packed)
 
-    def takes_in_8_bits(self, weight: int) -> bool:
-        """Whether a packed weight is multiplied by tiles in 8 bits, and not in float32."""
-        return not ITEM_BYTES[self._type_of(weight)]
+    def tiles_of(self, weight: int) -> str:
+        """The kind of tiles that a packed weight is multiplied by."""
+        return TILES[self._type_of(weight)]
 
-    def tiles(self, context: Any, rows: int, *, in_8_bits: bool) -> int:
-        """Rows [features, count] in float32 as the kernels take them, for any number of products."""
+    def tiles(self, context: Any, rows: int, kind: str) -> int:
+        """Rows [features, count] in float32 as tiles, for any number of products."""
         features, count = self._ggml.ggml_tensor.from_address(rows).ne[:2]
-        if not in_8_bits:
-            return self._operation(context, "arrange", self._ggml.GGML_TYPE_F32, features, count, rows)
-        bytes_of_row = features // BLOCK_ITEMS * TILE_BLOCK_BYTES
-        return self._operation(context, "quantise", self._ggml.GGML_TYPE_I8, bytes_of_row, count, rows)
+        bytes_of_row = {
+            "arrange": 4 * features,
+            "arrange_bf16": 2 * features,
+            "quantise": features // BLOCK_ITEMS * TILE_BLOCK_BYTES,
+        }[kind]
+        return self._operation(context, kind, self._ggml.GGML_TYPE_I8, bytes_of_row, count, rows)
 
     def product(self, context: Any, weight: int, tiles: int) -> int:
         """Like ggml's mul_mat of a weight that was packed and the rows that the tiles were made of."""
@@ -92,16 +96,18 @@ class PackedRows:
         if name is None or len(placed.sizes) != 2 or placed.name in LEFT_TO_GGML:
             return False
         length, outputs = placed.sizes
-        return outputs % GROUP_ROWS == 0 and (ITEM_BYTES[name] > 0 or length % BLOCK_ITEMS == 0)
+        return outputs % GROUP_ROWS == 0 and length % UNIT_NUMBERS[name] == 0
 
     def _pack(self, placed: Placed, block: Block) -> None:
         length, outputs = placed.sizes
         memory = block.memory[placed.offset : placed.offset + placed.byte_count]
+        name = self._type_names[placed.type_number]
+        units = length // UNIT_NUMBERS[name] if UNIT_BYTES[name] else length
         spare = np.empty(GROUP_ROWS * placed.byte_count // outputs, np.uint8)
         self._library.noodle_pack(
             ctypes.c_void_p(memory.ctypes.data),
             ctypes.c_void_p(spare.ctypes.data),
-            *(ctypes.c_int64(number) for number in (outputs, length, ITEM_BYTES[self._type_names[placed.type_number]])),
+            *(ctypes.c_int64(number) for number in (outputs, units, UNIT_BYTES[name])),
         )
 
     def _type_of(self, weight: int) -> str:
@@ -127,7 +133,9 @@ def packed_rows(ggml: GgmlCalls) -> PackedRows | None:
     library = _library(path) if path.is_file() else None
     types: set[str] = set()
     if library is not None and library.noodle_has_floats():
-        types.update(("f32", "f16", "bf16"))
+        types.update(("f32", "f16"))
+    if library is not None and library.noodle_has_bf16():
+        types.add("bf16")
     if library is not None and library.noodle_has_q8_0():
         types.add("q8_0")
     return PackedRows(ggml, library, frozenset(types)) if library is not None and types else None
@@ -140,6 +148,6 @@ def _library(path: Path) -> ctypes.CDLL | None:
     except OSError as error:
         log.warning("%s can not be loaded, ggml's own kernels compute: %s", path, error)
         return None
-    for has in (library.noodle_has_floats, library.noodle_has_q8_0):
+    for has in (library.noodle_has_floats, library.noodle_has_bf16, library.noodle_has_q8_0):
         has.restype = ctypes.c_bool
     return library

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 from services.stage.ggml_calls import GgmlCalls
 from services.stage.ggml_device import CPU, GgmlDevice
@@ -16,7 +17,7 @@ from tests.support.executors import need_ggml
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_0 = TYPE_NUMBERS["q8_0"]
-NEEDED = {"avx512f", "fma", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+NEEDED = {"avx512f", "fma", "avx512_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def ggml():
 def kernels(ggml):
     flags = processor_flags() or frozenset()
     if not flags >= NEEDED:
-        pytest.skip("this processor has no AVX512-VNNI")
+        pytest.skip("this processor has no AVX512-VNNI, or no AVX512-BF16")
     found = packed_rows(ggml)
     if found is None and os.environ.get("CI"):
         pytest.fail(f"{LIBRARY_NAME} is needed in CI")
@@ -68,6 +69,15 @@ def in_8_bits(rows):
     scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
     inverse = np.where(scales > 0, np.float32(1) / np.where(scales > 0, scales, 1), 0).astype(np.float32)
     return (np.rint(blocks * inverse).astype(np.float64) * scales).reshape(rows.shape)
+
+
+def as_multiplied(rows, kind):
+    """Rows as the kernels round them for weights of a type."""
+    if kind == "q8_0":
+        return in_8_bits(rows)
+    if kind == "bf16":
+        return torch.from_numpy(rows).bfloat16().double().numpy()
+    return rows.astype(np.float64)
 
 
 class Graph:
@@ -111,7 +121,7 @@ def product(ggml, kernels, kind, stored, rows, outputs, threads=1):
     graph = Graph(ggml, threads)
     context = graph.memory.context
     weight = graph.weight(kind, stored, outputs, rows.shape[1])
-    tiles = kernels.tiles(context, graph.input(rows), in_8_bits=kernels.takes_in_8_bits(weight))
+    tiles = kernels.tiles(context, graph.input(rows), kernels.tiles_of(weight))
     return graph.compute(kernels.product(context, weight, tiles), (len(rows), outputs))
 
 
@@ -125,18 +135,22 @@ def test_a_product_is_that_of_the_numbers(count, outputs, length, threads, kind,
     rows = np.random.default_rng(1).standard_normal((count, length)).astype(np.float32)
     rows[0, :32] = 0.0  # a block without a scale
     found = product(ggml, kernels, kind, stored, rows, outputs, threads)
-    expected = (in_8_bits(rows) if kind == "q8_0" else rows.astype(np.float64)) @ values.T
+    expected = as_multiplied(rows, kind) @ values.T
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.sqrt(length))
 
 
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 33])
+@pytest.mark.parametrize("length", [2, 4, 6, 10, 34, 1, 3, 5, 33])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11])
 def test_floats_of_any_length_are_summed_whole(count, length, kind, ggml, kernels):
     stored, values = a_weight(ggml, kind, 32, length)
-    packed_block(kernels, "0", kind, stored, 32, length)
+    packed = packed_block(kernels, "0", kind, stored, 32, length)
+    assert bool(packed) == (kind != "bf16" or length % 2 == 0)
+    if not packed:
+        return
     rows = np.random.default_rng(1).standard_normal((count, length)).astype(np.float32)
-    np.testing.assert_allclose(product(ggml, kernels, kind, stored, rows, 32), rows @ values.T, rtol=1e-5, atol=1e-4)
+    expected = as_multiplied(rows, kind) @ values.T
+    np.testing.assert_allclose(product(ggml, kernels, kind, stored, rows, 32), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_the_largest_numbers_overflow_nothing(ggml, kernels):

@@ -7,15 +7,16 @@
  * guessed wrong, and a single row took twice as long.
  *
  *   a group: 16 rows of K numbers
- *     in float32, float16 or bfloat16: [K][16] numbers
+ *     in float32 or float16: [K][16] numbers
+ *     in bfloat16 (K even): [K / 2][16] pairs of numbers
  *     in Q8_0 (K a multiple of 32): K / 32 blocks of 16 scales in float16, one for each row, and then of
  *       [8][16][4] bytes: byte j of [g][r] is number 4 * g + j of the block in row r, plus 128
  *   a tile: 8 rows of activations (fewer at the end)
- *     in float32: [K][rows] numbers
+ *     in float32: [K][rows] numbers, for bfloat16: [K / 2][rows] pairs
  *     for Q8_0: K / 32 blocks, of each row 32 numbers in int8, their scale in float32, and -128 times their sum in int32
  *
- * As in ggml, activations are rounded to 8 bits with a scale for each 32 of them where weights are in Q8_0, products are
- * summed in int32 within a block and in float32 over blocks. All else is summed in float32.
+ * As in ggml, activations are rounded to 8 bits with a scale for each 32 of them where weights are in Q8_0 (products are
+ * summed in int32 within a block and in float32 over blocks), and to bfloat16 where weights are. All else is in float32.
  */
 
 #include <math.h>
@@ -63,19 +64,19 @@ static void pack_q8_0(char *group, const char *rows, int64_t length) {
     }
 }
 
-/* Puts the rows of a matrix as ggml has it into groups, in place. `item_bytes` of a number, 0 is Q8_0;
- * `spare` has the bytes of 16 rows. */
-void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length, int64_t item_bytes) {
-    const int64_t group_bytes = item_bytes ? GROUP_ROWS * length * item_bytes : length / BLOCK * GROUP_BLOCK_BYTES;
+/* Puts the rows of a matrix as ggml has it into groups, in place: rows of `length` units of `unit_bytes`, or of `length`
+ * numbers in Q8_0 where that is 0. `spare` has the bytes of 16 rows. */
+void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length, int64_t unit_bytes) {
+    const int64_t group_bytes = unit_bytes ? GROUP_ROWS * length * unit_bytes : length / BLOCK * GROUP_BLOCK_BYTES;
     for (int64_t first = 0; first < row_count; first += GROUP_ROWS, weight += group_bytes) {
         memcpy(spare, weight, group_bytes);
-        if (!item_bytes) {
+        if (!unit_bytes) {
             pack_q8_0(weight, spare, length);
             continue;
         }
-        for (int64_t number = 0; number < length; number++)
+        for (int64_t unit = 0; unit < length; unit++)
             for (int64_t row = 0; row < GROUP_ROWS; row++)
-                memcpy(weight + (number * GROUP_ROWS + row) * item_bytes, spare + (row * length + number) * item_bytes, item_bytes);
+                memcpy(weight + (unit * GROUP_ROWS + row) * unit_bytes, spare + (row * length + unit) * unit_bytes, unit_bytes);
     }
 }
 
@@ -84,12 +85,18 @@ static int64_t rows_in_tile(int64_t first, int64_t count) { return count - first
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define WITH_AVX512 __attribute__((target("avx512f,fma,f16c")))
+#define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,fma")))
 #define WITH_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
 
 /* whether this processor has what the kernels use */
 bool noodle_has_floats(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma");
+}
+
+bool noodle_has_bf16(void) {
+    return noodle_has_floats() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
 }
 
 bool noodle_has_q8_0(void) {
@@ -211,62 +218,113 @@ void noodle_arrange(void *dst, int thread, int threads, void *unused) {
     }
 }
 
-/* 16 numbers of a weight */
-WITH_AVX512 static inline __attribute__((always_inline)) __m512 load_f32(const char *at) { return _mm512_loadu_ps(at); }
-WITH_AVX512 static inline __attribute__((always_inline)) __m512 load_f16(const char *at) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
-}
-WITH_AVX512 static inline __attribute__((always_inline)) __m512 load_bf16(const char *at) {
-    const __m256i numbers = _mm256_loadu_si256((const __m256i *)at);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+/* dst: tiles of bfloat16; source 0: rows of K float32, K even */
+WITH_BF16 void noodle_arrange_bf16(void *dst, int thread, int threads, void *unused) {
+    (void)unused;
+    const void *rows = source_of(dst, 0);
+    const int64_t length = size_of(rows, 0), count = size_of(rows, 1);
+    for (int64_t first = thread * TILE_ROWS; first < count; first += threads * TILE_ROWS) {
+        const int64_t width = rows_in_tile(first, count);
+        char *tile = data_of(dst) + first * length * 2;
+        for (int64_t row = 0; row < width; row++) {
+            const float *from = (const float *)(data_of(rows) + (first + row) * stride_of(rows, 1));
+            for (int64_t number = 0; number < length; number += 16) {
+                const __mmask16 there = length - number < 16 ? (__mmask16)((1u << (length - number)) - 1) : 0xffff;
+                const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + number));
+                char pairs[32];
+                _mm256_storeu_si256((__m256i *)pairs, (__m256i)rounded);
+                for (int64_t pair = 0; pair < 8 && number + 2 * pair < length; pair++)
+                    memcpy(tile + ((number / 2 + pair) * width + row) * 4, pairs + 4 * pair, 4);
+            }
+        }
+    }
 }
 
-/* Of each type the product of a tile (as multiply_tile), of all tiles (as noodle_multiply_q8_0), and the taking of rows.
+/* A unit is what one instruction takes of each of 16 rows: a number, in bfloat16 two. Of a type: 16 rows' units as they are
+ * loaded, and a sum with their products by a row's unit. */
+typedef __m512 units_f32, units_f16;
+typedef __m512bh units_bf16;
+#define INLINED static inline __attribute__((always_inline))
+WITH_AVX512 INLINED __m512 load_f32(const char *at) { return _mm512_loadu_ps(at); }
+WITH_AVX512 INLINED __m512 load_f16(const char *at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at)); }
+WITH_BF16 INLINED __m512bh load_bf16(const char *at) { return (__m512bh)_mm512_loadu_si512(at); }
+WITH_AVX512 INLINED __m512 add_f32(__m512 sum, __m512 units, float unit) {
+    return _mm512_fmadd_ps(units, _mm512_set1_ps(unit), sum);
+}
+WITH_AVX512 INLINED __m512 add_f16(__m512 sum, __m512 units, float unit) { return add_f32(sum, units, unit); }
+WITH_BF16 INLINED __m512 add_bf16(__m512 sum, __m512bh units, float pair) {
+    return _mm512_dpbf16_ps(sum, units, (__m512bh)_mm512_castps_si512(_mm512_set1_ps(pair)));
+}
+
+/* Of each type the product of a tile (as multiply_tile) and of all tiles (as noodle_multiply_q8_0).
  * A sum of few rows is split, for an addition must wait for the one before it. */
-#define FLOAT_KERNELS(type, item_bytes) \
-    WITH_AVX512 static inline __attribute__((always_inline)) void multiply_tile_##type( \
-        const char *group, const float *tile, int64_t length, char *out, size_t out_stride, const int rows) { \
+#define MULTIPLICATION(type, target, unit_numbers, unit_bytes) \
+    target INLINED void multiply_tile_##type( \
+        const char *group, const float *tile, int64_t units, char *out, size_t out_stride, const int rows) { \
         const int parts = rows <= 2 ? 4 : rows <= 4 ? 2 : 1; \
         __m512 sums[TILE_ROWS]; \
         for (int sum = 0; sum < rows * parts; sum++) sums[sum] = _mm512_setzero_ps(); \
-        int64_t number = 0; \
-        for (; number + parts <= length; number += parts) { \
-            for (int part = 0; part < parts; part++) { \
-                const __m512 weights = load_##type(group); \
+        for (; units >= parts; units -= parts) { \
+            for (int part = 0; part < parts; part++, group += GROUP_ROWS * unit_bytes, tile += rows) { \
+                const units_##type weights = load_##type(group); \
                 for (int row = 0; row < rows; row++) \
-                    sums[part * rows + row] = _mm512_fmadd_ps(weights, _mm512_set1_ps(tile[row]), sums[part * rows + row]); \
-                group += GROUP_ROWS * item_bytes; \
-                tile += rows; \
+                    sums[part * rows + row] = add_##type(sums[part * rows + row], weights, tile[row]); \
             } \
         } \
-        for (; number < length; number++, group += GROUP_ROWS * item_bytes, tile += rows) { \
-            const __m512 weights = load_##type(group); \
-            for (int row = 0; row < rows; row++) sums[row] = _mm512_fmadd_ps(weights, _mm512_set1_ps(tile[row]), sums[row]); \
+        for (; units; units--, group += GROUP_ROWS * unit_bytes, tile += rows) { \
+            const units_##type weights = load_##type(group); \
+            for (int row = 0; row < rows; row++) sums[row] = add_##type(sums[row], weights, tile[row]); \
         } \
         for (int row = 0; row < rows; row++) { \
             for (int part = 1; part < parts; part++) sums[row] = _mm512_add_ps(sums[row], sums[part * rows + row]); \
             _mm512_storeu_ps((float *)(out + row * out_stride), sums[row]); \
         } \
     } \
-    WITH_AVX512 void noodle_multiply_##type(void *dst, int thread, int threads, void *unused) { \
+    target void noodle_multiply_##type(void *dst, int thread, int threads, void *unused) { \
         (void)unused; \
         const void *weight = source_of(dst, 0); \
-        const int64_t length = size_of(weight, 0), groups = size_of(weight, 1) / GROUP_ROWS, count = size_of(dst, 1); \
+        const int64_t units = size_of(weight, 0) / unit_numbers, groups = size_of(weight, 1) / GROUP_ROWS; \
+        const int64_t count = size_of(dst, 1); \
         const size_t out_stride = stride_of(dst, 1); \
         const int64_t first = groups * thread / threads, end = groups * (thread + 1) / threads; \
         for (int64_t begin = 0; begin < count; begin += PASS_ROWS) { \
             const int64_t last = begin + PASS_ROWS < count ? begin + PASS_ROWS : count; \
             for (int64_t number = first; number < end; number++) { \
-                const char *group = data_of(weight) + number * GROUP_ROWS * length * item_bytes; \
+                const char *group = data_of(weight) + number * GROUP_ROWS * units * unit_bytes; \
                 for (int64_t row = begin; row < last; row += TILE_ROWS) { \
-                    const float *tile = (const float *)data_of(source_of(dst, 1)) + row * length; \
+                    const float *tile = (const float *)data_of(source_of(dst, 1)) + row * units; \
                     char *out = data_of(dst) + row * out_stride + number * GROUP_ROWS * sizeof(float); \
                     FOR_EACH_TILE_WIDTH(rows_in_tile(row, count), MULTIPLY_##type) \
                 } \
             } \
         } \
-    } \
-    WITH_AVX512 void noodle_take_rows_##type(void *dst, int thread, int threads, void *unused) { \
+    }
+
+#define MULTIPLY_f32(width) multiply_tile_f32(group, tile, units, out, out_stride, width)
+#define MULTIPLY_f16(width) multiply_tile_f16(group, tile, units, out, out_stride, width)
+#define MULTIPLY_bf16(width) multiply_tile_bf16(group, tile, units, out, out_stride, width)
+MULTIPLICATION(f32, WITH_AVX512, 1, 4)
+MULTIPLICATION(f16, WITH_AVX512, 1, 2)
+MULTIPLICATION(bf16, WITH_BF16, 2, 4)
+
+static float from_f32(const char *at) {
+    float number;
+    memcpy(&number, at, 4);
+    return number;
+}
+WITH_AVX512 static float from_f16(const char *at) {
+    unsigned short number;
+    memcpy(&number, at, 2);
+    return _cvtsh_ss(number);
+}
+static float from_bf16(const char *at) {
+    char number[4] = {0, 0, at[0], at[1]};
+    return from_f32(number);
+}
+
+/* Of each type the taking of rows, as noodle_take_rows_q8_0. */
+#define TAKING(type, target, unit_numbers, item_bytes) \
+    target void noodle_take_rows_##type(void *dst, int thread, int threads, void *unused) { \
         (void)unused; \
         const void *weight = source_of(dst, 0); \
         const int32_t *ids = (const int32_t *)data_of(source_of(dst, 1)); \
@@ -275,21 +333,18 @@ WITH_AVX512 static inline __attribute__((always_inline)) __m512 load_bf16(const 
             const int lane = ids[row] % GROUP_ROWS; \
             const char *group = data_of(weight) + (ids[row] - lane) * length * item_bytes; \
             float *out = (float *)(data_of(dst) + row * stride_of(dst, 1)); \
-            for (int64_t number = 0; number < length; number++, group += GROUP_ROWS * item_bytes) { \
-                float numbers[GROUP_ROWS]; \
-                _mm512_storeu_ps(numbers, load_##type(group)); \
-                out[number] = numbers[lane]; \
+            for (int64_t number = 0; number < length; number++) { \
+                const int64_t unit = number / unit_numbers * GROUP_ROWS + lane; \
+                out[number] = from_##type(group + (unit * unit_numbers + number % unit_numbers) * item_bytes); \
             } \
         } \
     }
 
-#define MULTIPLY_f32(width) multiply_tile_f32(group, tile, length, out, out_stride, width)
-#define MULTIPLY_f16(width) multiply_tile_f16(group, tile, length, out, out_stride, width)
-#define MULTIPLY_bf16(width) multiply_tile_bf16(group, tile, length, out, out_stride, width)
-FLOAT_KERNELS(f32, 4)
-FLOAT_KERNELS(f16, 2)
-FLOAT_KERNELS(bf16, 2)
+TAKING(f32, WITH_AVX512, 1, 4)
+TAKING(f16, WITH_AVX512, 1, 2)
+TAKING(bf16, WITH_BF16, 2, 2)
 #else
 bool noodle_has_floats(void) { return false; }
+bool noodle_has_bf16(void) { return false; }
 bool noodle_has_q8_0(void) { return false; }
 #endif
