@@ -31,8 +31,8 @@ Floats = npt.NDArray[np.float32]
 # kept between steps: enough for every number of decoding sessions, and a chunk beside them
 MAXIMUM_GRAPHS = 96
 MAXIMUM_GRAPH_BYTES = 256 << 20
-# Of steps with more tokens one is kept: chunks of prompts are seldom of the same size, take megabytes each, and so long
-# to compute that it matters little to build one anew.
+# Of steps with more tokens one is kept, until a smaller step comes: chunks of prompts are seldom of the same size, take
+# megabytes each, and so long to compute that it matters little to build one anew.
 LARGE_STEP_TOKENS = 32
 
 
@@ -183,6 +183,8 @@ class GgmlSlice:
 
     def _step_graph(self, from_tokens: bool, counts: tuple[int, ...]) -> _StepGraph:
         key = (from_tokens, counts)
+        if sum(counts) <= LARGE_STEP_TOKENS:
+            self._drop_large()
         found = self._graphs.get(key)
         if isinstance(found, _StepGraph):
             self._graphs.move_to_end(key)
@@ -256,12 +258,15 @@ class GgmlSlice:
     def _keep(self, key: tuple[bool, tuple[int, ...]], graph: _StepGraph | _HeadGraph) -> None:
         """Keep a new graph, and free large ones, and those not used for longest when they are too many or too large."""
         if sum(key[1]) > LARGE_STEP_TOKENS:
-            for other in [other for other in self._graphs if sum(other[1]) > LARGE_STEP_TOKENS]:
-                self._drop(other)
+            self._drop_large()
         self._graphs[key] = graph
         self._graph_bytes += graph.memory.byte_count
         while len(self._graphs) > 1 and (len(self._graphs) > MAXIMUM_GRAPHS or self._graph_bytes > MAXIMUM_GRAPH_BYTES):
             self._drop(next(iter(self._graphs)))
+
+    def _drop_large(self) -> None:
+        for key in [key for key in self._graphs if sum(key[1]) > LARGE_STEP_TOKENS]:
+            self._drop(key)
 
     def _drop(self, key: tuple[bool, tuple[int, ...]]) -> None:
         memory = self._graphs.pop(key).memory

@@ -1,7 +1,8 @@
 """`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
 
-`equality=ggml`, `kills=ggml` and `memory=ggml` let ggml compute, `kills=ggml,3` with 3 deaths of each kind; `soak=3`
-soaks for 3 minutes instead of 15; `peers=FOLDER` names where llama.cpp's programs are, and is not among all.
+`equality=ggml`, `kills=ggml`, `memory=ggml` and `engine=ggml` let ggml compute, `kills=ggml,3` with 3 deaths of each
+kind; `soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where llama.cpp's programs are, and is not among
+all.
 """
 
 from __future__ import annotations
