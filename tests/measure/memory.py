@@ -21,6 +21,9 @@ import torch, transformers, sys
 from transformers import AutoConfig, AutoModelForCausalLM
 import services.stage.app, services.stage.computing, services.stage.slice_loading, services.stage.measure
 torch.nn.Linear(64, 64)(torch.zeros(1, 64))
+if "ggml" in sys.argv:
+    from services.stage import ggml_loading
+    ggml_loading.load_ggml()
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -35,10 +38,10 @@ def proportional_bytes(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:")), 0)
 
 
-def empty_stage_bytes() -> int:
-    """What a stage takes before it has any weights: Python, torch, transformers and our own code."""
+def empty_stage_bytes(executor: str) -> int:
+    """What a stage takes before it has any weights: Python, torch, transformers, perhaps ggml, and our own code."""
     with subprocess.Popen(
-        [sys.executable, "-c", EMPTY_STAGE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", EMPTY_STAGE, executor], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -67,12 +70,13 @@ class Watch:
 def measure(executor: str = TRANSFORMERS) -> Section:
     """Two stages, from their start through a long request."""
     section = Section(named("memory", executor), title_of("Memory of a stage", executor))
-    empty = empty_stage_bytes()
+    empty = empty_stage_bytes(executor)
+    imported = "torch, transformers and noodle" if executor == TRANSFORMERS else "torch, transformers, ggml and noodle"
     share = SHARES[executor]
     section.say(
         "Two stages of SmolLM2-135M-Instruct; Pss_Anon of each worker process, at its highest from start "
         f"through loading and a request of {PROMPT_TOKENS + NEW_TOKENS} tokens, and steady after it. An empty stage "
-        f"(torch, transformers and noodle imported, no weights) takes {empty / 1e6:.0f} MB. Allowed: weights times "
+        f"({imported} imported, no weights) takes {empty / 1e6:.0f} MB. Allowed: weights times "
         f"{share}, KV rows and an empty stage."
     )
     rows = [row for weights in FORMATS[executor] for row in of_format(executor, weights, share, empty)]
