@@ -8,6 +8,7 @@ import time
 import pytest
 
 from noodle import __version__
+from services.stage.ggml_library import processor_flags
 from tests.engine.engine import CONTROL, ROOT, STAGE, build, docker, in_image, run
 from tests.unit.test_images import GPU, locked, text_of
 
@@ -48,6 +49,17 @@ def test_a_stage_has_ggml_with_the_kernels_of_this_processor():
     code = "from services.stage.ggml_library import load_ggml; g = load_ggml(); print(g.kernels, g.devices)"
     done = in_image(STAGE, "python", "-P", "-c", code, options=("--read-only", "--cap-drop", "ALL"))
     assert re.fullmatch(r"(haswell|alderlake|skylakex|icelake|zen4|armv8\S+) \('CPU',\)\n", done.stdout), done.stderr
+
+
+def test_a_stage_has_noodles_own_kernels_as_far_as_this_processor_runs_them():
+    code = (
+        "from services.stage.ggml_calls import GgmlCalls; from services.stage.ggml_library import load_ggml; "
+        "from services.stage.ggml_packed import packed_rows; found = packed_rows(GgmlCalls(load_ggml().module)); "
+        "print(sorted(found.types) if found else [])"
+    )
+    done = in_image(STAGE, "python", "-P", "-c", code)
+    has_vnni = "avx512_vnni" in (processor_flags() or ())
+    assert ("q8_0" in done.stdout) == has_vnni, done.stderr
 
 
 def test_a_processor_without_avx2_is_named_with_the_cure_and_nothing_dies(tmp_path):
