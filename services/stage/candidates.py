@@ -44,6 +44,11 @@ class Wishes:
     dtype: str = "auto"
 
 
+def asks_for_ggml(wishes: Wishes) -> bool:
+    """Whether the executor, or weights that only ggml has, is named."""
+    return wishes.executor == "ggml" or wishes.weights not in ("auto", *DTYPE_OF)
+
+
 def candidates(
     wishes: Wishes, dtype: str, ggml_hindrance: str, *, has_gguf: bool = False, only_ggml: str = ""
 ) -> tuple[Candidate, ...]:
@@ -53,7 +58,7 @@ def candidates(
 
     Raises ConfigurationError when ggml is asked for and hindered. A lossy one is measured before it is used.
     """
-    needs_ggml = wishes.executor == "ggml" or wishes.weights not in ("auto", *DTYPE_OF) or bool(only_ggml)
+    needs_ggml = asks_for_ggml(wishes) or bool(only_ggml)
     if only_ggml and (wishes.executor == "transformers" or wishes.dtype != "auto"):
         raise ConfigurationError(
             f"{only_ggml}, where ggml alone computes, but transformers or a dtype of its is asked for.",

@@ -22,7 +22,7 @@ from noodle.model_files import model_digest, read_config
 from noodle.plan import MINIMUM_SESSION_TOKENS, MachineReport, Plan
 from noodle.reach import Target, try_service
 from noodle.scraped_metrics import CardUse
-from services.stage.candidates import Candidate, Wishes, candidates
+from services.stage.candidates import Candidate, Wishes, asks_for_ggml, candidates
 from services.stage.forward_sessions import FORWARD_KV_BYTES, ForwardSessions
 from services.stage.reading import Fetch, nothing_to_fetch
 from services.stage.stage import Stage
@@ -88,7 +88,9 @@ def measured_report(
     digest = model_digest(folder)
     context_length = int(model.max_position_embeddings)
     wishes = Wishes(config.executor, config.weights, config.quality, config.dtype)
-    hindrance = "" if config.executor == "transformers" else ggml_hindrance(settings, device.value)
+    hindrance = ""
+    if config.executor != "transformers":
+        hindrance = ggml_hindrance(settings, device.value, is_asked_for=asks_for_ggml(wishes))
     if hindrance:
         log.info("transformers alone computes here: %s", hindrance)
     report = MachineReport(

@@ -70,8 +70,14 @@ def ggml_device(device: str) -> str:
     return found
 
 
-def ggml_hindrance(config: dict[str, Any], device: str) -> str:
-    """Why ggml can not compute this model here, with the cure; empty when it can."""
+def ggml_hindrance(config: dict[str, Any], device: str, *, is_asked_for: bool = True) -> str:
+    """Why ggml can not compute this model here, with the cure; empty when it can.
+
+    On a CUDA card it is compared only where it `is_asked_for`: what its kernels do there has not been seen, and some of
+    ggml's errors end the process.
+    """
+    if device == "cuda" and not is_asked_for:
+        return "on a CUDA card ggml computes where it is asked for (NOODLE_EXECUTOR=ggml)."
     if lacks := ggml_lacks(config):
         return f"{lacks.rstrip('.')}."
     try:

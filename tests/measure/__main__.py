@@ -14,6 +14,7 @@ from tests.measure import (
     containers,
     engine,
     equality,
+    kernels,
     kills,
     load,
     memory,
@@ -42,6 +43,7 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "tight": pressure.measure_tight,
     "overload": pressure.measure_overload,
     "engine": engine.measure,
+    "kernels": kernels.measure,
     "containers": containers.measure,
 }
 

@@ -7,7 +7,7 @@ import pytest
 
 from noodle.errors import ConfigurationError, GgmlUnavailable, StepRefused
 from services.stage import executors
-from services.stage.candidates import Wishes, candidates
+from services.stage.candidates import Wishes, asks_for_ggml, candidates
 from services.stage.device import choose_device
 from services.stage.executors import ggml_device, ggml_hindrance
 from services.stage.ggml_loading import load_ggml_slice
@@ -97,6 +97,17 @@ def test_a_device_that_this_ggml_lacks_is_named_with_the_cure(tmp_path):
         ggml_device("vulkan")
     assert "-DGGML_VULKAN=ON" in str(lacks.value)
     assert "not on cuda" in ggml_hindrance({"model_type": "llama", "hidden_act": "silu"}, "cuda")
+
+
+def test_on_a_cuda_card_ggml_is_compared_only_where_it_is_asked_for(monkeypatch):
+    library = type("Library", (), {"devices": ("CPU", "CUDA0")})
+    monkeypatch.setattr(executors, "load_ggml", lambda: library)
+    model = {"model_type": "llama", "hidden_act": "silu"}
+    assert "NOODLE_EXECUTOR=ggml" in ggml_hindrance(model, "cuda", is_asked_for=False)
+    assert not ggml_hindrance(model, "cuda", is_asked_for=True)
+    assert not ggml_hindrance(model, "cpu", is_asked_for=False)
+    asks = [Wishes(executor="ggml"), Wishes(weights="q8_0"), Wishes(), Wishes(weights="f16"), Wishes("transformers")]
+    assert [asks_for_ggml(wishes) for wishes in asks] == [True, True, False, False, False]
 
 
 def test_a_card_that_ggml_has_is_found_by_its_kind(monkeypatch):
