@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from noodle.hop import KEEP_ALIVE_SECONDS, SILENCE_SECONDS
 from noodle.messages import HopMessage, KeepAlive, StepResult
-from noodle.wire import encode_frame
+from noodle.wire import whole_frame
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class ResultsOutlet:
         reader = ResultsReader(connection)
         self._replace(reader)
         try:
-            yield _frame(KeepAlive())
+            yield whole_frame(KeepAlive())
             # More is asked for, so gunicorn has sent the head and that frame. All others are written here and not
             # yielded: a result is written by the worker itself, for a token would wait until another thread wakes up.
             reader.serve()
@@ -155,12 +155,7 @@ class ResultsReader:
         self._rest = chunk[sent:]
 
 
-def _frame(message: HopMessage) -> bytes:
-    head, body = encode_frame(message)
-    return head + bytes(body)
-
-
 def _chunk(message: HopMessage) -> bytes:
     """A frame as one chunk of the answer, as gunicorn would write it."""
-    frame = _frame(message)
+    frame = whole_frame(message)
     return b"%x\r\n%b\r\n" % (len(frame), frame)

@@ -19,7 +19,7 @@ from typing import Any
 from noodle.errors import FrameTooLarge, WireError
 from noodle.hop import KEEP_ALIVE_SECONDS, SILENCE_SECONDS
 from noodle.messages import ChainLink, HopMessage, HopRefused, KeepAlive, LiveSessions, Step
-from noodle.wire import ITEM_BYTES, MAXIMUM_HEADER_BYTES, MAXIMUM_STEP_TOKENS, encode_frame, read_frame
+from noodle.wire import ITEM_BYTES, MAXIMUM_HEADER_BYTES, MAXIMUM_STEP_TOKENS, read_frame, whole_frame
 
 log = logging.getLogger(__name__)
 
@@ -186,12 +186,12 @@ class HopServer:
         seen = -1
         try:
             while not self._closed and mine == self._current:
-                yield _frame(KeepAlive(self._chain.links(), asked[0]))
+                yield whole_frame(KeepAlive(self._chain.links(), asked[0]))
                 seen = self._chain.wait(seen, KEEP_ALIVE_SECONDS)
                 if not reader.is_alive():
                     last_word = refused.get()
                     if last_word is not None:
-                        yield _frame(last_word)
+                        yield whole_frame(last_word)
                     return
         finally:
             # gunicorn reads the rest of a body away after the answer: never while the reader still does
@@ -238,8 +238,3 @@ class HopServer:
             log.info("the hop into stage %d was cut: %s", self._stage_id, error or type(error).__name__)
         refused.put(last_word)
         self._chain.wake()
-
-
-def _frame(message: HopMessage) -> bytes:
-    head, body = encode_frame(message)
-    return head + bytes(body)

@@ -72,6 +72,12 @@ def encode_frame(header: HopMessage, body: bytes | memoryview = b"") -> tuple[by
     return LENGTHS.pack(4 + len(encoded) + body_bytes, len(encoded)) + encoded, body
 
 
+def whole_frame(message: HopMessage) -> bytes:
+    """One frame of a message that brings no body."""
+    head, _ = encode_frame(message)
+    return head
+
+
 def read_frame(read: Callable[[int], bytes], maximum_frame_bytes: int) -> tuple[HopMessage, memoryview] | None:
     """The next frame from `read`, or None at a clean end of the stream.
 

@@ -104,19 +104,6 @@ bool noodle_has_q8_0(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 
-/* the tile that a row stands in and its kernel, once for each number of rows that a tile can have */
-#define FOR_EACH_TILE_WIDTH(width, multiply) \
-    switch (width) { \
-        case 8: multiply(8); break; \
-        case 7: multiply(7); break; \
-        case 6: multiply(6); break; \
-        case 5: multiply(5); break; \
-        case 4: multiply(4); break; \
-        case 3: multiply(3); break; \
-        case 2: multiply(2); break; \
-        default: multiply(1); break; \
-    }
-
 /* dst: bytes of tiles, K / 32 * 40 for each row; source 0: rows of K float32 */
 WITH_VNNI void noodle_quantise(void *dst, int thread, int threads, void *unused) {
     (void)unused;
@@ -145,7 +132,7 @@ WITH_VNNI void noodle_quantise(void *dst, int thread, int threads, void *unused)
 
 /* 16 rows of the weight times a tile of so many rows; inlined for each number of them */
 WITH_VNNI static inline __attribute__((always_inline)) void
-multiply_tile(const char *group, const char *tile, int64_t blocks, char *out, size_t out_stride, const int rows) {
+multiply_tile_q8_0(const char *group, const char *tile, int64_t blocks, char *out, size_t out_stride, const int rows) {
     __m512 sums[TILE_ROWS];
     for (int row = 0; row < rows; row++) sums[row] = _mm512_setzero_ps();
     for (; blocks; blocks--, group += GROUP_BLOCK_BYTES, tile += rows * TILE_BLOCK_BYTES) {
@@ -161,28 +148,6 @@ multiply_tile(const char *group, const char *tile, int64_t blocks, char *out, si
         }
     }
     for (int row = 0; row < rows; row++) _mm512_storeu_ps((float *)(out + row * out_stride), sums[row]);
-}
-
-/* dst: float32 [rows of the weight, rows]; sources: the packed weight, tiles */
-WITH_VNNI void noodle_multiply_q8_0(void *dst, int thread, int threads, void *unused) {
-    (void)unused;
-    const void *weight = source_of(dst, 0);
-    const int64_t blocks = size_of(weight, 0) / BLOCK, groups = size_of(weight, 1) / GROUP_ROWS, count = size_of(dst, 1);
-    const size_t out_stride = stride_of(dst, 1);
-    const int64_t first = groups * thread / threads, end = groups * (thread + 1) / threads;
-    for (int64_t begin = 0; begin < count; begin += PASS_ROWS) {
-        const int64_t last = begin + PASS_ROWS < count ? begin + PASS_ROWS : count;
-        for (int64_t number = first; number < end; number++) {
-            const char *group = data_of(weight) + number * blocks * GROUP_BLOCK_BYTES;
-            for (int64_t row = begin; row < last; row += TILE_ROWS) {
-                const char *tile = data_of(source_of(dst, 1)) + row * blocks * TILE_BLOCK_BYTES;
-                char *out = data_of(dst) + row * out_stride + number * GROUP_ROWS * sizeof(float);
-#define MULTIPLY(width) multiply_tile(group, tile, blocks, out, out_stride, width)
-                FOR_EACH_TILE_WIDTH(rows_in_tile(row, count), MULTIPLY)
-#undef MULTIPLY
-            }
-        }
-    }
 }
 
 /* dst: float32 [length, ids]; sources: the packed weight, ids in int32 of the rows that are wanted of it */
@@ -256,33 +221,40 @@ WITH_BF16 INLINED __m512 add_bf16(__m512 sum, __m512bh units, float pair) {
     return _mm512_dpbf16_ps(sum, units, (__m512bh)_mm512_castps_si512(_mm512_set1_ps(pair)));
 }
 
-/* Of each type the product of a tile (as multiply_tile) and of all tiles (as noodle_multiply_q8_0).
- * A sum of few rows is split, for an addition must wait for the one before it. */
-#define MULTIPLICATION(type, target, unit_numbers, unit_bytes) \
+/* The product of a tile, as multiply_tile_q8_0. A sum of few rows is split, for an addition must wait for the one before. */
+#define TILE_PRODUCT(type, target, unit_bytes) \
     target INLINED void multiply_tile_##type( \
-        const char *group, const float *tile, int64_t units, char *out, size_t out_stride, const int rows) { \
+        const char *group, const char *tile, int64_t units, char *out, size_t out_stride, const int rows) { \
+        const float *given = (const float *)tile; \
         const int parts = rows <= 2 ? 4 : rows <= 4 ? 2 : 1; \
         __m512 sums[TILE_ROWS]; \
         for (int sum = 0; sum < rows * parts; sum++) sums[sum] = _mm512_setzero_ps(); \
         for (; units >= parts; units -= parts) { \
-            for (int part = 0; part < parts; part++, group += GROUP_ROWS * unit_bytes, tile += rows) { \
+            for (int part = 0; part < parts; part++, group += GROUP_ROWS * unit_bytes, given += rows) { \
                 const units_##type weights = load_##type(group); \
                 for (int row = 0; row < rows; row++) \
-                    sums[part * rows + row] = add_##type(sums[part * rows + row], weights, tile[row]); \
+                    sums[part * rows + row] = add_##type(sums[part * rows + row], weights, given[row]); \
             } \
         } \
-        for (; units; units--, group += GROUP_ROWS * unit_bytes, tile += rows) { \
+        for (; units; units--, group += GROUP_ROWS * unit_bytes, given += rows) { \
             const units_##type weights = load_##type(group); \
-            for (int row = 0; row < rows; row++) sums[row] = add_##type(sums[row], weights, tile[row]); \
+            for (int row = 0; row < rows; row++) sums[row] = add_##type(sums[row], weights, given[row]); \
         } \
         for (int row = 0; row < rows; row++) { \
             for (int part = 1; part < parts; part++) sums[row] = _mm512_add_ps(sums[row], sums[part * rows + row]); \
             _mm512_storeu_ps((float *)(out + row * out_stride), sums[row]); \
         } \
-    } \
+    }
+TILE_PRODUCT(f32, WITH_AVX512, 4)
+TILE_PRODUCT(f16, WITH_AVX512, 2)
+TILE_PRODUCT(bf16, WITH_BF16, 4)
+
+/* dst: float32 [rows of the weight, rows]; sources: the packed weight, tiles. A unit (in Q8_0 a block) takes so many bytes of
+ * a group and of each row of a tile. */
+#define PRODUCT(type, target, unit_numbers, group_bytes, tile_bytes) \
     target void noodle_multiply_##type(void *dst, int thread, int threads, void *unused) { \
         (void)unused; \
-        const void *weight = source_of(dst, 0); \
+        const void *weight = source_of(dst, 0), *tiles = source_of(dst, 1); \
         const int64_t units = size_of(weight, 0) / unit_numbers, groups = size_of(weight, 1) / GROUP_ROWS; \
         const int64_t count = size_of(dst, 1); \
         const size_t out_stride = stride_of(dst, 1); \
@@ -290,22 +262,28 @@ WITH_BF16 INLINED __m512 add_bf16(__m512 sum, __m512bh units, float pair) {
         for (int64_t begin = 0; begin < count; begin += PASS_ROWS) { \
             const int64_t last = begin + PASS_ROWS < count ? begin + PASS_ROWS : count; \
             for (int64_t number = first; number < end; number++) { \
-                const char *group = data_of(weight) + number * GROUP_ROWS * units * unit_bytes; \
+                const char *group = data_of(weight) + number * units * group_bytes; \
                 for (int64_t row = begin; row < last; row += TILE_ROWS) { \
-                    const float *tile = (const float *)data_of(source_of(dst, 1)) + row * units; \
+                    const char *tile = data_of(tiles) + row * units * tile_bytes; \
                     char *out = data_of(dst) + row * out_stride + number * GROUP_ROWS * sizeof(float); \
-                    FOR_EACH_TILE_WIDTH(rows_in_tile(row, count), MULTIPLY_##type) \
+                    switch (rows_in_tile(row, count)) { \
+                        case 8: multiply_tile_##type(group, tile, units, out, out_stride, 8); break; \
+                        case 7: multiply_tile_##type(group, tile, units, out, out_stride, 7); break; \
+                        case 6: multiply_tile_##type(group, tile, units, out, out_stride, 6); break; \
+                        case 5: multiply_tile_##type(group, tile, units, out, out_stride, 5); break; \
+                        case 4: multiply_tile_##type(group, tile, units, out, out_stride, 4); break; \
+                        case 3: multiply_tile_##type(group, tile, units, out, out_stride, 3); break; \
+                        case 2: multiply_tile_##type(group, tile, units, out, out_stride, 2); break; \
+                        default: multiply_tile_##type(group, tile, units, out, out_stride, 1); break; \
+                    } \
                 } \
             } \
         } \
     }
-
-#define MULTIPLY_f32(width) multiply_tile_f32(group, tile, units, out, out_stride, width)
-#define MULTIPLY_f16(width) multiply_tile_f16(group, tile, units, out, out_stride, width)
-#define MULTIPLY_bf16(width) multiply_tile_bf16(group, tile, units, out, out_stride, width)
-MULTIPLICATION(f32, WITH_AVX512, 1, 4)
-MULTIPLICATION(f16, WITH_AVX512, 1, 2)
-MULTIPLICATION(bf16, WITH_BF16, 2, 4)
+PRODUCT(f32, WITH_AVX512, 1, GROUP_ROWS * 4, 4)
+PRODUCT(f16, WITH_AVX512, 1, GROUP_ROWS * 2, 4)
+PRODUCT(bf16, WITH_BF16, 2, GROUP_ROWS * 4, 4)
+PRODUCT(q8_0, WITH_VNNI, BLOCK, GROUP_BLOCK_BYTES, TILE_BLOCK_BYTES)
 
 static float from_f32(const char *at) {
     float number;
