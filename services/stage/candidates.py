@@ -66,8 +66,7 @@ def candidates(
         )
     if needs_ggml and ggml_hindrance:
         asked = "NOODLE_EXECUTOR=ggml" if wishes.executor == "ggml" else f"NOODLE_WEIGHTS={wishes.weights}"
-        asked = only_ggml or asked
-        raise ConfigurationError(f"{asked}, but {ggml_hindrance}")
+        raise ConfigurationError(f"{only_ggml or asked}, but {ggml_hindrance}")
     found: list[Candidate] = []
     if not needs_ggml:
         wanted = "f32" if wishes.quality == "exact" else OF_DTYPE[dtype]

@@ -181,23 +181,14 @@ class SlotPatches:
         self._mask_on_card: dict[int, DeviceMemory] = {}  # by its tensor's word
         self._windows = np.array([window or NO_WINDOW for window in windows], np.int64)[:, None]
         self._areas = 2 * np.arange(len(windows), dtype=np.int64)[:, None]
-        self._fields = np.array(
-            [
-                slots.key_data,
-                slots.value_data,
-                slots.key_count,
-                slots.value_count,
-                slots.key_written,
-                slots.value_written,
-                slots.key_target,
-                slots.value_target,
-            ],
-            np.int64,
-        )
-        # which memory an address is in: on a card it is not told by the address
-        self._buffer_fields = (self._fields[[0, 1, 4, 5, 6, 7]] - memory.at_data + memory.at_buffer).reshape(-1)
-        self._fields = self._fields.reshape(-1)
-        self._values = np.empty((8, len(windows), len(slots.key_data[0])), np.int64)
+        addresses = [slots.key_data, slots.value_data, slots.key_written, slots.value_written]
+        self._is_host = memory.device.is_host
+        if not self._is_host:
+            addresses += [slots.key_target, slots.value_target]
+            # which memory an address is in: on a card it is not told by the address
+            self._buffer_fields = np.array(addresses, np.int64) - memory.at_data + memory.at_buffer
+        self._fields = np.array([slots.key_count, slots.value_count, *addresses], np.int64)
+        self._values = np.empty(self._fields.shape, np.int64)
 
     def write(self, spans: Sequence[SpanRows]) -> None:
         """For the spans of this step, in their order."""
@@ -209,18 +200,16 @@ class SlotPatches:
         begin = np.maximum(first + 1 - self._windows, 0)
         keys = address + self._areas * area_bytes
         values = self._values
-        values[0] = keys + begin * self._row_bytes
-        values[1] = values[0] + area_bytes
-        values[2] = end - begin
-        values[3] = values[2]
+        values[:2] = end - begin
+        values[2] = keys + begin * self._row_bytes
+        values[3] = values[2] + area_bytes
         values[4] = keys + first * self._row_bytes
         values[5] = values[4] + area_bytes
-        values[6:8] = values[4:6]
         words = self._memory.words
-        words[self._fields] = values.reshape(-1).view(np.uint64)
-        if not self._memory.device.is_host:
-            buffers = np.array([span.buffer for span in spans], np.uint64)
-            words[self._buffer_fields] = np.broadcast_to(buffers, (6, *values.shape[1:])).reshape(-1)
+        if not self._is_host:
+            values[6:] = values[4:6]
+            words[self._buffer_fields] = np.array([span.buffer for span in spans], np.uint64)
+        words[self._fields] = values.view(np.uint64)
         if self._masks:
             self._mask_memory.clear()
             for mask in self._masks:
@@ -243,7 +232,7 @@ class SlotPatches:
         row_bytes = 2 * (end - begin)
         memory.words[at + memory.at_strides + 1] = row_bytes
         memory.words[at + memory.at_strides + 2 : at + memory.at_strides + 4] = row_bytes * slot.rows
-        if memory.device.is_host:
+        if self._is_host:
             memory.words[at + memory.at_data] = mask.ctypes.data
             return
         held = self._mask_on_card.get(at)

@@ -38,6 +38,7 @@ class PackedRows:
 
     def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL, types: frozenset[str]) -> None:
         self._ggml, self._library = ggml, library
+        self._functions: dict[str, Any] = {}
         self._type_names = {TYPE_NUMBERS[name]: name for name in types}
         fields = ggml.ggml_tensor
         offsets = (fields.data.offset, fields.ne.offset, fields.nb.offset, fields.src.offset)
@@ -121,10 +122,11 @@ class PackedRows:
         )
         return int(made)
 
-    @functools.cache  # noqa: B019  # a few functions, of kernels that live as long as the process
     def _function(self, name: str) -> Any:
-        address = ctypes.cast(getattr(self._library, f"noodle_{name}"), ctypes.c_void_p).value
-        return self._ggml.ggml_custom_op_t(address)
+        if name not in self._functions:
+            address = ctypes.cast(getattr(self._library, f"noodle_{name}"), ctypes.c_void_p).value
+            self._functions[name] = self._ggml.ggml_custom_op_t(address)
+        return self._functions[name]
 
 
 def packed_rows(ggml: GgmlCalls) -> PackedRows | None:

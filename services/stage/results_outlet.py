@@ -37,6 +37,7 @@ class ResultsOutlet:
 
     def serve(self, connection: socket.socket) -> Iterator[bytes]:
         """The answer of one GET /results; a newer connection ends an older one."""
+        connection.settimeout(SILENCE_SECONDS)  # also what gunicorn writes: a reader that takes nothing is gone
         reader = ResultsReader(connection)
         self._replace(reader)
         try:

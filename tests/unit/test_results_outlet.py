@@ -100,7 +100,9 @@ def test_what_waits_for_a_reader_that_goes_is_given_back():
 
 def test_a_result_for_a_reader_that_has_closed_is_not_taken():
     outlet = ResultsOutlet()
-    with served(outlet) as (connection, _):
+    with served(outlet) as (connection, chunks):
+        # its second word: until then results wait, as long as it is not sure that the first one is sent
+        assert isinstance(read_frame(chunks.read, LARGEST)[0], KeepAlive)
         connection.shutdown(socket.SHUT_RDWR)
         assert not outlet.put(a_result(1))
 

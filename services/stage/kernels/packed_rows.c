@@ -64,19 +64,25 @@ static void pack_q8_0(char *group, const char *rows, int64_t length) {
     }
 }
 
-/* Puts the rows of a matrix as ggml has it into groups, in place: rows of `length` units of `unit_bytes`, or of `length`
+/* With a size that is known where it is called, a copy is one instruction and not a call. */
+static inline __attribute__((always_inline)) void pack_units(char *group, const char *rows, int64_t units, const int64_t bytes) {
+    for (int64_t unit = 0; unit < units; unit++)
+        for (int64_t row = 0; row < GROUP_ROWS; row++)
+            memcpy(group + (unit * GROUP_ROWS + row) * bytes, rows + (row * units + unit) * bytes, bytes);
+}
+
+/* Puts the rows of a matrix as ggml has it into groups, in place: rows of `length` units of 2 or 4 `unit_bytes`, or of `length`
  * numbers in Q8_0 where that is 0. `spare` has the bytes of 16 rows. */
 void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length, int64_t unit_bytes) {
     const int64_t group_bytes = unit_bytes ? GROUP_ROWS * length * unit_bytes : length / BLOCK * GROUP_BLOCK_BYTES;
     for (int64_t first = 0; first < row_count; first += GROUP_ROWS, weight += group_bytes) {
         memcpy(spare, weight, group_bytes);
-        if (!unit_bytes) {
+        if (unit_bytes == 4)
+            pack_units(weight, spare, length, 4);
+        else if (unit_bytes)
+            pack_units(weight, spare, length, 2);
+        else
             pack_q8_0(weight, spare, length);
-            continue;
-        }
-        for (int64_t unit = 0; unit < length; unit++)
-            for (int64_t row = 0; row < GROUP_ROWS; row++)
-                memcpy(weight + (unit * GROUP_ROWS + row) * unit_bytes, spare + (row * length + unit) * unit_bytes, unit_bytes);
     }
 }
 
