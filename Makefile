@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUNTIME_STAMP := $(VENV)/.noodle-runtime
 DEV_STAMP := $(VENV)/.noodle-dev
 GGML_STAMP := $(VENV)/.noodle-ggml
-KERNELS := services/stage/kernels/packed_rows.c
+KERNELS := $(wildcard services/stage/kernels/*.c)
 KERNELS_STAMP := $(VENV)/.noodle-kernels
 # switches of ggml's own build, with semicolons between; another device than the CPU is one more, as -DGGML_VULKAN=ON.
 # RPC is for tests: a device whose memory is not this machine's, as a card's is not
@@ -104,7 +104,7 @@ $(GGML_STAMP): requirements-ggml.lock $(RUNTIME_STAMP)
 $(KERNELS_STAMP): $(KERNELS) $(GGML_STAMP)
 	@for folder in $(VENV)/lib/python3*/site-packages/ggml/lib; do \
 		if [ -d "$$folder" ]; then \
-			$${CC:-cc} -O3 -shared -fPIC -o "$$folder/libnoodle-rows.so" $(KERNELS) || \
+			$${CC:-cc} -O3 -shared -fPIC -pthread -o "$$folder/libnoodle.so" $(KERNELS) || \
 				{ echo "noodle's own kernels could not be built: ggml's compute, slower in 8 bits"; exit 0; }; \
 			touch $@; \
 		fi; \

@@ -7,21 +7,15 @@ libraries where a compiler was; without them, or on a processor that lacks what 
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_library import folder_of_libraries
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
+from services.stage.own_library import own_library
 
-log = logging.getLogger(__name__)
-
-LIBRARY_NAME = "libnoodle-rows.so"
 GROUP_ROWS = 16  # of a weight stand side by side
 BLOCK_ITEMS = 32  # of Q8_0
 TILE_BLOCK_BYTES = 40  # of a block of activations: its numbers, its scale and what corrects for unsigned weights
@@ -131,25 +125,16 @@ class PackedRows:
 
 def packed_rows(ggml: GgmlCalls) -> PackedRows | None:
     """The kernels where they were built and this processor runs some of them, else None."""
-    path = folder_of_libraries() / LIBRARY_NAME
-    library = _library(path) if path.is_file() else None
-    types: set[str] = set()
-    if library is not None and library.noodle_has_floats():
-        types.update(("f32", "f16"))
-    if library is not None and library.noodle_has_bf16():
-        types.add("bf16")
-    if library is not None and library.noodle_has_q8_0():
-        types.add("q8_0")
-    return PackedRows(ggml, library, frozenset(types)) if library is not None and types else None
-
-
-@functools.cache
-def _library(path: Path) -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        log.warning("%s can not be loaded, ggml's own kernels compute: %s", path, error)
+    library = own_library()
+    if library is None:
         return None
-    for has in (library.noodle_has_floats, library.noodle_has_bf16, library.noodle_has_q8_0):
+    types: set[str] = set()
+    for kinds, has in (
+        (("f32", "f16"), library.noodle_has_floats),
+        (("bf16",), library.noodle_has_bf16),
+        (("q8_0",), library.noodle_has_q8_0),
+    ):
         has.restype = ctypes.c_bool
-    return library
+        if has():
+            types.update(kinds)
+    return PackedRows(ggml, library, frozenset(types)) if types else None

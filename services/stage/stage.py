@@ -18,6 +18,7 @@ from services.stage.next_stage import NextStage, ResultsWay
 from services.stage.outbox import Outbox
 from services.stage.queued_transport import Fetcher, QueuedInlet, QueuedOutlet, results_by
 from services.stage.results_outlet import ResultsOutlet
+from services.stage.staying_awake import CoreAwake
 from services.stage.transport import Chain, HopServer, Inbox
 from services.stage.worker import Role, Worker
 
@@ -54,7 +55,8 @@ class Stage:
         self.hops = HopServer(
             config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
         )
-        self.worker = Worker(config.stage_id, self.inbox, self._results_way, self.metrics)
+        core = CoreAwake(is_wanted=config.stays_awake)
+        self.worker = Worker(config.stage_id, self.inbox, self._results_way, self.metrics, core)
         self.forwards = Forwards(config.stage_id, self.worker, self.metrics)
         fetcher = Fetcher(config.cluster_token)
         self._inlet = QueuedInlet(self.inbox, self.worker, lambda: self._role, fetcher, self.metrics)

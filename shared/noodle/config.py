@@ -163,6 +163,7 @@ class StageConfig(ServiceConfig):
     executor: str = "auto"
     weights: str = "auto"
     quality: str = "near-lossless"
+    stays_awake: bool = True  # between steps
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,7 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
         executor=values["NOODLE_EXECUTOR"],
         weights=values["NOODLE_WEIGHTS"],
         quality=values["NOODLE_QUALITY"],
+        stays_awake=values["NOODLE_STAY_AWAKE"] == "on",
     )
 
 

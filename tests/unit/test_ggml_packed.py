@@ -10,9 +10,10 @@ import torch
 from services.stage.ggml_calls import GgmlCalls
 from services.stage.ggml_device import CPU, GgmlDevice
 from services.stage.ggml_graph import GraphMemory
-from services.stage.ggml_library import folder_of_libraries, load_ggml, processor_flags
-from services.stage.ggml_packed import GROUP_ROWS, LIBRARY_NAME, packed_rows
+from services.stage.ggml_library import load_ggml, processor_flags
+from services.stage.ggml_packed import GROUP_ROWS, packed_rows
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
+from services.stage.own_library import LIBRARY_NAME
 from tests.support.executors import need_ggml
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -216,8 +217,6 @@ def test_what_ggml_itself_multiplies_by_or_takes_rows_of_stays_as_it_is(name, gg
     assert not kernels.pack({"0": Block((Placed(name, 0, (64, 64), 0, len(stored)),), stored)}, also_embedding=True)
 
 
-def test_a_library_that_can_not_be_loaded_leaves_all_to_ggml(ggml, tmp_path, monkeypatch):
-    (tmp_path / LIBRARY_NAME).write_bytes(b"no library")
-    monkeypatch.setattr("services.stage.ggml_packed.folder_of_libraries", lambda: tmp_path)
+def test_without_noodles_own_library_all_is_left_to_ggml(ggml, monkeypatch):
+    monkeypatch.setattr("services.stage.ggml_packed.own_library", lambda: None)
     assert packed_rows(ggml) is None
-    assert (folder_of_libraries() / "libggml-base.so").is_file()
