@@ -34,6 +34,15 @@ class _NoPositions(torch.nn.Module):
         return self.zero
 
 
+class _Layers(torch.nn.ModuleList):
+    """The layers of a slice. Transformers takes `layers[:count]` in each step, which makes a list of modules anew."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and range(*index.indices(len(self))) == range(len(self)):
+            return self
+        return super().__getitem__(index)
+
+
 def base_model_of(model: Any) -> Any:
     """The module that holds the layers: a CausalLM without its head."""
     base = getattr(model, model.base_model_prefix, None)
@@ -74,7 +83,7 @@ def _take_out_foreign_modules(model: Any, start_layer: int, end_layer: int) -> N
     list_name = layer_list_name(model)
     names = [name for name, _ in base.named_children()]
     before, after = _around_layers(base, names, list_name)
-    setattr(base, list_name, torch.nn.ModuleList(list(getattr(base, list_name))[start_layer:end_layer]))
+    setattr(base, list_name, _Layers(list(getattr(base, list_name))[start_layer:end_layer]))
     for each in {id(config): config, id(base.config): base.config}.values():
         each.num_hidden_layers = end_layer - start_layer
         # the one per-layer list that transformers reads while it computes; by the layer's place in the list

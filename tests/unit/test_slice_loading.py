@@ -210,3 +210,13 @@ def test_layers_that_the_model_has_not_are_refused(start, end, tmp_path):
     with pytest.raises(PlanDoesNotFit) as refusal:
         load(folder, start, end)
     assert "6" in str(refusal.value)
+
+
+def test_taking_all_layers_of_a_slice_makes_no_list_anew(tmp_path):
+    layers = load(make_tiny_model(tmp_path / "m", "llama"), 1, 3)._base.layers
+    count = len(layers)
+    assert layers[:count] is layers
+    assert layers[: count + 1] is layers
+    assert list(layers[1:]) == list(layers)[1:]
+    assert list(layers[::-1]) == list(layers)[::-1]
+    assert layers[0] is next(iter(layers))
