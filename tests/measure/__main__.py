@@ -1,8 +1,8 @@
 """`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
 
-`equality=ggml`, `kills=ggml`, `memory=ggml` and `engine=ggml` let ggml compute, `kills=ggml,3` with 3 deaths of each
-kind; `soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where llama.cpp's programs are, and is not among
-all.
+`equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml` and `awake=ggml` let ggml compute, `kills=ggml,3` with 3
+deaths of each kind; `soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where llama.cpp's programs are,
+and is not among all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from tests.measure import (
+    awake,
     containers,
     engine,
     equality,
@@ -43,6 +44,7 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "tight": pressure.measure_tight,
     "overload": pressure.measure_overload,
     "engine": engine.measure,
+    "awake": awake.measure,
     "kernels": kernels.measure,
     "containers": containers.measure,
 }
