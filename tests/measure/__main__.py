@@ -1,8 +1,8 @@
 """`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
 
-`equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml` and `awake=ggml` let ggml compute, `kills=ggml,3` with 3
-deaths of each kind; `soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where llama.cpp's programs are,
-and is not among all.
+`equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml`, `awake=ggml` and `side-by-side=ggml` let ggml compute,
+`kills=ggml,3` with 3 deaths of each kind; `soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where
+llama.cpp's programs are, and is not among all.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tests.measure import (
     pressure,
     sampling,
     schemathesis,
+    side_by_side,
     soak,
     speed,
     start,
@@ -45,6 +46,7 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "overload": pressure.measure_overload,
     "engine": engine.measure,
     "awake": awake.measure,
+    "side-by-side": side_by_side.measure,
     "kernels": kernels.measure,
     "containers": containers.measure,
 }
