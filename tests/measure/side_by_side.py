@@ -36,11 +36,11 @@ def measure(executor: str = TRANSFORMERS) -> Section:
     folder = real_model_folder()
     context = multiprocessing.get_context("spawn")
     ends: dict[str, Connection] = {}
-    for name, (core, start, end) in SLICES.items():
+    for name, (core, first, last) in SLICES.items():
         ends[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, executor, folder, core, start, end), daemon=True).start()
+        context.Process(target=serve, args=(theirs, executor, folder, core, first, last), daemon=True).start()
         if not ends[name].poll(LOAD_SECONDS):
-            raise TimeoutError(f"layers {start} to {end} did not load in {LOAD_SECONDS:.0f} seconds")
+            raise TimeoutError(f"layers {first} to {last} did not load in {LOAD_SECONDS:.0f} seconds")
         ends[name].recv()
     section.say(
         f"SmolLM2-135M-Instruct, float32; layers 0 to {CUT} on one core, {CUT} to {LAYERS} and the head on another, "
@@ -51,6 +51,8 @@ def measure(executor: str = TRANSFORMERS) -> Section:
         ["sessions in a step", "whole", "first", "second", "first beside", "second beside", "reachable"],
         [line_of(ends, sessions) for sessions in SESSIONS],
     )
+    for end in ends.values():
+        end.send(0)
     return section
 
 
@@ -71,7 +73,7 @@ def together(ends: dict[str, Connection], names: list[str], sessions: int) -> li
 
 
 def serve(asked: Connection, executor: str, folder: Path, core: int, start: int, end: int) -> None:
-    """A slice in a process of its own: computes steps of as many sessions as it is told, a round each time."""
+    """A slice in a process of its own: computes steps of as many sessions as it is told, a round each time; 0 ends it."""
     os.sched_setaffinity(0, {core})
     import torch
 
@@ -82,8 +84,8 @@ def serve(asked: Connection, executor: str, folder: Path, core: int, start: int,
     for position in range(PROMPT_TOKENS):
         step(model_slice, max(SESSIONS), position)
     asked.send("ready")
-    while True:
-        sessions, seconds = int(asked.recv()), []
+    while sessions := int(asked.recv()):
+        seconds = []
         position, stop_at = PROMPT_TOKENS, time.perf_counter() + ROUND_SECONDS
         while time.perf_counter() < stop_at:
             begin = time.perf_counter()
