@@ -73,7 +73,7 @@ def together(ends: dict[str, Connection], names: list[str], sessions: int) -> li
 
 
 def serve(asked: Connection, executor: str, folder: Path, core: int, start: int, end: int) -> None:
-    """A slice in a process of its own: computes steps of as many sessions as it is told, a round each time; 0 ends it."""
+    """A slice in a process of its own: computes a round of steps of as many sessions as it is told; 0 ends it."""
     os.sched_setaffinity(0, {core})
     import torch
 
