@@ -7,6 +7,7 @@ thread of the system's lowest priority spins on it (`kernels/stay_awake.c`): wha
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -18,7 +19,9 @@ from services.stage.own_library import own_library
 log = logging.getLogger(__name__)
 
 AWAKE_SECONDS = 0.2  # after a step; where tokens take longer, what sleep costs is nothing beside them
-CGROUP_CPU = Path("/sys/fs/cgroup/cpu.max")
+CGROUPS = Path("/sys/fs/cgroup")
+QUOTA_FILES = ("cpu.max", "cpu/cpu.cfs_quota_us")  # of cgroup 2, and of 1 on older systems
+NO_QUOTA = ("max", "-1")
 
 
 class CoreAwake:
@@ -51,13 +54,13 @@ class CoreAwake:
             self._library.noodle_awake_end()
 
 
-def limit_of_cpu_time(cgroup: Path = CGROUP_CPU) -> str:
-    """What a container may compute, in cgroup's own words; empty without a limit."""
-    try:
-        quota = cgroup.read_text(encoding="ascii").strip()
-    except OSError:  # no container, or another system
-        return ""
-    return "" if quota.startswith("max") else quota
+def limit_of_cpu_time(cgroups: Path = CGROUPS) -> str:
+    """What a container may compute, in cgroup's own words; empty without a limit, and on other systems."""
+    for path in map(cgroups.joinpath, QUOTA_FILES):
+        with contextlib.suppress(OSError):  # the other cgroup's, or no container
+            quota = path.read_text(encoding="ascii").strip()
+            return "" if quota.startswith(NO_QUOTA) else quota
+    return ""
 
 
 @functools.cache
