@@ -87,15 +87,17 @@ def long_prompts(section: Section, one: Cluster, two: Cluster) -> None:
         ratios.append(whole_seconds(one, ids, 1) / whole_seconds(two, ids, 1))
     section.say(f"Prefill of {LONG_PROMPT_TOKENS} tokens, two stages against one: {spread(ratios[1:])} times as fast.")
     section.say()
-    gaps = []
+    gaps: list[float] = []
+    chunks: list[float] = []
     for number in range(3):
         ids = prompt_ids(LONG_PROMPT_TOKENS, 100 + number)
-        gaps.append(longest_gap(two, lambda ids=ids: whole_seconds(two, ids, 1)))
+        gaps.append(longest_gap(two, lambda ids=ids: chunks.append(chunk_seconds(two, ids))))
     usual = [longest_gap(two, lambda: time.sleep(2.0)) for _ in range(3)]
     section.say(
         f"Longest gap between tokens of 4 running streams: {max(usual) * 1e3:.0f} ms as usual, "
         f"{max(gaps) * 1e3:.0f} ms while a prompt of {LONG_PROMPT_TOKENS} tokens is prefilled (worst of 3). One of its "
-        f"chunks is cut to take {DECODE_GAP_SECONDS} s on each of the two stages, which the token behind it waits for."
+        f"chunks is cut to take {DECODE_GAP_SECONDS} s on each of the two stages, which the token behind it waits for; "
+        f"from its sending to its result it took {statistics.mean(chunks) * 1e3:.0f} ms in the mean."
     )
     section.say()
 
@@ -126,6 +128,15 @@ def whole_seconds(cluster: Cluster, ids: list[int], new_tokens: int) -> float:
     start = time.monotonic()
     cluster.generate(ids, max_new_tokens=new_tokens, ignore_eos=True)
     return time.monotonic() - start
+
+
+def chunk_seconds(cluster: Cluster, ids: list[int]) -> float:
+    """Of a step that has a chunk of this prompt in it, on its whole way; the mean of all of them."""
+    names = [f'noodle_step_seconds_{kind}{{kind="prefill"}}' for kind in ("sum", "count")]
+    before = [cluster.metric(cluster.port, name) for name in names]
+    whole_seconds(cluster, ids, 1)
+    seconds, count = (cluster.metric(cluster.port, name) - was for name, was in zip(names, before, strict=True))
+    return seconds / count
 
 
 def decode_rate(cluster: Cluster, streams: int, new_tokens: int = NEW_TOKENS) -> float:
