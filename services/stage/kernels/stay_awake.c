@@ -72,15 +72,20 @@ static void *stay(void *unused) {
     return NULL;
 }
 
-/* Start the thread; false when the system does not let it have that priority, and it has ended. Called once. */
-bool noodle_awake_start(void) {
+static void start(void) {
     pthread_t thread;
     if (sem_init(&asked, 0, 0) != 0 || sem_init(&begun, 0, 0) != 0 || pthread_create(&thread, NULL, stay, NULL) != 0) {
-        return false;
+        return;
     }
     pthread_detach(thread);
     while (sem_wait(&begun) != 0) {
     }
+}
+
+/* Start the thread, once in a process; false when the system does not let it have that priority: then it has ended. */
+bool noodle_awake_start(void) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, start);
     return atomic_load(&has_priority);
 }
 
