@@ -30,16 +30,13 @@ class CoreAwake:
     def __init__(self, *, is_wanted: bool = True, awake_seconds: float = AWAKE_SECONDS) -> None:
         self._is_wanted, self._awake_seconds = is_wanted, awake_seconds
         self._until = 0.0
-        self._library: ctypes.CDLL | None = None
-        self._is_started = False
+        self._library: ctypes.CDLL | None = None  # until the first step nothing is started
 
     def computed(self) -> None:
         """A step was computed: the next one of the same streams may come soon."""
-        if not self._is_wanted:
-            return
-        if not self._is_started:
-            self._is_started, self._library = True, _started_library()
-        self._until = time.monotonic() + self._awake_seconds
+        if self._is_wanted:
+            self._library = _started_library()
+            self._until = time.monotonic() + self._awake_seconds
 
     def begin(self) -> None:
         """The caller waits from now on, and the core that it is on stays awake for what is left of the time."""
