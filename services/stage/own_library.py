@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import logging
 from pathlib import Path
+
+from noodle.errors import GgmlUnavailable
+from services.stage.ggml_library import folder_of_libraries
 
 log = logging.getLogger(__name__)
 
@@ -15,10 +17,10 @@ LIBRARY_NAME = "libnoodle.so"
 
 def own_library(*, keeps_lock: bool = False) -> ctypes.CDLL | None:
     """The library, None where it was not built; its functions can keep the interpreter's lock, if they are short."""
-    found = importlib.util.find_spec("ggml")
-    if found is None or not found.submodule_search_locations:
+    try:
+        path = folder_of_libraries() / LIBRARY_NAME
+    except GgmlUnavailable:
         return None
-    path = Path(found.submodule_search_locations[0]) / "lib" / LIBRARY_NAME
     return _loaded(path, keeps_lock) if path.is_file() else None
 
 

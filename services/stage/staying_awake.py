@@ -7,21 +7,17 @@ thread of the system's lowest priority spins on it (`kernels/stay_awake.c`): wha
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import logging
 import time
-from pathlib import Path
 
+from noodle.machine import container_use
 from services.stage.own_library import own_library
 
 log = logging.getLogger(__name__)
 
 AWAKE_SECONDS = 0.2  # after a step; where tokens take longer, what sleep costs is nothing beside them
-CGROUPS = Path("/sys/fs/cgroup")
-QUOTA_FILES = ("cpu.max", "cpu/cpu.cfs_quota_us")  # of cgroup 2, and of 1 on older systems
-NO_QUOTA = ("max", "-1")
 
 
 class CoreAwake:
@@ -51,21 +47,12 @@ class CoreAwake:
             self._library.noodle_awake_end()
 
 
-def limit_of_cpu_time(cgroups: Path = CGROUPS) -> str:
-    """What a container may compute, in cgroup's own words; empty without a limit, and on other systems."""
-    for path in map(cgroups.joinpath, QUOTA_FILES):
-        with contextlib.suppress(OSError):  # the other cgroup's, or no container
-            quota = path.read_text(encoding="ascii").strip()
-            return "" if quota.startswith(NO_QUOTA) else quota
-    return ""
-
-
 @functools.cache
 def _started_library() -> ctypes.CDLL | None:
     """The library with its thread running, one in a process however often it is asked for."""
-    limit = limit_of_cpu_time()
-    if limit:  # it would be used up by waiting
-        log.info("this core may sleep between steps: the container's CPU time is limited (%s)", limit)
+    limit = container_use().core_limit
+    if limit is not None:  # it would be used up by waiting
+        log.info("this core may sleep between steps: the container may take the time of %.2f cores", limit)
         return None
     library = own_library(keeps_lock=True)
     if library is None:

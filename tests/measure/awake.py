@@ -40,7 +40,7 @@ def measure(executor: str = TRANSFORMERS) -> Section:
                 intervals[kind].append(token_seconds(cluster))
     section.say(
         f"SmolLM2-135M-Instruct, float32, stages of one core each; one stream of {NEW_TOKENS} new tokens, {PAIRS} "
-        "rounds in turn. Seconds between two tokens, of all rounds; two stages against one: medians of a round's two."
+        "rounds in turn. Between two tokens, of all rounds; two stages against one by the means of each round."
     )
     section.table(
         ["NOODLE_STAY_AWAKE", "stages", "a quarter below, ms", "median, ms", "a tenth above, ms", "mean, ms"],

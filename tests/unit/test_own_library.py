@@ -15,7 +15,7 @@ def package(tmp_path, monkeypatch):
     """A package named ggml that has a folder of libraries."""
     spec = importlib.machinery.ModuleSpec("ggml", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr("services.stage.own_library.importlib.util.find_spec", lambda _: spec)
+    monkeypatch.setattr("services.stage.ggml_library.importlib.util.find_spec", lambda _: spec)
     (tmp_path / "lib").mkdir()
     return tmp_path / "lib"
 
@@ -33,7 +33,7 @@ def test_where_it_was_not_built_there_is_none(package):
 
 
 def test_where_ggml_is_not_installed_there_is_none(monkeypatch):
-    monkeypatch.setattr("services.stage.own_library.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("services.stage.ggml_library.importlib.util.find_spec", lambda _: None)
     assert own_library() is None
 
 

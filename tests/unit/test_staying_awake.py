@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from noodle.machine import ContainerUse, container_use
 from services.stage.own_library import own_library
-from services.stage.staying_awake import CoreAwake, _started_library, limit_of_cpu_time
+from services.stage.staying_awake import CoreAwake, _started_library
 
-SCHED_IDLE = 5  # Linux's number; the policy is field 41 of /proc/self/task/*/stat
-POLICY_FIELD = 41
 WAIT_SECONDS = 0.2
 LONG_SECONDS = 30.0
 PATIENCE_SECONDS = 10.0
@@ -24,7 +23,7 @@ def core():
     if found is None and not os.environ.get("CI"):
         pytest.skip("noodle's own library was not built")
     assert found is not None
-    if limit_of_cpu_time():
+    if container_use().core_limit is not None:
         pytest.skip("the CPU time of this container is limited")
     core = CoreAwake(awake_seconds=LONG_SECONDS)
     core.computed()
@@ -34,17 +33,14 @@ def core():
 
 def idle_threads():
     """Threads of this process with the lowest priority."""
-    return [task for task in Path("/proc/self/task").iterdir() if fields(task)[POLICY_FIELD - 3] == str(SCHED_IDLE)]
-
-
-def fields(task):
-    """Of a thread's stat, from the third on: the name before them may have spaces."""
-    return (task / "stat").read_text().rpartition(")")[2].split()
+    tasks = Path("/proc/self/task").iterdir()
+    return [task for task in tasks if os.sched_getscheduler(int(task.name)) == os.SCHED_IDLE]
 
 
 def ticks(task):
     """Of CPU time that a thread has had, 100 a second."""
-    return sum(map(int, fields(task)[11:13]))
+    fields = (task / "stat").read_text().rpartition(")")[2].split()  # from the third on: a name may have spaces
+    return sum(map(int, fields[11:13]))
 
 
 def ticks_while_waiting(task):
@@ -127,17 +123,18 @@ def test_nothing_is_started_before_a_step_or_where_it_is_not_wanted():
 
 
 def test_a_container_of_limited_cpu_time_does_not_spend_it_on_waiting(tmp_path, monkeypatch):
-    assert not limit_of_cpu_time(tmp_path)
+    assert container_use(tmp_path).core_limit is None
     (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     for name, content, limit in (
-        ("cpu/cpu.cfs_quota_us", "-1\n", ""),
-        ("cpu/cpu.cfs_quota_us", "150000\n", "150000"),
-        ("cpu.max", "max 100000\n", ""),
-        ("cpu.max", "150000 100000\n", "150000 100000"),
+        ("cpu/cpu.cfs_quota_us", "-1\n", None),
+        ("cpu/cpu.cfs_quota_us", "150000\n", 1.5),
+        ("cpu.max", "max 100000\n", None),
+        ("cpu.max", "150000 100000\n", 1.5),
     ):
         (tmp_path / name).write_text(content)
-        assert limit_of_cpu_time(tmp_path) == limit
-    monkeypatch.setattr("services.stage.staying_awake.limit_of_cpu_time", lambda: "150000 100000")
+        assert container_use(tmp_path).core_limit == limit
+    monkeypatch.setattr("services.stage.staying_awake.container_use", lambda: ContainerUse(core_limit=1.5))
     assert _started_library.__wrapped__() is None
 
 
@@ -147,6 +144,6 @@ def test_what_it_needs_and_lacks_only_lets_the_core_sleep(lacks, monkeypatch):
         return False
 
     library = None if lacks == "library" else SimpleNamespace(noodle_awake_start=refuses)
-    monkeypatch.setattr("services.stage.staying_awake.limit_of_cpu_time", lambda: "")
+    monkeypatch.setattr("services.stage.staying_awake.container_use", ContainerUse)
     monkeypatch.setattr("services.stage.staying_awake.own_library", lambda **_: library)
     assert _started_library.__wrapped__() is None
