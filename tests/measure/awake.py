@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.measure.engine import together
 from tests.measure.report import TRANSFORMERS, Section, named, spread, title_of
-from tests.measure.speed import pin
+from tests.measure.speed import pin_stages
 from tests.support.cluster import Cluster, running_cluster
 from tests.support.real_model import real_model_folder
 
@@ -31,8 +31,7 @@ def measure(executor: str = TRANSFORMERS) -> Section:
         for way, stages in itertools.product(WAYS, (1, 2)):
             variables = {"NOODLE_EXECUTOR": executor, "NOODLE_STAY_AWAKE": way}
             cluster = stack.enter_context(running_cluster(scratch / f"{way}{stages}", folder, stages, **variables))
-            for index in range(stages):
-                pin(cluster.worker_pid(f"stage-{index}"), cores[index])
+            pin_stages(cluster, cores[:stages])
             token_seconds(cluster)
             clusters[way, stages], intervals[way, stages] = cluster, []
         for _ in range(PAIRS):

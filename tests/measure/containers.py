@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.engine.engine import CONTROL, STAGE, build, docker, require_base_images
 from tests.engine.pair import FIRST_CUT, Pair, two_machines
 from tests.measure.report import Section, spread
+from tests.measure.speed import pin
 from tests.support.cluster import Cluster, request, running_cluster
 from tests.support.real_model import real_model_folder
 
@@ -82,7 +83,4 @@ def _pin(processes: Cluster) -> None:
     """Every thread of machine A's services on its core, stage 1's on the other, as the containers are."""
     cores = {"stage-1": CORE_OF_B, **dict.fromkeys(("valkey", "planner", "coordinator", "stage-0"), CORE_OF_A)}
     for name, core in cores.items():
-        pids = [processes.service_pid(name)] if name == "valkey" else [processes.worker_pid(name)]
-        for pid in pids:
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                os.sched_setaffinity(int(thread.name), {core})
+        pin(processes.service_pid(name) if name == "valkey" else processes.worker_pid(name), core)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from services.coordinator.step_costs import DECODE_GAP_SECONDS
 from tests.measure.report import TRANSFORMERS, Section, named, spread, title_of
-from tests.measure.speed import pin
+from tests.measure.speed import pin_stages
 from tests.support.cluster import Cluster, running_cluster
 from tests.support.event_reader import EventReader
 from tests.support.real_model import real_model_folder
@@ -39,9 +39,8 @@ def measure(executor: str = TRANSFORMERS) -> Section:
         running_cluster(Path(scratch) / "one", folder, 1, **variables) as one,
         running_cluster(Path(scratch) / "two", folder, 2, **variables) as two,
     ):
-        pin(one.worker_pid("stage-0"), cores[0])
-        for index in range(2):
-            pin(two.worker_pid(f"stage-{index}"), cores[index])
+        pin_stages(one, cores[:1])
+        pin_stages(two, cores)
         many_streams(section, one, two)
         long_prompts(section, one, two)
         chat(section, two)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.measure.engine import decode_rate, prompt_ids, whole_seconds
 from tests.measure.report import Section, spread
-from tests.measure.speed import pin
+from tests.measure.speed import pin_stages
 from tests.support.cluster import Cluster, free_ports, request, running_cluster, wait_until
 from tests.support.real_model import real_model_folder
 
@@ -70,9 +70,8 @@ def compare(programs: Path, source: Path, ours: str, theirs: str) -> list[list[o
             stack.enter_context(running_cluster(Path(scratch) / str(count), real_model_folder(), count, **variables))
             for count in (1, 2)
         )
-        pin(one.worker_pid("stage-0"), first)
-        for index, core in enumerate((first, second)):
-            pin(two.worker_pid(f"stage-{index}"), core)
+        pin_stages(one, [first])
+        pin_stages(two, [first, second])
         bench_rpc, server_rpc, server = free_ports(3)
         for port in (bench_rpc, server_rpc):
             stack.enter_context(rpc_server(programs, second, port))

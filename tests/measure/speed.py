@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.measure.report import Section, spread
@@ -25,6 +26,12 @@ def pin(process: int, core: int) -> None:
         os.sched_setaffinity(int(task), {core})
 
 
+def pin_stages(cluster: Cluster, cores: Sequence[int]) -> None:
+    """Keep each stage of a cluster on a core of its own, in the order of both."""
+    for index, core in enumerate(cores):
+        pin(cluster.worker_pid(f"stage-{index}"), core)
+
+
 def measure() -> Section:
     """Ratios of runs that follow one another; the machine drifts, so only pairs are compared."""
     section = Section("speed", "One stream over two stages")
@@ -41,8 +48,7 @@ def measure() -> Section:
         tempfile.TemporaryDirectory() as scratch,
         running_cluster(Path(scratch) / "s", folder, 2, NOODLE_PREFIX_CACHE="off") as cluster,
     ):
-        for index in range(2):
-            pin(cluster.worker_pid(f"stage-{index}"), cores[index])
+        pin_stages(cluster, cores)
         run_ours(cluster, prompt_ids)
         run_theirs(whole, prompt_ids, cores[0])
         before = overhead_counts(cluster)
