@@ -18,6 +18,7 @@ from services.stage.kv_cache import KvCache
 from services.stage.kv_rows import SessionRows
 from services.stage.model_cut import base_model_of
 from services.stage.packed_attention import AttentionSpan, StepSpans
+from services.stage.packed_linear import weight_bytes
 from services.stage.slice_interface import PackedBatch, SliceOutput, Span, checked_hidden_states
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,8 +51,7 @@ class TransformersSlice:
         self._device = torch.device(device)
         self._torch_dtype: torch.dtype = model.dtype
         self.dtype = _NAMES[self._torch_dtype]
-        tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.weight_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self.weight_bytes = weight_bytes(model)
         self._base_output: Any = None  # of the last step, on the last stage
         self._step_spans = StepSpans()
         packed_attention.attach(model, self._step_spans)

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.measure.engine import together
+from tests.measure.engine import streams_of
 from tests.measure.report import TRANSFORMERS, Section, named, spread, title_of
 from tests.measure.speed import pin_stages
 from tests.support.cluster import Cluster, running_cluster
@@ -62,5 +62,5 @@ def figures(rounds: list[list[float]]) -> list[str]:
 
 def token_seconds(cluster: Cluster) -> list[float]:
     """Between the tokens of one stream."""
-    (times,) = together(cluster, 1, NEW_TOKENS)
+    (times,) = streams_of(cluster, 1, NEW_TOKENS)
     return [right - left for left, right in itertools.pairwise(times)]

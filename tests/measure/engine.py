@@ -8,14 +8,14 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from services.coordinator.step_costs import DECODE_GAP_SECONDS
 from tests.measure.report import TRANSFORMERS, Section, named, spread, title_of
 from tests.measure.speed import pin_stages
+from tests.measure.streams import together
 from tests.support.cluster import Cluster, running_cluster
-from tests.support.event_reader import EventReader
 from tests.support.real_model import real_model_folder
 
 PAIRS = 7
@@ -140,34 +140,20 @@ def chunk_seconds(cluster: Cluster, ids: list[int]) -> float:
 
 def decode_rate(cluster: Cluster, streams: int, new_tokens: int = NEW_TOKENS) -> float:
     """Tokens per second of all streams, from the last one's first token to the first one's last."""
-    arrivals = together(cluster, streams, new_tokens)
+    arrivals = streams_of(cluster, streams, new_tokens)
     begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     return sum(begin < at <= end for times in arrivals for at in times) / (end - begin)
+
+
+def streams_of(cluster: Cluster, streams: int, new_tokens: int) -> list[list[float]]:
+    """When each token of so many streams came; their prompts are the same each time."""
+    return together(cluster, [prompt_ids(PROMPT_TOKENS, 300 + index) for index in range(streams)], new_tokens)
 
 
 def longest_gap(cluster: Cluster, meanwhile: Callable[[], object]) -> float:
     """Between two tokens of a stream, of four that run while something else happens."""
     thread = threading.Timer(1.5, meanwhile)
     thread.start()
-    arrivals = together(cluster, 4, 120)
+    arrivals = streams_of(cluster, 4, 120)
     thread.join()
     return max(right - left for times in arrivals for left, right in itertools.pairwise(times[5:]))
-
-
-def together(cluster: Cluster, streams: int, new_tokens: int) -> list[list[float]]:
-    """When each token of each stream came."""
-    arrivals: list[list[float]] = [[] for _ in range(streams)]
-
-    def read(index: int) -> None:
-        ids: Sequence[int] = prompt_ids(PROMPT_TOKENS, 300 + index)
-        body = {"inputs": ids, "parameters": {"max_new_tokens": new_tokens, "ignore_eos": True}}
-        with EventReader(cluster.port, "POST", "/generate_stream", body) as reader:
-            for _ in reader:
-                arrivals[index].append(time.monotonic())
-
-    threads = [threading.Thread(target=read, args=(index,)) for index in range(streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return arrivals

@@ -14,6 +14,7 @@ from services.stage.few_rows import MOST_ROWS, FewRowsLinear, Way, choose_ways, 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     monkeypatch.setattr(few_rows, "_known", {})
+    monkeypatch.setattr(few_rows, "is_faster_packed", lambda _weight, _ways: False)
 
 
 def large(out=1024, into=256, **options):
