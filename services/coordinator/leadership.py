@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
 RENEW_SECONDS = 1.0  # the lease lasts five
+SEARCH_SECONDS = 1.0  # between two looks at which stages there are: a search takes longer than a look at known ones
 # A prompt's token costs this share of a decode token until it is measured on the pipeline; it only scales deadlines.
 ASSUMED_PREFILL_SHARE = 0.5
 
@@ -58,12 +60,16 @@ class Leadership:
 
     def run(self) -> None:
         """Look at Valkey until `stopping`."""
-        looks = 0
+        renew_at = search_at = 0.0
         while not self.stopping.is_set():
             try:
-                if looks % max(1, int(RENEW_SECONDS / LOOK_SECONDS)) == 0 or self._epoch is None:
+                now = time.monotonic()
+                if now >= renew_at or self._epoch is None:
                     self._keep_lead()
-                self._look()
+                    renew_at = now + RENEW_SECONDS
+                self._look(searches=now >= search_at)
+                if now >= search_at:
+                    search_at = now + SEARCH_SECONDS
                 if self.view.queue_error:
                     log.info("Valkey answers again")
                 self.view.queue_error = ""
@@ -71,7 +77,6 @@ class Leadership:
                 if not self.view.queue_error:
                     log.warning("%s", error)
                 self.view.queue_error = str(error)
-            looks += 1
             self.stopping.wait(LOOK_SECONDS)
 
     def stop(self) -> None:
@@ -102,11 +107,11 @@ class Leadership:
                 NotReady(f"The coordinator {self.view.leader} leads now.", cure="Send requests to that one.")
             )
 
-    def _look(self) -> None:
-        self.view.planner = self._queue.planner_state()
-        plan = self._queue.plan()
+    def _look(self, *, searches: bool) -> None:
+        known = {stage.stage_id for stage in self.view.plan.stages} if self.view.plan is not None else set()
+        self.view.planner, plan, known_stages = self._queue.look(known | self.view.stages.keys())
         self.view.plan = plan
-        self.view.stages = self._queue.stage_states()
+        self.view.stages = self._queue.stage_states() if searches else known_stages
         if self._epoch is None or plan is None:
             return
         states = [self.view.stages.get(stage.stage_id) for stage in plan.stages]

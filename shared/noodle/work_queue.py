@@ -17,7 +17,7 @@ noodle:results                  stream, what the last stage made of it; bounded,
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -175,6 +175,18 @@ class WorkQueue:
     def stage_states(self) -> dict[int, StageState]:
         """The states of all stages that beat."""
         return {state.stage_id: state for state in self._all("noodle:stage:*:state", StageState)}
+
+    def look(self, stage_ids: Collection[int]) -> tuple[PlannerState | None, Plan | None, dict[int, StageState]]:
+        """What the planner does, the newest plan and the states of these stages that beat, in one trip."""
+        keys = ["noodle:planner", "noodle:plan", *(f"noodle:stage:{stage_id}:state" for stage_id in stage_ids)]
+        with self._told():
+            planner, plan, *states = self._redis.mget(keys)
+        decoded = (self._decoded(key, value, StageState) for key, value in zip(keys[2:], states, strict=True))
+        return (
+            self._decoded(keys[0], planner, PlannerState),
+            self._decoded(keys[1], plan, Plan),
+            {state.stage_id: state for state in decoded if state is not None},
+        )
 
     def states_of(self, stage_ids: Sequence[int]) -> dict[int, StageState]:
         """The states of these stages, without those that do not beat, in one trip."""

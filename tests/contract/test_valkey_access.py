@@ -31,6 +31,9 @@ CALLS = {
     "reports": lambda work: work.reports() == [REPORT],
     "put_stage_state": lambda work: work.put_stage_state(StageState(0, "vm", "boot", "ready")) is None,
     "stage_states": lambda work: set(work.stage_states()) == {0},
+    "look": lambda work: (
+        (work.look([0, 1])[0].phase, work.look([0, 1])[1].version, set(work.look([0, 1])[2])) == ("waiting", 1, {0})
+    ),
     "states_of": lambda work: set(work.states_of([0, 1])) == {0},
     "forget_stage": lambda work: work.forget_stage(0, URL_0) is None and work.stage_states() == {},
     "take_lease": lambda work: work.take_lease("me") == 1,
