@@ -162,7 +162,13 @@ TRANSFORMERS: dict[str, Any] = {
     "quality": None,
     "choice": "",
 }
-SPEEDS = ("decode_layer_seconds", "prefill_layer_seconds_per_token", "head_decode_seconds")
+SPEEDS = (
+    "decode_layer_seconds",
+    "prefill_layer_seconds_per_token",
+    "head_decode_seconds",
+    "batched_layer_seconds",
+    "batched_head_seconds",
+)
 
 
 def _is_named(report: MachineReport, name: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -101,10 +102,11 @@ def _check_machines(shape: ModelShape, machines: tuple[MachineReport, ...]) -> N
                 cure=f"Set its NOODLE_WEIGHTS to one of {', '.join(WEIGHT_ITEM_BYTES)}.",
             )
         numbers = (machine.decode_layer_seconds, machine.prefill_layer_seconds_per_token)
-        may_be_zero = machine.head_decode_seconds
-        if not all(math.isfinite(it) and it > 0 for it in numbers) or not math.isfinite(may_be_zero) or may_be_zero < 0:
+        may_be_zero = (machine.head_decode_seconds, machine.batched_layer_seconds, machine.batched_head_seconds)
+        are_numbers = all(math.isfinite(it) and it >= 0 for it in (*numbers, *may_be_zero))
+        if not are_numbers or min(numbers) == 0:
             raise PlanDoesNotFit(
-                f"{where} reports layer seconds that can not be ({', '.join(map(str, numbers))}, {may_be_zero}).",
+                f"{where} reports layer seconds that can not be ({', '.join(map(str, (*numbers, *may_be_zero)))}).",
                 cure="Delete the measurements in its NOODLE_CACHE_DIR and start it again.",
             )
 
@@ -149,9 +151,11 @@ def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens:
     seconds: list[Matrix] = []
     memory_bytes: list[Matrix] = []
     groups: dict[tuple[str, str], list[int]] = {}
+    is_batched = all(machine.batched_layer_seconds > 0 for machine in machines)  # like is compared with like
     for index, machine in enumerate(machines):
         is_last = index == len(machines) - 1
-        by_layers = np.array([stage_work_seconds(machine, taken, is_last=is_last) for taken in range(count + 1)])
+        work = partial(stage_work_seconds, machine, is_last=is_last, is_batched=is_batched)
+        by_layers = np.array([work(taken) for taken in range(count + 1)])
         seconds.append(np.where(layers > 0, by_layers[np.maximum(layers, 0)], np.inf))
         weights = prefix_bytes[None, :] - prefix_bytes[:, None]
         weights += (shape.embedding_bytes if index == 0 else 0) + (shape.head_bytes if is_last else 0)

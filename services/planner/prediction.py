@@ -34,13 +34,17 @@ def stage_decode_seconds(machine: MachineReport, layer_count: int, *, is_last: b
     return layer_count * machine.decode_layer_seconds + (machine.head_decode_seconds if is_last else 0.0)
 
 
-def stage_work_seconds(machine: MachineReport, layer_count: int, *, is_last: bool) -> float:
+def stage_work_seconds(machine: MachineReport, layer_count: int, *, is_last: bool, is_batched: bool) -> float:
     """What one new token costs a stage with its share of a prompt: what layers are dealt out by.
 
-    By decode alone the last stage would get few layers for its head's sake, which no token of a prompt needs.
+    By decode alone the last stage would get few layers for its head's sake, which no token of a prompt needs. How they
+    are dealt out matters when all stages have work, and then sessions share a step: `is_batched` takes a token of such.
     """
-    prefill_seconds = layer_count * machine.prefill_layer_seconds_per_token
-    return stage_decode_seconds(machine, layer_count, is_last=is_last) + PROMPT_TOKENS_PER_NEW_ONE * prefill_seconds
+    if is_batched:
+        decode_seconds = layer_count * machine.batched_layer_seconds + (machine.batched_head_seconds if is_last else 0)
+    else:
+        decode_seconds = stage_decode_seconds(machine, layer_count, is_last=is_last)
+    return decode_seconds + PROMPT_TOKENS_PER_NEW_ONE * layer_count * machine.prefill_layer_seconds_per_token
 
 
 def predict(stages: Sequence[StageAssignment], machines: Mapping[int, MachineReport], hop: HopCost) -> Prediction:

@@ -162,6 +162,8 @@ def measured_report(
         decode_layer_seconds=chosen.seconds.decode_layer_seconds,
         prefill_layer_seconds_per_token=chosen.seconds.prefill_layer_seconds_per_token,
         head_decode_seconds=chosen.seconds.head_decode_seconds,
+        batched_layer_seconds=chosen.seconds.batched_layer_seconds,
+        batched_head_seconds=chosen.seconds.batched_head_seconds,
         source=chosen.seconds.source,
         layer_weight_bytes=chosen.seconds.layer_weight_bytes if chosen.candidate.executor == "ggml" else 0.0,
         executor_version=version_of(chosen.candidate.executor),

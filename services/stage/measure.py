@@ -11,9 +11,10 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from noodle.plan import Source
 from services.stage.candidates import Candidate
 from services.stage.executors import load_by
 from services.stage.kept_file import read_kept, write_kept
+from services.stage.slice_interface import ModelSlice
 from services.stage.slice_timing import SliceTimer
 
 log = logging.getLogger(__name__)
@@ -34,9 +36,10 @@ LOCK_TIMEOUT_SECONDS = 300.0  # several other stages may measure before this one
 LOCK_POLL_SECONDS = 0.1
 CONTEXT_TOKENS = 128  # rows a decode token attends to here, and tokens of a prefill chunk
 FURTHER_LAYERS = 2  # beside the one that every slice has
+BATCHED_SESSIONS = 4  # that share a step, where one is timed
 MINIMUM_ROUNDS = 3
 MAXIMUM_ROUNDS = 21
-BUDGET_SECONDS = 1.0  # for the rounds of each of the quantities, once the minimum is done
+BUDGET_SECONDS = 1.0  # for the rounds of each kind of step, once the minimum is done
 
 MeasureProgress = Callable[[float, str], None]
 
@@ -48,6 +51,8 @@ class MeasuredSeconds:
     decode_layer_seconds: float  # one layer, one token
     prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
     head_decode_seconds: float  # head and sampling of one row
+    batched_layer_seconds: float  # one layer, for each token of a step of BATCHED_SESSIONS sessions
+    batched_head_seconds: float  # head and sampling, for each of its rows
     source: Source = "measured"
     layer_weight_bytes: float = 0.0  # of one layer as it is held; 0 where a model has too few layers to tell
 
@@ -119,12 +124,16 @@ def _measure(
     key: MeasurementKey,
     progress: MeasureProgress,
 ) -> MeasuredSeconds:
-    """By what further layers add to a step of one layer: what a step costs beside its layers is no layer's time."""
+    """By what further layers add to a step of one layer: what a step costs beside its layers is no layer's time.
+
+    Layers and head are timed in turn. A machine that others disturb is half as fast in one second as in the next, and
+    what layers take against the head decides where the model is cut.
+    """
     further = min(FURTHER_LAYERS, layer_count - 1)
     start = (layer_count - 1 - further) // 2
 
-    def timer_of(first: int, end: int) -> SliceTimer:
-        loaded = load_by(
+    def load(first: int, end: int) -> ModelSlice:
+        return load_by(
             key.candidate,
             folder,
             first,
@@ -134,33 +143,44 @@ def _measure(
             context_length=context_length,
             cache_dir=None,  # the weights may be holes that nobody has fetched yet: nothing of them is kept
         )
-        timer = SliceTimer(loaded, device=key.device, reserve_tokens=CONTEXT_TOKENS + 1)
-        timer.step_seconds(1, CONTEXT_TOKENS, first_position=0)  # warm-up, and the rows that decode attends to
+
+    def timer_of(first: int, end: int) -> SliceTimer:
+        timer = SliceTimer(load(first, end), device=key.device, reserve_tokens=CONTEXT_TOKENS + 1)
+        # warm-up, and the rows that decode attends to
+        timer.step_seconds(BATCHED_SESSIONS, CONTEXT_TOKENS, first_position=0)
         return timer
 
-    held_bytes: list[int] = []
-    steps: list[tuple[float, float]] = []  # decode and prefill seconds, of one layer and of one and the further ones
-    for end in sorted({start + 1, start + 1 + further}):
-        progress(0.3 * len(steps), f"measuring {end - start} of the model's layers")
-        timer = timer_of(start, end)
-        held_bytes.append(timer.slice.weight_bytes)
-        decode_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS)
-        steps.append((decode_seconds, _median_seconds(timer, CONTEXT_TOKENS, first_position=0)))
-        del timer
-    # a slice with the last layer has the head too
-    tells = start + 1 + further < layer_count
-    progress(0.6, "measuring the head")
-    timer = timer_of(layer_count - 1, layer_count)
-    with_head_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS, sampled=True)
-    without_head_seconds = _median_seconds(timer, 1, first_position=CONTEXT_TOKENS)
-    decode_layer_seconds, prefill_layer_seconds = (
-        seconds_per_layer([step[quantity] for step in steps], further) for quantity in (0, 1)
+    def decode_of(timer: SliceTimer, sessions: int, *, sampled: bool = False) -> Callable[[], float]:
+        return partial(timer.step_seconds, sessions, 1, first_position=CONTEXT_TOKENS, sampled=sampled)
+
+    progress(0.0, "measuring how large a layer is")
+    one_layer_bytes = load(start, start + 1).weight_bytes
+    progress(0.1, f"measuring {1 + further} of the model's layers")
+    timers = [timer_of(layer_count - 1, layer_count)]  # the last layer, with the head
+    if further:
+        timers.append(timer_of(start, start + 1 + further))
+    progress(0.3, "measuring layers and head")
+    medians = _median_seconds(
+        {
+            "decode": [decode_of(timer, 1) for timer in timers],
+            "batched": [decode_of(timer, BATCHED_SESSIONS) for timer in timers],
+            "prefill": [partial(timer.step_seconds, 1, CONTEXT_TOKENS, first_position=0) for timer in timers],
+            "with head": [decode_of(timers[0], sessions, sampled=True) for sessions in (1, BATCHED_SESSIONS)],
+        }
     )
+    head, batched_head = (
+        max(sampled - without[0], 0.0)
+        for sampled, without in zip(medians["with head"], (medians["decode"], medians["batched"]), strict=True)
+    )
+    # a slice with the last layer has the head too
+    tells = further and start + 1 + further < layer_count
     return MeasuredSeconds(
-        decode_layer_seconds=decode_layer_seconds,
-        prefill_layer_seconds_per_token=prefill_layer_seconds / CONTEXT_TOKENS,
-        head_decode_seconds=max(with_head_seconds - without_head_seconds, 0.0),
-        layer_weight_bytes=(held_bytes[1] - held_bytes[0]) / further if tells else 0.0,
+        decode_layer_seconds=seconds_per_layer(medians["decode"], further),
+        prefill_layer_seconds_per_token=seconds_per_layer(medians["prefill"], further) / CONTEXT_TOKENS,
+        head_decode_seconds=head,
+        batched_layer_seconds=seconds_per_layer(medians["batched"], further) / BATCHED_SESSIONS,
+        batched_head_seconds=batched_head / BATCHED_SESSIONS,
+        layer_weight_bytes=(timers[-1].slice.weight_bytes - one_layer_bytes) / further if tells else 0.0,
     )
 
 
@@ -174,13 +194,16 @@ def seconds_per_layer(seconds: list[float], further_layers: int) -> float:
     return max((seconds[1] - seconds[0]) / further_layers, seconds[1] / (further_layers + 1) / 2)
 
 
-def _median_seconds(timer: SliceTimer, tokens: int, *, first_position: int, sampled: bool = False) -> float:
-    """Seconds of a step of so many tokens of one session; the rows are computed again each time."""
-    seconds: list[float] = []
-    end = time.monotonic() + BUDGET_SECONDS
-    while len(seconds) < MINIMUM_ROUNDS or (len(seconds) < MAXIMUM_ROUNDS and time.monotonic() < end):
-        seconds.append(timer.step_seconds(1, tokens, first_position=first_position, sampled=sampled))
-    return statistics.median(seconds)
+def _median_seconds(kinds: Mapping[str, Sequence[Callable[[], float]]]) -> dict[str, list[float]]:
+    """The seconds of each step of each kind, all taken in turn; their rows are computed again each time."""
+    rounds: list[dict[str, list[float]]] = []
+    end = time.monotonic() + BUDGET_SECONDS * sum(map(len, kinds.values()))
+    while len(rounds) < MINIMUM_ROUNDS or (len(rounds) < MAXIMUM_ROUNDS and time.monotonic() < end):
+        rounds.append({kind: [step() for step in steps] for kind, steps in kinds.items()})
+    return {
+        kind: [statistics.median(seconds) for seconds in zip(*(each[kind] for each in rounds), strict=True)]
+        for kind in kinds
+    }
 
 
 @contextmanager
@@ -221,5 +244,6 @@ def _measurement_in(kept: dict[str, Any], key: str) -> MeasuredSeconds | None:
         measured = msgspec.convert(entry, MeasuredSeconds)
     except msgspec.ValidationError:
         return None  # damaged, or written by hand: it can be measured again
-    seconds = (measured.decode_layer_seconds, measured.prefill_layer_seconds_per_token)
-    return measured if min(seconds) > 0 and measured.head_decode_seconds >= 0 else None
+    layers = (measured.decode_layer_seconds, measured.batched_layer_seconds, measured.prefill_layer_seconds_per_token)
+    heads = (measured.head_decode_seconds, measured.batched_head_seconds)
+    return measured if min(layers) > 0 and min(heads) >= 0 else None

@@ -65,6 +65,8 @@ class MachineReport(Struct, frozen=True):
     quality: Quality | None = None  # of these weights and KV rows, None where they are float32
     choice: str = ""  # what was compared and why this was chosen, in words
     link_bytes_per_second: float = 0.0  # from the coordinator's machine to here; 0: not measured
+    batched_layer_seconds: float = 0.0  # one layer, for each token of a step of some sessions; 0: not measured
+    batched_head_seconds: float = 0.0  # the head, for each row of such a step
 
 
 class StageAssignment(Struct, frozen=True):

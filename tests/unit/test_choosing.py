@@ -21,7 +21,7 @@ NO_GGML = "ggml is not installed here. Build it."
 
 
 def measured(candidate):
-    return MeasuredSeconds(SPEEDS.get(str(candidate), 5.0), 0.1, 0.0)
+    return MeasuredSeconds(SPEEDS.get(str(candidate), 5.0), 0.1, 0.0, 1.0, 0.0)
 
 
 def names(*arguments):
@@ -111,7 +111,7 @@ def test_half_the_threads_are_taken_where_they_are_clearly_faster(half_takes, ta
 
     def measure(candidate, threads):
         asked.append((str(candidate), threads))
-        return MeasuredSeconds(2.0 * half_takes, 0.1 * half_takes, 0.0)
+        return MeasuredSeconds(2.0 * half_takes, 0.1 * half_takes, 0.0, 1.0, 0.0)
 
     threads, told = choose_threads(made, 8, measure)
     assert asked == [("ggml q8_0", 4)]

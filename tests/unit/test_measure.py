@@ -55,6 +55,8 @@ def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, m
     assert 0 < measured.decode_layer_seconds < 1
     assert 0 < measured.prefill_layer_seconds_per_token < measured.decode_layer_seconds
     assert measured.head_decode_seconds >= 0
+    assert 0 < measured.batched_layer_seconds < 1
+    assert measured.batched_head_seconds >= 0
     assert measured.layer_weight_bytes == 4 * items_of_a_layer(folder)
     assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
     assert told[-1] == (1.0, "measured")
@@ -81,10 +83,12 @@ def test_another_dtype_or_version_is_measured_for_itself(folder, tmp_path):
         json.dumps(
             {str(KEY): {"decode_layer_seconds": 0.0, "prefill_layer_seconds_per_token": 0.0, "head_decode_seconds": 0}}
         ),
+        json.dumps({str(KEY): dataclasses.asdict(MeasuredSeconds(0.5, 0.25, 0.125, 0.0, 0.0))}),
+        json.dumps({str(KEY): dataclasses.asdict(MeasuredSeconds(0.5, 0.25, 0.125, 0.3, -0.1))}),
     ],
 )
 def test_a_damaged_file_is_measured_again(damage, tmp_path, folder, monkeypatch):
-    expected = MeasuredSeconds(0.5, 0.25, 0.125)
+    expected = MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05)
     monkeypatch.setattr(measure, "_measure", lambda *arguments: expected)
     (tmp_path / FILE_NAME).write_text(damage)
     assert measure_machine(folder, 6, 256, KEY, tmp_path, ignore) == expected
@@ -105,11 +109,11 @@ def test_a_second_stage_waits_for_the_first_and_uses_its_numbers(tmp_path, folde
     thread = threading.Thread(target=second_stage)
     thread.start()
     assert waits.wait(10)
-    numbers = {"decode_layer_seconds": 0.5, "prefill_layer_seconds_per_token": 0.25, "head_decode_seconds": 0.125}
+    numbers = dataclasses.asdict(MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05))
     (tmp_path / FILE_NAME).write_text(json.dumps({str(KEY): numbers}))
     os.close(lock)
     thread.join(10)
-    assert found == [MeasuredSeconds(0.5, 0.25, 0.125)]
+    assert found == [MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05)]
 
 
 @pytest.mark.parametrize("layer_count", [1, 2, 3])
@@ -130,7 +134,7 @@ def test_a_cache_folder_that_can_not_be_made_is_refused_with_path_reason_and_cur
 
 
 def test_a_measurement_that_can_not_be_kept_is_used_and_said(tmp_path, folder, monkeypatch, caplog):
-    expected = MeasuredSeconds(0.5, 0.25, 0.125)
+    expected = MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05)
     monkeypatch.setattr(measure, "_measure", lambda *arguments: expected)
 
     def full_disk(path, *_arguments, **_options):

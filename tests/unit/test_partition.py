@@ -84,6 +84,14 @@ def test_the_head_counts_against_the_last_stage() -> None:
     assert plan.stages[1].decode_seconds == pytest.approx(0.009)
 
 
+def test_where_all_have_measured_steps_that_sessions_share_layers_are_dealt_out_by_those() -> None:
+    batched = {"batched_layer_seconds": 0.0005, "batched_head_seconds": 0.0005}
+    machines = [a_machine(0, **batched), a_machine(1, head_decode_seconds=0.02, **batched)]
+    assert layers(cut(a_shape(), machines)) == [6, 6]
+    machines[0] = a_machine(0)
+    assert layers(cut(a_shape(), machines)) == [11, 1]  # by a lone token again: like is compared with like
+
+
 def test_stages_stand_in_the_order_of_their_numbers() -> None:
     plan = cut(a_shape(), [a_machine(7), a_machine(2)])
     assert [stage.stage_id for stage in plan.stages] == [2, 7]
@@ -197,6 +205,8 @@ def test_other_weights_than_the_planners_are_refused_by_the_stages_number() -> N
         {"decode_layer_seconds": float("nan")},
         {"prefill_layer_seconds_per_token": float("inf")},
         {"head_decode_seconds": -1.0},
+        {"batched_layer_seconds": -1.0},
+        {"batched_head_seconds": float("inf")},
         {"dtype": "float3"},
     ],
 )
