@@ -38,7 +38,7 @@ CONTEXT_TOKENS = 128  # rows a decode token attends to here, and tokens of a pre
 FURTHER_LAYERS = 2  # beside the one that every slice has
 BATCHED_SESSIONS = 4  # that share a step, where one is timed
 MINIMUM_ROUNDS = 3
-MAXIMUM_ROUNDS = 21
+MAXIMUM_ROUNDS = 15
 BUDGET_SECONDS = 1.0  # for the rounds of each kind of step, once the minimum is done
 
 MeasureProgress = Callable[[float, str], None]
