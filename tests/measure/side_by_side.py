@@ -21,7 +21,7 @@ from tests.measure.report import TRANSFORMERS, Section, named, title_of
 from tests.support.real_model import real_model_folder
 
 LAYERS = 30
-CUT = 17  # as the planner cuts the default model for two such stages
+CUT = 16  # as the planner cuts the default model for two such stages
 SLICES = {"whole": (0, 0, LAYERS), "first": (0, 0, CUT), "second": (1, CUT, LAYERS)}  # core, layers from and to
 SESSIONS = (1, 4, 8, 16)  # in one step
 PROMPT_TOKENS, LONGEST = 16, 60
