@@ -67,8 +67,9 @@ class Leadership:
                 if now >= renew_at or self._epoch is None:
                     self._keep_lead()
                     renew_at = now + RENEW_SECONDS
-                self._look(searches=now >= search_at)
-                if now >= search_at:
+                searches = now >= search_at
+                self._look(searches=searches)
+                if searches:
                     search_at = now + SEARCH_SECONDS
                 if self.view.queue_error:
                     log.info("Valkey answers again")
@@ -108,8 +109,12 @@ class Leadership:
             )
 
     def _look(self, *, searches: bool) -> None:
-        known = {stage.stage_id for stage in self.view.plan.stages} if self.view.plan is not None else set()
-        self.view.planner, plan, known_stages = self._queue.look(known | self.view.stages.keys())
+        known: set[int] = set()
+        if not searches:
+            known.update(
+                self.view.stages, (stage.stage_id for stage in self.view.plan.stages) if self.view.plan else ()
+            )
+        self.view.planner, plan, known_stages = self._queue.look(known)
         self.view.plan = plan
         self.view.stages = self._queue.stage_states() if searches else known_stages
         if self._epoch is None or plan is None:

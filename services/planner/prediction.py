@@ -29,9 +29,12 @@ class Prediction:
     source: Source  # of the weakest number in it
 
 
-def stage_decode_seconds(machine: MachineReport, layer_count: int, *, is_last: bool) -> float:
-    """Seconds one stage computes on one token."""
-    return layer_count * machine.decode_layer_seconds + (machine.head_decode_seconds if is_last else 0.0)
+def stage_decode_seconds(machine: MachineReport, layer_count: int, *, is_last: bool, is_batched: bool = False) -> float:
+    """Seconds one stage computes on one token, alone in its step or its share of one that some sessions share."""
+    layer, head = machine.decode_layer_seconds, machine.head_decode_seconds
+    if is_batched:
+        layer, head = machine.batched_layer_seconds, machine.batched_head_seconds
+    return layer_count * layer + (head if is_last else 0.0)
 
 
 def stage_work_seconds(machine: MachineReport, layer_count: int, *, is_last: bool, is_batched: bool) -> float:
@@ -40,10 +43,7 @@ def stage_work_seconds(machine: MachineReport, layer_count: int, *, is_last: boo
     By decode alone the last stage would get few layers for its head's sake, which no token of a prompt needs. How they
     are dealt out matters when all stages have work, and then sessions share a step: `is_batched` takes a token of such.
     """
-    if is_batched:
-        decode_seconds = layer_count * machine.batched_layer_seconds + (machine.batched_head_seconds if is_last else 0)
-    else:
-        decode_seconds = stage_decode_seconds(machine, layer_count, is_last=is_last)
+    decode_seconds = stage_decode_seconds(machine, layer_count, is_last=is_last, is_batched=is_batched)
     return decode_seconds + PROMPT_TOKENS_PER_NEW_ONE * layer_count * machine.prefill_layer_seconds_per_token
 
 

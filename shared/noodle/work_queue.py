@@ -17,7 +17,7 @@ noodle:results                  stream, what the last stage made of it; bounded,
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -103,6 +103,14 @@ def hop_stream(stage_id: int) -> str:
     return f"noodle:hop:{stage_id}"
 
 
+def _state_key(stage_id: int | str) -> str:
+    return f"noodle:stage:{stage_id}:state"
+
+
+def _by_stage(states: Iterable[StageState]) -> dict[int, StageState]:
+    return {state.stage_id: state for state in states}
+
+
 class WorkQueue:
     """One client of Valkey; every method raises QueueUnavailable when it does not answer in time."""
 
@@ -142,10 +150,6 @@ class WorkQueue:
         with self._told():
             self._redis.set("noodle:planner", msgspec.json.encode(state), ex=BEAT_EXPIRES_SECONDS)
 
-    def planner_state(self) -> PlannerState | None:
-        """What the planner does, None when it has been silent."""
-        return self._get("noodle:planner", PlannerState)
-
     def claim_stage(self, stage_id: int, url: str) -> str:
         """Say with each beat that the stage at this URL has this number; gives the URL of the one that really has it.
 
@@ -169,38 +173,38 @@ class WorkQueue:
     def put_stage_state(self, state: StageState) -> None:
         """One beat of a stage's heart."""
         with self._told():
-            key = f"noodle:stage:{state.stage_id}:state"
-            self._redis.set(key, msgspec.json.encode(state), ex=BEAT_EXPIRES_SECONDS)
+            self._redis.set(_state_key(state.stage_id), msgspec.json.encode(state), ex=BEAT_EXPIRES_SECONDS)
 
     def stage_states(self) -> dict[int, StageState]:
         """The states of all stages that beat."""
-        return {state.stage_id: state for state in self._all("noodle:stage:*:state", StageState)}
+        return _by_stage(self._all(_state_key("*"), StageState))
 
     def look(self, stage_ids: Collection[int]) -> tuple[PlannerState | None, Plan | None, dict[int, StageState]]:
-        """What the planner does, the newest plan and the states of these stages that beat, in one trip."""
-        keys = ["noodle:planner", "noodle:plan", *(f"noodle:stage:{stage_id}:state" for stage_id in stage_ids)]
+        """What the planner does, the newest plan and the states of these stages that beat, in one trip.
+
+        A planner that has been silent, and a plan that there is not yet, are None.
+        """
+        keys = ["noodle:planner", "noodle:plan", *map(_state_key, stage_ids)]
         with self._told():
             planner, plan, *states = self._redis.mget(keys)
-        decoded = (self._decoded(key, value, StageState) for key, value in zip(keys[2:], states, strict=True))
         return (
             self._decoded(keys[0], planner, PlannerState),
             self._decoded(keys[1], plan, Plan),
-            {state.stage_id: state for state in decoded if state is not None},
+            _by_stage(self._all_decoded(keys[2:], states, StageState)),
         )
 
     def states_of(self, stage_ids: Sequence[int]) -> dict[int, StageState]:
         """The states of these stages, without those that do not beat, in one trip."""
-        keys = [f"noodle:stage:{stage_id}:state" for stage_id in stage_ids]
+        keys = list(map(_state_key, stage_ids))
         with self._told():
             values = self._redis.mget(keys)
-        decoded = (self._decoded(key, value, StageState) for key, value in zip(keys, values, strict=True))
-        return {state.stage_id: state for state in decoded if state is not None}
+        return _by_stage(self._all_decoded(keys, values, StageState))
 
     def forget_stage(self, stage_id: int, url: str) -> None:
         """Take away what the stage at this URL said of itself: it says goodbye, and its number is free."""
         with self._told():
             if self._redis.eval(END_LEASE, 1, f"noodle:stage:{stage_id}:owner", url):
-                self._redis.delete(f"noodle:stage:{stage_id}:report", f"noodle:stage:{stage_id}:state")
+                self._redis.delete(f"noodle:stage:{stage_id}:report", _state_key(stage_id))
 
     # who leads
 
@@ -313,6 +317,10 @@ class WorkQueue:
         with self._told():
             keys = list(self._redis.scan_iter(match=pattern, count=1000))
             values = self._redis.mget(keys) if keys else []
+        return self._all_decoded(keys, values, kind)
+
+    def _all_decoded(self, keys: Sequence[object], values: Sequence[object], kind: type[Value]) -> list[Value]:
+        """Without those that are not there."""
         decoded = (self._decoded(str(key), value, kind) for key, value in zip(keys, values, strict=True))
         return [value for value in decoded if value is not None]
 

@@ -25,7 +25,6 @@ CALLS = {
     "put_plan": lambda work: work.put_plan(Plan(1, "digest", 1, 1, 1, 1, ())) is None,
     "plan": lambda work: work.plan().version == 1,
     "put_planner_state": lambda work: work.put_planner_state(PlannerState("waiting")) is None,
-    "planner_state": lambda work: work.planner_state().phase == "waiting",
     "claim_stage": lambda work: work.claim_stage(0, URL_0) == URL_0,
     "put_report": lambda work: work.put_report(REPORT) is None,
     "reports": lambda work: work.reports() == [REPORT],
