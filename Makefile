@@ -101,7 +101,7 @@ $(GGML_STAMP): requirements-ggml.lock $(RUNTIME_STAMP)
 	fi
 
 # noodle's own kernels stand beside ggml's. They are compiled for several kinds of processors, and asked which this one is.
-$(KERNELS_STAMP): $(KERNELS) $(GGML_STAMP)
+$(KERNELS_STAMP): $(KERNELS) $(wildcard services/stage/kernels/*.h) $(GGML_STAMP)
 	@for folder in $(VENV)/lib/python3*/site-packages/ggml/lib; do \
 		if [ -d "$$folder" ]; then \
 			$${CC:-cc} -O3 -shared -fPIC -pthread -o "$$folder/libnoodle.so" $(KERNELS) || \

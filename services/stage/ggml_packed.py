@@ -1,12 +1,13 @@
 """Weights as noodle's own kernels take them, and products by them in a graph of ggml; knows no layer.
 
-The kernels are in `kernels/packed_rows.c`, which says how they are faster than ggml's. They are built beside ggml's
-libraries where a compiler was; without them, or on a processor that lacks what they use, ggml's own compute.
+The kernels are in `kernels/`, of which `packed_rows.h` says how they are faster than ggml's. They are built beside
+ggml's libraries where a compiler was; without them, or on a processor that lacks what they use, ggml's own compute.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,24 +17,37 @@ from services.stage.ggml_calls import GgmlCalls
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
 from services.stage.own_library import own_library
 
+log = logging.getLogger(__name__)
+
 GROUP_ROWS = 16  # of a weight stand side by side
 BLOCK_ITEMS = 32  # of Q8_0
-TILE_BLOCK_BYTES = 40  # of a block of activations: its numbers, its scale and what corrects for unsigned weights
 UNIT_NUMBERS = {"f32": 1, "f16": 1, "bf16": 2, "q8_0": BLOCK_ITEMS}  # that stand together, row by row
 UNIT_BYTES = {"f32": 4, "f16": 2, "bf16": 4, "q8_0": 0}  # 0 is in blocks
 TILES = {"f32": "arrange", "f16": "arrange", "bf16": "arrange_bf16", "q8_0": "quantise"}
+# of a block of activations for Q8_0: its numbers, its scale and what corrects for unsigned weights
+TILE_BLOCK_BYTES = {"avx2": 72, "avx512": 40}
+# which weights a processor multiplies by with which instructions, by the library's question for it; later ones are faster
+INSTRUCTIONS = (
+    ("avx2", ("f32", "f16", "q8_0"), "has_avx2"),
+    ("avx512", ("f32", "f16"), "has_avx512_floats"),
+    ("avx512", ("bf16",), "has_avx512_bf16"),
+    ("avx512", ("q8_0",), "has_avx512_q8_0"),
+)
 EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
 # matrices that ggml itself takes rows of or multiplies by, and not LayerGraph's products
 LEFT_TO_GGML = ("positions.weight", "router.weight")
 
 
 class PackedRows:
-    """The kernels that this processor runs, as operations of ggml's graphs."""
+    """The kernels that this processor runs, as operations of ggml's graphs.
 
-    def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL, types: frozenset[str]) -> None:
-        self._ggml, self._library = ggml, library
+    `instructions` are those to use, by the type of the weights.
+    """
+
+    def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL, instructions: Mapping[str, str]) -> None:
+        self._ggml, self._library, self._instructions = ggml, library, dict(instructions)
         self._functions: dict[str, Any] = {}
-        self._type_names = {TYPE_NUMBERS[name]: name for name in types}
+        self._type_names = {TYPE_NUMBERS[name]: name for name in instructions}
         fields = ggml.ggml_tensor
         offsets = (fields.data.offset, fields.ne.offset, fields.nb.offset, fields.src.offset)
         library.noodle_set_tensor_fields(*(ctypes.c_size_t(offset) for offset in offsets))
@@ -60,23 +74,26 @@ class PackedRows:
 
     def tiles_of(self, weight: int) -> str:
         """The kind of tiles that a packed weight is multiplied by."""
-        return TILES[self._type_of(weight)]
+        name = self._type_of(weight)
+        return f"{TILES[name]}_{self._instructions[name]}"
 
     def tiles(self, context: Any, rows: int, kind: str) -> int:
         """Rows [features, count] in float32 as tiles, for any number of products."""
         features, count = self._ggml.ggml_tensor.from_address(rows).ne[:2]
+        arrangement, _, instructions = kind.rpartition("_")
         bytes_of_row = {
             "arrange": 4 * features,
             "arrange_bf16": 2 * features,
-            "quantise": features // BLOCK_ITEMS * TILE_BLOCK_BYTES,
-        }[kind]
+            "quantise": features // BLOCK_ITEMS * TILE_BLOCK_BYTES[instructions],
+        }[arrangement]
         return self._operation(context, kind, self._ggml.GGML_TYPE_I8, bytes_of_row, count, rows)
 
     def product(self, context: Any, weight: int, tiles: int) -> int:
         """Like ggml's mul_mat of a weight that was packed and the rows that the tiles were made of."""
         count = self._ggml.ggml_tensor.from_address(tiles).ne[1]
         outputs = self._ggml.ggml_tensor.from_address(weight).ne[1]
-        name = f"multiply_{self._type_of(weight)}"
+        kind = self._type_of(weight)
+        name = f"multiply_{kind}_{self._instructions[kind]}"
         return self._operation(context, name, self._ggml.GGML_TYPE_F32, outputs, count, weight, tiles)
 
     def take_rows(self, context: Any, weight: int, ids: int) -> int:
@@ -123,18 +140,18 @@ class PackedRows:
         return self._functions[name]
 
 
-def packed_rows(ggml: GgmlCalls) -> PackedRows | None:
-    """The kernels where they were built and this processor runs some of them, else None."""
+def packed_rows(ggml: GgmlCalls, *, only: str | None = None) -> PackedRows | None:
+    """The kernels where they were built and this processor runs some of them (`only` of some instructions), else None."""
     library = own_library()
     if library is None:
         return None
-    types: set[str] = set()
-    for kinds, has in (
-        (("f32", "f16"), library.noodle_has_floats),
-        (("bf16",), library.noodle_has_bf16),
-        (("q8_0",), library.noodle_has_q8_0),
-    ):
+    best: dict[str, str] = {}
+    for instructions, types, question in INSTRUCTIONS:
+        has = getattr(library, f"noodle_{question}", None)
+        if has is None:
+            log.warning("noodle's kernels are older than this noodle, ggml's compute instead; `make setup` builds them")
+            return None
         has.restype = ctypes.c_bool
-        if has():
-            types.update(kinds)
-    return PackedRows(ggml, library, frozenset(types)) if types else None
+        if only in (None, instructions) and has():
+            best.update(dict.fromkeys(types, instructions))
+    return PackedRows(ggml, library, best) if best else None

@@ -18,7 +18,11 @@ from tests.support.executors import need_ggml
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_0 = TYPE_NUMBERS["q8_0"]
-NEEDED = {"avx512f", "fma", "avx512_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
+# the processor's flags that kernels need, and the types that they then multiply by
+NEEDED = {
+    "avx2": ({"avx2", "fma", "f16c"}, {"f32", "f16", "q8_0"}),
+    "avx512": ({"avx512f", "fma", "avx512_bf16", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}, set(TYPES)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +31,26 @@ def ggml():
     return GgmlCalls(load_ggml().module)
 
 
-@pytest.fixture(scope="module")
-def kernels(ggml):
-    flags = processor_flags() or frozenset()
-    if not flags >= NEEDED:
-        pytest.skip("this processor has no AVX512-VNNI, or no AVX512-BF16")
-    found = packed_rows(ggml)
+@pytest.fixture(scope="module", params=NEEDED)
+def kernels(request, ggml):
+    flags, types = NEEDED[request.param]
+    if not (processor_flags() or frozenset()) >= flags:
+        pytest.skip(f"this processor has not all of {', '.join(sorted(flags))}")
+    found = packed_rows(ggml, only=request.param)
     if found is None and os.environ.get("CI"):
         pytest.fail(f"{LIBRARY_NAME} is needed in CI")
     if found is None:
         pytest.skip(f"{LIBRARY_NAME} was not built")
-    assert found.types == set(TYPES)
+    assert found.types == types
     return found
+
+
+@pytest.fixture
+def kind(request, kernels):
+    """A type by its name, where the kernels multiply by it."""
+    if request.param not in kernels.types:
+        pytest.skip(f"these kernels leave {request.param} to ggml")
+    return request.param
 
 
 def a_weight(ggml, kind, outputs, length, seed=0):
@@ -126,7 +138,7 @@ def product(ggml, kernels, kind, stored, rows, outputs, threads=1):
     return graph.compute(kernels.product(context, weight, tiles), (len(rows), outputs))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TYPES, indirect=True)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("outputs", "length"), [(16, 32), (48, 64), (576, 96), (64, 1536)])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 63, 64, 65, 200])
@@ -140,7 +152,7 @@ def test_a_product_is_that_of_the_numbers(count, outputs, length, threads, kind,
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.sqrt(length))
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"], indirect=True)
 @pytest.mark.parametrize("length", [2, 4, 6, 10, 34, 1, 3, 5, 33])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11])
 def test_floats_of_any_length_are_summed_whole(count, length, kind, ggml, kernels):
@@ -166,7 +178,7 @@ def test_the_largest_numbers_overflow_nothing(ggml, kernels):
     np.testing.assert_allclose(product(ggml, kernels, "q8_0", stored, rows, outputs), rows @ values.T, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TYPES, indirect=True)
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 15, 16, 40])
 def test_what_is_no_number_does_not_become_one(place, wrong, kind, ggml, kernels):
@@ -179,7 +191,7 @@ def test_what_is_no_number_does_not_become_one(place, wrong, kind, ggml, kernels
     assert np.isfinite(found[[0, 2]]).all()
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", TYPES, indirect=True)
 def test_rows_of_an_embedding_are_taken_as_they_were(kind, ggml, kernels):
     stored, values = a_weight(ggml, kind, 160, 96)
     assert packed_block(kernels, "embedding", kind, stored, 160, 96)
@@ -220,3 +232,16 @@ def test_what_ggml_itself_multiplies_by_or_takes_rows_of_stays_as_it_is(name, gg
 def test_without_noodles_own_library_all_is_left_to_ggml(ggml, monkeypatch):
     monkeypatch.setattr("services.stage.ggml_packed.own_library", lambda: None)
     assert packed_rows(ggml) is None
+
+
+def test_a_library_from_before_these_kernels_leaves_all_to_ggml_and_says_so(ggml, monkeypatch, caplog):
+    monkeypatch.setattr("services.stage.ggml_packed.own_library", lambda: object())
+    assert packed_rows(ggml) is None
+    assert "make setup" in caplog.text
+
+
+def test_of_two_kinds_of_instructions_the_newer_ones_multiply(ggml, kernels):
+    newest = packed_rows(ggml)
+    assert newest.types >= kernels.types
+    if (processor_flags() or frozenset()) >= NEEDED["avx512"][0]:
+        assert newest.types == set(TYPES)

@@ -1,0 +1,108 @@
+/* Products of weights and rows in float32, for operations of ggml that are not ggml's own (GGML_OP_CUSTOM).
+ *
+ * ggml multiplies a weight row by row, and spends much of its time on lining up what it has loaded. Here 16 of a weight's
+ * rows stand side by side, so that one instruction takes a number of each of them, or four numbers in 8 bits, and a number
+ * of the other side is lined up by its load. The bytes are as many as before, and are read in their order: with the scales
+ * of 8 bits behind the numbers, a processor that guesses what is read next guessed wrong, and a single row took twice as
+ * long.
+ *
+ *   a group: 16 rows of K numbers
+ *     in float32 or float16: [K][16] numbers
+ *     in bfloat16 (K even): [K / 2][16] pairs of numbers
+ *     in Q8_0 (K a multiple of 32): K / 32 blocks of 16 scales in float16, one for each row, and then of
+ *       [8][16][4] bytes: byte j of [g][r] is number 4 * g + j of the block in row r, plus 128
+ *   a tile: so many rows of activations as a kernel takes at once (fewer at the end)
+ *     in float32: [K][rows] numbers
+ *     else: as the kernels say that multiply by it
+ *
+ * As in ggml, activations are rounded to 8 bits with a scale for each 32 of them where weights are in Q8_0 (products are
+ * summed in int32 within a block and in float32 over blocks), and to bfloat16 where weights are. All else is in float32.
+ */
+
+#pragma once
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 32
+#define GROUP_ROWS 16
+#define BLOCK_BYTES 34  /* of a row in Q8_0 */
+#define SCALES_BYTES 32 /* of a group's block */
+#define GROUP_BLOCK_BYTES (GROUP_ROWS * BLOCK_BYTES)
+#define INLINED static inline __attribute__((always_inline))
+
+/* where a ggml_tensor has its fields: told once by whoever knows this ggml's struct */
+struct tensor_fields {
+    size_t data, sizes, strides, sources;
+};
+extern struct tensor_fields noodle_tensor_fields __attribute__((visibility("hidden")));
+
+INLINED char *data_of(const void *tensor) { return *(char **)((const char *)tensor + noodle_tensor_fields.data); }
+INLINED int64_t size_of(const void *tensor, int axis) {
+    return ((const int64_t *)((const char *)tensor + noodle_tensor_fields.sizes))[axis];
+}
+INLINED size_t stride_of(const void *tensor, int axis) {
+    return ((const size_t *)((const char *)tensor + noodle_tensor_fields.strides))[axis];
+}
+INLINED const void *source_of(const void *tensor, int number) {
+    return ((void *const *)((const char *)tensor + noodle_tensor_fields.sources))[number];
+}
+INLINED int64_t rows_in_tile(int64_t first, int64_t count, int64_t tile_rows) {
+    return count - first < tile_rows ? count - first : tile_rows;
+}
+
+/* dst: float32 tiles; source 0: rows of K float32 */
+INLINED void arrange(void *dst, int thread, int threads, const int64_t tile_rows) {
+    const void *rows = source_of(dst, 0);
+    const int64_t length = size_of(rows, 0), count = size_of(rows, 1);
+    for (int64_t first = thread * tile_rows; first < count; first += threads * tile_rows) {
+        const int64_t width = rows_in_tile(first, count, tile_rows);
+        float *tile = (float *)data_of(dst) + first * length;
+        for (int64_t row = 0; row < width; row++) {
+            const float *from = (const float *)(data_of(rows) + (first + row) * stride_of(rows, 1));
+            for (int64_t number = 0; number < length; number++) tile[number * width + row] = from[number];
+        }
+    }
+}
+
+/* `multiply` writes what 16 rows of a weight (`group`) times the `rows` of a tile are. So many rows of activations as
+ * PASS_ROWS stay in the second cache while all of the weight passes. */
+#define PASS_ROWS(tile_rows) (64 / (tile_rows) * (tile_rows))
+#define ARGUMENTS const char *group, const char *tile, int64_t units, char *out, size_t out_stride, const int rows
+#define CASE(multiply, rows) \
+    case rows: multiply(group, tile, units, out, out_stride, rows); break;
+
+/* dst: float32 [rows of the weight, rows]; sources: the packed weight, tiles. A unit is what a kernel takes at once of each
+ * row: one number or more, and of a group and of a row of a tile so many bytes. */
+#define PRODUCT(name, multiply, target, tile_rows, unit_numbers, group_bytes, tile_bytes) \
+    target void noodle_multiply_##name(void *dst, int thread, int threads, void *unused) { \
+        (void)unused; \
+        const void *weight = source_of(dst, 0), *tiles = source_of(dst, 1); \
+        const int64_t units = size_of(weight, 0) / unit_numbers, groups = size_of(weight, 1) / GROUP_ROWS; \
+        const int64_t count = size_of(dst, 1); \
+        const size_t out_stride = stride_of(dst, 1); \
+        const int64_t first = groups * thread / threads, end = groups * (thread + 1) / threads; \
+        for (int64_t begin = 0; begin < count; begin += PASS_ROWS(tile_rows)) { \
+            const int64_t last = begin + PASS_ROWS(tile_rows) < count ? begin + PASS_ROWS(tile_rows) : count; \
+            for (int64_t number = first; number < end; number++) { \
+                const char *group = data_of(weight) + number * units * group_bytes; \
+                for (int64_t row = begin; row < last; row += tile_rows) { \
+                    const char *tile = data_of(tiles) + row * units * tile_bytes; \
+                    char *out = data_of(dst) + row * out_stride + number * GROUP_ROWS * sizeof(float); \
+                    switch (rows_in_tile(row, count, tile_rows)) { \
+                        CASE(multiply, 8) \
+                        CASE(multiply, 7) \
+                        CASE(multiply, 6) \
+                        CASE(multiply, 5) \
+                        CASE(multiply, 4) \
+                        CASE(multiply, 3) \
+                        CASE(multiply, 2) \
+                        CASE(multiply, 1) \
+                    } \
+                } \
+            } \
+        } \
+    }
