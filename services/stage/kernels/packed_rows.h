@@ -11,7 +11,7 @@
  *     in bfloat16 (K even): [K / 2][16] pairs of numbers
  *     in Q8_0 (K a multiple of 32): K / 32 blocks of 16 scales in float16, one for each row, and then of
  *       [8][16][4] bytes: byte j of [g][r] is number 4 * g + j of the block in row r, plus 128
- *   a tile: so many rows of activations as a kernel takes at once (fewer at the end)
+ *   a tile: so many rows of activations as a kernel takes at once, or one less, so that all are about as large
  *     in float32: [K][rows] numbers
  *     else: as the kernels say that multiply by it
  *
@@ -50,49 +50,50 @@ INLINED size_t stride_of(const void *tensor, int axis) {
 INLINED const void *source_of(const void *tensor, int number) {
     return ((void *const *)((const char *)tensor + noodle_tensor_fields.sources))[number];
 }
-INLINED int64_t rows_in_tile(int64_t first, int64_t count, int64_t tile_rows) {
-    return count - first < tile_rows ? count - first : tile_rows;
-}
+/* How many tiles so many rows make, and with which of them one begins. */
+INLINED int64_t tiles_of(int64_t count, int64_t most_rows) { return (count + most_rows - 1) / most_rows; }
+INLINED int64_t begin_of_tile(int64_t tile, int64_t tiles, int64_t count) { return count * tile / tiles; }
 
 /* dst: float32 tiles; source 0: rows of K float32 */
-INLINED void arrange(void *dst, int thread, int threads, const int64_t tile_rows) {
+INLINED void arrange(void *dst, int thread, int threads, const int64_t most_rows) {
     const void *rows = source_of(dst, 0);
-    const int64_t length = size_of(rows, 0), count = size_of(rows, 1);
-    for (int64_t first = thread * tile_rows; first < count; first += threads * tile_rows) {
-        const int64_t width = rows_in_tile(first, count, tile_rows);
-        float *tile = (float *)data_of(dst) + first * length;
+    const int64_t length = size_of(rows, 0), count = size_of(rows, 1), tiles = tiles_of(count, most_rows);
+    for (int64_t tile = thread; tile < tiles; tile += threads) {
+        const int64_t begin = begin_of_tile(tile, tiles, count), width = begin_of_tile(tile + 1, tiles, count) - begin;
+        float *to = (float *)data_of(dst) + begin * length;
         for (int64_t row = 0; row < width; row++) {
-            const float *from = (const float *)(data_of(rows) + (first + row) * stride_of(rows, 1));
-            for (int64_t number = 0; number < length; number++) tile[number * width + row] = from[number];
+            const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
+            for (int64_t number = 0; number < length; number++) to[number * width + row] = from[number];
         }
     }
 }
 
-/* `multiply` writes what 16 rows of a weight (`group`) times the `rows` of a tile are. So many rows of activations as
- * PASS_ROWS stay in the second cache while all of the weight passes. */
-#define PASS_ROWS(tile_rows) (64 / (tile_rows) * (tile_rows))
+/* `multiply` writes what 16 rows of a weight (`group`) times the `rows` of a tile are. The rows of PASS_TILES stay in the
+ * second cache while all of the weight passes. */
+#define PASS_TILES 8
 #define ARGUMENTS const char *group, const char *tile, int64_t units, char *out, size_t out_stride, const int rows
 #define CASE(multiply, rows) \
-    case rows: multiply(group, tile, units, out, out_stride, rows); break;
+    case rows: multiply(group, from, units, out, out_stride, rows); break;
 
 /* dst: float32 [rows of the weight, rows]; sources: the packed weight, tiles. A unit is what a kernel takes at once of each
  * row: one number or more, and of a group and of a row of a tile so many bytes. */
-#define PRODUCT(name, multiply, target, tile_rows, unit_numbers, group_bytes, tile_bytes) \
+#define PRODUCT(name, multiply, target, most_rows, unit_numbers, group_bytes, tile_bytes) \
     target void noodle_multiply_##name(void *dst, int thread, int threads, void *unused) { \
         (void)unused; \
-        const void *weight = source_of(dst, 0), *tiles = source_of(dst, 1); \
+        const void *weight = source_of(dst, 0), *given = source_of(dst, 1); \
         const int64_t units = size_of(weight, 0) / unit_numbers, groups = size_of(weight, 1) / GROUP_ROWS; \
-        const int64_t count = size_of(dst, 1); \
+        const int64_t count = size_of(dst, 1), tiles = tiles_of(count, most_rows); \
         const size_t out_stride = stride_of(dst, 1); \
         const int64_t first = groups * thread / threads, end = groups * (thread + 1) / threads; \
-        for (int64_t begin = 0; begin < count; begin += PASS_ROWS(tile_rows)) { \
-            const int64_t last = begin + PASS_ROWS(tile_rows) < count ? begin + PASS_ROWS(tile_rows) : count; \
+        for (int64_t pass = 0; pass < tiles; pass += PASS_TILES) { \
+            const int64_t pass_end = pass + PASS_TILES < tiles ? pass + PASS_TILES : tiles; \
             for (int64_t number = first; number < end; number++) { \
                 const char *group = data_of(weight) + number * units * group_bytes; \
-                for (int64_t row = begin; row < last; row += tile_rows) { \
-                    const char *tile = data_of(tiles) + row * units * tile_bytes; \
-                    char *out = data_of(dst) + row * out_stride + number * GROUP_ROWS * sizeof(float); \
-                    switch (rows_in_tile(row, count, tile_rows)) { \
+                for (int64_t tile = pass; tile < pass_end; tile++) { \
+                    const int64_t begin = begin_of_tile(tile, tiles, count); \
+                    const char *from = data_of(given) + begin * units * tile_bytes; \
+                    char *out = data_of(dst) + begin * out_stride + number * GROUP_ROWS * sizeof(float); \
+                    switch (begin_of_tile(tile + 1, tiles, count) - begin) { \
                         CASE(multiply, 8) \
                         CASE(multiply, 7) \
                         CASE(multiply, 6) \

@@ -47,65 +47,77 @@ WITH_AVX2 INLINED __m128i in_pairs(__m256i numbers) {
 WITH_AVX2 void noodle_quantise_avx2(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
-    const int64_t blocks = size_of(rows, 0) / BLOCK, count = size_of(rows, 1);
+    const int64_t blocks = size_of(rows, 0) / BLOCK, count = size_of(rows, 1), tiles = tiles_of(count, Q8_0_ROWS);
     const __m256 without_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    for (int64_t row = thread; row < count; row += threads) {
-        const float *from = (const float *)(data_of(rows) + row * stride_of(rows, 1));
-        const int64_t first = row - row % Q8_0_ROWS, width = rows_in_tile(first, count, Q8_0_ROWS);
-        char *to = data_of(dst) + (first * blocks + row % Q8_0_ROWS) * TILE_BLOCK_BYTES;
-        for (int64_t block = 0; block < blocks; block++, from += BLOCK, to += width * TILE_BLOCK_BYTES) {
-            __m256 largest = _mm256_setzero_ps(), not_a_number = _mm256_setzero_ps();
-            for (int part = 0; part < BLOCK; part += 8) {
-                const __m256 numbers = _mm256_loadu_ps(from + part);
-                largest = _mm256_max_ps(largest, _mm256_and_ps(without_sign, numbers));
-                not_a_number = _mm256_or_ps(not_a_number, _mm256_cmp_ps(numbers, numbers, _CMP_UNORD_Q));
+    for (int64_t tile = thread; tile < tiles; tile += threads) {
+        const int64_t begin = begin_of_tile(tile, tiles, count), width = begin_of_tile(tile + 1, tiles, count) - begin;
+        for (int64_t row = 0; row < width; row++) {
+            const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
+            char *to = data_of(dst) + (begin * blocks + row) * TILE_BLOCK_BYTES;
+            for (int64_t block = 0; block < blocks; block++, from += BLOCK, to += width * TILE_BLOCK_BYTES) {
+                __m256 largest = _mm256_setzero_ps(), not_a_number = _mm256_setzero_ps();
+                for (int part = 0; part < BLOCK; part += 8) {
+                    const __m256 numbers = _mm256_loadu_ps(from + part);
+                    largest = _mm256_max_ps(largest, _mm256_and_ps(without_sign, numbers));
+                    not_a_number = _mm256_or_ps(not_a_number, _mm256_cmp_ps(numbers, numbers, _CMP_UNORD_Q));
+                }
+                const bool has_nan = _mm256_movemask_ps(not_a_number); /* the maximum may pass it over */
+                const float scale = has_nan ? NAN : largest_of(largest) / 127.0f;
+                const __m256 inverse = _mm256_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
+                __m256i sum = _mm256_setzero_si256();
+                for (int part = 0; part < BLOCK; part += 8) {
+                    const __m256i numbers = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + part), inverse));
+                    sum = _mm256_add_epi32(sum, numbers);
+                    _mm_storeu_si128((__m128i *)(to + part * 2), in_pairs(numbers));
+                }
+                const int32_t correction = -128 * sum_of(sum);
+                memcpy(to + 64, &scale, 4);
+                memcpy(to + 68, &correction, 4);
             }
-            const bool has_nan = _mm256_movemask_ps(not_a_number); /* the maximum may pass it over */
-            const float scale = has_nan ? NAN : largest_of(largest) / 127.0f;
-            const __m256 inverse = _mm256_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
-            __m256i sum = _mm256_setzero_si256();
-            for (int part = 0; part < BLOCK; part += 8) {
-                const __m256i numbers = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + part), inverse));
-                sum = _mm256_add_epi32(sum, numbers);
-                _mm_storeu_si128((__m128i *)(to + part * 2), in_pairs(numbers));
-            }
-            const int32_t correction = -128 * sum_of(sum);
-            memcpy(to + 64, &scale, 4);
-            memcpy(to + 68, &correction, 4);
         }
     }
 }
 
+/* A sum of int32 with the products of what 8 rows of a group (their even and odd bytes) and a row of a tile have of four. */
+WITH_AVX2 INLINED __m256i add_four(__m256i sum, __m256i even, __m256i odd, __m256i number_0_2, __m256i number_1_3) {
+    const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(even, number_0_2), _mm256_madd_epi16(odd, number_1_3));
+    return _mm256_add_epi32(sum, products);
+}
+
+/* The sums of 8 rows do not fit into 16 registers, and are fetched and put back: that costs less than to read a tile twice.
+ * The loop over fours is not to be unrolled further: then what is loaded was moved out of it, and put aside as well. */
 WITH_AVX2 INLINED void multiply_tile_q8_0(ARGUMENTS) {
     const __m256i even_bytes = _mm256_set1_epi16(0xff);
-    __m256 sums[2][Q8_0_ROWS];
-    for (int row = 0; row < rows; row++) sums[0][row] = sums[1][row] = _mm256_setzero_ps();
+    __m256 low[Q8_0_ROWS], high[Q8_0_ROWS];
+    for (int row = 0; row < rows; row++) low[row] = high[row] = _mm256_setzero_ps();
     for (; units; units--, group += GROUP_BLOCK_BYTES, tile += rows * TILE_BLOCK_BYTES) {
-        for (int half = 0; half < 2; half++) {
-            const __m256 scales = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(group + half * 16)));
-            __m256i products[Q8_0_ROWS];
-            for (int row = 0; row < rows; row++)
-                products[row] = _mm256_set1_epi32(((const int32_t *)(tile + row * TILE_BLOCK_BYTES))[17]);
-            for (int g = 0; g < 8; g++) {
-                const __m256i weights = _mm256_loadu_si256((const __m256i *)(group + SCALES_BYTES + g * 64 + half * 32));
-                const __m256i even = _mm256_and_si256(weights, even_bytes), odd = _mm256_srli_epi16(weights, 8);
-                for (int row = 0; row < rows; row++) {
-                    const int32_t *pairs = (const int32_t *)(tile + row * TILE_BLOCK_BYTES) + 2 * g;
-                    const __m256i a = _mm256_madd_epi16(even, _mm256_set1_epi32(pairs[0]));
-                    const __m256i b = _mm256_madd_epi16(odd, _mm256_set1_epi32(pairs[1]));
-                    products[row] = _mm256_add_epi32(products[row], _mm256_add_epi32(a, b));
-                }
-            }
+        __m256i low_sums[Q8_0_ROWS], high_sums[Q8_0_ROWS];
+        for (int row = 0; row < rows; row++)
+            low_sums[row] = high_sums[row] = _mm256_set1_epi32(((const int32_t *)(tile + row * TILE_BLOCK_BYTES))[17]);
+#pragma GCC unroll 2
+        for (int four = 0; four < 8; four++) {
+            const __m256i *weights = (const __m256i *)(group + SCALES_BYTES + four * 64);
+            const __m256i a = _mm256_loadu_si256(weights), b = _mm256_loadu_si256(weights + 1);
+            const __m256i even_a = _mm256_and_si256(a, even_bytes), odd_a = _mm256_srli_epi16(a, 8);
+            const __m256i even_b = _mm256_and_si256(b, even_bytes), odd_b = _mm256_srli_epi16(b, 8);
             for (int row = 0; row < rows; row++) {
-                const float scale = ((const float *)(tile + row * TILE_BLOCK_BYTES))[16];
-                sums[half][row] = _mm256_fmadd_ps(
-                    _mm256_cvtepi32_ps(products[row]), _mm256_mul_ps(scales, _mm256_set1_ps(scale)), sums[half][row]);
+                const int32_t *pairs = (const int32_t *)(tile + row * TILE_BLOCK_BYTES) + 2 * four;
+                const __m256i number_0_2 = _mm256_set1_epi32(pairs[0]), number_1_3 = _mm256_set1_epi32(pairs[1]);
+                low_sums[row] = add_four(low_sums[row], even_a, odd_a, number_0_2, number_1_3);
+                high_sums[row] = add_four(high_sums[row], even_b, odd_b, number_0_2, number_1_3);
             }
+        }
+        const __m256 low_scales = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)group));
+        const __m256 high_scales = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)group + 1));
+        for (int row = 0; row < rows; row++) {
+            const __m256 scale = _mm256_set1_ps(((const float *)(tile + row * TILE_BLOCK_BYTES))[16]);
+            low[row] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low_sums[row]), _mm256_mul_ps(low_scales, scale), low[row]);
+            high[row] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(high_sums[row]), _mm256_mul_ps(high_scales, scale), high[row]);
         }
     }
     for (int row = 0; row < rows; row++) {
-        _mm256_storeu_ps((float *)(out + row * out_stride), sums[0][row]);
-        _mm256_storeu_ps((float *)(out + row * out_stride) + 8, sums[1][row]);
+        _mm256_storeu_ps((float *)(out + row * out_stride), low[row]);
+        _mm256_storeu_ps((float *)(out + row * out_stride) + 8, high[row]);
     }
 }
 PRODUCT(q8_0_avx2, multiply_tile_q8_0, WITH_AVX2, Q8_0_ROWS, BLOCK, GROUP_BLOCK_BYTES, TILE_BLOCK_BYTES)

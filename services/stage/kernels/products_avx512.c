@@ -36,24 +36,26 @@ bool noodle_has_avx512_q8_0(void) {
 WITH_VNNI void noodle_quantise_avx512(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
-    const int64_t blocks = size_of(rows, 0) / BLOCK, count = size_of(rows, 1);
-    for (int64_t row = thread; row < count; row += threads) {
-        const float *from = (const float *)(data_of(rows) + row * stride_of(rows, 1));
-        const int64_t first = row - row % TILE_ROWS, width = rows_in_tile(first, count, TILE_ROWS);
-        char *to = data_of(dst) + (first * blocks + row % TILE_ROWS) * TILE_BLOCK_BYTES;
-        for (int64_t block = 0; block < blocks; block++, from += BLOCK, to += width * TILE_BLOCK_BYTES) {
-            const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
-            const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-            const bool has_nan = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q); /* the maximum may pass it over */
-            const float scale = has_nan ? NAN : largest / 127.0f;
-            const __m512 inverse = _mm512_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
-            const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
-            const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-            _mm_storeu_si128((__m128i *)to, _mm512_cvtsepi32_epi8(a));
-            _mm_storeu_si128((__m128i *)(to + 16), _mm512_cvtsepi32_epi8(b));
-            const int32_t correction = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-            memcpy(to + 32, &scale, 4);
-            memcpy(to + 36, &correction, 4);
+    const int64_t blocks = size_of(rows, 0) / BLOCK, count = size_of(rows, 1), tiles = tiles_of(count, TILE_ROWS);
+    for (int64_t tile = thread; tile < tiles; tile += threads) {
+        const int64_t begin = begin_of_tile(tile, tiles, count), width = begin_of_tile(tile + 1, tiles, count) - begin;
+        for (int64_t row = 0; row < width; row++) {
+            const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
+            char *to = data_of(dst) + (begin * blocks + row) * TILE_BLOCK_BYTES;
+            for (int64_t block = 0; block < blocks; block++, from += BLOCK, to += width * TILE_BLOCK_BYTES) {
+                const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
+                const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+                const bool has_nan = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q); /* the maximum may pass it over */
+                const float scale = has_nan ? NAN : largest / 127.0f;
+                const __m512 inverse = _mm512_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
+                const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+                const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+                _mm_storeu_si128((__m128i *)to, _mm512_cvtsepi32_epi8(a));
+                _mm_storeu_si128((__m128i *)(to + 16), _mm512_cvtsepi32_epi8(b));
+                const int32_t correction = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+                memcpy(to + 32, &scale, 4);
+                memcpy(to + 36, &correction, 4);
+            }
         }
     }
 }
@@ -86,19 +88,19 @@ void noodle_arrange_avx512(void *dst, int thread, int threads, void *unused) {
 WITH_BF16 void noodle_arrange_bf16_avx512(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
-    const int64_t length = size_of(rows, 0), count = size_of(rows, 1);
-    for (int64_t first = thread * TILE_ROWS; first < count; first += threads * TILE_ROWS) {
-        const int64_t width = rows_in_tile(first, count, TILE_ROWS);
-        char *tile = data_of(dst) + first * length * 2;
+    const int64_t length = size_of(rows, 0), count = size_of(rows, 1), tiles = tiles_of(count, TILE_ROWS);
+    for (int64_t tile = thread; tile < tiles; tile += threads) {
+        const int64_t begin = begin_of_tile(tile, tiles, count), width = begin_of_tile(tile + 1, tiles, count) - begin;
+        char *to = data_of(dst) + begin * length * 2;
         for (int64_t row = 0; row < width; row++) {
-            const float *from = (const float *)(data_of(rows) + (first + row) * stride_of(rows, 1));
+            const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
             for (int64_t number = 0; number < length; number += 16) {
                 const __mmask16 there = length - number < 16 ? (__mmask16)((1u << (length - number)) - 1) : 0xffff;
                 const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + number));
                 char pairs[32];
                 _mm256_storeu_si256((__m256i *)pairs, (__m256i)rounded);
                 for (int64_t pair = 0; pair < 8 && number + 2 * pair < length; pair++)
-                    memcpy(tile + ((number / 2 + pair) * width + row) * 4, pairs + 4 * pair, 4);
+                    memcpy(to + ((number / 2 + pair) * width + row) * 4, pairs + 4 * pair, 4);
             }
         }
     }
