@@ -26,7 +26,7 @@ UNIT_BYTES = {"f32": 4, "f16": 2, "bf16": 4, "q8_0": 0}  # 0 is in blocks
 TILES = {"f32": "arrange", "f16": "arrange", "bf16": "arrange_bf16", "q8_0": "quantise"}
 # of a block of activations for Q8_0: its numbers, its scale and what corrects for unsigned weights
 TILE_BLOCK_BYTES = {"avx2": 72, "avx512": 40}
-# which weights a processor multiplies by with which instructions, by the library's question for it; later ones are faster
+# which weights are multiplied by with which instructions, by the library's question for them; later ones are faster
 INSTRUCTIONS = (
     ("avx2", ("f32", "f16", "q8_0"), "has_avx2"),
     ("avx512", ("f32", "f16"), "has_avx512_floats"),
@@ -45,7 +45,8 @@ class PackedRows:
     """
 
     def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL, instructions: Mapping[str, str]) -> None:
-        self._ggml, self._library, self._instructions = ggml, library, dict(instructions)
+        self._ggml, self._library = ggml, library
+        self.instructions = dict(instructions)
         self._functions: dict[str, Any] = {}
         self._type_names = {TYPE_NUMBERS[name]: name for name in instructions}
         fields = ggml.ggml_tensor
@@ -75,7 +76,7 @@ class PackedRows:
     def tiles_of(self, weight: int) -> str:
         """The kind of tiles that a packed weight is multiplied by."""
         name = self._type_of(weight)
-        return f"{TILES[name]}_{self._instructions[name]}"
+        return f"{TILES[name]}_{self.instructions[name]}"
 
     def tiles(self, context: Any, rows: int, kind: str) -> int:
         """Rows [features, count] in float32 as tiles, for any number of products."""
@@ -93,7 +94,7 @@ class PackedRows:
         count = self._ggml.ggml_tensor.from_address(tiles).ne[1]
         outputs = self._ggml.ggml_tensor.from_address(weight).ne[1]
         kind = self._type_of(weight)
-        name = f"multiply_{kind}_{self._instructions[kind]}"
+        name = f"multiply_{kind}_{self.instructions[kind]}"
         return self._operation(context, name, self._ggml.GGML_TYPE_F32, outputs, count, weight, tiles)
 
     def take_rows(self, context: Any, weight: int, ids: int) -> int:
@@ -141,7 +142,7 @@ class PackedRows:
 
 
 def packed_rows(ggml: GgmlCalls, *, only: str | None = None) -> PackedRows | None:
-    """The kernels where they were built and this processor runs some of them (`only` of some instructions), else None."""
+    """The kernels where they were built and this processor runs any (`only` those of some instructions), else None."""
     library = own_library()
     if library is None:
         return None
