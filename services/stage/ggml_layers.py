@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.stage.ggml_attention import OwnAttention
 from services.stage.ggml_few_rows import DotCounts, new_lone_expert, product_by_dots
 from services.stage.ggml_graph import GraphMemory, MaskSlot, SlotTensors
 from services.stage.ggml_packed import PackedRows
@@ -41,6 +42,7 @@ class SliceTensors:
     dot_counts: DotCounts = field(default_factory=dict)
     kernels: PackedRows | None = None
     packed: frozenset[int] = frozenset()  # the matrices that these kernels multiply by
+    attention: OwnAttention | None = None  # of several tokens
 
 
 class LayerGraph:
@@ -275,6 +277,9 @@ class LayerGraph:
         offset = query.offset + begin * query.stride
         own = self._call("view_3d", query.tensor, shape.head_dim, count, shape.heads, query.stride, head_bytes, offset)
         window = shape.windows[self._start_layer + number]
+        if count > 1 and self._tensors.attention is not None:
+            scale, cap = shape.attention_scale, shape.attention_cap
+            return self._tensors.attention.attend(self._context, own, key, value, scale=scale, cap=cap, window=window)
         rows = self._attended_rows(count)
         mask = None
         if count > 1:  # a single token attends to all rows it is given
@@ -289,7 +294,7 @@ class LayerGraph:
     def _attended_rows(self, count: int) -> int:
         """How many rows attention computes for a span of so many: those beyond are thrown away."""
         is_tiled = TILED_ROWS <= count < TILE_ROWS and self._tensors.key_type in TILED_TYPES
-        is_tiled = is_tiled and self._memory.device.is_host
+        is_tiled = is_tiled and self._memory.device.is_host and self._tensors.attention is None
         return TILE_ROWS if is_tiled else count
 
     def _slot(self, data: list[int], counts: list[int]) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
 from noodle.families import check_supported
 from noodle.model_files import model_digest, read_config
+from services.stage.ggml_attention import own_attention
 from services.stage.ggml_calls import GgmlCalls
 from services.stage.ggml_device import CPU, GgmlDevice
 from services.stage.ggml_few_rows import dot_counts
@@ -98,7 +99,13 @@ def load_ggml_slice(
     return GgmlSlice(
         device,
         loaded,
-        replace(tensors, dot_counts=counts, kernels=kernels, packed=by_kernels),
+        replace(
+            tensors,
+            dot_counts=counts,
+            kernels=kernels,
+            packed=by_kernels,
+            attention=own_attention(ggml, shape.head_dim, tensors.key_type) if device.is_host else None,
+        ),
         shape,
         start_layer=start_layer,
         end_layer=end_layer,

@@ -7,17 +7,15 @@ ggml's libraries where a compiler was; without them, or on a processor that lack
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from services.stage.ggml_calls import GgmlCalls
+from services.stage.ggml_custom import CustomOperations, processor_has
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
 from services.stage.own_library import own_library
-
-log = logging.getLogger(__name__)
 
 GROUP_ROWS = 16  # of a weight stand side by side
 BLOCK_ITEMS = 32  # of Q8_0
@@ -28,12 +26,11 @@ TILES = {"f32": "arrange", "f16": "arrange", "bf16": "arrange_bf16", "q8_0": "qu
 TILE_BLOCK_BYTES = {"avx2": 72, "avx512": 40}
 # which weights are multiplied by with which instructions, by the library's question for them; later ones are faster
 INSTRUCTIONS = (
-    ("avx2", ("f32", "f16", "q8_0"), "has_avx2"),
-    ("avx512", ("f32", "f16"), "has_avx512_floats"),
-    ("avx512", ("bf16",), "has_avx512_bf16"),
-    ("avx512", ("q8_0",), "has_avx512_q8_0"),
+    ("avx2", ("f32", "f16", "q8_0"), "avx2"),
+    ("avx512", ("f32", "f16"), "avx512_floats"),
+    ("avx512", ("bf16",), "avx512_bf16"),
+    ("avx512", ("q8_0",), "avx512_q8_0"),
 )
-EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
 # matrices that ggml itself takes rows of or multiplies by, and not LayerGraph's products
 LEFT_TO_GGML = ("positions.weight", "router.weight")
 
@@ -46,12 +43,9 @@ class PackedRows:
 
     def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL, instructions: Mapping[str, str]) -> None:
         self._ggml, self._library = ggml, library
+        self._operations = CustomOperations(ggml, library)
         self.instructions = dict(instructions)
-        self._functions: dict[str, Any] = {}
         self._type_names = {TYPE_NUMBERS[name]: name for name in instructions}
-        fields = ggml.ggml_tensor
-        offsets = (fields.data.offset, fields.ne.offset, fields.nb.offset, fields.src.offset)
-        library.noodle_set_tensor_fields(*(ctypes.c_size_t(offset) for offset in offsets))
 
     @property
     def types(self) -> frozenset[str]:
@@ -87,7 +81,7 @@ class PackedRows:
             "arrange_bf16": 2 * features,
             "quantise": features // BLOCK_ITEMS * TILE_BLOCK_BYTES[instructions],
         }[arrangement]
-        return self._operation(context, kind, self._ggml.GGML_TYPE_I8, bytes_of_row, count, rows)
+        return self._operations.add(context, kind, self._ggml.GGML_TYPE_I8, (bytes_of_row, count), (rows,))
 
     def product(self, context: Any, weight: int, tiles: int) -> int:
         """Like ggml's mul_mat of a weight that was packed and the rows that the tiles were made of."""
@@ -95,14 +89,14 @@ class PackedRows:
         outputs = self._ggml.ggml_tensor.from_address(weight).ne[1]
         kind = self._type_of(weight)
         name = f"multiply_{kind}_{self.instructions[kind]}"
-        return self._operation(context, name, self._ggml.GGML_TYPE_F32, outputs, count, weight, tiles)
+        return self._operations.add(context, name, self._ggml.GGML_TYPE_F32, (outputs, count), (weight, tiles))
 
     def take_rows(self, context: Any, weight: int, ids: int) -> int:
         """Like ggml's get_rows of a weight that was packed."""
         features = self._ggml.ggml_tensor.from_address(weight).ne[0]
         count = self._ggml.ggml_tensor.from_address(ids).ne[0]
         name = f"take_rows_{self._type_of(weight)}"
-        return self._operation(context, name, self._ggml.GGML_TYPE_F32, features, count, weight, ids)
+        return self._operations.add(context, name, self._ggml.GGML_TYPE_F32, (features, count), (weight, ids))
 
     def _is_taken(self, placed: Placed) -> bool:
         name = self._type_names.get(placed.type_number)
@@ -126,20 +120,6 @@ class PackedRows:
     def _type_of(self, weight: int) -> str:
         return self._type_names[int(self._ggml.ggml_tensor.from_address(weight).type)]
 
-    def _operation(self, context: Any, name: str, kind: int, columns: int, rows: int, *sources: int) -> int:
-        tensors = (ctypes.c_void_p * len(sources))(*sources)
-        address = ctypes.addressof(tensors)
-        made = self._ggml.ggml_custom_4d(
-            context, kind, columns, rows, 1, 1, address, len(sources), self._function(name), EVERY_THREAD, None
-        )
-        return int(made)
-
-    def _function(self, name: str) -> Any:
-        if name not in self._functions:
-            address = ctypes.cast(getattr(self._library, f"noodle_{name}"), ctypes.c_void_p).value
-            self._functions[name] = self._ggml.ggml_custom_op_t(address)
-        return self._functions[name]
-
 
 def packed_rows(ggml: GgmlCalls, *, only: str | None = None) -> PackedRows | None:
     """The kernels where they were built and this processor runs any (`only` those of some instructions), else None."""
@@ -147,12 +127,7 @@ def packed_rows(ggml: GgmlCalls, *, only: str | None = None) -> PackedRows | Non
     if library is None:
         return None
     best: dict[str, str] = {}
-    for instructions, types, question in INSTRUCTIONS:
-        has = getattr(library, f"noodle_{question}", None)
-        if has is None:
-            log.warning("noodle's kernels are older than this noodle, ggml's compute instead; `make setup` builds them")
-            return None
-        has.restype = ctypes.c_bool
-        if only in (None, instructions) and has():
+    for instructions, types, what in INSTRUCTIONS:
+        if only in (None, instructions) and processor_has(library, what):
             best.update(dict.fromkeys(types, instructions))
     return PackedRows(ggml, library, best) if best else None

@@ -1,6 +1,5 @@
 """Products by noodle's own kernels are those of the same numbers, in every shape and on every thread."""
 
-import ctypes
 import os
 
 import numpy as np
@@ -8,13 +7,12 @@ import pytest
 import torch
 
 from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_device import CPU, GgmlDevice
-from services.stage.ggml_graph import GraphMemory
 from services.stage.ggml_library import load_ggml, processor_flags
 from services.stage.ggml_packed import GROUP_ROWS, packed_rows
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
 from services.stage.own_library import LIBRARY_NAME
 from tests.support.executors import need_ggml
+from tests.support.ggml_operation import Graph
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 Q8_0 = TYPE_NUMBERS["q8_0"]
@@ -93,47 +91,10 @@ def as_multiplied(rows, kind):
     return rows.astype(np.float64)
 
 
-class Graph:
-    """One operation of ggml over arrays."""
-
-    def __init__(self, ggml, threads=1):
-        self.ggml, self.backend = ggml, load_ggml().backend(threads)
-        self.memory = GraphMemory(GgmlDevice(ggml, CPU, self.backend), 32)
-        self.given = []
-
-    def weight(self, kind, stored, outputs, length):
-        number = TYPE_NUMBERS[kind]
-        tensor = self.memory.outside(self.ggml.ggml_new_tensor_2d(self.memory.context, number, length, outputs))
-        self.memory.words[self.memory.word(tensor) + self.memory.at_data] = stored.ctypes.data
-        return tensor
-
-    def input(self, values):
-        kind = self.ggml.GGML_TYPE_I32 if values.dtype == np.int32 else self.ggml.GGML_TYPE_F32
-        tensor = self.ggml.ggml_new_tensor(
-            self.memory.context, kind, values.ndim, (ctypes.c_int64 * values.ndim)(*reversed(values.shape))
-        )
-        self.ggml.ggml_set_input(tensor)
-        self.ggml.ggml_set_output(tensor)
-        self.given.append((tensor, values))
-        return tensor
-
-    def compute(self, tensor, shape):
-        self.ggml.ggml_set_output(tensor)
-        self.ggml.ggml_build_forward_expand(self.memory.graph, tensor)
-        self.memory.allocate()
-        for given, values in self.given:
-            self.memory.array(given, values.shape, values.dtype)[...] = values
-        self.memory.compute()
-        found = self.memory.array(tensor, shape, np.float32).copy()
-        self.memory.close()
-        self.ggml.ggml_backend_free(self.backend)
-        return found
-
-
 def product(ggml, kernels, kind, stored, rows, outputs, threads=1):
     graph = Graph(ggml, threads)
     context = graph.memory.context
-    weight = graph.weight(kind, stored, outputs, rows.shape[1])
+    weight = graph.stored(kind, stored, rows.shape[1], outputs)
     tiles = kernels.tiles(context, graph.input(rows), kernels.tiles_of(weight))
     return graph.compute(kernels.product(context, weight, tiles), (len(rows), outputs))
 
@@ -197,7 +158,7 @@ def test_rows_of_an_embedding_are_taken_as_they_were(kind, ggml, kernels):
     assert packed_block(kernels, "embedding", kind, stored, 160, 96)
     graph = Graph(ggml, 2)
     ids = np.array([0, 159, 17, 16, 15, 17], np.int32)
-    weight = graph.weight(kind, stored, 160, 96)
+    weight = graph.stored(kind, stored, 96, 160)
     found = graph.compute(kernels.take_rows(graph.memory.context, weight, graph.input(ids)), (6, 96))
     np.testing.assert_array_equal(found, values[ids].astype(np.float32))
 
