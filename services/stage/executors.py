@@ -88,12 +88,12 @@ def ggml_hindrance(config: dict[str, Any], device: str, *, is_asked_for: bool = 
 
 
 def version_of(executor: str) -> str:
-    """Of the package that computes, for what is kept of its quality: on every machine the same."""
+    """Of the package that computes, on every machine the same."""
     import torch
 
     return f"ggml-python {ggml_version()}" if executor == "ggml" else f"torch {torch.__version__}"
 
 
 def build_of(executor: str) -> str:
-    """The version as this machine has it, for what is kept of its speed here."""
+    """The version as this machine has it, for what is kept of its speed and its quality here."""
     return f"{version_of(executor)} {ggml_build()}" if executor == "ggml" else version_of(executor)

@@ -10,7 +10,7 @@ from noodle import __version__
 from noodle.errors import UnsupportedModel
 from noodle.formats import Quality
 from services.stage.candidates import Candidate
-from services.stage.executors import load_by, version_of
+from services.stage.executors import build_of, load_by
 from services.stage.measure import one_at_a_time
 from services.stage.quality import TextScore, keep_quality, kept_quality, quality_of, score_text, text_tokens
 from services.stage.reading import Fetch
@@ -46,7 +46,7 @@ class ModelQuality:
         `token_seconds` is what a prompt's token takes in all layers. The whole model is read for it, and what of it is
         not on this machine is fetched.
         """
-        parts = (self._digest, self._device, candidate, candidate.kv_dtype, version_of(candidate.executor), __version__)
+        parts = (self._digest, self._device, candidate, candidate.kv_dtype, build_of(candidate.executor), __version__)
         key = " | ".join(map(str, parts))
         with one_at_a_time(self._cache_dir, self._tell, LOCK_TIMEOUT_SECONDS):  # the other stages find it then
             if (known := kept_quality(self._cache_dir, key)) is not None:
