@@ -70,11 +70,14 @@ def measured_report(
     from services.stage.choosing import choose, choose_threads
     from services.stage.device import TORCH_DEVICES, choose_device, choose_dtype, device_name, free_memory
     from services.stage.executors import build_of, ggml_hindrance, version_of
+    from services.stage.ggml_library import keep_float32_on_cards
     from services.stage.measure import MeasuredSeconds, MeasurementKey, measure_machine
     from services.stage.model_quality import ModelQuality
 
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
+    if config.quality == "exact":
+        keep_float32_on_cards()
     device = choose_device(config.device, torch)
     dtype = choose_dtype(config.dtype, device.value, torch)
     memory = free_memory(device.value, torch)

@@ -1,3 +1,4 @@
+import ctypes
 import importlib.util
 import os
 import platform
@@ -7,7 +8,7 @@ import pytest
 
 from noodle.errors import GgmlUnavailable
 from services.stage import ggml_library
-from services.stage.ggml_library import check_processor, load_ggml, processor_flags
+from services.stage.ggml_library import check_processor, keep_float32_on_cards, load_ggml, processor_flags
 from tests.support.executors import need_ggml
 
 needs_ggml = pytest.mark.skipif(importlib.util.find_spec("ggml") is None, reason="ggml is not installed (make ggml)")
@@ -95,3 +96,11 @@ def test_a_rebuilt_ggml_is_another_build_of_the_same_version(tmp_path: Path, mon
     assert ggml_library.ggml_build() not in ("", first)
     library.unlink()
     assert ggml_library.ggml_build() == ""
+
+
+def test_where_exactness_is_asked_cards_are_told_to_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GGML_VK_DISABLE_F16", "")  # what it was is put back
+    keep_float32_on_cards()
+    seen_by_c = ctypes.CDLL(None).getenv
+    seen_by_c.restype = ctypes.c_char_p
+    assert seen_by_c(b"GGML_VK_DISABLE_F16") == b"1"
