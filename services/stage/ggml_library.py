@@ -111,7 +111,7 @@ def keep_float32_on_cards() -> None:
     Vulkan's kernels multiply float32 in 16 bits where a card has them (no precision asked of an operation changes it):
     the default model's logits were then off by 0.02, and without by 0.00003.
     """
-    os.environ["GGML_VK_DISABLE_F16"] = "1"
+    os.putenv("GGML_VK_DISABLE_F16", "1")  # for C alone
 
 
 def ggml_version() -> str:

@@ -1,8 +1,6 @@
 /* Attention (attention.h) for processors with AVX2, FMA and F16C. */
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "packed_rows.h"
 
 #define WITH __attribute__((target("avx2,fma,f16c")))
@@ -33,11 +31,6 @@ WITH INLINED vector where_below(vector x, vector y, vector then, vector otherwis
 WITH INLINED vector from_f16(const char *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
 WITH INLINED vector from_i8(const char *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
-}
-WITH INLINED float half_to_float(const char *from) {
-    unsigned short number;
-    memcpy(&number, from, 2);
-    return _cvtsh_ss(number);
 }
 
 #include "attention.h"

@@ -1,8 +1,6 @@
 /* Attention (attention.h) for processors with AVX512F. */
 
 #if defined(__x86_64__) && !defined(NOODLE_WITHOUT_AVX512)
-#include <immintrin.h>
-
 #include "packed_rows.h"
 
 #define WITH __attribute__((target("avx512f,fma,f16c")))
@@ -30,11 +28,6 @@ WITH INLINED vector where_below(vector x, vector y, vector then, vector otherwis
 WITH INLINED vector from_f16(const char *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
 WITH INLINED vector from_i8(const char *from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
-}
-WITH INLINED float half_to_float(const char *from) {
-    unsigned short number;
-    memcpy(&number, from, 2);
-    return _cvtsh_ss(number);
 }
 
 #include "attention.h"

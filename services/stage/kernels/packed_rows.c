@@ -44,10 +44,6 @@ void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length, i
 }
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#define WITH_F16C __attribute__((target("f16c")))
-
 /* dst: float32 [length, ids]; sources: the packed weight, ids in int32 of the rows that are wanted of it */
 WITH_F16C void noodle_take_rows_q8_0(void *dst, int thread, int threads, void *unused) {
     (void)unused;
@@ -59,7 +55,7 @@ WITH_F16C void noodle_take_rows_q8_0(void *dst, int thread, int threads, void *u
         const char *group = data_of(weight) + (ids[row] - lane) * blocks * BLOCK_BYTES;
         float *out = (float *)(data_of(dst) + row * stride_of(dst, 1));
         for (int64_t block = 0; block < blocks; block++, group += GROUP_BLOCK_BYTES) {
-            const float scale = _cvtsh_ss(((const unsigned short *)group)[lane]);
+            const float scale = half_to_float(group + 2 * lane);
             for (int number = 0; number < BLOCK; number++)
                 *out++ = scale * ((uint8_t)group[SCALES_BYTES + number / 4 * 64 + lane * 4 + number % 4] - 128);
         }
@@ -71,11 +67,7 @@ static float from_f32(const char *at) {
     memcpy(&number, at, 4);
     return number;
 }
-WITH_F16C static float from_f16(const char *at) {
-    unsigned short number;
-    memcpy(&number, at, 2);
-    return _cvtsh_ss(number);
-}
+WITH_F16C static float from_f16(const char *at) { return half_to_float(at); }
 static float from_bf16(const char *at) {
     char number[4] = {0, 0, at[0], at[1]};
     return from_f32(number);

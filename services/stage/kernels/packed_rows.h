@@ -50,6 +50,18 @@ INLINED size_t stride_of(const void *tensor, int axis) {
 INLINED const void *source_of(const void *tensor, int number) {
     return ((void *const *)((const char *)tensor + noodle_tensor_fields.sources))[number];
 }
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define WITH_F16C __attribute__((target("f16c")))
+
+WITH_F16C INLINED float half_to_float(const char *at) {
+    unsigned short number;
+    memcpy(&number, at, 2);
+    return _cvtsh_ss(number);
+}
+#endif
+
 /* How many tiles so many rows make, and with which of them one begins. */
 INLINED int64_t tiles_of(int64_t count, int64_t most_rows) { return (count + most_rows - 1) / most_rows; }
 INLINED int64_t begin_of_tile(int64_t tile, int64_t tiles, int64_t count) { return count * tile / tiles; }

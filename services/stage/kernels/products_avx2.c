@@ -9,8 +9,6 @@
  */
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include "packed_rows.h"
 
 #define WITH_AVX2 __attribute__((target("avx2,fma,f16c")))

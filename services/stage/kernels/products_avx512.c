@@ -6,8 +6,6 @@
  */
 
 #if defined(__x86_64__) && !defined(NOODLE_WITHOUT_AVX512) /* defined to measure what a processor without it would do */
-#include <immintrin.h>
-
 #include "packed_rows.h"
 
 #define TILE_ROWS 8
