@@ -10,14 +10,12 @@ import ctypes
 from typing import Any
 
 from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_custom import CustomOperations, processor_has
-from services.stage.own_library import own_library
+from services.stage.ggml_custom import FLOATS, CustomOperations, own_operations
+from services.stage.ggml_weights import TYPE_NUMBERS
 
 MOST_DIMENSIONS = 256  # of a head
-# of which a head's dimensions must be a multiple, by ggml's number of K's and V's type: float32, float16, Q8_0
-MULTIPLES = {0: 1, 1: 16, 8: 32}
-# later ones are faster
-INSTRUCTIONS = {"avx2": "avx2", "avx512": "avx512_floats"}  # and the library's question for them
+# of which a head's dimensions must be a multiple, by ggml's number of K's and V's type
+MULTIPLES = {TYPE_NUMBERS["f32"]: 1, TYPE_NUMBERS["f16"]: 16, TYPE_NUMBERS["q8_0"]: 32}
 
 
 class _Parameters(ctypes.Structure):
@@ -32,8 +30,8 @@ class _Parameters(ctypes.Structure):
 class OwnAttention:
     """The kernel with the instructions that this processor runs."""
 
-    def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL, instructions: str) -> None:
-        self._ggml, self._operations = ggml, CustomOperations(ggml, library)
+    def __init__(self, operations: CustomOperations, instructions: str) -> None:
+        self._ggml, self._operations = operations.ggml, operations
         self._name = f"attend_{instructions}"
         self._parameters: dict[tuple[float, float, int, int], _Parameters] = {}  # graphs hold their addresses
 
@@ -57,8 +55,8 @@ def own_attention(ggml: GgmlCalls, dimensions: int, key_type: int, *, only: str 
 
     None where it was not built, can not take these, or does not run on this processor (`only` with some instructions).
     """
-    library = own_library()
-    if library is None or dimensions > MOST_DIMENSIONS or dimensions % MULTIPLES.get(key_type, MOST_DIMENSIONS + 1):
+    if key_type not in MULTIPLES or dimensions > MOST_DIMENSIONS or dimensions % MULTIPLES[key_type]:
         return None
-    run = [name for name, what in INSTRUCTIONS.items() if only in (None, name) and processor_has(library, what)]
-    return OwnAttention(ggml, library, run[-1]) if run else None
+    operations = own_operations(ggml)
+    instructions = operations.fastest(FLOATS, only) if operations else ""
+    return OwnAttention(operations, instructions) if operations and instructions else None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.stage.ggml_calls import GgmlCalls
+from services.stage.own_library import own_library
 
 log = logging.getLogger(__name__)
 
 EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
+# with which instructions floats are computed, and the library's question for them; later ones are faster
+FLOATS = {"avx2": "avx2", "avx512": "avx512_floats"}
 
 
 class CustomOperations:
@@ -42,6 +45,16 @@ class CustomOperations:
         )
         return int(made)
 
+    def fastest(self, instructions: Mapping[str, str], only: str | None = None) -> str:
+        """The last of these, by the library's question for each, that this processor has; "" is none."""
+        run = [name for name, what in instructions.items() if only in (None, name) and self._has(what)]
+        return run[-1] if run else ""
+
+    def _has(self, what: str) -> bool:
+        asked = getattr(self.library, f"noodle_has_{what}")
+        asked.restype = ctypes.c_bool
+        return bool(asked())
+
     def _function(self, name: str) -> Any:
         if name not in self._functions:
             address = ctypes.cast(getattr(self.library, f"noodle_{name}"), ctypes.c_void_p).value
@@ -49,11 +62,12 @@ class CustomOperations:
         return self._functions[name]
 
 
-def processor_has(library: ctypes.CDLL, what: str) -> bool:
-    """Whether this processor has what some functions of the library use; no where the library knows none of them."""
-    asked = getattr(library, f"noodle_has_{what}", None)
-    if asked is None:
+def own_operations(ggml: GgmlCalls) -> CustomOperations | None:
+    """By noodle's own library; None where it was not built, or by an older noodle."""
+    library = own_library()
+    if library is None:
+        return None
+    if not hasattr(library, "noodle_has_avx2"):
         log.warning("noodle's kernels are older than this noodle, ggml's compute instead; `make setup` builds them")
-        return False
-    asked.restype = ctypes.c_bool
-    return bool(asked())
+        return None
+    return CustomOperations(ggml, library)

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_custom import CustomOperations, processor_has
+from services.stage.ggml_custom import FLOATS, CustomOperations, own_operations
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
-from services.stage.own_library import own_library
 
 GROUP_ROWS = 16  # of a weight stand side by side
 BLOCK_ITEMS = 32  # of Q8_0
@@ -24,13 +23,13 @@ UNIT_BYTES = {"f32": 4, "f16": 2, "bf16": 4, "q8_0": 0}  # 0 is in blocks
 TILES = {"f32": "arrange", "f16": "arrange", "bf16": "arrange_bf16", "q8_0": "quantise"}
 # of a block of activations for Q8_0: its numbers, its scale and what corrects for unsigned weights
 TILE_BLOCK_BYTES = {"avx2": 72, "avx512": 40}
-# which weights are multiplied by with which instructions, by the library's question for them; later ones are faster
-INSTRUCTIONS = (
-    ("avx2", ("f32", "f16", "q8_0"), "avx2"),
-    ("avx512", ("f32", "f16"), "avx512_floats"),
-    ("avx512", ("bf16",), "avx512_bf16"),
-    ("avx512", ("q8_0",), "avx512_q8_0"),
-)
+# as FLOATS, by the type of the weights
+INSTRUCTIONS = {
+    "f32": FLOATS,
+    "f16": FLOATS,
+    "bf16": {"avx512": "avx512_bf16"},
+    "q8_0": {"avx2": "avx2", "avx512": "avx512_q8_0"},
+}
 # matrices that ggml itself takes rows of or multiplies by, and not LayerGraph's products
 LEFT_TO_GGML = ("positions.weight", "router.weight")
 
@@ -41,9 +40,8 @@ class PackedRows:
     `instructions` are those to use, by the type of the weights.
     """
 
-    def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL, instructions: Mapping[str, str]) -> None:
-        self._ggml, self._library = ggml, library
-        self._operations = CustomOperations(ggml, library)
+    def __init__(self, operations: CustomOperations, instructions: Mapping[str, str]) -> None:
+        self._ggml, self._operations = operations.ggml, operations
         self.instructions = dict(instructions)
         self._type_names = {TYPE_NUMBERS[name]: name for name in instructions}
 
@@ -111,7 +109,7 @@ class PackedRows:
         name = self._type_names[placed.type_number]
         units = length // UNIT_NUMBERS[name] if UNIT_BYTES[name] else length
         spare = np.empty(GROUP_ROWS * placed.byte_count // outputs, np.uint8)
-        self._library.noodle_pack(
+        self._operations.library.noodle_pack(
             ctypes.c_void_p(memory.ctypes.data),
             ctypes.c_void_p(spare.ctypes.data),
             *(ctypes.c_int64(number) for number in (outputs, units, UNIT_BYTES[name])),
@@ -123,11 +121,9 @@ class PackedRows:
 
 def packed_rows(ggml: GgmlCalls, *, only: str | None = None) -> PackedRows | None:
     """The kernels where they were built and this processor runs any (`only` those of some instructions), else None."""
-    library = own_library()
-    if library is None:
+    operations = own_operations(ggml)
+    if operations is None:
         return None
-    best: dict[str, str] = {}
-    for instructions, types, what in INSTRUCTIONS:
-        if only in (None, instructions) and processor_has(library, what):
-            best.update(dict.fromkeys(types, instructions))
-    return PackedRows(ggml, library, best) if best else None
+    fastest = {name: operations.fastest(ways, only) for name, ways in INSTRUCTIONS.items()}
+    run = {name: instructions for name, instructions in fastest.items() if instructions}
+    return PackedRows(operations, run) if run else None

@@ -1,15 +1,20 @@
-"""One operation of ggml over arrays."""
+"""One operation of ggml over arrays, and what it and noodle's own kernels are given."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 import numpy as np
+import pytest
 
+from services.stage.ggml_calls import GgmlCalls
 from services.stage.ggml_device import CPU, GgmlDevice
 from services.stage.ggml_graph import GraphMemory
-from services.stage.ggml_library import load_ggml
+from services.stage.ggml_library import load_ggml, processor_flags
 from services.stage.ggml_weights import TYPE_NUMBERS
+from services.stage.own_library import LIBRARY_NAME
+from tests.support.executors import need_ggml
 
 
 class Graph:
@@ -52,3 +57,40 @@ class Graph:
         self.memory.close()
         self.ggml.ggml_backend_free(self.backend)
         return found
+
+
+def ggml_calls():
+    """ggml, where it can be loaded."""
+    need_ggml()
+    return GgmlCalls(load_ggml().module)
+
+
+def needed(make, flags):
+    """What `make` gives of noodle's own kernels; skips on a processor without these flags, and where none is built."""
+    if not (processor_flags() or frozenset()) >= flags:
+        pytest.skip(f"this processor has not all of {', '.join(sorted(flags))}")
+    found = make()
+    if found is None and os.environ.get("CI"):
+        pytest.fail(f"{LIBRARY_NAME} is needed in CI")
+    if found is None:
+        pytest.skip(f"{LIBRARY_NAME} was not built")
+    return found
+
+
+def stored_as(ggml, kind, values):
+    """The bytes that ggml has of float32 numbers in a type, and what these stand for in float64."""
+    if kind == "f32":
+        stored = meant = values
+    elif kind == "f16":
+        stored = meant = values.astype(np.float16)
+    elif kind == "bf16":
+        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+        meant = (stored.astype(np.uint32) << 16).view(np.float32)
+    else:
+        flat, length = np.ascontiguousarray(values), values.shape[-1]
+        stored = np.empty((values.size // 32, 34), np.uint8)
+        count, number = values.size // length, TYPE_NUMBERS["q8_0"]
+        ggml.ggml_quantize_chunk(number, flat.ctypes.data, stored.ctypes.data, 0, count, length, None)
+        scales = stored[:, :2].copy().view(np.float16).astype(np.float64)
+        meant = (stored[:, 2:].view(np.int8) * scales).reshape(values.shape)
+    return stored.reshape(-1).view(np.uint8).copy(), meant.astype(np.float64)

@@ -1,16 +1,11 @@
 """Attention by noodle's own kernel is that of the numbers: every shape, type, window and instruction."""
 
-import os
-
 import numpy as np
 import pytest
 
 from services.stage.ggml_attention import own_attention
-from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_library import load_ggml, processor_flags
 from services.stage.ggml_weights import TYPE_NUMBERS
-from tests.support.executors import need_ggml
-from tests.support.ggml_operation import Graph
+from tests.support.ggml_operation import Graph, ggml_calls, needed, stored_as
 
 NEEDED = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "fma", "f16c"}}
 TYPES = ("f32", "f16", "q8_0")
@@ -18,18 +13,12 @@ TYPES = ("f32", "f16", "q8_0")
 
 @pytest.fixture(scope="module")
 def ggml():
-    need_ggml()
-    return GgmlCalls(load_ggml().module)
+    return ggml_calls()
 
 
 @pytest.fixture(scope="module", params=NEEDED)
 def instructions(request, ggml):
-    if not (processor_flags() or frozenset()) >= NEEDED[request.param]:
-        pytest.skip(f"this processor has not all of {', '.join(sorted(NEEDED[request.param]))}")
-    if own_attention(ggml, 64, TYPE_NUMBERS["f16"], only=request.param) is None:
-        if os.environ.get("CI"):
-            pytest.fail("noodle's own library is needed in CI")
-        pytest.skip("noodle's own library was not built")
+    needed(lambda: own_attention(ggml, 64, TYPE_NUMBERS["f16"], only=request.param), NEEDED[request.param])
     return request.param
 
 
@@ -37,30 +26,13 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def rows_as_kept(ggml, kind, values):
-    """K or V [keys, heads, dimensions] as the cache has them, and what the bytes stand for."""
-    if kind == "f32":
-        return values.copy(), values
-    if kind == "f16":
-        return values.astype(np.float16), values.astype(np.float16).astype(np.float32)
-    keys, heads, dimensions = values.shape
-    stored = np.empty(values.size // 32 * 34, np.uint8)
-    flat = np.ascontiguousarray(values)
-    ggml.ggml_quantize_chunk(
-        TYPE_NUMBERS["q8_0"], flat.ctypes.data, stored.ctypes.data, 0, keys * heads, dimensions, None
-    )
-    blocks = stored.reshape(-1, 34)
-    scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-    return stored, (blocks[:, 2:].view(np.int8) * scales).reshape(values.shape)
-
-
 def attention(ggml, instructions, query, key, value, kind="f32", *, scale=0.125, cap=0.0, window=0, threads=1):
     """Of queries [tokens, heads, dimensions]: by the kernel, and by numpy in float64."""
     tokens, heads, dimensions = query.shape
     keys, key_heads, _ = key.shape
     graph = Graph(ggml, threads)
-    kept_key, key = rows_as_kept(ggml, kind, key)
-    kept_value, value = rows_as_kept(ggml, kind, value)
+    kept_key, key = stored_as(ggml, kind, key)
+    kept_value, value = stored_as(ggml, kind, value)
     head_bytes = ggml.ggml_row_size(TYPE_NUMBERS[kind], dimensions)
     strides = (key_heads * head_bytes, head_bytes)
     k, v = (graph.stored(kind, kept, dimensions, keys, key_heads, strides=strides) for kept in (kept_key, kept_value))
@@ -177,5 +149,5 @@ def test_what_the_kernel_can_not_take_is_left_to_ggml(dimensions, kind, ggml, in
 
 
 def test_without_noodles_own_library_ggml_attends(ggml, monkeypatch):
-    monkeypatch.setattr("services.stage.ggml_attention.own_library", lambda: None)
+    monkeypatch.setattr("services.stage.ggml_custom.own_library", lambda: None)
     assert own_attention(ggml, 64, TYPE_NUMBERS["f16"]) is None

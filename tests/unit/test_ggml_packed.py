@@ -1,21 +1,15 @@
 """Products by noodle's own kernels are those of the same numbers, in every shape and on every thread."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
-from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_library import load_ggml, processor_flags
+from services.stage.ggml_library import processor_flags
 from services.stage.ggml_packed import GROUP_ROWS, packed_rows
 from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed
-from services.stage.own_library import LIBRARY_NAME
-from tests.support.executors import need_ggml
-from tests.support.ggml_operation import Graph
+from tests.support.ggml_operation import Graph, ggml_calls, needed, stored_as
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-Q8_0 = TYPE_NUMBERS["q8_0"]
 # the processor's flags that kernels need, and the types that they then multiply by
 NEEDED = {
     "avx2": ({"avx2", "fma", "f16c"}, {"f32", "f16", "q8_0"}),
@@ -25,20 +19,13 @@ NEEDED = {
 
 @pytest.fixture(scope="module")
 def ggml():
-    need_ggml()
-    return GgmlCalls(load_ggml().module)
+    return ggml_calls()
 
 
 @pytest.fixture(scope="module", params=NEEDED)
 def kernels(request, ggml):
     flags, types = NEEDED[request.param]
-    if not (processor_flags() or frozenset()) >= flags:
-        pytest.skip(f"this processor has not all of {', '.join(sorted(flags))}")
-    found = packed_rows(ggml, only=request.param)
-    if found is None and os.environ.get("CI"):
-        pytest.fail(f"{LIBRARY_NAME} is needed in CI")
-    if found is None:
-        pytest.skip(f"{LIBRARY_NAME} was not built")
+    found = needed(lambda: packed_rows(ggml, only=request.param), flags)
     assert found.types == types
     return found
 
@@ -54,19 +41,7 @@ def kind(request, kernels):
 def a_weight(ggml, kind, outputs, length, seed=0):
     """A matrix as ggml has it, and what its bytes stand for."""
     values = np.random.default_rng(seed).standard_normal((outputs, length)).astype(np.float32)
-    if kind == "f32":
-        return values.reshape(-1).view(np.uint8).copy(), values.astype(np.float64)
-    if kind == "f16":
-        stored = values.astype(np.float16)
-        return stored.reshape(-1).view(np.uint8).copy(), stored.astype(np.float64)
-    if kind == "bf16":
-        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
-        return stored.reshape(-1).view(np.uint8).copy(), (stored.astype(np.uint32) << 16).view(np.float32).astype(float)
-    stored = np.empty(outputs * length // 32 * 34, np.uint8)
-    ggml.ggml_quantize_chunk(Q8_0, values.ctypes.data, stored.ctypes.data, 0, outputs, length, None)
-    blocks = stored.reshape(outputs, length // 32, 34)
-    scales = blocks[..., :2].copy().view(np.float16).astype(np.float64)
-    return stored, (blocks[..., 2:].view(np.int8) * scales).reshape(outputs, length)
+    return stored_as(ggml, kind, values)
 
 
 def packed_block(kernels, name, kind, stored, outputs, length):
@@ -191,12 +166,12 @@ def test_what_ggml_itself_multiplies_by_or_takes_rows_of_stays_as_it_is(name, gg
 
 
 def test_without_noodles_own_library_all_is_left_to_ggml(ggml, monkeypatch):
-    monkeypatch.setattr("services.stage.ggml_packed.own_library", lambda: None)
+    monkeypatch.setattr("services.stage.ggml_custom.own_library", lambda: None)
     assert packed_rows(ggml) is None
 
 
 def test_a_library_from_before_these_kernels_leaves_all_to_ggml_and_says_so(ggml, monkeypatch, caplog):
-    monkeypatch.setattr("services.stage.ggml_packed.own_library", lambda: object())
+    monkeypatch.setattr("services.stage.ggml_custom.own_library", lambda: object())
     assert packed_rows(ggml) is None
     assert "make setup" in caplog.text
 

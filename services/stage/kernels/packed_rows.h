@@ -50,6 +50,7 @@ INLINED size_t stride_of(const void *tensor, int axis) {
 INLINED const void *source_of(const void *tensor, int number) {
     return ((void *const *)((const char *)tensor + noodle_tensor_fields.sources))[number];
 }
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -62,16 +63,26 @@ WITH_F16C INLINED float half_to_float(const char *at) {
 }
 #endif
 
-/* How many tiles so many rows make, and with which of them one begins. */
-INLINED int64_t tiles_of(int64_t count, int64_t most_rows) { return (count + most_rows - 1) / most_rows; }
-INLINED int64_t begin_of_tile(int64_t tile, int64_t tiles, int64_t count) { return count * tile / tiles; }
+/* How rows are cut into tiles: the first `larger` of them have a row more than `rows`. */
+struct cut {
+    int64_t tiles, rows, larger;
+};
+INLINED struct cut cut_of(int64_t count, int64_t most_rows) {
+    const int64_t tiles = (count + most_rows - 1) / most_rows;
+    return (struct cut){tiles, tiles ? count / tiles : 0, tiles ? count % tiles : 0};
+}
+INLINED int64_t begin_of_tile(struct cut cut, int64_t tile) {
+    return tile * cut.rows + (tile < cut.larger ? tile : cut.larger);
+}
+INLINED int64_t rows_of_tile(struct cut cut, int64_t tile) { return cut.rows + (tile < cut.larger); }
 
 /* dst: float32 tiles; source 0: rows of K float32 */
 INLINED void arrange(void *dst, int thread, int threads, const int64_t most_rows) {
     const void *rows = source_of(dst, 0);
-    const int64_t length = size_of(rows, 0), count = size_of(rows, 1), tiles = tiles_of(count, most_rows);
-    for (int64_t tile = thread; tile < tiles; tile += threads) {
-        const int64_t begin = begin_of_tile(tile, tiles, count), width = begin_of_tile(tile + 1, tiles, count) - begin;
+    const int64_t length = size_of(rows, 0);
+    const struct cut cut = cut_of(size_of(rows, 1), most_rows);
+    for (int64_t tile = thread; tile < cut.tiles; tile += threads) {
+        const int64_t begin = begin_of_tile(cut, tile), width = rows_of_tile(cut, tile);
         float *to = (float *)data_of(dst) + begin * length;
         for (int64_t row = 0; row < width; row++) {
             const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
@@ -94,18 +105,18 @@ INLINED void arrange(void *dst, int thread, int threads, const int64_t most_rows
         (void)unused; \
         const void *weight = source_of(dst, 0), *given = source_of(dst, 1); \
         const int64_t units = size_of(weight, 0) / unit_numbers, groups = size_of(weight, 1) / GROUP_ROWS; \
-        const int64_t count = size_of(dst, 1), tiles = tiles_of(count, most_rows); \
+        const struct cut cut = cut_of(size_of(dst, 1), most_rows); \
         const size_t out_stride = stride_of(dst, 1); \
         const int64_t first = groups * thread / threads, end = groups * (thread + 1) / threads; \
-        for (int64_t pass = 0; pass < tiles; pass += PASS_TILES) { \
-            const int64_t pass_end = pass + PASS_TILES < tiles ? pass + PASS_TILES : tiles; \
+        for (int64_t pass = 0; pass < cut.tiles; pass += PASS_TILES) { \
+            const int64_t pass_end = pass + PASS_TILES < cut.tiles ? pass + PASS_TILES : cut.tiles; \
             for (int64_t number = first; number < end; number++) { \
                 const char *group = data_of(weight) + number * units * group_bytes; \
                 for (int64_t tile = pass; tile < pass_end; tile++) { \
-                    const int64_t begin = begin_of_tile(tile, tiles, count); \
+                    const int64_t begin = begin_of_tile(cut, tile); \
                     const char *from = data_of(given) + begin * units * tile_bytes; \
                     char *out = data_of(dst) + begin * out_stride + number * GROUP_ROWS * sizeof(float); \
-                    switch (begin_of_tile(tile + 1, tiles, count) - begin) { \
+                    switch (rows_of_tile(cut, tile)) { \
                         CASE(multiply, 8) \
                         CASE(multiply, 7) \
                         CASE(multiply, 6) \

@@ -45,10 +45,11 @@ WITH_AVX2 INLINED __m128i in_pairs(__m256i numbers) {
 WITH_AVX2 void noodle_quantise_avx2(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
-    const int64_t blocks = size_of(rows, 0) / BLOCK, count = size_of(rows, 1), tiles = tiles_of(count, Q8_0_ROWS);
+    const int64_t blocks = size_of(rows, 0) / BLOCK;
+    const struct cut cut = cut_of(size_of(rows, 1), Q8_0_ROWS);
     const __m256 without_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    for (int64_t tile = thread; tile < tiles; tile += threads) {
-        const int64_t begin = begin_of_tile(tile, tiles, count), width = begin_of_tile(tile + 1, tiles, count) - begin;
+    for (int64_t tile = thread; tile < cut.tiles; tile += threads) {
+        const int64_t begin = begin_of_tile(cut, tile), width = rows_of_tile(cut, tile);
         for (int64_t row = 0; row < width; row++) {
             const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
             char *to = data_of(dst) + (begin * blocks + row) * TILE_BLOCK_BYTES;

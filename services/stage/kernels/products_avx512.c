@@ -34,9 +34,10 @@ bool noodle_has_avx512_q8_0(void) {
 WITH_VNNI void noodle_quantise_avx512(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
-    const int64_t blocks = size_of(rows, 0) / BLOCK, count = size_of(rows, 1), tiles = tiles_of(count, TILE_ROWS);
-    for (int64_t tile = thread; tile < tiles; tile += threads) {
-        const int64_t begin = begin_of_tile(tile, tiles, count), width = begin_of_tile(tile + 1, tiles, count) - begin;
+    const int64_t blocks = size_of(rows, 0) / BLOCK;
+    const struct cut cut = cut_of(size_of(rows, 1), TILE_ROWS);
+    for (int64_t tile = thread; tile < cut.tiles; tile += threads) {
+        const int64_t begin = begin_of_tile(cut, tile), width = rows_of_tile(cut, tile);
         for (int64_t row = 0; row < width; row++) {
             const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
             char *to = data_of(dst) + (begin * blocks + row) * TILE_BLOCK_BYTES;
@@ -86,9 +87,10 @@ void noodle_arrange_avx512(void *dst, int thread, int threads, void *unused) {
 WITH_BF16 void noodle_arrange_bf16_avx512(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
-    const int64_t length = size_of(rows, 0), count = size_of(rows, 1), tiles = tiles_of(count, TILE_ROWS);
-    for (int64_t tile = thread; tile < tiles; tile += threads) {
-        const int64_t begin = begin_of_tile(tile, tiles, count), width = begin_of_tile(tile + 1, tiles, count) - begin;
+    const int64_t length = size_of(rows, 0);
+    const struct cut cut = cut_of(size_of(rows, 1), TILE_ROWS);
+    for (int64_t tile = thread; tile < cut.tiles; tile += threads) {
+        const int64_t begin = begin_of_tile(cut, tile), width = rows_of_tile(cut, tile);
         char *to = data_of(dst) + begin * length * 2;
         for (int64_t row = 0; row < width; row++) {
             const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
