@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from noodle import __version__
-from noodle.config import command_config, process_environment
+from noodle.config.settings import command_config, process_environment
 from noodle.errors import ConfigurationError, NoodleError
 
 if TYPE_CHECKING:
     from msgspec import Struct
 
-    from noodle.reports import ReportKind
-    from services.cli.target import Target
+    from noodle.cluster.reports import ReportKind
+    from services.cli.client.target import Target
 
 ReportT = TypeVar("ReportT", bound="Struct")
 INTERRUPTED_EXIT_CODE = 130  # what shells give for a command ended by Ctrl-C
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--model", help="the default's name, a hub id, a folder or a .gguf file (NOODLE_MODEL)")
     up.add_argument("--split", help="layers per stage, as 10,2; by measured speed unless given (NOODLE_SPLIT)")
     up.add_argument("--detach", action="store_true", help="return when it is ready, and go on in the background")
-    up.add_argument("--report-to", type=int, help=argparse.SUPPRESS)  # services/cli/detach.py
+    up.add_argument("--report-to", type=int, help=argparse.SUPPRESS)  # services/cli/local/detach.py
     up.set_defaults(run=_up)
 
     down = commands.add_parser("down", help="stop what `noodle up` started")
@@ -196,9 +196,9 @@ def _from_to(minimum: float, maximum: float) -> type[float]:
 
 
 def _up(options: argparse.Namespace) -> int:
-    from services.cli.detach import report_to, start_detached
-    from services.cli.progress import open_progress
-    from services.cli.up import already_running, run, wanted_from
+    from services.cli.client.progress import open_progress
+    from services.cli.commands.up import already_running, run, wanted_from
+    from services.cli.local.detach import report_to, start_detached
 
     environment = process_environment()
     if options.report_to is not None:
@@ -221,27 +221,27 @@ def _up(options: argparse.Namespace) -> int:
 
 
 def _down(_options: argparse.Namespace) -> int:
-    from services.cli.down import down
+    from services.cli.commands.down import down
 
     return down(command_config(process_environment()))
 
 
 def _status(options: argparse.Namespace) -> int:
-    from services.cli.status import status
+    from services.cli.commands.status import status
 
     return status(command_config(process_environment()), options.url, as_json=options.json)
 
 
 def _leave(options: argparse.Namespace) -> int:
-    from services.cli.leave import leave
+    from services.cli.commands.leave import leave
 
     environment = process_environment()
     return leave(command_config(environment), environment.get("NOODLE_ADVERTISE_URL", ""), options.url)
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from services.cli.generate import generate
-    from services.cli.target import find_target
+    from services.cli.client.target import find_target
+    from services.cli.commands.generate import generate
 
     target = find_target(command_config(process_environment()), options.url, options.key)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -256,8 +256,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from services.cli.init import init
-    from services.cli.machine_settings import Wish
+    from services.cli.commands.init import init
+    from services.cli.project.machine_settings import Wish
 
     wish = Wish(
         machine=options.machine,
@@ -273,8 +273,8 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from services.cli.target import find_target
-    from services.cli.verify import verify
+    from services.cli.client.target import find_target
+    from services.cli.verify.command import verify
 
     environment = process_environment()
     config = command_config(environment)
@@ -283,10 +283,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from services.cli.bench import BenchWish, bench
-    from services.cli.bench_report import BenchReport
-    from services.cli.bench_table import print_report
-    from services.cli.target import find_target
+    from services.cli.bench.command import BenchWish, bench
+    from services.cli.bench.report import BenchReport
+    from services.cli.bench.table import print_report
+    from services.cli.client.target import find_target
 
     environment = process_environment()
     config = command_config(environment)
@@ -304,10 +304,10 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    from services.cli.profile import profile
-    from services.cli.profile_report import ProfileReport
-    from services.cli.profile_table import print_report
-    from services.cli.target import find_target
+    from services.cli.bench.profile_command import profile
+    from services.cli.bench.profile_report import ProfileReport
+    from services.cli.bench.profile_table import print_report
+    from services.cli.client.target import find_target
 
     environment = process_environment()
     config = command_config(environment)
@@ -337,7 +337,7 @@ def _show_kept(
     report_type: type[ReportT],
     print_report: Callable[[ReportT], None],
 ) -> int:
-    from services.cli.reports import list_reports, print_json, read_report
+    from services.cli.client.reports import list_reports, print_json, read_report
 
     if options.list:
         return list_reports(target, kind, as_json=options.json)
@@ -350,24 +350,24 @@ def _show_kept(
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from services.cli.plan import plan
-    from services.cli.target import find_target
+    from services.cli.client.target import find_target
+    from services.cli.commands.plan import plan
 
     target = find_target(command_config(process_environment()), options.url, options.key)
     return plan(target, options.nodes, as_json=options.json)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from services.cli.doctor import doctor
+    from services.cli.doctor.command import doctor
 
     environment = process_environment()
     return doctor(command_config(environment), environment, Path.cwd(), as_json=options.json)
 
 
 def _firewall(options: argparse.Namespace) -> int:
-    from services.cli.firewall import Act, firewall
-    from services.cli.programs import this_system
-    from services.cli.project import require_project
+    from services.cli.commands.firewall import Act, firewall
+    from services.cli.project.programs import this_system
+    from services.cli.project.project import require_project
 
     if options.undo and options.clients:
         raise ConfigurationError("--clients is for setting rules, and --undo sets none.", cure="Leave one of them out.")
@@ -376,8 +376,8 @@ def _firewall(options: argparse.Namespace) -> int:
 
 
 def _deploy(options: argparse.Namespace) -> int:
-    from services.cli.deploy import DEFAULT_FOLDER, DeployWish, deploy, stop
-    from services.cli.deploy_ssh import Remote
+    from services.cli.deploy.command import DEFAULT_FOLDER, DeployWish, deploy, stop
+    from services.cli.deploy.ssh import Remote
 
     if options.stop and options.no_verify:
         raise ConfigurationError("--no-verify means nothing with --stop.", cure="Leave it out.")
@@ -392,6 +392,6 @@ def _deploy(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from services.cli.convert import convert
+    from services.cli.commands.convert import convert
 
     return convert(options.file, options.folder, options.dtype, process_environment())

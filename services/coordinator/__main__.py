@@ -1,7 +1,7 @@
 """Runs the coordinator: `python -m services.coordinator`, told everything by its environment."""
 
-from noodle.config import coordinator_config, process_environment
-from noodle.web import run_service
+from noodle.config.settings import coordinator_config, process_environment
+from noodle.web.service import run_service
 from services.coordinator.service import CoordinatorService
 
 if __name__ == "__main__":

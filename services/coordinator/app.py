@@ -9,29 +9,29 @@ from __future__ import annotations
 from flask import Flask, Response, g
 from prometheus_client import CollectorRegistry
 
-from noodle.config import CoordinatorConfig
+from noodle.config.settings import CoordinatorConfig
 from noodle.logs import bind_request
-from noodle.metrics import install_metrics_route
-from noodle.reach_routes import install_reach_routes
-from noodle.web import install_error_handlers
-from services.coordinator import about_routes, generate_routes, guide_schemas, openai_routes, request_routes
-from services.coordinator.clients import Clients, take_request_id
+from noodle.metrics.counted import install_metrics_route
+from noodle.web.connectivity_routes import install_reach_routes
+from noodle.web.service import install_error_handlers
+from services.coordinator.api import about, generate, manual_schemas, openai, requests
+from services.coordinator.api.auth import Clients, take_request_id
+from services.coordinator.api.manual import guide_routes
+from services.coordinator.api.openapi import METRICS, document, openapi_routes
+from services.coordinator.coordinator import Engine
 from services.coordinator.cors import install_cors
-from services.coordinator.engine import Engine
-from services.coordinator.guide_routes import guide_routes
-from services.coordinator.openapi import METRICS, document, openapi_routes
-from services.coordinator.prometheus_targets import install_targets_route
-from services.coordinator.reach_targets import OPERATIONS as REACH_OPERATIONS
-from services.coordinator.reach_targets import reach_targets
-from services.coordinator.reports import install_report_routes
-from services.coordinator.weight_store import install_weight_routes
+from services.coordinator.models.weight_server import install_weight_routes
+from services.coordinator.ops.connectivity import OPERATIONS as REACH_OPERATIONS
+from services.coordinator.ops.connectivity import reach_targets
+from services.coordinator.ops.prometheus import install_targets_route
+from services.coordinator.ops.reports import install_report_routes
 
 OPERATIONS = (
-    *about_routes.OPERATIONS,
-    *openai_routes.OPERATIONS,
-    *generate_routes.OPERATIONS,
-    *request_routes.OPERATIONS,
-    *guide_schemas.OPERATIONS,
+    *about.OPERATIONS,
+    *openai.OPERATIONS,
+    *generate.OPERATIONS,
+    *requests.OPERATIONS,
+    *manual_schemas.OPERATIONS,
     *REACH_OPERATIONS,
     METRICS,
 )
@@ -47,10 +47,10 @@ def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorReg
     install_request_ids(app)
     install_cors(app, config.cors_origins)
     clients = Clients(config)
-    app.register_blueprint(about_routes.about_routes(config, engine, clients))
-    app.register_blueprint(openai_routes.openai_routes(config, engine, clients))
-    app.register_blueprint(generate_routes.generate_routes(config, engine, clients))
-    app.register_blueprint(request_routes.request_routes(engine, clients))
+    app.register_blueprint(about.about_routes(config, engine, clients))
+    app.register_blueprint(openai.openai_routes(config, engine, clients))
+    app.register_blueprint(generate.generate_routes(config, engine, clients))
+    app.register_blueprint(requests.request_routes(engine, clients))
     app.register_blueprint(guide_routes(config, engine, clients.require))
     install_report_routes(app, config.reports_dir, clients.require)
     install_weight_routes(app, engine.weights, config.cluster_token)

@@ -12,11 +12,11 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from noodle.cluster.plan import Plan, PlannerState, StageState
+from noodle.cluster.valkey import WorkQueue
 from noodle.errors import NotReady, QueueUnavailable
-from noodle.plan import Plan, PlannerState, StageState
-from noodle.work_queue import WorkQueue
-from services.coordinator.generate import GenerationLoop
-from services.coordinator.session import Limits
+from services.coordinator.engine.loop import GenerationLoop
+from services.coordinator.engine.sequence import Limits
 
 log = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from flask import Flask
 
-from noodle.config import CoordinatorConfig
-from noodle.metrics import CoordinatorMetrics
-from noodle.scraped_metrics import PlanCollector, service_registry
-from noodle.web import Service, start_loop
+from noodle.config.settings import CoordinatorConfig
+from noodle.metrics.counted import CoordinatorMetrics
+from noodle.metrics.scraped import PlanCollector, service_registry
+from noodle.web.service import Service, start_loop
 from services.coordinator.app import create_app
-from services.coordinator.engine import Engine
+from services.coordinator.coordinator import Engine
 
 DRAIN_SECONDS = 5.0  # what open requests get to finish; gunicorn cuts after twice as long
 SPARE_THREADS = 32  # beside the requests: /health, /metrics and those who get a 4xx

@@ -1,7 +1,7 @@
 """Runs the planner: `python -m services.planner`, told everything by its environment."""
 
-from noodle.config import planner_config, process_environment
-from noodle.web import run_service
+from noodle.config.settings import planner_config, process_environment
+from noodle.web.service import run_service
 from services.planner.app import PlannerService
 
 if __name__ == "__main__":

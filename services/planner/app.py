@@ -9,14 +9,15 @@ from flask import Blueprint, Flask, Response
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
-from noodle.config import PlannerConfig
+from noodle.cluster.plan import MachineReport
+from noodle.cluster.valkey import WorkQueue
+from noodle.config.settings import PlannerConfig
 from noodle.errors import NotReady
-from noodle.metrics import PlannerMetrics, install_metrics_route
-from noodle.plan import MachineReport
-from noodle.reach import Target
-from noodle.reach_routes import install_reach_routes
-from noodle.scraped_metrics import PlanCollector, PlanSeen, service_registry
-from noodle.web import (
+from noodle.metrics.counted import PlannerMetrics, install_metrics_route
+from noodle.metrics.scraped import PlanCollector, PlanSeen, service_registry
+from noodle.web.connectivity import Target
+from noodle.web.connectivity_routes import install_reach_routes
+from noodle.web.service import (
     Service,
     bounded_body,
     has_token,
@@ -26,8 +27,7 @@ from noodle.web import (
     say_success_is_false,
     start_loop,
 )
-from noodle.work_queue import WorkQueue
-from services.planner.given_nodes import parse_plan_request
+from services.planner.node_list import parse_plan_request
 from services.planner.planning import ASSUMED_HOP, Planning
 from services.planner.prediction import planned_token_seconds
 from services.planner.preview import preview

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from noodle.cluster.plan import ModelShape
 from noodle.errors import ConfigurationError, UnsupportedModel
-from noodle.model_files import TensorEntry, model_digest, read_config, read_tensor_entries
-from noodle.plan import ModelShape
+from noodle.model.files import TensorEntry, model_digest, read_config, read_tensor_entries
 
 # the same number under the names that different families give it
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")

@@ -11,11 +11,11 @@ from functools import partial
 
 import numpy as np
 
+from noodle.cluster.plan import MachineReport, ModelShape, Plan, StageAssignment
 from noodle.errors import ConfigurationError, MemoryShort, PlanDoesNotFit
-from noodle.formats import KV_ITEM_BYTES, OF_DTYPE, WEIGHT_ITEM_BYTES
-from noodle.plan import MachineReport, ModelShape, Plan, StageAssignment
+from noodle.model.formats import KV_ITEM_BYTES, OF_DTYPE, WEIGHT_ITEM_BYTES
 from services.planner.cut_search import CutProblem, Matrix, best_cut, cut_fits, held_bytes, shortage_bytes
-from services.planner.hop_choice import choose_hops
+from services.planner.hop_format import choose_hops
 from services.planner.prediction import HopCost, in_words, predict, stage_decode_seconds, stage_work_seconds
 
 # of the free memory a machine reports; the rest is for activations, the allocator's waste, and what else runs there

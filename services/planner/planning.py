@@ -14,15 +14,15 @@ from pathlib import Path
 import msgspec
 
 from noodle import __version__
-from noodle.addresses import host_of, why_it_points_at_itself
-from noodle.config import PlannerConfig
+from noodle.cluster.plan import MachineReport, ModelShape, Plan, PlannerState, StageAssignment
+from noodle.cluster.valkey import WorkQueue
+from noodle.config.addresses import host_of, why_it_points_at_itself
+from noodle.config.settings import PlannerConfig
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
-from noodle.families import check_supported
-from noodle.model_files import names_a_path, read_config
-from noodle.plan import MachineReport, ModelShape, Plan, PlannerState, StageAssignment
-from noodle.weight_cache import WeightCache
-from noodle.work_queue import WorkQueue
-from services.planner.attendance import Attendance, AttendanceBook
+from noodle.model.families import check_supported
+from noodle.model.files import names_a_path, read_config
+from noodle.model.weight_cache import WeightCache
+from services.planner.membership import Attendance, AttendanceBook
 from services.planner.model_shape import read_model_shape
 from services.planner.partition import partition
 from services.planner.prediction import HopCost

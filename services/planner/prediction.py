@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from noodle.plan import MachineReport, Plan, Source, StageAssignment
+from noodle.cluster.plan import MachineReport, Plan, Source, StageAssignment
 
 PROMPT_TOKENS_PER_NEW_ONE = 4.0  # of a usual request: chats carry what was said before, and some of it is kept
 

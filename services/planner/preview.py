@@ -9,16 +9,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from noodle.cluster.plan import MachineReport, ModelShape, Plan
 from noodle.errors import ConfigurationError, MemoryShort, NoodleError, NotReady, PlanDoesNotFit, Unprocessable
-from noodle.formats import OF_DTYPE
-from noodle.plan import MachineReport, ModelShape, Plan
-from noodle.web import error_object
+from noodle.model.formats import OF_DTYPE
+from noodle.web.service import error_object
 from services.planner.cut_search import held_bytes
-from services.planner.given_nodes import SPEEDS, Given, PlanRequest, read_nodes
+from services.planner.memory_shortage import shortage
+from services.planner.node_list import SPEEDS, Given, PlanRequest, read_nodes
 from services.planner.partition import cut_problem, kv_bytes_per_layer, partition
 from services.planner.planning import ASSUMED_HOP, PLANNED_KV_TOKENS
 from services.planner.prediction import HopCost, predict
-from services.planner.shortage import shortage
 
 
 def preview(

@@ -1,7 +1,7 @@
 """Runs a stage: `python -m services.stage`, told everything by its environment."""
 
-from noodle.config import process_environment, stage_config
-from noodle.web import run_service
+from noodle.config.settings import process_environment, stage_config
+from noodle.web.service import run_service
 from services.stage.app import StageService
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ from flask import Flask, Response, request
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
-from noodle.chunk_stream import ChunkStream
-from noodle.config import StageConfig
+from noodle.cluster.valkey import WorkQueue
+from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, InvalidRequest
-from noodle.hop import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
-from noodle.hop_queue import STREAM_TIMEOUT_SECONDS
-from noodle.metrics import install_metrics_route
-from noodle.reach import Target
-from noodle.reach_routes import install_reach_routes
-from noodle.scraped_metrics import service_registry
-from noodle.web import (
+from noodle.metrics.counted import install_metrics_route
+from noodle.metrics.scraped import service_registry
+from noodle.web.connectivity import Target
+from noodle.web.connectivity_routes import install_reach_routes
+from noodle.web.service import (
     Service,
     has_token,
     install_error_handlers,
@@ -27,13 +25,15 @@ from noodle.web import (
     start_loop,
     streaming_connection,
 )
-from noodle.work_queue import WorkQueue
-from services.stage.guide_routes import guide_routes
+from noodle.wire.chunked import ChunkStream
+from noodle.wire.hop_client import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
+from noodle.wire.queue_end import STREAM_TIMEOUT_SECONDS
 from services.stage.lifecycle import Lifecycle, new_boot_id
+from services.stage.manual.routes import guide_routes
 from services.stage.metrics_sender import MetricsSender
-from services.stage.queued_transport import TAKE_SECONDS, confirmed_by
 from services.stage.stage import Stage
-from services.stage.transport import maximum_frame_bytes, unbuffered_read
+from services.stage.transport.hop_server import maximum_frame_bytes, unbuffered_read
+from services.stage.transport.queued import TAKE_SECONDS, confirmed_by
 
 STAGE_THREADS = 32  # a hop, readers of results and activations, and room for /health, /metrics and strangers
 STREAM_TYPE = "application/octet-stream"

@@ -18,15 +18,15 @@ from typing import Any
 
 import msgspec
 
-from noodle.config import StageConfig
+from noodle.cluster.plan import MachineReport, Plan, StagePhase, StageState
+from noodle.cluster.valkey import WorkQueue
+from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
-from noodle.formats import Quality
-from noodle.model_files import names_a_path
-from noodle.plan import MachineReport, Plan, StagePhase, StageState
-from noodle.weight_cache import WeightCache
-from noodle.work_queue import WorkQueue
-from services.stage.computing import card_reader, import_early, load_role, measured_report
+from noodle.model.files import names_a_path
+from noodle.model.formats import Quality
+from noodle.model.weight_cache import WeightCache
 from services.stage.freed_memory import return_freed_memory
+from services.stage.selection.report import card_reader, import_early, load_role, measured_report
 from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
-from noodle.config import StageConfig
+from noodle.config.settings import StageConfig
 from services.stage.unsent_snapshots import JsonObject, UnsentSnapshots
 
 log = logging.getLogger(__name__)

@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
-from noodle.config import StageConfig
+from noodle.cluster.valkey import hop_stream
+from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, NotReady
-from noodle.hop_queue import QueueEnd, Streams
-from noodle.metrics import StageMetrics
-from noodle.scraped_metrics import CardUse
-from noodle.work_queue import hop_stream
-from services.stage.forward import Forwards
-from services.stage.next_stage import NextStage, ResultsWay
-from services.stage.outbox import Outbox
-from services.stage.queued_transport import Fetcher, QueuedInlet, QueuedOutlet, results_by
-from services.stage.results_outlet import ResultsOutlet
-from services.stage.staying_awake import CoreAwake
-from services.stage.transport import Chain, HopServer, Inbox
-from services.stage.worker import Role, Worker
+from noodle.metrics.counted import StageMetrics
+from noodle.metrics.scraped import CardUse
+from noodle.wire.queue_end import QueueEnd, Streams
+from services.stage.manual.forward import Forwards
+from services.stage.transport.hop_server import Chain, HopServer, Inbox
+from services.stage.transport.next_stage import NextStage, ResultsWay
+from services.stage.transport.outbox import Outbox
+from services.stage.transport.queued import Fetcher, QueuedInlet, QueuedOutlet, results_by
+from services.stage.transport.results_stream import ResultsOutlet
+from services.stage.worker.staying_awake import CoreAwake
+from services.stage.worker.worker import Role, Worker
 
 INSTALL_TIMEOUT_SECONDS = 120.0  # the worker finishes the step in progress first
 

@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 
-from services.stage.forward import MAXIMUM_WAITING_FORWARDS
-from services.stage.forward_format import MAXIMUM_FORWARD_TOKENS
+from services.stage.manual.forward import MAXIMUM_WAITING_FORWARDS
+from services.stage.manual.forward_format import MAXIMUM_FORWARD_TOKENS
 from tests.support.cluster import request, wait_until
 from tests.support.forward_by_hand import Raw, generate_by_hand
 from tests.support.stage_rig import running_stages

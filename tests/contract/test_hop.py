@@ -6,9 +6,9 @@ import socket
 import pytest
 
 from noodle.errors import LinkLost
-from noodle.hop import PLAN_VERSION_HEADER, ResultsConnection
-from noodle.messages import KeepAlive, LiveSessions, SamplingParameters, StepSpan
-from noodle.wire import LENGTHS
+from noodle.wire.frames import LENGTHS
+from noodle.wire.hop_client import PLAN_VERSION_HEADER, ResultsConnection
+from noodle.wire.messages import KeepAlive, LiveSessions, SamplingParameters, StepSpan
 from tests.support.callers import TOKENS, DirectCaller, QueueCaller
 from tests.support.cluster import wait_until
 from tests.support.stage_rig import running_stages

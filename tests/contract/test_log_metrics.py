@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from noodle.config import stage_config
+from noodle.config.settings import stage_config
 from services.stage.metrics_sender import MetricsSender
 from tests.support.cluster import free_ports, request, wait_until
 from tests.support.relay import Relay

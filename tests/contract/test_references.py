@@ -8,11 +8,11 @@ import threading
 import numpy as np
 import pytest
 
-from noodle.messages import ActivationRef, LiveSessions, StepResult
-from noodle.wire import body_digest, decode_entry, encode_entry
-from noodle.work_queue import RESULTS_STREAM, hop_stream
-from services.stage.outbox import Outbox
-from services.stage.queued_transport import CONFIRMATION, FETCH_TRIES
+from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
+from noodle.wire.frames import body_digest, decode_entry, encode_entry
+from noodle.wire.messages import ActivationRef, LiveSessions, StepResult
+from services.stage.transport.outbox import Outbox
+from services.stage.transport.queued import CONFIRMATION, FETCH_TRIES
 from tests.support.callers import TOKENS, QueueCaller
 from tests.support.cluster import request, wait_until
 from tests.support.relay import Relay

@@ -6,11 +6,11 @@ import subprocess
 import pytest
 import redis
 
+from noodle.cluster.plan import MachineReport, Plan, PlannerState, StageState
+from noodle.cluster.valkey import RecordedToken, RequestRecord, WorkQueue
+from noodle.cluster.valkey_access import USER, acl_text
 from noodle.errors import QueueUnavailable
-from noodle.plan import MachineReport, Plan, PlannerState, StageState
-from noodle.valkey_access import USER, acl_text
-from noodle.work_queue import RecordedToken, RequestRecord, WorkQueue
-from services.cli.valkey import server_binary
+from services.cli.local.valkey import server_binary
 from tests.support.cluster import free_ports, wait_until
 
 PASSWORD = "the password of the cluster"

@@ -12,11 +12,11 @@ from flask import Flask
 from werkzeug.serving import make_server
 
 from noodle.errors import LinkLost, ModelNotFound, StartError
-from noodle.model_files import model_digest, read_tensor_entries
-from noodle.web import install_error_handlers
-from noodle.weight_cache import WeightCache
-from services.coordinator.weight_store import WeightStore, install_weight_routes
-from services.stage.slice_loading import load_slice
+from noodle.model.files import model_digest, read_tensor_entries
+from noodle.model.weight_cache import WeightCache
+from noodle.web.service import install_error_handlers
+from services.coordinator.models.weight_server import WeightStore, install_weight_routes
+from services.stage.executors.transformers.loading import load_slice
 from tests.tiny_model import tiny_llama_folder
 
 TOKEN = "a token that the machines share"

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from noodle.errors import ConfigurationError, StartError
-from services.cli import deploy_copy
-from services.cli.deploy_machine_b import MARKER, MachineB
-from services.cli.deploy_ssh import Remote, system_of
-from services.cli.join_line import Join, decode
+from services.cli.deploy import copy
+from services.cli.deploy.machine_b import MARKER, MachineB
+from services.cli.deploy.ssh import Remote, system_of
+from services.cli.project.join_line import Join, decode
 from tests.engine.engine import ROOT, docker, run
 from tests.support.cluster import free_ports, wait_until
 
@@ -117,7 +117,7 @@ def test_b_is_checked_copied_to_initialised_started_and_stopped(server):
     assert machine.check() == "engine 27.1.2, compose 2.29.1"
     machine.copy(ROOT)
     there = set(server.run("sh", "-c", "cd /home/anna/noodle && find . -type f -printf '%P\\n'").splitlines())
-    assert there == {*deploy_copy.files_to_copy(ROOT), MARKER}
+    assert there == {*copy.files_to_copy(ROOT), MARKER}
     machine.initialise(JOIN, "192.168.1.102")
     machine.start()
     assert machine.logs() == "stage-1 | ready\n"

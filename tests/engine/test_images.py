@@ -8,9 +8,9 @@ import time
 import pytest
 
 from noodle import __version__
-from services.stage.ggml_library import processor_flags
+from services.stage.executors.ggml.backend import processor_flags
 from tests.engine.engine import CONTROL, ROOT, STAGE, build, docker, in_image, run
-from tests.unit.test_images import GPU, locked, text_of
+from tests.unit.project.test_images import GPU, locked, text_of
 
 CODE_CHANGE_SECONDS = 60.0  # of which a slow disk takes most; installing torch takes minutes
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "ld", "as", "make", "nvcc")
@@ -74,7 +74,7 @@ def test_a_processor_without_avx2_is_named_with_the_cure_and_nothing_dies(tmp_pa
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nflags : fpu sse2 sse4_2 avx\n", encoding="utf-8")
     code = (
-        "import pathlib; from services.stage import ggml_library as g; "
+        "import pathlib; from services.stage.executors.ggml import backend as g; "
         "g.check_processor(g.processor_flags(pathlib.Path('/tmp/cpuinfo')))"
     )
     done = in_image(STAGE, "python", "-P", "-c", code, options=("--volume", f"{cpuinfo}:/tmp/cpuinfo:ro"))

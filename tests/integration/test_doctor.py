@@ -11,9 +11,9 @@ import time
 import msgspec
 import pytest
 
-from noodle.plan import MachineReport
-from noodle.work_queue import WorkQueue
-from services.cli.valkey import server_binary
+from noodle.cluster.plan import MachineReport
+from noodle.cluster.valkey import WorkQueue
+from services.cli.local.valkey import server_binary
 from tests.support.cluster import free_ports, request, wait_until
 from tests.support.http_stand_in import http_stand_in
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from noodle.connection import SEND_SECONDS
-from noodle.doors import HEAD_SECONDS, LINGER_SECONDS, SLOW_BODIES
-from services.coordinator.answer import CLIENT_LOOK_SECONDS
+from noodle.web.connection import SEND_SECONDS
+from noodle.web.server import HEAD_SECONDS, LINGER_SECONDS, SLOW_BODIES
+from services.coordinator.text.answer import CLIENT_LOOK_SECONDS
 from tests.support.cluster import request, running_cluster, wait_until
 from tests.support.strangers import (
     HALF_HEAD,

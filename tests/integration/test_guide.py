@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.http_client import get_json
+from services.cli.client.http_client import get_json
 from tests.support.cluster import request, running_cluster, wait_until
 from tests.support.forward_by_hand import Raw, generate_by_hand
 from tests.support.prompts import PROMPTS

@@ -7,8 +7,8 @@ import time
 import pytest
 import redis
 
-from noodle.plan import PlannerState
-from noodle.work_queue import RESULTS_STREAM, hop_stream
+from noodle.cluster.plan import PlannerState
+from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
 from tests.support.cluster import request, running_cluster, wait_until
 from tests.support.stage_rig import running_coordinator, running_stages
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from services.stage.sessions import UNLISTED_SECONDS
+from services.stage.worker.sessions import UNLISTED_SECONDS
 from tests.measure.pressure import OVERLOAD_NEW_TOKENS, overload
 from tests.support.cluster import request, running_cluster, wait_until
 from tests.support.event_reader import EventReader

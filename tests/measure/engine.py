@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from services.coordinator.step_costs import DECODE_GAP_SECONDS
+from services.coordinator.engine.step_costs import DECODE_GAP_SECONDS
 from tests.measure.report import TRANSFORMERS, Section, named, spread, title_of
 from tests.measure.speed import pin_stages
 from tests.measure.streams import together

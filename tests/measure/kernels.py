@@ -9,12 +9,12 @@ import weakref
 
 import numpy as np
 
-from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_device import CPU, GgmlDevice
-from services.stage.ggml_graph import GraphMemory
-from services.stage.ggml_library import load_ggml
-from services.stage.ggml_packed import PackedRows, packed_rows
-from services.stage.ggml_weights import TYPE_NUMBERS, Block, Placed, own_memory
+from services.stage.executors.ggml.backend import load_ggml
+from services.stage.executors.ggml.calls import GgmlCalls
+from services.stage.executors.ggml.device import CPU, GgmlDevice
+from services.stage.executors.ggml.gemm import PackedRows, packed_rows
+from services.stage.executors.ggml.graph import GraphMemory
+from services.stage.executors.ggml.weights import TYPE_NUMBERS, Block, Placed, own_memory
 from tests.measure.report import Section, spread
 
 TYPES = ("f32", "f16", "bf16", "q8_0")

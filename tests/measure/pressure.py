@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from noodle.model_files import read_config
+from noodle.model.files import read_config
 from tests.measure.kills import EMPTY_SECONDS, is_empty
 from tests.measure.report import Section
 from tests.support.cluster import Cluster, running_cluster, wait_until

@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 
-from noodle.messages import SamplingParameters
-from services.stage.sampler import sample
+from noodle.wire.messages import SamplingParameters
+from services.stage.worker.sampler import sample
 from tests.measure.report import Section
 
 VOCABULARY = 49_152

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from noodle.wire import WireTensor
-from services.stage.slice_interface import ModelSlice, PackedBatch, Span
+from noodle.wire.frames import WireTensor
+from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from tests.measure.report import TRANSFORMERS, Section, named, title_of
 from tests.support.real_model import real_model_folder
 

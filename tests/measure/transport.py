@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from noodle.messages import ActivationRef, HopMessage, StepResult
-from noodle.wire import body_digest, encode_entry
-from noodle.work_queue import hop_stream
+from noodle.cluster.valkey import hop_stream
+from noodle.wire.frames import body_digest, encode_entry
+from noodle.wire.messages import ActivationRef, HopMessage, StepResult
 from tests.measure.report import Section
 from tests.measure.speed import median_of_histogram, overhead_counts
 from tests.support.callers import LastStageCaller

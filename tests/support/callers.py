@@ -6,12 +6,12 @@ import itertools
 import threading
 from typing import Any
 
+from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
 from noodle.errors import LinkLost
-from noodle.hop import HopConnection, ResultsConnection
-from noodle.hop_queue import QueueEnd
-from noodle.messages import InlineStep, KeepAlive, SamplingParameters, Step, StepResult, StepSpan
-from noodle.wire import encode_entry
-from noodle.work_queue import RESULTS_STREAM, hop_stream
+from noodle.wire.frames import encode_entry
+from noodle.wire.hop_client import HopConnection, ResultsConnection
+from noodle.wire.messages import InlineStep, KeepAlive, SamplingParameters, Step, StepResult, StepSpan
+from noodle.wire.queue_end import QueueEnd
 from tests.support.cluster import wait_until
 
 TOKENS = (3).to_bytes(4, "little") * 4

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from noodle.errors import GgmlUnavailable
-from services.stage.ggml_library import load_ggml
-from services.stage.ggml_loading import load_ggml_slice
-from services.stage.slice_interface import ModelSlice
-from services.stage.slice_loading import load_slice
+from services.stage.executors.base import ModelSlice
+from services.stage.executors.ggml.backend import load_ggml
+from services.stage.executors.ggml.loading import load_ggml_slice
+from services.stage.executors.transformers.loading import load_slice
 
 EXECUTORS = ("transformers", "ggml")
 

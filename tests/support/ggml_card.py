@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.stage.ggml_library import folder_of_libraries, load_ggml
+from services.stage.executors.ggml.backend import folder_of_libraries, load_ggml
 from tests.support.cluster import free_ports
 from tests.support.executors import need_ggml
 

@@ -8,12 +8,12 @@ import os
 import numpy as np
 import pytest
 
-from services.stage.ggml_calls import GgmlCalls
-from services.stage.ggml_device import CPU, GgmlDevice
-from services.stage.ggml_graph import GraphMemory
-from services.stage.ggml_library import load_ggml, processor_flags
-from services.stage.ggml_weights import TYPE_NUMBERS
-from services.stage.own_library import LIBRARY_NAME
+from services.stage.executors.ggml.backend import load_ggml, processor_flags
+from services.stage.executors.ggml.calls import GgmlCalls
+from services.stage.executors.ggml.device import CPU, GgmlDevice
+from services.stage.executors.ggml.graph import GraphMemory
+from services.stage.executors.ggml.kernels import LIBRARY_NAME
+from services.stage.executors.ggml.weights import TYPE_NUMBERS
 from tests.support.executors import need_ggml
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from noodle.cluster.valkey import STREAM_BEGIN, STREAM_ENTRIES, STREAM_READ_ENTRIES
 from noodle.errors import QueueUnavailable
-from noodle.work_queue import STREAM_BEGIN, STREAM_ENTRIES, STREAM_READ_ENTRIES
 
 
 class MemoryStreams:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from noodle.errors import NoodleError
-from services.coordinator.model_store import prepare_model
+from services.coordinator.models.store import prepare_model
 
 
 def cache_dir() -> Path:

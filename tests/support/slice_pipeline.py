@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from services.stage.slice_interface import PackedBatch, Span
+from services.stage.executors.base import PackedBatch, Span
 from tests.support.executors import load_exact
 
 Logits = npt.NDArray[np.float32]

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from noodle.model_files import model_digest, read_config
-from noodle.plan import Plan, StageAssignment
-from noodle.work_queue import WorkQueue
-from services.cli.run_state import RunFolder
-from services.cli.valkey import answers, server_binary, write_configuration
+from noodle.cluster.plan import Plan, StageAssignment
+from noodle.cluster.valkey import WorkQueue
+from noodle.model.files import model_digest, read_config
+from services.cli.local.run_state import RunFolder
+from services.cli.local.valkey import answers, server_binary, write_configuration
 from tests.support.cluster import EXACT, Services, free_ports, request, wait_until
 from tests.support.relay import Relay
 

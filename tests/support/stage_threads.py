@@ -14,14 +14,14 @@ import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from werkzeug.serving import make_server
 
-from noodle.config import StageConfig, stage_config
-from noodle.model_files import model_digest, read_config
-from noodle.plan import Plan, StageAssignment
+from noodle.cluster.plan import Plan, StageAssignment
+from noodle.config.settings import StageConfig, stage_config
+from noodle.model.files import model_digest, read_config
 from services.stage.app import create_app
+from services.stage.executors.transformers.loading import load_slice
 from services.stage.lifecycle import Lifecycle, new_boot_id
-from services.stage.slice_loading import load_slice
 from services.stage.stage import Stage
-from services.stage.worker import Role
+from services.stage.worker.worker import Role
 from tests.support.cluster import free_ports
 from tests.support.memory_streams import MemoryStreams
 

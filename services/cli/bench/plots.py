@@ -1,0 +1,180 @@
+"""Draws reports as PNG files where matplotlib is installed (noodle's extra `plots`); knows pictures, not measuring."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from noodle.cluster.measuring import DeviceProfile
+from services.cli.bench.profile_report import ProfileReport, decode_alone, prefill_alone
+from services.cli.bench.report import BenchReport, StreamsResult, was_busy
+from services.cli.bench.statistics import Figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIDE_COLOURS = {"cluster": "#1f6fb2", "control": "#c8641c"}
+SESSION_COLOURS = ("#1f6fb2", "#2a9d6f", "#e0a100", "#c8371c")
+PANEL_WIDTH_INCHES, PANEL_HEIGHT_INCHES = 4.6, 3.7
+DOTS_PER_INCH = 120
+BUSY = "\nThis machine was not idle before the start: not to be trusted"
+NOT_INSTALLED = "No plot: matplotlib is not installed here. Install it, or noodle's extra `plots`."
+
+
+def draw_bench(report: BenchReport, path: Path) -> str:
+    """Tokens per second, the first token and the waits between tokens, over streams; says what became of it."""
+    if not has_matplotlib():
+        return NOT_INSTALLED
+    figure, rows = _figure(rows=1, columns=3)
+    rates, firsts, waits = rows[0]
+    sides = _sides(report.results)
+    for name, results in sides.items():
+        streams = [result[0] for result in results]
+        figures = [result[1] for result in results]
+        colour = SIDE_COLOURS[name]
+        rates.plot(streams, [each.tokens_per_second for each in figures], "o-", color=colour, label=name)
+        firsts.plot(streams, [each.first_token_seconds for each in figures], "o-", color=colour, label=name)
+        middle = [_milliseconds(each.between_tokens_seconds) for each in figures]
+        late = [_milliseconds(each.between_tokens_p99_seconds) for each in figures]
+        waits.plot(streams, middle, "o-", color=colour, label=f"{name}, median")
+        waits.plot(streams, late, "^:", color=colour, label=f"{name}, p99")
+    conditions = report.conditions
+    for axes, title, unit in (
+        (rates, "New tokens of all streams", "tokens/s"),
+        (firsts, f"First token ({conditions.prompt_tokens} prompt tokens)", "s"),
+        (waits, "From token to token of a stream", "ms"),
+    ):
+        _label(axes, title, "streams at once", unit, [result.streams for result in report.results])
+    stages = " + ".join(f"{stage.layers} layers {stage.dtype}" for stage in conditions.stages)
+    title = f"{report.model}, cluster of {stages}; measured on {report.machine}, {report.made_at[:10]}"
+    figure.suptitle(title + (BUSY if was_busy(conditions.load_average, conditions.cores) else ""))
+    return _save(figure, path)
+
+
+def draw_profile(report: ProfileReport, path: Path) -> str:
+    """For each device a row of decode over KV rows, prefill over chunks, and threads; says what became of it."""
+    if not has_matplotlib():
+        return NOT_INSTALLED
+    devices = report.profile.devices
+    figure, rows = _figure(rows=len(devices), columns=3)
+    for device, (decode, prefill, threads) in zip(devices, rows, strict=True):
+        _draw_device(device, decode, prefill, threads)
+    name = report.model or report.profile.model_type
+    busy = BUSY if was_busy(report.conditions.load_average, report.profile.cores) else ""
+    figure.suptitle(f"{name}: one layer on {report.machine}, {report.made_at[:10]}{busy}")
+    return _save(figure, path)
+
+
+def has_matplotlib() -> bool:
+    """Whether there will be a plot."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _draw_device(device: DeviceProfile, decode: Axes, prefill: Axes, threads: Axes) -> None:
+    most = device.threads[0]
+    name = f"{device.device}, {device.dtype}, {most.threads} {'thread' if most.threads == 1 else 'threads'}"
+    for index, sessions in enumerate(sorted({point.sessions for point in most.decode})):
+        points = [point for point in most.decode if point.sessions == sessions]
+        times = [point.layer_seconds * 1e3 for point in points]
+        decode.plot([point.kv_tokens for point in points], times, "o-", color=_colour(index), label=_sessions(sessions))
+    for index, sessions in enumerate(sorted({point.sessions for point in most.prefill})):
+        chunks = [point for point in most.prefill if point.sessions == sessions]
+        rates = [point.layer_seconds / point.chunk_tokens / sessions * 1e3 for point in chunks]
+        lengths = [point.chunk_tokens for point in chunks]
+        prefill.plot(lengths, rates, "o-", color=_colour(index), label=_sessions(sessions))
+    _label(
+        decode,
+        f"Decode, one token a session\n{name}",
+        "KV rows of each session",
+        "ms a layer",
+        sorted({point.kv_tokens for point in most.decode}),
+    )
+    _label(
+        prefill,
+        f"Prefill\n{name}",
+        "chunk of each session (tokens)",
+        "ms a layer and token",
+        sorted({point.chunk_tokens for point in most.prefill}),
+    )
+    _draw_threads(device, threads)
+
+
+def _draw_threads(device: DeviceProfile, axes: Axes) -> None:
+    """How a decode and a prefill of one session speed up; empty where one number of threads was measured."""
+    by_threads = sorted(device.threads, key=lambda each: each.threads)
+    decode, prefill = decode_alone(device), prefill_alone(device)
+    decodes = {
+        each.threads: point.layer_seconds
+        for each in by_threads
+        for point in each.decode
+        if decode is not None and (point.sessions, point.kv_tokens) == (1, decode.kv_tokens)
+    }
+    prefills = {
+        each.threads: point.layer_seconds
+        for each in by_threads
+        for point in each.prefill
+        if prefill is not None and (point.sessions, point.chunk_tokens) == (1, prefill.chunk_tokens)
+    }
+    if len(device.threads) < 2:
+        axes.set_axis_off()
+        return
+    for index, (label, seconds) in enumerate((("decode", decodes), ("prefill", prefills))):
+        if seconds:
+            fewest = next(iter(seconds.values()))
+            speeds = [fewest / each for each in seconds.values()]
+            axes.plot(list(seconds), speeds, "o-", color=_colour(2 * index), label=label)
+    title = f"Speed of one session over threads\n{device.device}, {device.dtype}"
+    _label(axes, title, "threads", "times the fewest threads' speed", sorted({*decodes, *prefills}))
+
+
+def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+    """An empty figure that no display is needed for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = (PANEL_WIDTH_INCHES * columns, PANEL_HEIGHT_INCHES * rows + 0.4)
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, [list(row) for row in axes]
+
+
+def _save(figure: Figure, path: Path) -> str:
+    figure.savefig(path, format="png")
+    return f"Plot: {path}"
+
+
+def _label(axes: Axes, title: str, x_label: str, y_label: str, ticks: Sequence[float]) -> None:
+    """Title, units, a tick for each value measured (they double), zero at the bottom."""
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if len(ticks) > 1:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)  # room for the legend above the lines
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, framealpha=0.8)
+
+
+def _sides(results: Sequence[StreamsResult]) -> dict[str, list[tuple[int, Figures]]]:
+    sides = {"cluster": [(result.streams, result.cluster) for result in results]}
+    control = [(result.streams, result.control) for result in results if result.control is not None]
+    return sides | ({"control": control} if control else {})
+
+
+def _milliseconds(seconds: float | None) -> float:
+    return float("nan") if seconds is None else seconds * 1e3
+
+
+def _sessions(count: int) -> str:
+    return "1 session" if count == 1 else f"{count} sessions"
+
+
+def _colour(index: int) -> str:
+    return SESSION_COLOURS[index % len(SESSION_COLOURS)]

@@ -1,0 +1,156 @@
+"""Docker for `noodle doctor`: is it there, new enough, reachable for this user; asks docker, judges by what it said."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from msgspec import Struct
+
+from services.cli.doctor.outcome import Outcome, error, ok, skipped, warning
+from services.cli.project.programs import Ran, Run, System
+
+DOCKER_SECONDS = 10.0  # Docker Desktop that is only just starting takes some
+OLDEST_ENGINE = (20, 10)
+OLDEST_COMPOSE = (2, 20)
+WHY_ENGINE = "every part of noodle runs in a container"
+
+INSTALL = {
+    "linux": "curl -fsSL https://get.docker.com | sudo sh",
+    "windows": "winget install -e --id Docker.DockerDesktop",
+    "other": "install Docker from https://docs.docker.com/get-docker/",
+}
+START = {
+    "linux": "sudo systemctl enable --now docker",
+    "windows": '& "$Env:ProgramFiles\\Docker\\Docker\\Docker Desktop.exe"   (then wait until it says that it runs)',
+    "other": "start Docker",
+}
+PERMIT = {
+    "linux": "sudo usermod -aG docker $USER   (then log out and in again)",
+    "windows": 'net localgroup docker-users "$Env:USERNAME" /add   (as administrator; then log out and in again)',
+    "other": "let this user use Docker's socket",
+}
+UPGRADE_COMPOSE = {
+    "linux": "sudo apt-get update && sudo apt-get install -y docker-compose-plugin",
+    "windows": "winget upgrade -e --id Docker.DockerDesktop",
+    "other": "upgrade Docker",
+}
+
+
+class DockerFacts(Struct, frozen=True):
+    """What docker says of itself."""
+
+    is_installed: bool
+    problem: str = ""  # why the engine can not be asked: permission, stopped, late, or its own words
+    detail: str = ""
+    engine: str = ""
+    compose: str = ""
+    os_type: str = ""  # of the containers: linux or windows
+    is_desktop: bool = False
+    memory_bytes: int = 0  # that containers may have together
+    root_dir: str = ""
+    runtimes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()  # CDI
+
+
+def gather_docker(run: Run) -> DockerFacts:
+    """Ask docker and its compose plugin."""
+    ran = run(["docker", "info", "--format", "{{json .}}"], DOCKER_SECONDS)
+    if ran.is_missing:
+        return DockerFacts(is_installed=False)
+    compose = run(["docker", "compose", "version", "--short"], DOCKER_SECONDS)
+    compose_version = compose.output.strip() if compose.is_good else ""
+    info = _object(ran.output)
+    if not ran.is_good or not info.get("ServerVersion"):
+        problem, detail = engine_problem(ran, info)
+        return DockerFacts(True, problem, detail, compose=compose_version)
+    return DockerFacts(
+        True,
+        engine=str(info["ServerVersion"]),
+        compose=compose_version,
+        os_type=str(info.get("OSType", "")),
+        is_desktop="Docker Desktop" in str(info.get("OperatingSystem", "")),
+        memory_bytes=int(info.get("MemTotal") or 0),
+        root_dir=str(info.get("DockerRootDir") or ""),
+        runtimes=tuple(info.get("Runtimes") or ()),
+        devices=tuple(str(each.get("ID", "")) for each in info.get("DiscoveredDevices") or ()),
+    )
+
+
+def engine_problem(ran: Ran, info: dict[str, Any]) -> tuple[str, str]:
+    """Why the engine did not answer, in one word and in its own."""
+    said = " ".join([ran.errors, *map(str, info.get("ServerErrors") or ())])
+    if ran.is_late:
+        return "late", f"no answer in {DOCKER_SECONDS:.0f} s"
+    if re.search(r"permission denied|access is denied", said, re.IGNORECASE):
+        return "permission", ran.said
+    if re.search(r"cannot connect|is the docker daemon running|error during connect|failed to connect", said, re.I):
+        return "stopped", ran.said
+    return "other", said.strip()[-300:] or ran.said
+
+
+def check_docker(facts: DockerFacts, where: str, system: System, *, is_needed: bool) -> list[Outcome]:
+    """Engine and compose; where noodle runs without Docker (`noodle up`), what is wrong with it is no finding."""
+    if not is_needed and (not facts.is_installed or facts.problem):
+        return [skipped("docker", where, "noodle runs without Docker here, and Docker does not answer")]
+    if not facts.is_installed:
+        return [error("docker", where, "Docker is not installed.", why=WHY_ENGINE, cure=INSTALL[system])]
+    return [_check_engine(facts, where, system), _check_compose(facts, where, system)]
+
+
+def _check_engine(facts: DockerFacts, where: str, system: System) -> Outcome:
+    if facts.problem == "permission":
+        what = "This user may not talk to the Docker engine (permission denied on its socket)."
+        return error("docker", where, what, why="without it no container can be started", cure=PERMIT[system])
+    if facts.problem in ("stopped", "late"):
+        what = f"The Docker engine does not answer: {facts.detail}."
+        return error("docker", where, what, why=WHY_ENGINE, cure=START[system])
+    if facts.problem:
+        return error("docker", where, f"Docker refuses: {facts.detail}.", why=WHY_ENGINE, cure=START[system])
+    if facts.os_type == "windows":
+        return error(
+            "docker",
+            where,
+            "Docker runs Windows containers.",
+            why="noodle's images are Linux",
+            cure='& "$Env:ProgramFiles\\Docker\\Docker\\DockerCli.exe" -SwitchLinuxEngine',
+        )
+    if version_of(facts.engine) < OLDEST_ENGINE:
+        what = f"The Docker engine is {facts.engine}, older than {_dotted(OLDEST_ENGINE)}."
+        return error("docker", where, what, why="the images need BuildKit", cure=INSTALL[system])
+    return ok("docker", where, f"engine {facts.engine}{', Docker Desktop' if facts.is_desktop else ''}")
+
+
+def _check_compose(facts: DockerFacts, where: str, system: System) -> Outcome:
+    why = "docker-compose.yml uses what compose knows since 2.20"
+    if not facts.compose:
+        what = "`docker compose` is not there (the old docker-compose is not enough)."
+        return error("compose", where, what, why=why, cure=UPGRADE_COMPOSE[system])
+    version = version_of(facts.compose)
+    if not version:
+        return warning(
+            "compose", where, f"compose says it is {facts.compose!r}.", why=why, cure=UPGRADE_COMPOSE[system]
+        )
+    if version < OLDEST_COMPOSE:
+        what = f"compose is {facts.compose}, older than {_dotted(OLDEST_COMPOSE)}."
+        return error("compose", where, what, why=why, cure=UPGRADE_COMPOSE[system])
+    return ok("compose", where, f"compose {facts.compose}")
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The first two numbers of a version, () for what is none."""
+    found = re.match(r"v?(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else ()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,83 @@
+"""Who asks: an API key's owner, the cluster itself, or a program on this machine; knows headers, no routes (design D5).
+
+A key's name stands in logs and metrics, the key never does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+
+from flask import g, request
+
+from noodle.config.settings import CoordinatorConfig
+from noodle.errors import InvalidRequest, NotAuthenticated
+from noodle.web.service import has_token, let_in
+from services.coordinator.engine.request import LOOPBACK, Asker, Client, Idempotency
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+CLUSTER = Client("cluster")
+
+
+class Clients:
+    """All who may ask."""
+
+    def __init__(self, config: CoordinatorConfig) -> None:
+        self._config = config
+
+    def find(self) -> Client | None:
+        """Who sent this request, None for a stranger.
+
+        Without keys it is whoever asks this machine by its own address: a page that had its name point here does not.
+        """
+        config = self._config
+        # every key is compared, so that the time it takes does not tell which one came near
+        found = [Client(each.name, config.maximum_requests_per_key) for each in config.api_keys if has_token(each.key)]
+        if has_token(config.cluster_token):
+            return CLUSTER
+        if found:
+            return found[0]
+        if config.api_keys or request.host.rsplit(":", 1)[0] not in LOOPBACK_HOSTS:
+            return None
+        let_in()  # as a key would
+        return LOOPBACK
+
+    def require(self) -> Client:
+        """The client of this request; raises NotAuthenticated for a stranger."""
+        client = self.find()
+        if client is not None:
+            return client
+        if self._config.api_keys:
+            raise NotAuthenticated(
+                "The key or cluster token is missing or wrong.", cure="Send it as `Authorization: Bearer ...`."
+            )
+        raise NotAuthenticated(
+            f"The request is for {request.host[:80]!r}, not for this machine.",
+            cure="Use http://127.0.0.1, or set NOODLE_API_KEY.",
+        )
+
+
+def asker_of(client: Client, body: bytes) -> Asker:
+    """Who asks, by which words: the request's id, and its Idempotency-Key with what it asks."""
+    key = request.headers.get("Idempotency-Key", "")
+    if not key:
+        return Asker(client, g.request_id)
+    if not IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequest(
+            "The Idempotency-Key is not 1 to 255 visible ASCII characters.", cure="A UUID will do.",
+            param="Idempotency-Key",
+        )  # fmt: skip
+    digest = hashlib.sha256(request.path.encode() + b"\0" + body).hexdigest()
+    return Asker(client, g.request_id, Idempotency(key, digest))
+
+
+def take_request_id() -> str:
+    """The id under which this request is known in answers and logs: the client's, if it is one that may stand there."""
+    asked = request.headers.get("X-Request-Id", "")
+    g.request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+    return str(g.request_id)

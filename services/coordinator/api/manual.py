@@ -1,0 +1,129 @@
+"""The coordinator's routes of the user's guide: a forward to a stage, a plan to look at, metrics (docs/adr/0014)."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from urllib.parse import urlencode
+
+from flask import Blueprint, Response, request
+
+from noodle.config.settings import CoordinatorConfig
+from noodle.errors import InvalidRequest, NotFound, NotReady, TooManyRequests
+from noodle.web.service import bounded_body, json_body, json_response, say_success_is_false
+from services.coordinator.api.relay import Relayed, relay
+from services.coordinator.coordinator import Engine
+from services.coordinator.ops.metrics_file import MAXIMUM_ENTRIES, MetricsFile, parse_metrics
+
+MAXIMUM_RELAYED_FORWARDS = 8  # in progress at once, each with a body in memory; more get 429
+MAXIMUM_RELAYED_PLANS = 4  # the planner computes each for up to seconds
+FORWARD_ANSWER_SECONDS = 160.0  # a stage gives up before: 30 s for its turn, 120 s for computing
+PLAN_ANSWER_SECONDS = 60.0
+FORWARD_BODY_BYTES = 8 << 20
+PLAN_BODY_BYTES = 256 << 10
+METRICS_BODY_BYTES = 1 << 20
+RAW_TYPE = "application/octet-stream"
+# what of a forward's headers goes on to the stage, and comes back from it
+SENT_HEADERS = ("Content-Type", "Accept", "X-Noodle-Dtype", "X-Noodle-Shape")
+ANSWERED_HEADERS = ("X-Noodle-Dtype", "X-Noodle-Shape", "X-Noodle-Next-Token-Index", "Retry-After")
+
+
+def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Callable[[], object]) -> Blueprint:
+    """Every one of them wants what /v1 wants: an API key or the cluster token, or a loopback without keys."""
+    routes = Blueprint("guide", __name__)
+    say_success_is_false(routes)
+    forwards = threading.BoundedSemaphore(MAXIMUM_RELAYED_FORWARDS)
+    plans = threading.BoundedSemaphore(MAXIMUM_RELAYED_PLANS)
+    metrics_file = MetricsFile(config.metrics_file)
+
+    @routes.post("/stage/<stage_id>/forward")
+    def stage_forward(stage_id: str) -> Response:
+        require_client()
+        url = _stage_url(engine, stage_id)
+        with _place(forwards, "forwards"):
+            is_raw = request.mimetype == RAW_TYPE
+            body = bounded_body(FORWARD_BODY_BYTES) if is_raw else json_body(FORWARD_BODY_BYTES)
+            query = urlencode(list(request.args.items(multi=True)))  # encoded anew: it came in any bytes
+            headers = {name: value for name in SENT_HEADERS if (value := request.headers.get(name))}
+            answer = relay(
+                f"Stage {stage_id}",
+                url,
+                f"/forward?{query}" if query else "/forward",
+                body,
+                headers,
+                config.cluster_token,
+                answer_seconds=FORWARD_ANSWER_SECONDS,
+            )
+        return _as_response(answer)
+
+    @routes.post("/plan/generate")
+    def plan_generate() -> Response:
+        require_client()
+        is_asked = request.content_length or "Transfer-Encoding" in request.headers
+        body = json_body(PLAN_BODY_BYTES, "List fewer nodes.") if is_asked else b""
+        headers = {"Content-Type": "application/json"}
+        with _place(plans, "plans"):
+            answer = relay(
+                "The planner",
+                config.planner_url,
+                "/plan/preview",
+                body,
+                headers,
+                config.cluster_token,
+                answer_seconds=PLAN_ANSWER_SECONDS,
+            )
+        return _as_response(answer)
+
+    @routes.post("/log_metrics")
+    def log_metrics() -> Response:
+        require_client()
+        entries = parse_metrics(json_body(METRICS_BODY_BYTES, "Send fewer at once."))
+        kept = metrics_file.append(entries)
+        return json_response({"success": True, "stored": kept.stored, "already_stored": kept.already_stored})
+
+    @routes.get("/log_metrics")
+    def logged_metrics() -> Response:
+        require_client()
+        asked = request.args.get("last", "100")
+        if not re.fullmatch(r"[0-9]{1,6}", asked) or not 1 <= int(asked) <= MAXIMUM_ENTRIES:
+            raise InvalidRequest(f"last is {asked[:40]!r}, not a number from 1 to {MAXIMUM_ENTRIES}.", param="last")
+        return json_response({"success": True, "entries": metrics_file.last(int(asked))})
+
+    return routes
+
+
+@contextlib.contextmanager
+def _place(places: threading.BoundedSemaphore, what: str) -> Iterator[None]:
+    """One of the places for what other services compute, or 429: their answers must not take every thread here."""
+    if not places.acquire(blocking=False):
+        raise TooManyRequests(
+            f"As many {what} as may be are in progress.",
+            cure="Send the next one when one of them is answered.",
+            retry_after_seconds=1,
+        )
+    try:
+        yield
+    finally:
+        places.release()
+
+
+def _stage_url(engine: Engine, stage_id: str) -> str:
+    """Where the newest plan says that this stage is."""
+    plan = engine.leadership.view.plan
+    if plan is None:
+        raise NotReady("There is no plan yet, and so no stage.", cure="See /health.", retry_after_seconds=2)
+    for stage in plan.stages:
+        if str(stage.stage_id) == stage_id:
+            return stage.url
+    known = ", ".join(str(stage.stage_id) for stage in plan.stages)
+    raise NotFound(
+        f"There is no stage {stage_id[:40]!r}.", cure=f"Plan {plan.version} has the stages {known}.", param="stage_id"
+    )
+
+
+def _as_response(answer: Relayed) -> Response:
+    """The other service's answer as it came, errors too; none of its other headers."""
+    headers = {name: value for name in ANSWERED_HEADERS if (value := answer.headers.get(name))}
+    return Response(answer.body, answer.status, headers, content_type=answer.headers.get("Content-Type"))

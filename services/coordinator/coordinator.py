@@ -1,0 +1,321 @@
+"""The coordinator put together: model files, tokenizer, loop, lead and records; the routes act on this."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from noodle.cluster.plan import MachineReport, Plan
+from noodle.cluster.valkey import WorkQueue
+from noodle.config.settings import CoordinatorConfig
+from noodle.errors import NotFound, NotReady, QueueUnavailable, StartError
+from noodle.logs import about
+from noodle.metrics.counted import CoordinatorMetrics
+from noodle.metrics.scraped import PlannedStage, PlanSeen
+from noodle.wire.queue_end import STREAM_TIMEOUT_SECONDS
+from services.coordinator.api.openai_request import ServedModel
+from services.coordinator.api.openai_stream import now_seconds
+from services.coordinator.api.sse import Started
+from services.coordinator.engine.loop import GenerationLoop
+from services.coordinator.engine.parameters import (
+    GenerationParameters,
+    Scores,
+    fit_into_context,
+    refuse_what_can_not_fit,
+)
+from services.coordinator.engine.pipeline import Pipeline, PipelineEvent
+from services.coordinator.engine.recorder import Recorder
+from services.coordinator.engine.request import (
+    NOBODY,
+    Asker,
+    Client,
+    GenerationReader,
+    GenerationRequest,
+    ended_generation,
+    sampling_of,
+)
+from services.coordinator.engine.resume import KeptRequest, KeptRequests
+from services.coordinator.engine.scheduler import Scheduler
+from services.coordinator.leadership import Leadership, progress_of, waiting_for
+from services.coordinator.models.progress import Progress
+from services.coordinator.models.store import prepare_model
+from services.coordinator.models.weight_server import WeightStore
+from services.coordinator.text.answer import Answer
+from services.coordinator.text.detokenizer import TextStream
+from services.coordinator.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+RESUME_BY_KEY_SECONDS = 60.0  # how long a request with an Idempotency-Key goes on without a reader, unless it says so
+RETURN_SECONDS = 30.0  # that the client of any request has to come back after the coordinator's restart
+TAKE_UP_RETRY_SECONDS = 1
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What the coordinator knows of the model: its text side and its name."""
+
+    folder: Path
+    served: ServedModel
+    tokenizer: Tokenizer
+
+
+class Engine:
+    """Everything behind the routes."""
+
+    def __init__(self, config: CoordinatorConfig, metrics: CoordinatorMetrics) -> None:
+        self._config = config
+        self.metrics = metrics
+        self._work_queue = work_queue = WorkQueue(config.valkey_url, config.valkey_password)
+        self._streams = WorkQueue(config.valkey_url, config.valkey_password, STREAM_TIMEOUT_SECONDS)
+        self.recorder = Recorder(work_queue)
+        self.loop = GenerationLoop(
+            Scheduler(config.step_tokens, config.maximum_open_requests),
+            self.recorder,
+            metrics,
+            self._pipeline_of,
+            maximum_open=config.maximum_open_requests + config.maximum_waiting_requests,
+            recovery_seconds=config.recovery_seconds,
+            keeps_rows=config.keeps_prefixes,
+        )
+        self.leadership = Leadership(config.machine, work_queue, self.loop, config.transport)
+        self.weights = WeightStore(config.cache_dir)
+        self.kept = KeptRequests(config.maximum_open_requests + config.maximum_waiting_requests)
+        self._is_loaded = threading.Event()
+        self._knows_records = threading.Event()  # of the coordinator that led before; nobody is told 404 until then
+        self.loaded: LoadedModel | None = None
+        self.detail = "the tokenizer to load"
+        self.failure = ""
+
+    def load(self) -> None:
+        """Fetch the model's files if need be and load its tokenizer; a failure ends the start."""
+        try:
+            prepared = prepare_model(self._config.model, self._config.cache_dir, self._say)
+            tokenizer = Tokenizer(prepared.folder)
+        except StartError as error:
+            self.failure = str(error)
+            raise
+        served = ServedModel((prepared.name,), tokenizer.vocabulary_size, now_seconds())
+        self.loaded = LoadedModel(prepared.folder, served, tokenizer)
+        self.weights.serve(prepared.folder, prepared.name)
+        self._is_loaded.set()
+        log.info("serving %s from %s", prepared.name, prepared.folder)
+
+    def ready_model(self) -> LoadedModel:
+        """The model's text side; raises NotReady with progress while anything is missing."""
+        loaded = self.loaded
+        if loaded is None or not self.loop.state.up:
+            view, state = self.leadership.view, self.loop.state
+            waits = waiting_for(view, self.leadership.leads, state.detail, state.up) or [self.detail]
+            raise NotReady(
+                f"The cluster is not ready ({progress_of(view, False):.0%}): waiting for {'; '.join(waits)}.",
+                retry_after_seconds=2,
+            )
+        return loaded
+
+    def token_ids(self, prompt: str | tuple[int, ...], *, add_special_tokens: bool = True) -> list[int]:
+        """A prompt as token ids; a text that can not fit into the context is refused before it is tokenised."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        return self.ready_model().tokenizer.encode(prompt, add_special_tokens, self.context_length)
+
+    def chat_token_ids(self, messages: Sequence[Mapping[str, str]], parameters: GenerationParameters) -> list[int]:
+        """A conversation as token ids; one that can not fit into the context is refused before it is rendered."""
+        tokenizer = self.ready_model().tokenizer
+        refuse_what_can_not_fit(
+            parameters,
+            least_tokens=tokenizer.fewest_tokens(message["content"] for message in messages),
+            context_length=self.context_length,
+            prompt_name="messages",
+        )
+        return self.token_ids(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+
+    @property
+    def plan(self) -> Plan:
+        """The active plan; raises NotReady without one."""
+        plan = self.loop.state.plan
+        if plan is None:
+            raise NotReady("No plan is active.", retry_after_seconds=2)
+        return plan
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest session that the active plan promises."""
+        return self.plan.context_length
+
+    def reports(self) -> list[MachineReport]:
+        """What every registered stage said of its machine; empty while Valkey is away."""
+        try:
+            return self._work_queue.reports()
+        except QueueUnavailable as error:
+            log.debug("no reports read: %s", error)
+            return []
+
+    def plan_seen(self) -> PlanSeen:
+        """The active plan and whether it is computed by, for /metrics."""
+        state, said = self.loop.state, self.leadership.view.stages
+        if state.plan is None:
+            return PlanSeen(0, (), is_up=False)
+        stages = [
+            PlannedStage(
+                stage.stage_id,
+                stage.machine,
+                stage.start_layer,
+                stage.end_layer,
+                stage.dtype,
+                stage.decode_seconds,
+                said[stage.stage_id].device_name if stage.stage_id in said else "",
+            )
+            for stage in state.plan.stages
+        ]
+        return PlanSeen(state.plan.version, stages, is_up=state.up)
+
+    def start(
+        self,
+        token_ids: list[int],
+        parameters: GenerationParameters,
+        prompt_name: str,
+        *,
+        goes_on: bool = True,
+        asker: Asker = NOBODY,
+        answer_id: str = "",
+    ) -> Started:
+        """Send a checked request on its way; raises what still refuses it before the first byte.
+
+        `goes_on` says that the answer continues the prompt's own text, and does not begin one of its own as in a chat.
+        One that came before with the same idempotency key is read, and not computed again.
+        """
+        model = self.ready_model()
+        parameters = fit_into_context(
+            parameters, prompt_tokens=len(token_ids), context_length=self.context_length, prompt_name=prompt_name
+        )
+        request = GenerationRequest(
+            token_ids,
+            parameters.max_new_tokens,
+            parameters.sampling,
+            frozenset() if parameters.ignore_eos else frozenset(model.tokenizer.eos_token_ids),
+            parameters.stop,
+            parameters.scores.wanted,
+            parameters.scores.top,
+            parameters.scores.of_prompt,
+            asker.client,
+            asker.request_id,
+            parameters.priority,
+            parameters.cache_salt,
+            goes_on,
+            parameters.resume_seconds or (RESUME_BY_KEY_SECONDS if asker.idempotency.key else 0.0),
+            parameters.timeout_seconds,
+            asker.idempotency,
+            answer_id,
+        )
+        if asker.idempotency.key:
+            self._refuse_until_records_are_known()  # it may be one of them
+        with self.kept.lock:
+            if (kept := self.kept.joined(asker.client, asker.idempotency)) is None:
+                self.kept.refuse_a_crowd()
+                record, generation = self.loop.intake.submit(request)
+                kept = self.kept.add(record, generation)
+                self.metrics.prompt_tokens.inc(len(token_ids))
+                reader = kept.generation.open_reader()
+            else:
+                reader = self.kept.open_reader(kept)
+        return self._started(kept, reader, parameters, model)
+
+    def find(self, client: Client, name: str) -> KeptRequest:
+        """A request that this client made; raises NotFound, and NotReady while a coordinator before may have it."""
+        try:
+            return self.kept.find(client, name)
+        except NotFound:
+            self._refuse_until_records_are_known()
+            raise
+
+    def _refuse_until_records_are_known(self) -> None:
+        if not (self._knows_records.is_set() and self.leadership.leads):
+            raise NotReady(
+                "The coordinator has not read the requests that are recorded yet.",
+                retry_after_seconds=TAKE_UP_RETRY_SECONDS,
+            )
+
+    def take_up(self, kept: KeptRequest) -> Started:
+        """Read a request again from its beginning; its parameters are those it was recorded with."""
+        record = kept.record
+        parameters = GenerationParameters(
+            record.max_new_tokens,
+            sampling_of(record),
+            record.seed,
+            stop=tuple(record.stop),
+            ignore_eos=record.ignore_eos,
+            scores=Scores(record.want_logprob, record.top_logprobs, record.score_prompt),
+        )
+        return self._started(kept, self.kept.open_reader(kept), parameters, self._text_side())
+
+    def _started(
+        self, kept: KeptRequest, reader: GenerationReader, parameters: GenerationParameters, model: LoadedModel
+    ) -> Started:
+        record = kept.record
+        if parameters.sampling.seed != record.seed:  # one was drawn when the request came first
+            sampling = msgspec.structs.replace(parameters.sampling, seed=record.seed)
+            parameters = replace(parameters, sampling=sampling, seed=record.seed)
+        context_ids = record.prompt_token_ids if record.goes_on else ()
+        text_stream = TextStream(model.tokenizer.decode, tuple(record.stop), context_ids=context_ids)
+        answer = Answer(reader, text_stream)
+        return Started(
+            answer, parameters, record.prompt_token_ids, model.tokenizer, record.answer_id, record.created_unix_seconds
+        )
+
+    def _text_side(self) -> LoadedModel:
+        """What makes text of tokens, whether or not the stages are there; raises NotReady until it is loaded."""
+        if self.loaded is None:
+            raise NotReady("The coordinator has not loaded the tokenizer yet.", retry_after_seconds=2)
+        return self.loaded
+
+    def take_up_recorded(self) -> None:
+        """Whenever this coordinator takes the lead, go on with what one before it had in progress; a loop's thread."""
+        while True:
+            self.leadership.led.acquire()
+            if self.leadership.stopping.is_set():
+                return
+            self._knows_records.clear()
+            self._is_loaded.wait()
+            try:
+                self._take_up_all()
+                self._knows_records.set()
+            except QueueUnavailable as error:
+                log.warning("requests that were in progress can not be read, they are tried again: %s", error)
+                self.leadership.stopping.wait(TAKE_UP_RETRY_SECONDS)
+                self.leadership.led.release()
+
+    def _take_up_all(self) -> None:
+        end_token_ids = frozenset(self._text_side().tokenizer.eos_token_ids)
+        for record, tokens in self.recorder.recorded():
+            if record.outcome:
+                generation = ended_generation(record, tokens)
+            else:
+                taken = self.loop.intake.go_on(record, tokens, end_token_ids, RETURN_SECONDS)
+                if taken is None:
+                    continue
+                generation = taken
+                log.info("going on after %d tokens, recorded by a coordinator before", len(tokens),
+                         extra=about(record.request_id))  # fmt: skip
+            record = msgspec.structs.replace(record, resume_seconds=generation.resume_seconds)
+            self.kept.add(record, generation, was_taken_up=True)
+
+    def _pipeline_of(self, plan: Plan, coordinator_epoch: int, tell: Callable[[PipelineEvent], None]) -> Pipeline:
+        return Pipeline(
+            plan,
+            coordinator_epoch,
+            self._config.cluster_token,
+            tell,
+            transport=self._config.transport,
+            work_queue=self._streams,
+            travel=self.metrics.travel,
+        )
+
+    def _say(self, progress: Progress) -> None:
+        self.detail = progress.text()

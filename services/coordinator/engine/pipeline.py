@@ -1,0 +1,312 @@
+"""The coordinator's ways into the pipeline: steps to stage 0, results from the last stage, and whether it stands.
+
+Knows whether every stage of one plan is reachable, by connections and by the queue as NOODLE_TRANSPORT says, and tells
+its owner; nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from noodle.cluster.plan import Plan, StageAssignment, StageState
+from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
+from noodle.errors import LinkLost, QueueUnavailable, WireError
+from noodle.metrics.counted import TravelMetrics
+from noodle.web.service import start_loop
+from noodle.wire.hop_client import HopConnection, KeptOpen, ResultsConnection
+from noodle.wire.messages import (
+    ChainLink,
+    HopMessage,
+    HopRefused,
+    InlineStep,
+    KeepAlive,
+    LiveSessions,
+    QueueEntry,
+    SpanRefusal,
+    SpanResult,
+    Step,
+    StepResult,
+)
+from noodle.wire.queue_end import QueueEnd, Streams
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25  # between two looks at the stages' own beats, where the queue is in use
+
+
+class PipelineQueue(Streams, Protocol):
+    """The part of WorkQueue that a pipeline needs."""
+
+    def states_of(self, stage_ids: Sequence[int]) -> dict[int, StageState]:
+        """What these stages say of themselves, without the silent ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineUp:
+    """Every stage is reachable; a `boot_id` that differs from before is a KV cache that is gone.
+
+    Told again with the same ones when a way between them changed, and steps on their way may be lost with it.
+    """
+
+    plan_version: int
+    boot_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineDown:
+    """Some stage is not reachable, and why."""
+
+    plan_version: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResultArrived:
+    """One result from the last stage."""
+
+    result: StepResult
+
+
+PipelineEvent = PipelineUp | PipelineDown | ResultArrived
+
+
+class Pipeline:
+    """All ways of one plan, until it is closed."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        coordinator_epoch: int,
+        cluster_token: str,
+        tell: Callable[[PipelineEvent], None],
+        *,
+        transport: str,
+        work_queue: PipelineQueue,
+        travel: TravelMetrics,
+    ) -> None:
+        self._plan, self._transport, self._tell, self._travel = plan, transport, tell, travel
+        self._work_queue = work_queue
+        self._chain: list[ChainLink] = []  # as the hop's answer says it
+        self._states: dict[int, StageState] = {}  # as the stages' beats say it
+        self._losses: dict[tuple[int, str], int] = {}  # by stage and boot, of its own next link
+        self._results_changes = 0
+        self._reasons = {
+            "hop": f"{_named(plan.stages[0])} is not connected",
+            "results": f"{_named(plan.stages[-1])} does not send its results yet",
+        }
+        self._told: tuple[object, ...] | None = None  # what the pipeline stood with when that was told
+        self._lock = threading.RLock()  # held while telling, so that news arrive in their order
+        self._closed = threading.Event()
+        self._hop: KeptOpen[HopConnection] | None = None
+        self._results: KeptOpen[ResultsConnection] | None = None
+        self._queue: QueueEnd | None = None
+
+        def open_hop(when_lost: Callable[[str], None]) -> HopConnection:
+            connection = HopConnection(
+                plan.stages[0].url, cluster_token, self._heard, when_lost, travel.round_trip.observe
+            )
+            connection.open(plan.version)
+            return connection
+
+        def open_results(when_lost: Callable[[str], None]) -> ResultsConnection:
+            connection = ResultsConnection(plan.stages[-1].url, cluster_token, self._heard, when_lost)
+            connection.open(plan.version, coordinator_epoch)
+            return connection
+
+        with self._lock:
+            if transport != "direct":
+                self._queue = QueueEnd(
+                    work_queue,
+                    RESULTS_STREAM,
+                    take=self._taken,
+                    changed=self._look,
+                    refused=lambda reason: travel.refused_entries.labels(reason).inc(),
+                )
+                self._queue.start("coordinator")
+                start_loop("beats", self._watch_beats, "coordinator")
+            if transport != "queue":
+                self._results = KeptOpen("results", "coordinator", open_results, self._results_changed)
+                self._hop = KeptOpen("hop", "coordinator", open_hop, self._hop_changed)
+
+    def send(self, message: Step | LiveSessions, body: bytes = b"") -> None:
+        """Send one message to stage 0; raises LinkLost when no way leads there."""
+        hop = self._hop.connection if self._hop is not None else None
+        try:
+            if hop is None:
+                raise LinkLost(f"{self._plan.stages[0].url} is not connected.")
+            hop.send(message, body)
+            way = "direct"
+        except LinkLost:
+            if self._queue is None:
+                raise
+            entry: QueueEntry = InlineStep(message, body) if isinstance(message, Step) else message
+            try:
+                self._queue.write(hop_stream(self._plan.stages[0].stage_id), entry)
+            except QueueUnavailable as error:
+                raise LinkLost(str(error)) from error
+            way = "queue"
+        if isinstance(message, Step):
+            self._travel.step(way, len(body))
+
+    def close(self) -> None:
+        """Close every way; nothing more is told."""
+        self._closed.set()
+        for way in (self._hop, self._results, self._queue):
+            if way is not None:
+                way.close()
+
+    # what is heard
+
+    def _heard(self, message: HopMessage) -> None:
+        if isinstance(message, StepResult):
+            self._say(ResultArrived(self._within_vocabulary(message)))
+        elif isinstance(message, KeepAlive) and message.chain:
+            with self._lock:
+                self._chain = message.chain
+            self._look()
+        elif isinstance(message, HopRefused):
+            log.warning("stage %d refused a frame: %s (%s)", message.stage_id, message.message, message.reason)
+
+    def _taken(self, entry: QueueEntry) -> None:
+        if not isinstance(entry, StepResult):
+            raise WireError(f"a {type(entry).__name__} is no result.")
+        self._say(ResultArrived(self._within_vocabulary(entry)))
+
+    def _within_vocabulary(self, result: StepResult) -> StepResult:
+        """The result with a refusal in the place of each span whose tokens the model does not have.
+
+        One of them in a session would be refused by stage 0, could not be made text, and would be recorded for good.
+        """
+        vocab_size, last = self._plan.vocab_size, self._plan.stages[-1].stage_id
+        wrong = [span for span in result.spans if _largest_token_id(span) >= vocab_size]
+        if not wrong:
+            return result
+        spans = [span for span in result.spans if span not in wrong]
+        refusals = [
+            SpanRefusal(
+                span.session_id,
+                span.session_epoch,
+                span.first_position,
+                last,
+                "unknown_token",
+                f"it answered token {_largest_token_id(span)}, and the model has {vocab_size}; "
+                "does every machine have the same model?",
+            )
+            for span in wrong
+        ]
+        return msgspec.structs.replace(result, spans=spans, refusals=[*result.refusals, *refusals])
+
+    def _hop_changed(self, reason: str) -> None:
+        with self._lock:
+            self._reasons["hop"] = _lost(self._plan.stages[0], reason)
+            if reason:
+                self._chain = []
+        self._look()
+
+    def _results_changed(self, reason: str) -> None:
+        with self._lock:
+            was, self._reasons["results"] = self._reasons["results"], _lost(self._plan.stages[-1], reason)
+            if bool(was) != bool(reason):  # also one that is there again: the stage may have used the old one till now
+                self._results_changes += 1
+        self._look()
+
+    def _watch_beats(self) -> None:
+        stage_ids = [stage.stage_id for stage in self._plan.stages]
+        while not self._closed.is_set():
+            try:
+                states = self._work_queue.states_of(stage_ids)
+                with self._lock:
+                    self._states = states
+                self._look()
+            except QueueUnavailable as error:
+                log.debug("no beats read: %s", error)
+            self._closed.wait(LOOK_SECONDS)
+
+    # what it means
+
+    def _look(self) -> None:
+        """Compare what is known with the plan, and tell the change."""
+        with self._lock:
+            links = self._links()
+            missing = self._missing(links)
+            if missing is not None:
+                was_up, self._told = self._told is not None, None
+                if was_up:
+                    self._say(PipelineDown(self._plan.version, missing))
+                return
+            boot_ids = tuple(link.boot_id for link in links)
+            stands_with = (boot_ids, self._losses_of(links), self._results_changes)
+            if stands_with != self._told:
+                self._told = stands_with
+                self._say(PipelineUp(self._plan.version, boot_ids))
+
+    def _links(self) -> list[ChainLink]:
+        """What is known of each stage: by the connections as far as they reach, from there on by the stages' beats."""
+        links: list[ChainLink] = []
+        for link in self._chain:
+            links.append(link)
+            if link.by_queue:  # what it once heard of those behind may be old
+                break
+        for stage in self._plan.stages[len(links) :]:
+            state = self._states.get(stage.stage_id)
+            if state is None or state.link is None or state.ready_version != self._plan.version:
+                break
+            links.append(state.link)
+        return links
+
+    def _missing(self, links: list[ChainLink]) -> str | None:
+        """What is missing for the whole pipeline, None when nothing is."""
+        queue_failure = self._queue.failure if self._queue is not None else None
+        for name, kept in (("hop", self._hop), ("results", self._results)):
+            if (kept is None or kept.connection is None) and queue_failure != "":
+                return queue_failure or self._reasons[name]
+        for index, stage in enumerate(self._plan.stages):
+            state = self._states.get(stage.stage_id)
+            if self._transport == "queue" and state is not None and state.transport == "direct":
+                return f"{_named(stage)} has NOODLE_TRANSPORT=direct, this coordinator has NOODLE_TRANSPORT=queue"
+            if index >= len(links):
+                return f"{_named(stage)} is not connected"
+            link = links[index]
+            if link.stage_id != stage.stage_id or link.plan_version != self._plan.version:
+                return f"{_named(stage)} is not ready for plan {self._plan.version}"
+            if not link.next_link_up:
+                behind = self._plan.stages[min(index + 1, len(self._plan.stages) - 1)]
+                reason = f" ({link.detail.rstrip('.')})" if link.detail else ""
+                return f"{_named(stage)} does not reach {_named(behind)}{reason}"
+        return None
+
+    def _losses_of(self, links: list[ChainLink]) -> tuple[int, ...]:
+        """How often each connection was lost; a beat may be older than what its stage said over a connection."""
+        counts = [self._hop.losses if self._hop is not None else 0]
+        for link in links:
+            key = (link.stage_id, link.boot_id)
+            self._losses[key] = max(link.losses, self._losses.get(key, 0))
+            counts.append(self._losses[key])
+        return tuple(counts)
+
+    def _say(self, event: PipelineEvent) -> None:
+        if not self._closed.is_set():
+            self._tell(event)
+
+
+def _largest_token_id(span: SpanResult) -> int:
+    """Of all that a span's result names; -1 when it names none."""
+    if span.token_id is None and not span.scores:
+        return -1  # as most spans of a prompt
+    scored = [each.token_id for score in span.scores for each in score.top]
+    return max(-1 if span.token_id is None else span.token_id, *(each.token_id for each in span.top), *scored, -1)
+
+
+def _named(stage: StageAssignment) -> str:
+    return f"stage {stage.stage_id} on {stage.machine}"
+
+
+def _lost(stage: StageAssignment, reason: str) -> str:
+    """What KeptOpen says of a connection, with the stage named; empty when it stands."""
+    return f"{_named(stage)} is lost ({reason.rstrip('.')})" if reason else ""

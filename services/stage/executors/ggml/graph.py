@@ -1,0 +1,242 @@
+"""One graph of ggml for a step of given token counts, and what of it changes from step to step; knows no layer's maths.
+
+A graph is made once for the token counts of a step's spans and computed many times. Where the sessions' rows are, and
+how many there are, is written into its tensors before each time: building a graph takes longer than computing a token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from noodle.errors import GenerationFailed, GgmlUnavailable
+from services.stage.executors.ggml.device import DeviceMemory, GgmlDevice
+
+Words = npt.NDArray[np.uint64]
+NO_WINDOW = 1 << 40
+ROW_MASKED = np.uint16(0xFC00)  # minus infinity in float16
+MEMORY_CURE = "Give this stage fewer layers (NOODLE_SPLIT), less KV cache (NOODLE_KV_BYTES) or smaller steps "
+
+
+@dataclass(frozen=True, slots=True)
+class SpanRows:
+    """Where one span's session has its rows, and which of them the step computes."""
+
+    address: int
+    buffer: int  # of a card's memory, 0 in the machine's
+    area_bytes: int
+    first_position: int
+    token_count: int
+
+
+class GraphMemory:
+    """A context of ggml in memory of our own, so that its tensors' fields can be written many at once.
+
+    What the tensors hold is in the device's memory.
+    """
+
+    def __init__(self, device: GgmlDevice, tensor_count: int) -> None:
+        ggml = self.ggml = device.ggml
+        self.device = device
+        self._uploads: list[tuple[int, npt.NDArray[Any]]] = []
+        self._downloads: list[tuple[int, npt.NDArray[Any]]] = []
+        fields = ggml.ggml_tensor
+        self.at_data = fields.data.offset // 8
+        self.at_buffer = fields.buffer.offset // 8
+        self.at_sizes = fields.ne.offset // 8
+        self.at_strides = fields.nb.offset // 8
+        self.at_view_source = fields.view_src.offset // 8
+        self.at_view_offset = fields.view_offs.offset // 8
+        graph_bytes = ggml.ggml_graph_overhead_custom(tensor_count, False)
+        self.byte_count = (tensor_count + 8) * ggml.ggml_tensor_overhead() + graph_bytes
+        memory = np.empty(self.byte_count // 8 + 8, np.uint64)
+        first = (-memory.ctypes.data // 8) % 2  # ggml wants 16 bytes' alignment
+        self.words: Words = memory[first:]
+        self.base = int(self.words.ctypes.data)
+        parameters = ggml.ggml_init_params(mem_size=self.byte_count, mem_buffer=self.base, no_alloc=True)
+        self.context = ggml.ggml_init(parameters)
+        if not self.context:
+            raise GenerationFailed("ggml could not make a graph.", cure=f"{MEMORY_CURE}(NOODLE_STEP_TOKENS).")
+        self.graph = ggml.ggml_new_graph_custom(self.context, tensor_count, False)
+        self.allocator: Any = None
+
+    def word(self, tensor: int) -> int:
+        """Index of a tensor's first word."""
+        return (tensor - self.base) // 8
+
+    def data_of(self, tensor: int) -> int:
+        """Address of a tensor's data."""
+        return int(self.words[self.word(tensor) + self.at_data])
+
+    def outside(self, tensor: int) -> int:
+        """Mark a tensor's memory as not ggml's to allocate: its address is written before each step."""
+        self.words[self.word(tensor) + self.at_data] = self.base  # any address but null
+        return tensor
+
+    def place_in(self, tensor: int, whole: int, offset: int) -> None:
+        """Let an operation write its result into a part of another tensor."""
+        at = self.word(tensor)
+        self.words[at + self.at_view_source] = whole
+        self.words[at + self.at_view_offset] = offset
+
+    def allocate(self) -> None:
+        """Give every tensor that is computed here its memory; raises GgmlUnavailable for what the device has not."""
+        ggml = self.ggml
+        try:
+            self.device.check_graph(self.graph)
+        except GgmlUnavailable:
+            self.close()
+            raise
+        self.allocator = ggml.ggml_gallocr_new(self.device.buffer_type)
+        if not ggml.ggml_gallocr_alloc_graph(self.allocator, self.graph):
+            self.close()
+            raise GenerationFailed("no memory for this step.", cure=f"{MEMORY_CURE}(NOODLE_STEP_TOKENS).")
+        self.byte_count += ggml.ggml_gallocr_get_buffer_size(self.allocator, 0)
+
+    def compute(self) -> None:
+        """Compute the graph with what its inputs now hold; then its outputs hold what came of it."""
+        for tensor, values in self._uploads:
+            self.upload(tensor, values)
+        status = self.ggml.ggml_backend_graph_compute(self.device.backend, self.graph)
+        if status != 0:
+            raise GenerationFailed(
+                f"ggml could not compute a step (status {status}).", cure=f"{MEMORY_CURE}(NOODLE_STEP_TOKENS)."
+            )
+
+        for tensor, values in self._downloads:
+            self.ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+
+    def upload(self, tensor: int, values: npt.NDArray[Any]) -> None:
+        """Copy values into a tensor's memory."""
+        self.ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
+
+    def input(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Where a tensor's values are to be written before each time; `allocate` comes first."""
+        if self.device.is_host:
+            return self.array(tensor, shape, dtype)
+        self._uploads.append((tensor, np.zeros(shape, dtype)))
+        return self._uploads[-1][1]
+
+    def output(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Where a tensor's values are to be read after each time."""
+        if self.device.is_host:
+            return self.array(tensor, shape, dtype)
+        self._downloads.append((tensor, np.zeros(shape, dtype)))
+        return self._downloads[-1][1]
+
+    def array(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """A tensor's data in the machine's memory as an array, without a copy; only as long as this is open."""
+        items = int(np.prod(shape))
+        memory = (ctypes.c_uint8 * (items * np.dtype(dtype).itemsize)).from_address(self.data_of(tensor))
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Free what is ggml's, once."""
+        if self.allocator:
+            self.ggml.ggml_gallocr_free(self.allocator)
+            self.allocator = None
+        if self.context:
+            self.ggml.ggml_free(self.context)
+            self.context = None
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSlot:
+    """A mask of a graph: of which of its spans, for which window, with how many rows, and its tensor's first word."""
+
+    span: int
+    window: int
+    rows: int  # at least the span's tokens
+    word: int
+
+
+@dataclass
+class SlotTensors:
+    """The tensors of a graph that stand for sessions' rows: word indices of their fields, layer by layer, by span."""
+
+    key_data: list[list[int]] = field(default_factory=list)
+    value_data: list[list[int]] = field(default_factory=list)
+    key_count: list[list[int]] = field(default_factory=list)
+    value_count: list[list[int]] = field(default_factory=list)
+    key_written: list[list[int]] = field(default_factory=list)
+    value_written: list[list[int]] = field(default_factory=list)
+    key_target: list[list[int]] = field(default_factory=list)  # what is written into, which a card looks at
+    value_target: list[list[int]] = field(default_factory=list)
+    masks: list[MaskSlot] = field(default_factory=list)
+
+
+class SlotPatches:
+    """Writes where a step's sessions have their rows into a graph's tensors."""
+
+    def __init__(self, memory: GraphMemory, slots: SlotTensors, windows: Sequence[int], row_bytes: int) -> None:
+        self._memory = memory
+        self._row_bytes = row_bytes
+        self._masks = slots.masks
+        self._mask_memory: list[npt.NDArray[np.uint16]] = []  # until the step is computed
+        self._mask_on_card: dict[int, DeviceMemory] = {}  # by its tensor's word
+        self._windows = np.array([window or NO_WINDOW for window in windows], np.int64)[:, None]
+        self._areas = 2 * np.arange(len(windows), dtype=np.int64)[:, None]
+        addresses = [slots.key_data, slots.value_data, slots.key_written, slots.value_written]
+        self._is_host = memory.device.is_host
+        if not self._is_host:
+            addresses += [slots.key_target, slots.value_target]
+            # which memory an address is in: on a card it is not told by the address
+            self._buffer_fields = np.array(addresses, np.int64) - memory.at_data + memory.at_buffer
+        self._fields = np.array([slots.key_count, slots.value_count, *addresses], np.int64)
+        self._values = np.empty(self._fields.shape, np.int64)
+
+    def write(self, spans: Sequence[SpanRows]) -> None:
+        """For the spans of this step, in their order."""
+        address = np.array([span.address for span in spans], np.int64)
+        area_bytes = np.array([span.area_bytes for span in spans], np.int64)
+        first = np.array([span.first_position for span in spans], np.int64)
+        end = first + np.array([span.token_count for span in spans], np.int64)
+        # keys before all of a span's windows are left out
+        begin = np.maximum(first + 1 - self._windows, 0)
+        keys = address + self._areas * area_bytes
+        values = self._values
+        values[:2] = end - begin
+        values[2] = keys + begin * self._row_bytes
+        values[3] = values[2] + area_bytes
+        values[4] = keys + first * self._row_bytes
+        values[5] = values[4] + area_bytes
+        words = self._memory.words
+        if not self._is_host:
+            values[6:] = values[4:6]
+            words[self._buffer_fields] = np.array([span.buffer for span in spans], np.uint64)
+        words[self._fields] = values.view(np.uint64)
+        if self._masks:
+            self._mask_memory.clear()
+            for mask in self._masks:
+                self._write_mask(spans[mask.span], mask)
+
+    def _write_mask(self, span: SpanRows, slot: MaskSlot) -> None:
+        """Which keys each row of a span attends to, float16 [rows, keys]: 0, or minus infinity."""
+        memory, first, end = self._memory, span.first_position, span.first_position + span.token_count
+        window, at = slot.window or NO_WINDOW, slot.word
+        begin = max(0, first + 1 - window)
+        query_position = np.arange(first, end)[:, None]
+        key_position = np.arange(begin, end)[None]
+        masked = key_position > query_position
+        if end > window:
+            masked |= key_position <= query_position - window
+        mask = np.zeros((slot.rows, end - begin), np.uint16)
+        mask[: span.token_count] = masked * ROW_MASKED
+        self._mask_memory.append(mask)
+        memory.words[at + memory.at_sizes] = end - begin
+        row_bytes = 2 * (end - begin)
+        memory.words[at + memory.at_strides + 1] = row_bytes
+        memory.words[at + memory.at_strides + 2 : at + memory.at_strides + 4] = row_bytes * slot.rows
+        if self._is_host:
+            memory.words[at + memory.at_data] = mask.ctypes.data
+            return
+        held = self._mask_on_card.get(at)
+        if held is None or held.byte_count < mask.nbytes:
+            held = self._mask_on_card[at] = DeviceMemory(memory.device, 2 * mask.nbytes)
+        memory.words[at + memory.at_data], memory.words[at + memory.at_buffer] = held.address, held.buffer
+        memory.upload(memory.base + 8 * at, mask)

@@ -1,0 +1,282 @@
+"""A slice computed by ggml (design D13): packed batches in, hidden states or logits out; knows no file.
+
+One thread at a time computes with a slice. What ggml would end the process for is checked before it is called.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from noodle.errors import WireError
+from noodle.wire.frames import WireTensor
+from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
+from services.stage.executors.ggml.device import GgmlDevice
+from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SpanRows
+from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
+from services.stage.executors.ggml.layers import LAYER_TENSORS, SPAN_TENSORS, LayerGraph, SliceTensors
+from services.stage.executors.ggml.shape import ModelShape
+from services.stage.executors.ggml.small_batch import zero_lone_expert
+from services.stage.executors.ggml.weights import GgmlTensors
+from services.stage.executors.hidden_states import decode
+from services.stage.executors.kv_cache import KvCache
+
+Floats = npt.NDArray[np.float32]
+
+# kept between steps: enough for every number of decoding sessions, and a chunk beside them
+MAXIMUM_GRAPHS = 96
+MAXIMUM_GRAPH_BYTES = 256 << 20
+# Of steps with more tokens one is kept, until a smaller step comes: chunks of prompts are seldom of the same size, take
+# megabytes each, and so long to compute that it matters little to build one anew.
+LARGE_STEP_TOKENS = 32
+
+
+@dataclass
+class _StepGraph:
+    memory: GraphMemory
+    patches: SlotPatches
+    inputs: npt.NDArray[Any]  # token ids or hidden states
+    positions: npt.NDArray[np.int32]
+    output: Floats
+
+
+@dataclass
+class _HeadGraph:
+    memory: GraphMemory
+    inputs: Floats
+    logits: Floats
+
+
+class GgmlSlice:
+    """Layers [start_layer, end_layer) of one model; a `ModelSlice` (slice_interface.py)."""
+
+    dtype = "float32"  # of the hidden states it hands on
+
+    def __init__(
+        self,
+        device: GgmlDevice,
+        weights: GgmlTensors,
+        tensors: SliceTensors,
+        shape: ModelShape,
+        *,
+        start_layer: int,
+        end_layer: int,
+        bytes_read: int,
+        kv_budget_bytes: int | None = None,
+    ) -> None:
+        self.start_layer = start_layer
+        self.end_layer = end_layer
+        self.is_first = start_layer == 0
+        self.is_last = end_layer == shape.layer_count
+        self.hidden_size = shape.hidden_size
+        self.vocab_size = shape.vocab_size
+        self.bytes_read = bytes_read  # from disk, as stored there
+        self.weight_bytes = weights.byte_count
+        layers = end_layer - start_layer
+        self.kv_bytes_per_token = 2 * layers * tensors.row_bytes
+        self.counts_reservations = not device.is_host
+        self._ggml = device.ggml
+        self._device = device
+        self._weights = weights
+        self._tensors = tensors
+        self._shape = shape
+
+        def new_rows(reserve_tokens: int) -> GgmlRows | DeviceRows:
+            if device.is_host:
+                return GgmlRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes)
+            return DeviceRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes, device=device)
+
+        self._cache: KvCache[Any] = KvCache(
+            new_rows, kv_budget_bytes, self.kv_bytes_per_token, counts_reservations=self.counts_reservations
+        )
+        self._graphs: OrderedDict[tuple[bool, tuple[int, ...]], _StepGraph | _HeadGraph] = OrderedDict()
+        self._graph_bytes = 0
+        self._last_hidden: Floats = np.empty((0, self.hidden_size), np.float32)
+        self._finalizer = weakref.finalize(self, _free, device, weights, self._graphs)
+
+    def forward(self, batch: PackedBatch) -> SliceOutput:
+        """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
+        total_tokens = sum(span.token_count for span in batch.spans)
+        inputs = self._inputs(batch, total_tokens)
+        rows = self._open(batch.spans)
+        spans = [
+            SpanRows(each.address, each.buffer, each.area_bytes, span.first_position, span.token_count)
+            for each, span in zip(rows, batch.spans, strict=True)
+        ]
+        step = self._step_graph(inputs.ndim == 1, tuple(span.token_count for span in batch.spans))
+        step.inputs[...] = inputs
+        begin = 0
+        for span in batch.spans:
+            end = begin + span.token_count
+            step.positions[begin:end] = np.arange(span.first_position, span.first_position + span.token_count)
+            begin = end
+        step.patches.write(spans)
+        step.memory.compute()
+        for each, span in zip(rows, batch.spans, strict=True):
+            each.length = max(each.length, span.first_position + span.token_count)
+        hidden = step.output.copy()
+        if not self.is_last:
+            return SliceOutput(hidden_states=WireTensor("float32", hidden.shape, hidden.data.cast("B")))
+        self._last_hidden = hidden
+        return SliceOutput(logits=self.logits_of(batch.logits_rows))
+
+    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
+        """See slice_interface.py."""
+        self._cache.open(session_id, reserve_tokens, end)
+
+    def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
+        """See slice_interface.py."""
+        self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
+
+    def logits_of(self, rows: npt.NDArray[np.int64]) -> Floats:
+        """See slice_interface.py."""
+        if not self.is_last or not len(rows) or not len(self._last_hidden):
+            return np.empty((0, self.vocab_size), np.float32)
+        graph = self._head_graph(len(rows))
+        graph.inputs[...] = self._last_hidden[rows]
+        graph.memory.compute()
+        return graph.logits.copy()
+
+    def release(self, session_id: str) -> None:
+        """Free the KV rows of a session; one that it does not hold is fine."""
+        self._cache.release(session_id)
+
+    def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
+        """Let a session that holds rows have `tokens` of them, not computed: to measure steps far into a context."""
+        self._cache.open(session_id, tokens, tokens).fill_with_noise(tokens)
+
+    def kv_bytes_held(self) -> int:
+        """Bytes that KV rows of all sessions count for now."""
+        return self._cache.bytes_held()
+
+    def set_kv_budget(self, budget_bytes: int | None) -> None:
+        """The most bytes that sessions may hold from now on; None is no bound."""
+        self._cache.budget_bytes = budget_bytes
+
+    def close(self) -> None:
+        """Free all that ggml holds for this slice; it computes nothing after that."""
+        self._finalizer()
+
+    def _inputs(self, batch: PackedBatch, total_tokens: int) -> npt.NDArray[Any]:
+        """Token ids int32 [tokens] or hidden states float32 [tokens, hidden_size], checked."""
+        if self.is_first and batch.token_ids is not None:
+            ids = batch.token_ids
+            if len(ids) != total_tokens or (total_tokens and not 0 <= ids.min() <= ids.max() < self.vocab_size):
+                raise WireError(
+                    f"{len(ids)} token ids came for {total_tokens} tokens of a vocabulary of {self.vocab_size}."
+                )
+            return ids.astype(np.int32)
+        return decode(checked_hidden_states(self, batch))
+
+    def _open(self, spans: tuple[Span, ...]) -> list[Any]:
+        """Every span's session's rows; nothing is reserved if one is refused."""
+        if self._tensors.positions:
+            last = max(span.first_position + span.token_count for span in spans) - 1
+            if last >= self._shape.maximum_positions:
+                raise WireError(f"position {last} came, and this model has {self._shape.maximum_positions}.")
+        return self._cache.open_spans(spans)
+
+    def _step_graph(self, from_tokens: bool, counts: tuple[int, ...]) -> _StepGraph:
+        key = (from_tokens, counts)
+        if sum(counts) <= LARGE_STEP_TOKENS:
+            self._drop_large()
+        found = self._graphs.get(key)
+        if isinstance(found, _StepGraph):
+            self._graphs.move_to_end(key)
+            return found
+        made = self._new_step_graph(from_tokens, counts)
+        self._keep(key, made)
+        return made
+
+    def _new_step_graph(self, from_tokens: bool, counts: tuple[int, ...]) -> _StepGraph:
+        ggml, shape, tensors = self._ggml, self._shape, self._tensors
+        layers = self.end_layer - self.start_layer
+        memory = GraphMemory(self._device, 32 + layers * (self._layer_tensors() + SPAN_TENSORS * len(counts)))
+        build = LayerGraph(memory, shape, tensors, self.start_layer)
+        tokens = sum(counts)
+        positions = ggml.ggml_new_tensor_1d(memory.context, ggml.GGML_TYPE_I32, tokens)
+        if from_tokens:
+            inputs = ggml.ggml_new_tensor_1d(memory.context, ggml.GGML_TYPE_I32, tokens)
+        else:
+            inputs = ggml.ggml_new_tensor_2d(memory.context, ggml.GGML_TYPE_F32, self.hidden_size, tokens)
+        for tensor in (positions, inputs):
+            ggml.ggml_set_input(tensor)
+            ggml.ggml_set_output(tensor)  # its memory is given to nothing else
+        hidden = build.embed(inputs) if from_tokens else inputs
+        if self.is_first:
+            hidden = build.enter(hidden, positions)
+        output = build.layers(hidden, positions, counts)
+        ggml.ggml_set_output(output)
+        # in a model without rotary or learned positions nothing reads them
+        ggml.ggml_build_forward_expand(memory.graph, positions)
+        ggml.ggml_build_forward_expand(memory.graph, output)
+        memory.allocate()
+        zero_lone_expert(memory, build.lone_expert, tokens)
+        windows = shape.windows[self.start_layer : self.end_layer]
+        return _StepGraph(
+            memory,
+            SlotPatches(memory, build.slots, windows, tensors.row_bytes),
+            memory.input(
+                inputs, (tokens,) if from_tokens else (tokens, self.hidden_size), "<i4" if from_tokens else "<f4"
+            ),
+            memory.input(positions, (tokens,), "<i4"),
+            memory.output(output, (tokens, self.hidden_size), "<f4"),
+        )
+
+    def _layer_tensors(self) -> int:
+        return LAYER_TENSORS + 2 * self._shape.experts_per_token
+
+    def _head_graph(self, row_count: int) -> _HeadGraph:
+        key = (False, (-row_count,))  # no span has fewer than no tokens
+        found = self._graphs.get(key)
+        if isinstance(found, _HeadGraph):
+            self._graphs.move_to_end(key)
+            return found
+        ggml = self._ggml
+        memory = GraphMemory(self._device, 64)
+        inputs = ggml.ggml_new_tensor_2d(memory.context, ggml.GGML_TYPE_F32, self.hidden_size, row_count)
+        ggml.ggml_set_input(inputs)
+        build = LayerGraph(memory, self._shape, self._tensors, self.start_layer)
+        logits = build.head(inputs)
+        ggml.ggml_set_output(logits)
+        ggml.ggml_build_forward_expand(memory.graph, logits)
+        memory.allocate()
+        zero_lone_expert(memory, build.lone_expert, row_count)
+        made = _HeadGraph(
+            memory,
+            memory.input(inputs, (row_count, self.hidden_size), "<f4"),
+            memory.output(logits, (row_count, self.vocab_size), "<f4"),
+        )
+        self._keep(key, made)
+        return made
+
+    def _keep(self, key: tuple[bool, tuple[int, ...]], graph: _StepGraph | _HeadGraph) -> None:
+        """Keep a new graph, and free large ones, and those not used for longest when they are too many or too large."""
+        if sum(key[1]) > LARGE_STEP_TOKENS:
+            self._drop_large()
+        self._graphs[key] = graph
+        self._graph_bytes += graph.memory.byte_count
+        while len(self._graphs) > 1 and (len(self._graphs) > MAXIMUM_GRAPHS or self._graph_bytes > MAXIMUM_GRAPH_BYTES):
+            self._drop(next(iter(self._graphs)))
+
+    def _drop_large(self) -> None:
+        for key in [key for key in self._graphs if sum(key[1]) > LARGE_STEP_TOKENS]:
+            self._drop(key)
+
+    def _drop(self, key: tuple[bool, tuple[int, ...]]) -> None:
+        memory = self._graphs.pop(key).memory
+        self._graph_bytes -= memory.byte_count
+        memory.close()
+
+
+def _free(device: GgmlDevice, weights: GgmlTensors, graphs: OrderedDict[Any, _StepGraph | _HeadGraph]) -> None:
+    for graph in graphs.values():
+        graph.memory.close()
+    graphs.clear()
+    weights.close()
+    device.ggml.ggml_backend_free(device.backend)

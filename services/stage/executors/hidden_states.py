@@ -1,0 +1,83 @@
+"""Hidden states in the number format of a hop, which need not be the one a stage computes in; numpy, no torch.
+
+int8 is a format of hops alone: each token's row is its scale, a float32, and then one byte for each number, so rows can
+still be cut apart. A number too large for float16 becomes the largest there is; what is not finite stays so, because
+whoever computes with it must see that something overflowed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from noodle.wire.frames import SCALE_BYTES, WireTensor, row_bytes
+
+LARGEST_FLOAT16 = 65504.0
+LARGEST_INT8 = 127.0
+NOT_A_NUMBER_BFLOAT16 = 0x7FC0
+
+Rows = npt.NDArray[np.float32]  # [tokens, hidden_size]
+
+
+def encode(values: Rows, dtype: str) -> WireTensor:
+    """Rows as they cross a hop in `dtype`."""
+    values = np.ascontiguousarray(values, np.float32)
+    if dtype == "float32":
+        encoded: npt.NDArray[np.generic] = values
+    elif dtype == "float16":
+        encoded = _float16(values)
+    elif dtype == "bfloat16":
+        encoded = _bfloat16(values)
+    elif dtype == "int8":
+        encoded = _int8(values)
+    else:
+        raise ValueError(f"{dtype} is no format of hidden states")
+    data = encoded.view(np.uint8).reshape(-1).data if encoded.size else memoryview(b"")
+    return WireTensor(dtype, tuple(values.shape), data)
+
+
+def decode(tensor: WireTensor) -> Rows:
+    """The rows in float32 of a tensor that was checked (noodle.wire.frames); exact but for the product of int8."""
+    tokens, hidden_size = tensor.shape
+    if tensor.dtype == "bfloat16":
+        halves = np.frombuffer(tensor.data, np.uint16).astype(np.uint32)
+        return (halves << 16).view(np.float32).reshape(tensor.shape)
+    if tensor.dtype == "int8":
+        rows = np.frombuffer(tensor.data, np.uint8).reshape(tokens, row_bytes("int8", hidden_size))
+        scales = np.ascontiguousarray(rows[:, :SCALE_BYTES]).view(np.float32)
+        return rows[:, SCALE_BYTES:].view(np.int8) * scales
+    if tensor.dtype not in ("float32", "float16"):
+        raise ValueError(f"{tensor.dtype} is no format of hidden states")
+    return np.frombuffer(tensor.data, tensor.dtype).astype(np.float32, copy=False).reshape(tensor.shape)
+
+
+def recast(tensor: WireTensor, dtype: str) -> WireTensor:
+    """The same rows in another format; itself where it has that one."""
+    return tensor if tensor.dtype == dtype else encode(decode(tensor), dtype)
+
+
+def _float16(values: Rows) -> npt.NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    overflowed = np.isinf(halves) & np.isfinite(values)
+    if overflowed.any():
+        halves[overflowed] = np.copysign(np.float16(LARGEST_FLOAT16), halves[overflowed])
+    return halves
+
+
+def _bfloat16(values: Rows) -> npt.NDArray[np.uint16]:
+    """The upper half of a float32, rounded to the nearest and to the even one of two."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    rounded[np.isnan(values)] = NOT_A_NUMBER_BFLOAT16
+    return rounded
+
+
+def _int8(values: Rows) -> npt.NDArray[np.uint8]:
+    largest = np.abs(values).max(axis=1, initial=0.0, keepdims=True)
+    scales = (largest / LARGEST_INT8).astype(np.float32)
+    is_finite = np.isfinite(largest)
+    divisors = np.where(is_finite & (scales > 0), scales, np.float32(1))
+    numbers = np.rint(np.where(is_finite, values, 1) / divisors).astype(np.int8)
+    scales = np.where(is_finite, scales, np.float32(np.nan))
+    return np.concatenate([scales.view(np.uint8), numbers.view(np.uint8)], axis=1)

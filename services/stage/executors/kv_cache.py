@@ -1,0 +1,135 @@
+"""KV rows by session under a byte budget; knows sizes, neither what rows are made of nor models nor attention.
+
+A session's rows are allocated once, for as many tokens as it reserves, so that a served request, which knows how many
+that is, copies nothing. A session that reserves more later gets larger rows, and what is computed is copied.
+
+On a CPU the rows are pages that the system commits as they are written, so a session counts by what it has computed.
+The memory of a card can not be had like that: there it counts by what it reserves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, Self, TypeVar
+
+from noodle.errors import PositionGap, StepRefused
+from services.stage.executors.base import Span
+
+
+class Rows(Protocol):
+    """K and V of one session in every layer of a slice, rows 0 to `reserve_tokens`."""
+
+    reserve_tokens: int
+    counted_tokens: int  # in the budget
+    length: int  # rows [0, length) are computed in all layers
+    bytes_allocated: int
+
+    def grow(self, reserve_tokens: int) -> None:
+        """Make room for more tokens; computed rows are kept."""
+        ...
+
+    def copy_from(self, other: Self, tokens: int) -> None:
+        """Take the first rows of another session as one's own."""
+        ...
+
+
+AnyRows = TypeVar("AnyRows", bound=Rows)
+
+
+class KvCache(Generic[AnyRows]):
+    """The rows of all sessions of one slice, made by `new_rows(reserve_tokens)`; `budget_bytes` None is no bound."""
+
+    def __init__(
+        self,
+        new_rows: Callable[[int], AnyRows],
+        budget_bytes: int | None = None,
+        bytes_per_token: int = 0,
+        *,
+        counts_reservations: bool = False,
+    ) -> None:
+        self._new_rows = new_rows
+        self.budget_bytes = budget_bytes
+        self.bytes_per_token = bytes_per_token  # over all layers of the slice
+        self.counts_reservations = counts_reservations
+        self._sessions: dict[str, AnyRows] = {}
+        self._counted_tokens = 0
+
+    def open(self, session_id: str, reserve_tokens: int, end: int) -> AnyRows:
+        """The rows of a session that is to have them up to `end`, larger ones when it reserves more than before.
+
+        Raises StepRefused with reason `kv_budget` when that would pass the budget; nothing changes then.
+        """
+        rows = self._sessions.get(session_id)
+        counted = reserve_tokens if self.counts_reservations else end
+        more_tokens = max(0, counted - (rows.counted_tokens if rows else 0))
+        taken_bytes = self._counted_tokens * self.bytes_per_token
+        wanted_bytes = taken_bytes + more_tokens * self.bytes_per_token
+        if more_tokens and self.budget_bytes is not None and wanted_bytes > self.budget_bytes:
+            raise StepRefused(
+                f"session {session_id} needs {counted} tokens of KV cache ({counted * self.bytes_per_token} bytes), "
+                f"but {taken_bytes} of this stage's {self.budget_bytes} bytes are taken.",
+                reason="kv_budget",
+                cure="Wait for other requests to end, ask for fewer tokens, or raise NOODLE_KV_BYTES on this stage.",
+            )
+        if rows is None:
+            rows = self._sessions[session_id] = self._new_rows(reserve_tokens)
+        elif reserve_tokens > rows.reserve_tokens:
+            rows.grow(reserve_tokens)
+        rows.counted_tokens += more_tokens
+        self._counted_tokens += more_tokens
+        return rows
+
+    def open_spans(self, spans: Sequence[Span]) -> list[AnyRows]:
+        """The rows of each span of a step, checked; no session is left with rows that are new when one is refused."""
+        opened: list[str] = []
+        found: list[AnyRows] = []
+        try:
+            for span in spans:
+                if not self.holds(span.session_id):
+                    opened.append(span.session_id)
+                rows = self.open(span.session_id, span.reserve_tokens, span.first_position + span.token_count)
+                self.check_span(span.session_id, rows, span.first_position, span.token_count)
+                found.append(rows)
+        except Exception:
+            for session_id in opened:
+                self.release(session_id)
+            raise
+        return found
+
+    def copy(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
+        """Let a session have the first rows of another; raises PositionGap when that one has fewer, else as `open`."""
+        source = self._sessions.get(from_session_id)
+        if source is None or source.length < tokens:
+            raise PositionGap(f"session {from_session_id} has no {tokens} rows for session {to_session_id}.")
+        self.open(to_session_id, reserve_tokens, tokens).copy_from(source, tokens)
+
+    def check_span(self, session_id: str, rows: AnyRows, first_position: int, token_count: int) -> None:
+        """Refuse rows that were not reserved, or that leave a gap before them."""
+        if first_position > rows.length:
+            raise PositionGap(
+                f"session {session_id}: position {first_position} came, but only {rows.length} rows are computed."
+            )
+        if first_position + token_count > rows.reserve_tokens:
+            raise StepRefused(
+                f"session {session_id}: positions up to {first_position + token_count} came, "
+                f"but it reserved {rows.reserve_tokens}.",
+                reason="beyond_reserve",
+            )
+
+    def holds(self, session_id: str) -> bool:
+        """Whether rows are reserved for a session."""
+        return session_id in self._sessions
+
+    def release(self, session_id: str) -> None:
+        """Free a session's rows; one that holds none is fine."""
+        rows = self._sessions.pop(session_id, None)
+        if rows is not None:
+            self._counted_tokens -= rows.counted_tokens
+
+    def bytes_held(self) -> int:
+        """Bytes that the rows of all sessions count for."""
+        return self._counted_tokens * self.bytes_per_token
+
+    def bytes_allocated(self) -> int:
+        """Bytes of the rows that all sessions reserve, committed or not."""
+        return sum(rows.bytes_allocated for rows in self._sessions.values())

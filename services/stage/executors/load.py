@@ -1,0 +1,99 @@
+"""The one door to both executors: loads a slice by whichever a candidate names, and says why ggml can not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from noodle.errors import GgmlUnavailable
+from services.stage.executors.base import ModelSlice
+from services.stage.executors.candidate import Candidate
+from services.stage.executors.ggml.backend import ggml_build, ggml_version, load_ggml
+from services.stage.executors.ggml.families import ggml_lacks
+from services.stage.executors.reading import Fetch, Progress, ignore_progress, nothing_to_fetch
+
+
+def load_by(
+    candidate: Candidate,
+    folder: Path,
+    start_layer: int,
+    end_layer: int,
+    *,
+    device: str,
+    threads: int,
+    context_length: int,
+    cache_dir: Path | None,
+    progress: Progress = ignore_progress,
+    fetch: Fetch = nothing_to_fetch,
+) -> ModelSlice:
+    """Layers [start_layer, end_layer) of the model in `folder`, as the candidate computes them."""
+    if candidate.executor == "ggml":
+        from services.stage.executors.ggml.loading import load_ggml_slice
+
+        return load_ggml_slice(
+            folder,
+            start_layer,
+            end_layer,
+            weights=candidate.weights,
+            kv_dtype=candidate.kv_dtype,
+            context_length=context_length,
+            threads=threads,
+            device_name=ggml_device(device),
+            progress=progress,
+            fetch=fetch,
+            cache_dir=cache_dir,
+        )
+    from services.stage.executors.transformers.loading import load_slice  # takes seconds: torch and transformers
+
+    return load_slice(
+        folder,
+        start_layer,
+        end_layer,
+        device=device,
+        dtype=candidate.dtype,
+        context_length=context_length,
+        progress=progress,
+        fetch=fetch,
+    )
+
+
+def ggml_device(device: str) -> str:
+    """ggml's own name of what a stage computes on, as CUDA0 for cuda; raises GgmlUnavailable when it has no such."""
+    devices = load_ggml().devices
+    found = next((name for name in devices if name.rstrip("0123456789").lower() == device), None)
+    if found is None:
+        raise GgmlUnavailable(
+            f"this ggml computes on {', '.join(devices)} and not on {device}.",
+            cure=f"Build it for that (make ggml GGML_CMAKE_ARGS=-DGGML_{device.upper()}=ON, with its driver and tools "
+            "installed), or leave NOODLE_EXECUTOR at auto.",
+        )
+    return found
+
+
+def ggml_hindrance(config: dict[str, Any], device: str, *, is_asked_for: bool = True) -> str:
+    """Why ggml can not compute this model here, with the cure; empty when it can.
+
+    On a CUDA card it is compared only where it `is_asked_for`: what its kernels do there has not been seen, and some of
+    ggml's errors end the process.
+    """
+    if device == "cuda" and not is_asked_for:
+        return "on a CUDA card ggml computes where it is asked for (NOODLE_EXECUTOR=ggml)."
+    if lacks := ggml_lacks(config):
+        return f"{lacks.rstrip('.')}."
+    try:
+        ggml_device(device)
+    except GgmlUnavailable as error:
+        return str(error)
+    return ""
+
+
+def version_of(executor: str) -> str:
+    """Of the package that computes, on every machine the same."""
+    import torch
+
+    return f"ggml-python {ggml_version()}" if executor == "ggml" else f"torch {torch.__version__}"
+
+
+def build_of(executor: str) -> str:
+    """The version as this machine has it, for what is kept of its speed and its quality here."""
+    return f"{version_of(executor)} {ggml_build()}" if executor == "ggml" else version_of(executor)

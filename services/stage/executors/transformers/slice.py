@@ -1,0 +1,186 @@
+"""A slice computed by transformers' own modules with noodle's KV rows (design D4); knows tensors, not the network.
+
+One thread at a time computes with a slice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from noodle.errors import GenerationFailed
+from noodle.wire.frames import WireTensor
+from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
+from services.stage.executors.kv_cache import KvCache
+from services.stage.executors.transformers import attention
+from services.stage.executors.transformers.attention import AttentionSpan, StepSpans
+from services.stage.executors.transformers.kv_rows import SessionRows
+from services.stage.executors.transformers.linear import weight_bytes
+from services.stage.executors.transformers.model_cut import base_model_of
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
+
+
+class TransformersSlice:
+    """Layers [start_layer, end_layer) of one model; a `ModelSlice` (slice_interface.py)."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        start_layer: int,
+        end_layer: int,
+        layer_count: int,
+        device: str,
+        bytes_read: int,
+        kv_budget_bytes: int | None = None,
+    ) -> None:
+        self.start_layer = start_layer
+        self.end_layer = end_layer
+        self.is_first = start_layer == 0
+        self.is_last = end_layer == layer_count
+        self.hidden_size = int(model.config.hidden_size)
+        self.vocab_size = int(model.config.vocab_size)
+        self.bytes_read = bytes_read  # from disk, as stored there
+        self._model = model
+        self._base = base_model_of(model)
+        self._device = torch.device(device)
+        self._torch_dtype: torch.dtype = model.dtype
+        self.dtype = _NAMES[self._torch_dtype]
+        self.weight_bytes = weight_bytes(model)
+        self._base_output: Any = None  # of the last step, on the last stage
+        self._step_spans = StepSpans()
+        attention.attach(model, self._step_spans)
+        self._cache = KvCache(SessionRows)
+        self.kv_bytes_per_token = self._measured_kv_bytes_per_token()
+        self.counts_reservations = self._device.type != "cpu"
+        self._cache = KvCache(
+            SessionRows, kv_budget_bytes, self.kv_bytes_per_token, counts_reservations=self.counts_reservations
+        )
+
+    def forward(self, batch: PackedBatch) -> SliceOutput:
+        """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
+        total_tokens = sum(span.token_count for span in batch.spans)
+        inputs = self._inputs(batch)
+        attention_spans = self._attention_spans(batch.spans)
+        self._step_spans.spans = attention_spans
+        try:
+            with torch.inference_mode():
+                output = self._compute(inputs, batch)
+        except torch.OutOfMemoryError as error:
+            raise GenerationFailed(
+                f"{self._device} ran out of memory in a step of {total_tokens} tokens.",
+                cure="Give this stage fewer layers (NOODLE_SPLIT), less KV cache (NOODLE_KV_BYTES) or smaller steps "
+                "(NOODLE_STEP_TOKENS).",
+            ) from error
+        finally:
+            self._step_spans.spans = []
+        for span in attention_spans:
+            span.rows.length = max(span.rows.length, span.first_position + span.end - span.begin)
+        return output
+
+    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
+        """See slice_interface.py."""
+        self._cache.open(session_id, reserve_tokens, end)
+
+    def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
+        """See slice_interface.py."""
+        with torch.inference_mode():
+            self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
+
+    def logits_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """See slice_interface.py. The model's own way from hidden states to logits, soft caps and scales included."""
+        if self._base_output is None or not len(rows):
+            return np.empty((0, self.vocab_size), np.float32)
+        with torch.inference_mode():
+            chosen = self._base_output.last_hidden_state[:, torch.from_numpy(rows).to(self._device)]
+            given = type(self._base_output)(**{**self._base_output, "last_hidden_state": chosen})
+            self._base.forward = lambda *_arguments, **_options: given  # the layers have computed already
+            try:
+                logits = self._model(inputs_embeds=chosen, use_cache=False).logits[0]
+            finally:
+                del self._base.forward
+        return np.asarray(logits.float().cpu().numpy(), np.float32)
+
+    def release(self, session_id: str) -> None:
+        """Free the KV rows of a session; one that it does not hold is fine."""
+        self._cache.release(session_id)
+
+    def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
+        """Let a session that holds rows have `tokens` of them, not computed: to measure steps far into a context."""
+        rows = self._cache.open(session_id, tokens, tokens)
+        with torch.inference_mode():
+            for layer in rows.keys:
+                rows.keys[layer][:, :, :tokens].normal_()
+                rows.values[layer][:, :, :tokens].normal_()
+        rows.length = max(rows.length, tokens)
+
+    def kv_bytes_held(self) -> int:
+        """Bytes that KV rows of all sessions count for now."""
+        return self._cache.bytes_held()
+
+    def set_kv_budget(self, budget_bytes: int | None) -> None:
+        """The most bytes that sessions may hold from now on; None is no bound."""
+        self._cache.budget_bytes = budget_bytes
+
+    def _attention_spans(self, spans: tuple[Span, ...]) -> list[AttentionSpan]:
+        """Where each session's rows are in the packed axis and in the cache; nothing is reserved if one is refused."""
+        attention_spans: list[AttentionSpan] = []
+        begin = 0
+        for rows, span in zip(self._cache.open_spans(spans), spans, strict=True):
+            attention_spans.append(AttentionSpan(rows, begin, begin + span.token_count, span.first_position))
+            begin += span.token_count
+        return attention_spans
+
+    def _compute(self, inputs: dict[str, Any], batch: PackedBatch) -> SliceOutput:
+        inputs["position_ids"] = self._position_ids(batch.spans)
+        inputs["use_cache"] = False
+        self._base_output = None  # the last step's hidden states are free before this one's are made
+        output = self._base(**inputs)
+        if not self.is_last:
+            return SliceOutput(hidden_states=to_wire(output.last_hidden_state[0]))
+        self._base_output = output
+        return SliceOutput(logits=self.logits_of(batch.logits_rows))
+
+    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        if self.is_first and batch.token_ids is not None:
+            return {"input_ids": torch.from_numpy(batch.token_ids).to(self._device)[None]}
+        hidden_states = from_wire(checked_hidden_states(self, batch)).to(self._device, self._torch_dtype)
+        return {"inputs_embeds": hidden_states[None]}
+
+    def _position_ids(self, spans: tuple[Span, ...]) -> torch.Tensor:
+        positions = np.concatenate(
+            [np.arange(span.first_position, span.first_position + span.token_count) for span in spans]
+        )
+        return torch.from_numpy(positions)[None].to(self._device)
+
+    def _measured_kv_bytes_per_token(self) -> int:
+        """What one token of one session takes in all layers, learnt by computing one."""
+        span = Span("warm-up", first_position=0, token_count=1, reserve_tokens=1)
+        no_rows = np.zeros(0, np.int64)
+        if self.is_first:
+            batch = PackedBatch((span,), no_rows, token_ids=np.zeros(1, np.int64))
+        else:
+            zeros = torch.zeros(1, self.hidden_size, dtype=self._torch_dtype)
+            batch = PackedBatch((span,), no_rows, hidden_states=to_wire(zeros))
+        self.forward(batch)
+        return self._cache.bytes_allocated()
+
+
+def to_wire(tensor: torch.Tensor) -> WireTensor:
+    """A tensor as it crosses a hop; on a CPU its bytes are not copied."""
+    tensor = tensor.detach().cpu().contiguous()
+    data = tensor.view(torch.uint8).numpy().data.cast("B")
+    return WireTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+
+def from_wire(tensor: WireTensor) -> torch.Tensor:
+    """A tensor on the CPU from what crossed a hop."""
+    data = tensor.data
+    # torch shares memory only with buffers it may write to
+    buffer = bytearray(data) if data.readonly else data
+    return torch.frombuffer(buffer, dtype=DTYPES[tensor.dtype]).view(tensor.shape)

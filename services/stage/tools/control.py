@@ -1,0 +1,141 @@
+"""The unsplit model under transformers' generate(), timed: the control of `noodle bench`; knows no cluster.
+
+A process (`python -m services.stage.control`) that talks in JSON lines (noodle/measuring.py): a ControlQuestion, then
+a ControlRun for each run; a ControlLine answers each. It ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from noodle.cluster.measuring import ControlLine, ControlQuestion, ControlReady, ControlRun, ControlTimes, ProcessError
+from noodle.errors import ConfigurationError, GenerationFailed, NoodleError
+from services.stage.tools.reference import load_whole_model
+
+
+def main() -> int:
+    """Answer until standard input ends; exit status 1 after an error, which is the last line then."""
+    lines = iter(sys.stdin.buffer)
+    try:
+        control = Control(msgspec.json.decode(next(lines), type=ControlQuestion))
+        _say(ControlLine(ready=control.ready()))
+        for line in lines:
+            _say(ControlLine(times=control.run(msgspec.json.decode(line, type=ControlRun))))
+    except NoodleError as error:
+        _say(ControlLine(error=ProcessError(error.message, error.cure)))
+        return 1
+    return 0
+
+
+class Control:
+    """The unsplit model, loaded with the cores and threads that it may use."""
+
+    def __init__(self, question: ControlQuestion) -> None:
+        if question.cores:
+            os.sched_setaffinity(0, question.cores)  # before torch starts threads, which inherit it
+        try:
+            import torch
+        except ImportError as error:
+            raise ConfigurationError(
+                "The unsplit model needs torch, which is not installed here.",
+                cure="Use --no-control, or install noodle's extra `stage` (`make setup`).",
+            ) from error
+        torch.set_num_threads(question.threads)
+        self._question = question
+        try:
+            self._model = load_whole_model(
+                Path(question.folder), question.dtype, question.context_length, question.device
+            )
+        except torch.OutOfMemoryError as error:
+            raise _no_memory(question.device) from error
+
+    def ready(self) -> ControlReady:
+        """What it computes with, as it came out."""
+        import torch
+        import transformers
+
+        from services.stage.selection.device import device_name
+
+        return ControlReady(
+            device=self._question.device,
+            device_name=device_name(self._question.device, torch),
+            dtype=self._question.dtype,
+            threads=torch.get_num_threads(),
+            cores=len(os.sched_getaffinity(0)),
+            weight_bytes=int(self._model.get_memory_footprint(return_buffers=False)),
+            torch_version=str(torch.__version__),
+            transformers_version=str(transformers.__version__),
+        )
+
+    def run(self, run: ControlRun) -> ControlTimes:
+        """Generate from all prompts as one batch, greedily, past any end of text; they are of one length.
+
+        Raises GenerationFailed when the device runs out of memory, or other than the asked number of tokens came.
+        """
+        import torch
+
+        ids = torch.tensor(run.prompts, device=self._question.device)
+        arrivals = _Arrivals()
+        try:
+            with torch.inference_mode():
+                arrivals.start()
+                self._model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=run.new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                    streamer=arrivals,
+                )
+        except torch.OutOfMemoryError as error:
+            raise _no_memory(self._question.device) from error
+        if len(arrivals.seconds) != run.new_tokens:
+            raise GenerationFailed(f"generate() made {len(arrivals.seconds)} tokens instead of {run.new_tokens}.")
+        return ControlTimes(tuple(arrivals.seconds))
+
+
+class _Arrivals:
+    """A streamer for generate(): notes when each token of the batch is there."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start_seconds = 0.0
+        self._is_prompt = True  # it is handed over first
+
+    def start(self) -> None:
+        self._start_seconds = time.perf_counter()
+
+    def put(self, _tokens: Any) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+        else:
+            self.seconds.append(time.perf_counter() - self._start_seconds)
+
+    def end(self) -> None:
+        """Called by generate() after the last token."""
+
+
+def _no_memory(device: str) -> GenerationFailed:
+    return GenerationFailed(
+        f"The unsplit model does not fit into the memory of {device} beside the cluster's stages.",
+        cure="Use --no-control: a model that fits no machine whole is what the cluster is for.",
+    )
+
+
+def _say(line: ControlLine) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The stage's door for results on the direct way, GET /results: a stream that the coordinator reads.
+
+Knows connections and frames; not what is in a result. The client's end is `noodle/hop.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from noodle.wire.frames import whole_frame
+from noodle.wire.hop_client import KEEP_ALIVE_SECONDS, SILENCE_SECONDS
+from noodle.wire.messages import HopMessage, KeepAlive, StepResult
+
+log = logging.getLogger(__name__)
+
+WAITING_RESULTS = 256  # for a connection that has no room; more are not taken
+
+
+class ResultsOutlet:
+    """Hands results to the coordinator that reads them; without one they are dropped: it sends its steps again."""
+
+    def __init__(self, unread: Callable[[StepResult], object] = lambda _: None) -> None:
+        self._unread = unread  # takes results that a reader left behind
+        self._reader: ResultsReader | None = None  # the newest connection
+        self._lock = threading.Lock()
+
+    def put(self, result: StepResult) -> bool:
+        """Hand on one result; False when no coordinator takes it."""
+        reader = self._reader
+        return reader is not None and reader.put(result)
+
+    def serve(self, connection: socket.socket) -> Iterator[bytes]:
+        """The answer of one GET /results; a newer connection ends an older one."""
+        connection.settimeout(SILENCE_SECONDS)  # also what gunicorn writes: a reader that takes nothing is gone
+        reader = ResultsReader(connection)
+        self._replace(reader)
+        try:
+            yield whole_frame(KeepAlive())
+            # More is asked for, so gunicorn has sent the head and that frame. All others are written here and not
+            # yielded: a result is written by the worker itself, for a token would wait until another thread wakes up.
+            reader.serve()
+        finally:
+            with self._lock:
+                if self._reader is reader:
+                    self._reader = None
+            for result in reader.close():
+                self._unread(result)
+
+    def close(self) -> None:
+        """End the connection at once."""
+        self._replace(None)
+
+    def _replace(self, reader: ResultsReader | None) -> None:
+        with self._lock:
+            older, self._reader = self._reader, reader
+        if older is not None:
+            older.end()
+
+
+class ResultsReader:
+    """One coordinator's connection. Its bytes are written by whoever has a result, or by `serve` when it has no room.
+
+    Nobody waits for room while holding the lock, so a coordinator that reads nothing does not stop the worker.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = socket.socket(fileno=os.dup(connection.fileno()))
+        self._connection.setblocking(False)  # also without the wait for room that a timeout brings
+        # What is written after the other end has closed is lost without a word, the first time. It sends nothing, so
+        # whatever there is to read is its end.
+        self._gone, self._room = select.poll(), select.poll()
+        self._gone.register(connection, select.POLLIN | select.POLLRDHUP)
+        self._room.register(connection, select.POLLOUT)
+        self._changed = threading.Condition()  # held while writing: frames must not mix
+        self._waiting: deque[StepResult] = deque()
+        self._rest = b""  # of a chunk that the connection had no room for
+        self._begun = self._ended = False
+
+    def put(self, result: StepResult) -> bool:
+        """Write one result, or leave it to `serve`; False when nobody reads, or too many wait."""
+        with self._changed:
+            if self._ended or len(self._waiting) >= WAITING_RESULTS:
+                return False
+            if self._rest or self._waiting or not self._begun:
+                self._waiting.append(result)
+                return True
+            if self._gone.poll(0):
+                self._end()
+                return False
+            try:
+                self._write(_chunk(result))
+            except OSError as error:
+                log.info("a result can not be written: %s", error)
+                self._end()
+                return False
+            if self._rest:
+                self._changed.notify_all()
+            return True
+
+    def serve(self) -> None:
+        """Write keep-alives and what waits; returns when told to `end` or the reader has gone.
+
+        Raises TimeoutError when the reader takes nothing for SILENCE_SECONDS, OSError when it can not be written to.
+        """
+        self._begun = True
+        while True:
+            with self._changed:
+                has_work = self._changed.wait_for(self._has_work, KEEP_ALIVE_SECONDS)
+                if self._ended:
+                    return
+                if self._rest:
+                    self._write(self._rest)
+                elif self._waiting:
+                    if self._gone.poll(0):
+                        return
+                    self._write(_chunk(self._waiting.popleft()))
+                elif not has_work:
+                    self._write(_chunk(KeepAlive()))
+                is_full = bool(self._rest)
+            if is_full and not self._room.poll(SILENCE_SECONDS * 1000):
+                raise TimeoutError(f"the reader of results took nothing for {SILENCE_SECONDS:.0f} seconds")
+
+    def end(self) -> None:
+        """Write nothing more."""
+        with self._changed:
+            self._end()
+
+    def close(self) -> list[StepResult]:
+        """Write nothing more and let go of the connection; gives the results that nobody has written."""
+        with self._changed:
+            self._end()
+            self._connection.close()
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            return waiting
+
+    def _has_work(self) -> bool:
+        return self._ended or bool(self._rest) or bool(self._waiting)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._changed.notify_all()
+
+    def _write(self, chunk: bytes) -> None:
+        """As much as there is room for now; the rest is kept."""
+        try:
+            sent = self._connection.send(chunk)
+        except BlockingIOError:
+            sent = 0
+        self._rest = chunk[sent:]
+
+
+def _chunk(message: HopMessage) -> bytes:
+    """A frame as one chunk of the answer, as gunicorn would write it."""
+    frame = whole_frame(message)
+    return b"%x\r\n%b\r\n" % (len(frame), frame)

@@ -1,0 +1,318 @@
+"""A model folder with only the wanted tensors in it: fetched from the coordinator, checked, and kept (design D7).
+
+Each safetensors file stands at its full size with holes for what was never asked for, so that whoever reads a model's
+folder reads this one too. What has been checked is in `fetched.json`; a fetch that was cut goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import http.client
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from noodle.errors import LinkLost, ModelNotFound, StartError
+from noodle.model.files import DIGEST_NAME, digest_of_range
+from noodle.model.weight_manifest import (
+    FILES_PATH,
+    MANIFEST_BYTES_CAP,
+    MANIFEST_PATH,
+    TensorRange,
+    WeightManifest,
+)
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_SECONDS = 5.0
+READ_TIMEOUT_SECONDS = 30.0  # without a byte
+RETRY_FIRST_SECONDS = 0.5
+RETRY_LAST_SECONDS = 2.0
+LOCK_TIMEOUT_SECONDS = 3600.0  # another stage of this machine fetches the same model
+LOCK_POLL_SECONDS = 0.2
+PIECE_BYTES = 1 << 20
+NOTE_BYTES = 16 << 20  # how much a fetch that is cut may have to fetch again
+COMPANION_BYTES_CAP = 64 << 20
+FETCHED_NAME = "fetched.json"
+
+Progress = Callable[[int, int], None]  # bytes done and in all
+Value = TypeVar("Value")
+
+
+class Fetched(msgspec.Struct):
+    """What is on this disk: tensors whose digest was right, and how far those that were begun are."""
+
+    whole: set[str] = msgspec.field(default_factory=set)
+    begun: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+class WeightCache:
+    """One model of one coordinator, under `<cache_dir>/weights/<model digest>`.
+
+    Lost connections are tried again until `stopping`; everything else raises ModelNotFound or StartError.
+    """
+
+    def __init__(
+        self, cache_dir: Path, coordinator_url: str, cluster_token: str, stopping: threading.Event, machine: str
+    ) -> None:
+        self._root = cache_dir / "weights"
+        self._url, self._token, self._stopping, self._machine = coordinator_url, cluster_token, stopping, machine
+        self._manifest: WeightManifest | None = None
+        self.fetched_bytes = 0  # of tensors, by this process
+        self.waits_for = ""  # what hinders it now, for /health
+
+    @property
+    def manifest(self) -> WeightManifest:
+        """Of the model that `prepare` found."""
+        if self._manifest is None:
+            raise StartError("The weights were asked for before their manifest.")
+        return self._manifest
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder here."""
+        return self._root / self.manifest.model_digest
+
+    def prepare(self) -> Path:
+        """Make the folder with config, headers and holes; gives it. Waits for a coordinator that is not there yet."""
+        self._manifest = self._retried(self._fetch_manifest)
+        with self._disk(), self._locked():
+            fetched = self._fetched()
+            for companion in self.manifest.companions:
+                path = self.folder / companion.name
+                if not path.is_file() or digest_of_range(path, 0, path.stat().st_size) != companion.sha256:
+                    data = self._retried(partial(self._small, companion.name, companion.byte_count, companion.sha256))
+                    _write_whole(path, data)
+            for file in self.manifest.files:
+                path = self.folder / file.name
+                is_there = path.is_file() and path.stat().st_size == file.byte_count
+                if is_there and digest_of_range(path, 0, file.header_bytes) == file.header_sha256:
+                    continue
+                head = self._retried(partial(self._small, file.name, file.header_bytes, file.header_sha256))
+                path.unlink(missing_ok=True)
+                with path.open("wb") as holes:
+                    holes.write(head)
+                    holes.truncate(file.byte_count)
+                lost = {tensor.name for tensor in self.manifest.tensors if tensor.file == file.name}
+                fetched.whole -= lost
+                fetched.begun = {name: done for name, done in fetched.begun.items() if name not in lost}
+            self._note(fetched)
+            _write_whole(self.folder / DIGEST_NAME, self.manifest.model_digest.encode())
+        return self.folder
+
+    def ensure(self, names: Collection[str], progress: Progress) -> None:
+        """Have these tensors here, each with its right digest: what is kept is checked, what is not is fetched."""
+        by_name = {tensor.name: tensor for tensor in self.manifest.tensors}
+        missing = sorted(set(names) - by_name.keys())
+        if missing:
+            raise ModelNotFound(
+                f"{self._machine} needs the tensor {missing[0]}, which {self._url} does not have.",
+                cure="Run the same noodle version on every machine.",
+            )
+        wanted = sorted((by_name[name] for name in set(names)), key=lambda tensor: (tensor.file, tensor.first_byte))
+        total_bytes, done_bytes = sum(tensor.byte_count for tensor in wanted), 0
+        with self._disk(), self._locked():
+            fetched = self._fetched()
+            for tensor in wanted:
+                if tensor.name in fetched.whole and not self._is_right(tensor):
+                    log.warning("%s in %s is damaged: it is fetched again", tensor.name, self.folder / tensor.file)
+                    fetched.whole.discard(tensor.name)
+                if tensor.name not in fetched.whole:
+                    self._fetch_tensor(tensor, fetched, partial(_further, progress, done_bytes, total_bytes))
+                done_bytes += tensor.byte_count
+                progress(done_bytes, total_bytes)
+
+    def _fetch_tensor(self, tensor: TensorRange, fetched: Fetched, progress: Callable[[int], None]) -> None:
+        for is_last_try in (False, True):
+            self._retried(lambda: self._fetch_rest(tensor, fetched, progress))
+            fetched.begun.pop(tensor.name, None)
+            if self._is_right(tensor):
+                fetched.whole.add(tensor.name)
+                self._note(fetched)
+                return
+            self._note(fetched)
+            if is_last_try:
+                break
+            log.warning("the digest of %s does not match: it is fetched again", tensor.name)
+        raise ModelNotFound(
+            f"{tensor.name} came from {self._url} to {self._machine} twice with a wrong digest.",
+            cure="The model's files on the coordinator's machine have changed or are damaged: restart the coordinator.",
+        )
+
+    def _fetch_rest(self, tensor: TensorRange, fetched: Fetched, progress: Callable[[int], None]) -> None:
+        """Fetch what is missing of one tensor; how far it is stays noted when the connection is cut."""
+        done = min(fetched.begun.get(tensor.name, 0), tensor.byte_count)
+        noted = done
+        if done == tensor.byte_count:
+            return
+        path = self.folder / tensor.file
+        try:
+            with path.open("r+b") as file:
+                file.seek(tensor.first_byte + done)
+                first = tensor.first_byte + done
+                for piece in self._range(tensor.file, first, tensor.first_byte + tensor.byte_count):
+                    file.write(piece)
+                    done += len(piece)
+                    self.fetched_bytes += len(piece)
+                    fetched.begun[tensor.name] = done
+                    progress(done)
+                    if done - noted >= NOTE_BYTES:
+                        file.flush()
+                        self._note(fetched)
+                        noted = done
+        finally:
+            self._note(fetched)
+
+    def _is_right(self, tensor: TensorRange) -> bool:
+        return digest_of_range(self.folder / tensor.file, tensor.first_byte, tensor.byte_count) == tensor.sha256
+
+    # the coordinator
+
+    def _fetch_manifest(self) -> WeightManifest:
+        data = b"".join(self._get(MANIFEST_PATH, {}, 200, MANIFEST_BYTES_CAP))
+        try:
+            return msgspec.json.decode(data, type=WeightManifest)
+        except msgspec.MsgspecError as error:
+            raise StartError(
+                f"{self._url}{MANIFEST_PATH} answers something that is no manifest: {error}.",
+                cure="See that NOODLE_COORDINATOR_URL is the coordinator's, and that both run the same version.",
+            ) from error
+
+    def _small(self, name: str, byte_count: int, sha256: str) -> bytes:
+        if byte_count > COMPANION_BYTES_CAP * 2:
+            raise ModelNotFound(f"{name} on {self._url} says it has {byte_count} bytes.")
+        data = b"".join(self._range(name, 0, byte_count)) if byte_count else b""
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise LinkLost(f"{name} came from {self._url} with a wrong digest.")
+        return data
+
+    def _range(self, name: str, first: int, end: int) -> Iterator[bytes]:
+        """Bytes [first, end) of a file, in pieces; LinkLost when the connection is cut."""
+        got = 0
+        headers = {"Range": f"bytes={first}-{end - 1}"}
+        for piece in self._get(f"{FILES_PATH}/{quote(name)}", headers, 206, end - first):
+            got += len(piece)
+            yield piece
+        if got < end - first:
+            raise LinkLost(f"{self._url} ended after {got} of {end - first} bytes of {name}.")
+
+    def _get(self, path: str, headers: dict[str, str], status: int, maximum_bytes: int) -> Iterator[bytes]:
+        parts = urlsplit(self._url)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=CONNECT_TIMEOUT_SECONDS)
+        try:
+            connection.connect()
+            connection.sock.settimeout(READ_TIMEOUT_SECONDS)
+            connection.request("GET", path, headers={"Authorization": f"Bearer {self._token}", **headers})
+            answer = connection.getresponse()
+            if answer.status != status:
+                raise _refusal(self._url, path, answer)
+            left = maximum_bytes
+            while piece := answer.read(PIECE_BYTES):
+                left -= len(piece)
+                if left < 0:
+                    raise StartError(f"{self._url}{path} sent more than the {maximum_bytes} bytes that were asked for.")
+                yield piece
+        except (OSError, http.client.HTTPException) as error:
+            raise LinkLost(f"{self._url} can not be reached: {error or type(error).__name__}.") from error
+        finally:
+            connection.close()
+
+    def _retried(self, fetch: Callable[[], Value]) -> Value:
+        """Try until it works: a coordinator that is not there, or not ready, will be; a refusal is raised."""
+        wait_seconds = RETRY_FIRST_SECONDS
+        while True:
+            try:
+                value = fetch()
+            except LinkLost as error:
+                if str(error) != self.waits_for:
+                    log.info("waiting for the weights: %s", error)
+                self.waits_for = str(error)
+                if self._stopping.wait(wait_seconds):
+                    raise
+                wait_seconds = min(wait_seconds * 2, RETRY_LAST_SECONDS)
+                continue
+            self.waits_for = ""
+            return value
+
+    # this disk
+
+    def _fetched(self) -> Fetched:
+        try:
+            return msgspec.json.decode((self.folder / FETCHED_NAME).read_bytes(), type=Fetched)
+        except (OSError, msgspec.MsgspecError):  # nothing yet, or damaged: tensors are fetched again
+            return Fetched()
+
+    def _note(self, fetched: Fetched) -> None:
+        _write_whole(self.folder / FETCHED_NAME, msgspec.json.encode(fetched))
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Errors of the disk as what they are for a user."""
+        try:
+            yield
+        except OSError as error:
+            raise StartError(
+                f"{self._machine} can not keep the model's weights in {error.filename or self.folder}: "
+                f"{error.strerror or error}.",
+                cure="Free some room there, or set NOODLE_CACHE_DIR to a folder that can be written.",
+            ) from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process of this machine at a time; the system frees the lock when a process ends."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        end = time.monotonic() + LOCK_TIMEOUT_SECONDS
+        with (self.folder / "lock").open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > end:
+                        raise StartError(
+                            f"Another process has held {self.folder} for {LOCK_TIMEOUT_SECONDS:.0f} seconds.",
+                            cure="Look for a stage that hangs, and stop it.",
+                        ) from error
+                    self.waits_for = "another stage of this machine to fetch its weights"
+                    self._stopping.wait(LOCK_POLL_SECONDS)
+            self.waits_for = ""
+            yield
+
+
+def _further(progress: Progress, before_bytes: int, total_bytes: int, more_bytes: int) -> None:
+    progress(before_bytes + more_bytes, total_bytes)
+
+
+def _refusal(url: str, path: str, answer: http.client.HTTPResponse) -> LinkLost | StartError:
+    """What an answer means: one that is not ready may be asked again, one that refuses will do so again."""
+    text = answer.read(2000).decode("utf-8", "replace")
+    try:
+        text = str(msgspec.json.decode(text)["error"]["message"])
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        text = text[:200]
+    if answer.status == 401:
+        return StartError(
+            f"The coordinator at {url} refuses this machine's cluster token.",
+            cure="Set the same NOODLE_CLUSTER_TOKEN on every machine.",
+        )
+    if answer.status >= 500 or answer.status in (408, 429):
+        return LinkLost(f"{url} answers {answer.status}: {text}")
+    return StartError(
+        f"{url}{path} answers {answer.status}: {text}", cure="Run the same noodle version on every machine."
+    )
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_bytes(data)
+    beside.replace(path)

@@ -1,0 +1,337 @@
+"""How every noodle service stands behind gunicorn: one process, locked routes, errors as OpenAI's error object.
+
+Knows Flask and gunicorn, but none of the services. The master process imports nothing heavy: the worker makes the app.
+"""
+
+from __future__ import annotations
+
+import abc
+import hmac
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import msgspec
+from flask import Blueprint, Flask, Response, request
+from gunicorn.http.errors import ParseException
+from werkzeug.exceptions import HTTPException
+
+from noodle.config.variables import Address
+from noodle.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    NoodleError,
+    NotAuthenticated,
+    NotFound,
+    PortInUse,
+    RequestTooSlow,
+    StartError,
+    UnsupportedMediaType,
+)
+from noodle.logs import configure_logs
+from noodle.web.connection import ClientConnection
+
+log = logging.getLogger(__name__)
+
+START_REFUSED_EXIT_CODE = 3  # gunicorn's own code for a worker that can not boot: its master ends with it
+GRACE_SECONDS = 10  # from SIGTERM until open requests are cut
+KEEP_CONNECTION_SECONDS = 75  # idle connections between services
+WAITING_CONNECTIONS = 512  # that have no thread: a head to come, nothing to ask, an answer to be read
+HEAD_LINE_BYTES = 4094  # of a request's first line
+HEAD_FIELDS = 64
+HEAD_FIELD_BYTES = 8190
+
+
+class Service(abc.ABC):
+    """What `serve` runs: `create_app` is called in the worker, `start` after it, `stop` on SIGTERM."""
+
+    name: str
+    bind: Address
+    threads: int
+    log_format = "pretty"
+
+    @abc.abstractmethod
+    def create_app(self) -> Flask:
+        """Build the Flask app; raises StartError when it can not start as it is configured."""
+
+    @abc.abstractmethod
+    def start(self) -> None:
+        """Start the service's own threads; returns at once, so that /health answers from the first second."""
+
+    @abc.abstractmethod
+    def stop(self) -> None:
+        """Refuse new work and close every long-lived connection; called once, from a thread of its own."""
+
+
+def serve(service: Service) -> None:
+    """Run a service under gunicorn until SIGTERM; a StartError ends the process with one line on stderr."""
+    from gunicorn.app.base import BaseApplication
+
+    refuse_a_port_in_use(service.bind, service.name)
+
+    class Server(BaseApplication):  # type: ignore[misc]  # gunicorn publishes no types
+        def load_config(self) -> None:
+            settings = {
+                "bind": [str(service.bind)],
+                "workers": 1,
+                "worker_class": "noodle.web.server.DoorWorker",
+                "threads": service.threads,
+                "worker_connections": service.threads + WAITING_CONNECTIONS,
+                "limit_request_line": HEAD_LINE_BYTES,
+                "limit_request_fields": HEAD_FIELDS,
+                "limit_request_field_size": HEAD_FIELD_BYTES,
+                "preload_app": False,  # CUDA and threads do not survive a fork
+                "timeout": 0,  # it watches the main loop only, and a long native call is no fault
+                "graceful_timeout": GRACE_SECONDS,
+                "keepalive": KEEP_CONNECTION_SECONDS,
+                "control_socket_disable": True,  # its default place is not writable in a read-only container
+                "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,  # noqa: S108  # memory, not disk
+                "loglevel": "warning",
+                "proc_name": f"noodle {service.name}",
+                "post_worker_init": lambda _worker: _start_in_worker(service),
+            }
+            for key, value in settings.items():
+                self.cfg.set(key, value)
+
+        def load(self) -> Flask:
+            try:
+                return service.create_app()
+            except StartError as error:
+                end_process(service.name, error)
+
+    Server().run()
+
+
+def run_service(name: str, make: Callable[[], Service]) -> None:
+    """Configure, then serve; whatever stops the start is one line on stderr and exit code 3."""
+    try:
+        service = make()
+        configure_logs(name, service.log_format)
+        serve(service)
+    except StartError as error:
+        end_process(name, error)
+
+
+def _start_in_worker(service: Service) -> None:
+    """Start the service, and make SIGTERM stop it before gunicorn waits for open connections."""
+    gunicorns_handler = signal.getsignal(signal.SIGTERM)
+    stopping = threading.Event()
+
+    def terminate(number: int, frame: Any) -> None:
+        if not stopping.is_set():
+            stopping.set()
+            threading.Thread(target=service.stop, name="stop", daemon=True).start()
+        if callable(gunicorns_handler):
+            gunicorns_handler(number, frame)
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.siginterrupt(signal.SIGTERM, False)
+    service.start()
+
+
+def end_process(name: str, error: BaseException) -> NoReturn:
+    """End this worker and, by its exit code, gunicorn's master; whoever supervises starts the service again."""
+    text = str(error) if isinstance(error, NoodleError) else f"{type(error).__name__}: {error}"
+    print(f"noodle {name}: {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(START_REFUSED_EXIT_CODE)
+
+
+def start_loop(name: str, target: Callable[[], None], service_name: str) -> threading.Thread:
+    """A thread that must not die: when it does, it is logged and the process ends."""
+
+    def run() -> None:
+        try:
+            target()
+        except BaseException as error:
+            log.exception("the %s thread died", name)
+            end_process(service_name, error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def refuse_a_port_in_use(bind: Address, name: str) -> None:
+    """Raise PortInUse when another program listens there; gunicorn alone would try again for seconds."""
+    family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind.host, bind.port))
+        except OSError as error:
+            raise PortInUse(
+                f"The {name} can not listen on {bind}: {error.strerror}.",
+                cure=f"Stop the program that has port {bind.port}, or choose another with "
+                f"NOODLE_{name.upper()}_BIND (NOODLE_{name.upper()}_PORT for `noodle up`).",
+            ) from error
+
+
+def error_response(error: NoodleError, **beside: Any) -> Response:
+    """An error as OpenAI's error object, with fields `beside` it, and Retry-After where waiting helps."""
+    response = json_response({**beside, "error": error_object(error)}, error.http_status)
+    if error.retry_after_seconds is not None:
+        response.headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.http_status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def error_object(error: NoodleError) -> dict[str, Any]:
+    """`{message, type, param, code}`; the cure is part of the message."""
+    return {"message": str(error), "type": error.error_type, "param": error.param, "code": error.code}
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """A JSON body made by msgspec, which also takes its structs."""
+    return Response(msgspec.json.encode(value), status, mimetype="application/json")
+
+
+def say_success_is_false(routes: Blueprint) -> None:
+    """Errors of these routes carry `success: false` beside the error object, and are sent after the body was read."""
+
+    @routes.errorhandler(NoodleError)
+    def known(error: NoodleError) -> Response:
+        if error.http_status >= 500:
+            log.info("answered %d: %s", error.http_status, error)
+        return error_response(error, success=False)
+
+
+def install_error_handlers(app: Flask) -> None:
+    """Every error leaves as OpenAI's error object; one that is nobody's fault but ours is logged with its traceback."""
+
+    @app.errorhandler(NoodleError)
+    def known(error: NoodleError) -> Response:
+        if error.http_status >= 500:
+            log.info("answered %d: %s", error.http_status, error)
+        return error_response(error)
+
+    @app.errorhandler(HTTPException)
+    def from_flask(error: HTTPException) -> Response:
+        translated: NoodleError
+        if error.code == 404:
+            translated = NotFound(f"There is no {request.method} {request.path} here.", cure="See the README's routes.")
+        elif error.code == 405:
+            translated = MethodNotAllowed(f"{request.path} does not take {request.method}.")
+        elif error.code == 413:
+            translated = BodyTooLarge(f"The body is larger than the {request.max_content_length} bytes taken here.")
+        else:
+            translated = InvalidRequest(error.description or error.name)
+            translated.http_status = error.code or 400
+        response = error_response(translated)
+        if error.code == 405 and getattr(error, "valid_methods", None):
+            response.headers["Allow"] = ", ".join(error.valid_methods)  # type: ignore[attr-defined]  # checked above
+        return response
+
+    @app.errorhandler(Exception)
+    def unknown(error: Exception) -> Response:
+        log.exception("%s %s failed", request.method, request.path)
+        return error_response(NoodleError(f"An error inside noodle: {type(error).__name__}.", cure="See its log."))
+
+
+def bearer_token() -> str:
+    """The credential of this request, or an empty text."""
+    scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
+    return credential.strip() if scheme.lower() == "bearer" else ""
+
+
+def has_token(*accepted: str) -> bool:
+    """Whether this request carries one of the accepted, non-empty secrets; takes the same time for every wrong one.
+
+    One that does is let in: its body is waited for, and its connection may be kept.
+    """
+    given = bearer_token().encode()
+    matches = [hmac.compare_digest(given, secret.encode()) for secret in accepted if secret]
+    if not any(matches):
+        return False
+    let_in()
+    return True
+
+
+def require_token(*accepted: str) -> None:
+    """Raise NotAuthenticated unless this request carries one of the accepted secrets."""
+    if not has_token(*accepted):
+        raise NotAuthenticated(
+            "The key or cluster token is missing or wrong.", cure="Send it as `Authorization: Bearer ...`."
+        )
+
+
+def let_in() -> None:
+    """Say that whoever sent this request is no stranger; until then nothing of its body is waited for."""
+    if (connection := _connection()) is not None:
+        connection.let_in()
+
+
+def streaming_connection() -> ClientConnection:
+    """This request's connection, for a body or an answer without an end: its caller sets what silence it bears."""
+    connection: ClientConnection = request.environ["gunicorn.socket"]
+    connection.stream()
+    return connection
+
+
+def client_has_gone() -> bool:
+    """Whether the client of this request closed its connection; one that only has nothing more to send has not."""
+    connection = _connection()
+    takes_continue = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+    return connection is not None and connection.has_gone(takes_continue=takes_continue)
+
+
+def _connection() -> ClientConnection | None:
+    """None when not under gunicorn: Flask's test client sends all at once and never leaves."""
+    return request.environ.get("gunicorn.socket")
+
+
+def json_body(maximum_bytes: int, cure: str = "Send less, or raise NOODLE_MAX_BODY_BYTES.") -> bytes:
+    """The request's body, which must say that it is JSON (a browser can not send that across sites unasked)."""
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType(
+            f"The body is {request.mimetype or 'of no declared type'}.", cure="Send Content-Type: application/json."
+        )
+    return bounded_body(maximum_bytes, cure)
+
+
+def bounded_body(maximum_bytes: int, cure: str = "Send less.") -> bytes:
+    """The request's body of whatever type; a larger one is refused."""
+    announced_bytes = request.content_length
+    body = b"" if (announced_bytes or 0) > maximum_bytes else _received(maximum_bytes + 1)
+    if max(len(body), announced_bytes or 0) > maximum_bytes:
+        size = f"{announced_bytes}" if announced_bytes else f"more than {maximum_bytes}"
+        raise BodyTooLarge(
+            f"The body is {size} bytes, {request.path} takes {maximum_bytes} at most.",
+            cure=cure,
+        )
+    if announced_bytes is not None and len(body) < announced_bytes:
+        raise _logged(InvalidRequest(f"The body ended after {len(body)} of the {announced_bytes} bytes announced."))
+    return body
+
+
+def _received(maximum_bytes: int) -> bytes:
+    """So much of the body, or all of it; not by werkzeug, which makes every failure of the connection one error."""
+    try:
+        body: bytes = request.environ["wsgi.input"].read(maximum_bytes)
+    except ParseException as error:
+        raise _logged(InvalidRequest(f"The body's chunks are malformed: {error}.")) from error
+    except TimeoutError as error:
+        raise _logged(RequestTooSlow("The body did not come in time.", cure="Send it faster, or less.")) from error
+    except OSError as error:
+        raise _logged(InvalidRequest("The body was cut off.")) from error
+    return body
+
+
+def _logged(error: NoodleError) -> NoodleError:
+    log.info("%s %s from %s: %s", request.method, request.path, request.remote_addr, error)
+    return error
+
+
+def server_sent_event(value: Any, event: str = "", event_id: str = "") -> bytes:
+    """One event of a stream; `value` becomes JSON unless it is text already."""
+    data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    head = (f"id: {event_id}\n" if event_id else "") + (f"event: {event}\n" if event else "")
+    return f"{head}data: {data}\n\n".encode()

@@ -1,0 +1,46 @@
+"""What a chunk costs is learnt from chunks that were measured, whatever their sizes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.coordinator.engine.chunk_costs import ChunkCosts
+
+STEP_SECONDS = 0.02
+
+
+def learnt(chunks, fixed, each, per_row, *, repeated=10):
+    """From chunks (tokens, rows before them) on a stage of these costs."""
+    costs = ChunkCosts(STEP_SECONDS)
+    for _ in range(repeated):
+        for tokens, first in chunks:
+            rows = first + tokens / 2
+            costs.add(tokens, rows, fixed + tokens * (each + per_row * rows), STEP_SECONDS)
+    return costs
+
+
+def test_from_chunks_of_different_sizes_the_fixed_part_is_learnt_though_it_is_no_decode_step():
+    costs = learnt([(500, 0), (300, 500), (200, 800), (100, 1000), (50, 1100)], 0.05, 0.002, 1e-6)
+    assert costs.fixed_seconds == pytest.approx(0.05, rel=0.05)
+    assert costs.seconds(0, 1000) == pytest.approx(1000 * (0.002 + 1e-6 * 500), rel=0.02)
+
+
+def test_chunks_of_one_size_leave_the_fixed_part_as_the_decode_steps_tell_it():
+    costs = learnt([(100, 0), (100, 100), (100, 200)], STEP_SECONDS, 0.002, 1e-6)
+    assert costs.fixed_seconds == pytest.approx(STEP_SECONDS, rel=0.3)
+
+
+def test_the_tokens_that_fit_into_some_seconds_take_so_long():
+    costs = learnt([(500, 0), (300, 500), (50, 800)], 0.05, 0.002, 1e-6)
+    tokens = costs.tokens_within(400, 0.7)
+    assert costs.seconds(400, 400 + tokens) == pytest.approx(0.7, rel=0.02)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4000), st.floats(0, 1e5), st.floats(1e-6, 1e3)), max_size=30))
+def test_whatever_was_measured_no_part_is_below_nothing(measured):
+    costs = ChunkCosts(STEP_SECONDS)
+    for tokens, rows, seconds in measured:
+        costs.add(tokens, rows, seconds, STEP_SECONDS)
+    assert costs.fixed_seconds >= 0
+    assert costs.seconds(10, 500) >= 0
+    assert costs.tokens_within(10, 0.5) >= 0

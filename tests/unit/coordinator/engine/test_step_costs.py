@@ -1,0 +1,146 @@
+"""What is learnt of a step's costs, and how work is cut by it."""
+
+import pytest
+
+from noodle.wire.messages import StageTiming
+from services.coordinator.engine import step_costs
+from services.coordinator.engine.sequence import Limits
+from services.coordinator.engine.step_costs import (
+    DECODE_GAP_SECONDS,
+    SMALLEST_CHUNK_TOKENS,
+    TRIAL_INTERVAL_STEPS,
+    StepCosts,
+)
+
+
+def costs_of(*stages, tokens=(1, 4, 16)):
+    """Learnt from many decode steps of these (fixed, per token) stages."""
+    costs = StepCosts(Limits(1, len(stages), 1000, 1000, 0.05, 0.02))
+    for _ in range(80):  # fewer than until another cut is tried
+        for count in tokens:
+            timings = [StageTiming(i, 0.0, fixed + per * count, 0.0) for i, (fixed, per) in enumerate(stages)]
+            costs.add_decode(count, timings)
+    return costs
+
+
+def chunk_costs_of(*stages, chunk=100):
+    """Learnt from prompts cut alike on these (fixed, per token, per token and row) stages."""
+    costs = costs_of(*((fixed, 0.0) for fixed, _, _ in stages), tokens=(1,))
+    for _ in range(20):
+        for first in range(0, 2000, chunk):
+            rows = first + chunk / 2
+            timings = [
+                StageTiming(i, 0.0, fixed + chunk * (per + row * rows), 0.0)
+                for i, (fixed, per, row) in enumerate(stages)
+            ]
+            costs.add_chunks(chunk, rows, timings)
+    return costs
+
+
+def cut(costs, end, *, first=0, others_decode=False):
+    """The chunks of a prompt, one after the other."""
+    chunks, at, ends = [], first, costs.chunk_ends(first, end)
+    while at < end:
+        chunks.append(costs.chunk_tokens(at, ends, others_decode=others_decode))
+        at += chunks[-1]
+    assert at == end
+    return chunks
+
+
+def test_a_line_is_learnt_and_what_was_assumed_forgotten():
+    costs = costs_of((0.02, 0.003), (0.03, 0.001))
+    assert costs._decode[0].seconds(4) == pytest.approx(0.032, rel=1e-3)
+    assert costs._decode[1].seconds(10) == pytest.approx(0.04, rel=1e-3)
+
+
+def test_where_each_token_costs_the_stages_work_at_the_same_time():
+    assert costs_of((0.001, 0.01), (0.001, 0.01)).micro_batches(8) == 2
+
+
+def test_where_one_stage_does_nearly_all_one_step_of_all_is_best():
+    assert costs_of((0.05, 0.0001), (0.0005, 0.0001)).micro_batches(8) == 1
+
+
+def test_there_are_no_more_steps_than_sessions_or_stages():
+    costs = costs_of(*[(0.001, 0.01)] * 4)
+    assert [costs.micro_batches(count) for count in (1, 2, 3, 8)] == [1, 2, 3, 4]
+
+
+def test_a_long_prompt_is_cut_finely_where_a_chunks_fixed_part_is_small():
+    cheap, dear = (chunk_costs_of((fixed, 0.001, 0), (fixed, 0.001, 0)) for fixed in (0.01, 0.3))
+    assert len(cut(cheap, 2000)) == pytest.approx(14, abs=1)
+    assert len(cut(dear, 2000)) == pytest.approx(3, abs=1)
+
+
+def test_on_equal_stages_chunks_cost_the_same_though_later_tokens_attend_to_more_rows():
+    stage = (0.02, 0.001, 1e-6)
+    chunks, first, seconds = cut(chunk_costs_of(stage, stage), 2000), 0, []
+    for count in chunks:
+        seconds.append(count * (stage[1] + stage[2] * (first + count / 2)))
+        first += count
+    assert chunks == sorted(chunks, reverse=True)
+    assert max(seconds) < 1.1 * min(seconds)
+
+
+def test_a_prompt_whose_beginning_is_there_is_cut_by_what_is_left_of_it():
+    costs = chunk_costs_of((0.02, 0.001, 0), (0.02, 0.001, 0))
+    assert len(cut(costs, 2000, first=1600)) < len(cut(costs, 2000))
+
+
+def test_behind_a_slow_stage_the_last_chunks_are_small_and_before_one_the_first():
+    slow, quick = (0.02, 0.002, 0), (0.015, 0.0014, 0)
+    shrinking, growing = cut(chunk_costs_of(slow, quick), 2000), cut(chunk_costs_of(quick, slow), 2000)
+    assert shrinking == sorted(shrinking, reverse=True)
+    assert growing == sorted(growing)
+    assert shrinking[0] > 2 * shrinking[-1]
+    assert growing[-1] > 2 * growing[0]
+
+
+def test_one_stage_takes_a_prompt_whole_unless_it_keeps_others_waiting():
+    costs = chunk_costs_of((0.01, 0.001, 0))
+    assert cut(costs, 500) == [500]
+    assert cut(costs, 500, others_decode=True)[0] == pytest.approx((DECODE_GAP_SECONDS - 0.01) / 0.001, rel=0.05)
+    slow = chunk_costs_of((1.0, 0.01, 0))
+    assert cut(slow, 500, others_decode=True)[0] == SMALLEST_CHUNK_TOKENS
+
+
+def test_timings_of_fewer_stages_than_the_plan_has_teach_nothing():
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    before = costs._decode[0].seconds(1)
+    costs.add_decode(1, [StageTiming(0, 0.0, 9.0, 0.0)])
+    assert costs._decode[0].seconds(1) == before
+
+
+def test_costs_that_jump_are_known_by_their_number_of_tokens():
+    """As they do on a CPU: one row by one kernel, more by another, and four cost no more than two."""
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    seconds = {1: 0.015, 2: 0.024, 4: 0.020, 8: 0.021}
+    for _ in range(5):
+        for count, each in seconds.items():
+            costs.add_decode(count, [StageTiming(i, 0.0, each, 0.0) for i in range(2)])
+    assert [costs.micro_batches(count) for count in (2, 4, 8)] == [2, 1, 2]
+
+
+def test_now_and_then_every_cut_is_tried():
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    tried = set()
+    for _ in range(3 * TRIAL_INTERVAL_STEPS):
+        tried.add(costs.micro_batches(8))
+        costs.add_decode(4, [StageTiming(i, 0.0, 0.02, 0.0) for i in range(2)])
+    assert tried == {1, 2}
+
+
+def test_where_a_prompt_is_cut_is_found_once_until_a_chunk_is_measured_and_remembered_of_few(monkeypatch):
+    asked = []
+    monkeypatch.setattr(step_costs, "chunk_shares", lambda *_: asked.append(1) or (1.0,))
+    monkeypatch.setattr(step_costs, "KNOWN_ENDS", 3)
+    costs = StepCosts(Limits(1, 2, 1000, 1000, 0.05, 0.02))
+    for _ in range(5):
+        assert costs.chunk_ends(0, 500) == (500,)
+    assert len(asked) == 1
+    costs.add_chunks(100, 50.0, [StageTiming(i, 0.0, 0.1, 0.0) for i in range(2)])
+    costs.chunk_ends(0, 500)
+    assert len(asked) == 2
+    for end in range(100, 120):
+        costs.chunk_ends(0, end)
+    assert len(costs._ends) <= 3

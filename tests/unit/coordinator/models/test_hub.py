@@ -1,0 +1,224 @@
+"""The hub's client against a small hub on loopback: only the few routes it asks."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from safetensors.numpy import save
+
+from noodle.errors import ModelNotFound, NotWritable, StartError, UnsupportedModel
+from services.coordinator.models import hub as model_hub
+from services.coordinator.models.hub import is_hub_id, wanted_files
+from services.coordinator.models.progress import Progress
+from services.coordinator.models.store import prepare_model
+from tests.support.tiny_gguf import TinyLlama, tiny_weights
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """What the loopback hub holds, and what it was asked for."""
+
+    files: dict[str, bytes]
+    status: int = 200
+    error_code: str = ""
+    fetched: list[str] = field(default_factory=list)
+
+
+def make_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            path = unquote(self.path.partition("?")[0])
+            if hub.status != 200:
+                self.send(hub.status, b"{}", {"X-Error-Code": hub.error_code, "X-Error-Message": "refused"}, body)
+            elif path.startswith("/api/models/"):
+                siblings = [{"rfilename": name, "size": len(content)} for name, content in hub.files.items()]
+                tree = [
+                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for name, content in hub.files.items()
+                ]
+                info = {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings, "tags": []}
+                self.send(200, json.dumps(tree if "/tree/" in path else info).encode(), {}, body)
+            elif (name := path.rpartition("/")[2]) not in hub.files:
+                self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+            else:
+                content = hub.files[name]
+                if body:
+                    hub.fetched.append(name)
+                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                self.send(200, content, headers, body)
+
+        def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def log_message(self, *_arguments: object) -> None:
+            return
+
+    return Handler
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    import huggingface_hub.constants
+
+    held = Hub(
+        {
+            "config.json": b"{}",
+            "tokenizer.json": b'{"version": "1.0"}',
+            "model.safetensors": save(tiny_weights(TinyLlama())),
+            "pytorch_model.bin": b"pickle",
+            "modeling_tiny.py": b"print('ran')",
+            "README.md": b"",
+        }
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(held))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield held
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def silent(_progress: Progress) -> None:
+    return None
+
+
+def test_only_safetensors_config_and_tokenizer_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    prepared = prepare_model("org/tiny", tmp_path, silent)
+    assert prepared.name == "tiny"
+    assert {path.name for path in prepared.folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert (prepared.folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+    assert sorted(hub.fetched) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_second_start_asks_the_hub_nothing(hub: Hub, tmp_path: Path) -> None:
+    first = prepare_model("org/tiny", tmp_path, silent)
+    hub.status = 500
+    assert prepare_model("org/tiny", tmp_path, silent) == first
+
+
+def test_a_download_that_was_broken_off_is_finished(hub: Hub, tmp_path: Path) -> None:
+    folder = prepare_model("org/tiny", tmp_path, silent).folder
+    (folder / "model.safetensors").unlink()
+    assert (prepare_model("org/tiny", tmp_path, silent).folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said", "cure"),
+    [
+        (404, "RepoNotFound", "has no model org/tiny", "spelling"),
+        (404, "RevisionNotFound", "no such revision", "branches"),
+        (403, "GatedRepo", "is gated", "HF_TOKEN"),
+        (500, "", "could not be fetched", "Connect this machine"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_the_cure(
+    hub: Hub, tmp_path: Path, status: int, code: str, said: str, cure: str
+) -> None:
+    hub.status, hub.error_code = status, code
+    with pytest.raises(ModelNotFound, match=said) as caught:
+        prepare_model("org/tiny@main", tmp_path, silent)
+    assert cure in caught.value.cure
+
+
+def test_a_hub_that_can_not_be_reached_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelNotFound, match="could not be fetched from the hub") as caught:
+        prepare_model("org/tiny", tmp_path, silent)
+    assert "a folder or a .gguf file" in caught.value.cure
+
+
+def test_a_repository_of_pickle_alone_is_refused_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    del hub.files["model.safetensors"]
+    with pytest.raises(UnsupportedModel, match="no weights as safetensors"):
+        prepare_model("org/tiny", tmp_path, silent)
+    assert hub.fetched == []
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = model_hub.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(model_hub.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(StartError, match="1000 free"):
+        prepare_model("org/tiny", tmp_path, silent)
+    assert hub.fetched == []
+
+
+def test_a_cache_that_can_not_be_written_is_not_blamed_on_the_network(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "hub").write_text("not a folder")
+    with pytest.raises(NotWritable, match="can not be written") as caught:
+        prepare_model("org/tiny", tmp_path, silent)
+    assert str(tmp_path / "hub") in caught.value.message
+    assert "NOODLE_CACHE_DIR" in caught.value.cure
+
+
+def test_a_download_that_can_only_not_be_noted_is_used(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_space(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_hub, "_remember", no_space)
+    assert prepare_model("org/tiny", tmp_path, silent).folder.is_dir()
+    assert "No space left on device" in caplog.text
+
+
+def test_variants_of_the_same_weights_are_left_out() -> None:
+    sizes = dict.fromkeys(
+        ["config.json", "model.safetensors", "model.fp16.safetensors", "consolidated.safetensors", "onnx/config.json"],
+        1,
+    )
+    assert set(wanted_files(sizes, "org/tiny")) == {"config.json", "model.safetensors"}
+
+
+def test_all_shards_of_an_index_are_wanted() -> None:
+    sizes = dict.fromkeys(
+        ["config.json", "model.safetensors.index.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors"], 1
+    )
+    assert wanted_files(sizes, "org/tiny") == sizes
+
+
+@pytest.mark.parametrize(
+    ("model", "is_one"),
+    [
+        ("org/name", True),
+        ("HuggingFaceTB/SmolLM2-1.7B@refs/pr/3", True),
+        ("name", False),
+        ("./name", False),
+        ("../name", False),
+        ("/a/b", False),
+        ("a/b/c", False),
+        ("a/.b", False),
+    ],
+)
+def test_a_hub_id_is_told_from_a_path(model: str, is_one: bool) -> None:
+    assert is_hub_id(model) is is_one

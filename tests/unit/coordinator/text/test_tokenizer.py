@@ -1,0 +1,330 @@
+"""The same ids, texts and prompts as transformers gives, from the same folder; and refusals that say what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedModel
+from services.coordinator.text.tokenizer import Tokenizer
+from tests.support.made_tokenizers import (
+    CHAT_TEMPLATE,
+    byte_level_tokenizer,
+    sentencepiece_tokenizer,
+    write_tokenizer_folder,
+)
+from tests.support.real_model import real_model_folder
+
+CONTEXT = 8192
+TEXTS = [
+    "hello world",
+    " leading and trailing ",
+    "naïve café, 你好, 👩‍👩‍👧‍👦 €€€",
+    "def f(x):\n\treturn x ** 2  # 12345\n\n\n",
+    "<s>special</s> <|user|> <think> <|im_end|>text",
+    "",
+]
+CONVERSATIONS: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": 'Hi <b> & "you" it\'s {{ 7 * 7 }} 你好'}],
+    [{"role": "system", "content": " short "}, {"role": "user", "content": "a\n"}],
+    [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": ""},
+    ],
+]
+
+
+def theirs(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def assert_like_transformers(folder: Path) -> None:
+    ours, reference = Tokenizer(folder), theirs(folder)
+    for text in TEXTS:
+        for add_special_tokens in (True, False):
+            ids = ours.encode(text, add_special_tokens, CONTEXT)
+            assert ids == reference.encode(text, add_special_tokens=add_special_tokens), text
+            for skip in (True, False):
+                assert ours.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip)
+    assert {token_id for token_id in range(ours.vocabulary_size) if ours.is_special(token_id)} == {
+        token_id for token_id, token in reference.added_tokens_decoder.items() if token.special
+    }
+    assert reference.eos_token_id in ours.eos_token_ids
+    if not reference.chat_template:
+        return
+    for messages in CONVERSATIONS:
+        for add_generation_prompt in (True, False):
+            prompt = ours.apply_chat_template(messages, add_generation_prompt)
+            assert prompt == reference.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            assert (
+                ours.encode(prompt, False, CONTEXT)
+                == reference.apply_chat_template(
+                    messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
+                )["input_ids"]
+            )
+
+
+@pytest.mark.model
+def test_the_real_models_tokenizer_gives_what_transformers_gives() -> None:
+    assert_like_transformers(real_model_folder())
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"add_bos_token": True},
+        {"add_bos_token": False},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"add_eos_token": True},
+        {"eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False, "rstrip": False}},
+        {"eos_token": "he"},  # a word of the vocabulary becomes special by being named
+        {"unk_token": None, "pad_token": "</s>"},
+    ],
+    ids=str,
+)
+def test_a_made_tokenizer_gives_what_transformers_gives(tmp_path: Path, make: Any, settings: dict[str, Any]) -> None:
+    if settings.get("eos_token") == "he" and make is sentencepiece_tokenizer:
+        settings = {"eos_token": "▁he"}
+    assert_like_transformers(write_tokenizer_folder(tmp_path, make(), chat_template=CHAT_TEMPLATE, **settings))
+
+
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "LlamaTokenizerFast"])
+@pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}], ids=str)
+def test_a_llama_tokenizer_of_any_age_gives_what_transformers_gives(
+    tmp_path: Path, tokenizer_class: str, settings: dict[str, Any]
+) -> None:
+    settings = {"tokenizer_class": tokenizer_class, "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE, **settings}
+    assert_like_transformers(write_tokenizer_folder(tmp_path / "sentencepiece", sentencepiece_tokenizer(), **settings))
+    settings["unk_token"] = None
+    assert_like_transformers(write_tokenizer_folder(tmp_path / "byte_level", byte_level_tokenizer(), **settings))
+
+
+def test_tokens_that_only_tokenizer_config_lists_are_added(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    listed = {str(token_id): _flags(token) for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+    listed[str(size)] = {
+        "content": "<|im_end|>",
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    folder = write_tokenizer_folder(tmp_path, tokenizer, added_tokens_decoder=listed, eos_token="<|im_end|>")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": size + 1}))
+    assert_like_transformers(folder)
+    assert Tokenizer(folder).encode("<|im_end|>", False, CONTEXT) == [size]
+
+
+def _flags(token: Any) -> dict[str, Any]:
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {name: getattr(token, name) for name in names}
+
+
+def test_truncation_and_padding_written_in_the_file_do_not_count(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=100)
+    folder = write_tokenizer_folder(tmp_path, tokenizer)
+    assert Tokenizer(folder).decode(Tokenizer(folder).encode("hello world", False, CONTEXT)) == "hello world"
+
+
+TEMPLATES = {
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "tojson": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ '<&>' | tojson }}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "dict": "{% set d = dict(a=1) %}{{ d.a }}{{ tools is none }}{{ documents is none }}",
+    "time": "{{ strftime_now('%Y') }}",
+    "generation": (
+        "{% for m in messages %}\n  {% generation %}{% set x = m.content %}{{ x }}{% endgeneration %}\n{% endfor %}"
+        "{{ x }}"
+    ),
+    "tokens": "{{ bos_token }}{{ eos_token }}[{{ pad_token }}]{% if unk_token is defined %}unk{% endif %}",
+    "whitespace": "\n\n{%- for m in messages %}\n   {% if true %}\n   x {{ m.role }}\n{% endif %}\n{% endfor %}\n\n",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("place", ["config", "named", "file"])
+def test_a_template_is_rendered_as_transformers_renders_it(tmp_path: Path, template: str, place: str) -> None:
+    settings: dict[str, Any] = {}
+    if place == "config":
+        settings["chat_template"] = template
+    elif place == "named":
+        other = {"name": "rag", "template": "wrong"}
+        settings["chat_template"] = [other, {"name": "default", "template": template}]
+    else:
+        settings["chat_template"] = "wrong"
+    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer(), **settings)
+    if place == "file":
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    ours, reference = Tokenizer(folder), theirs(folder)
+    for messages in CONVERSATIONS:
+        assert ours.apply_chat_template(messages) == reference.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+
+def tokenizer_with(folder: Path, **settings: Any) -> Tokenizer:
+    return Tokenizer(write_tokenizer_folder(folder, byte_level_tokenizer(), **settings))
+
+
+def test_a_model_without_a_template_names_the_other_route(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no chat template") as caught:
+        tokenizer_with(tmp_path).apply_chat_template(CONVERSATIONS[0])
+    assert "/v1/completions" in caught.value.cure
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[7].content }}", "no element 7"),
+        ("{{ messages[0].content + 1 }}", "concatenate"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "__class__"),
+        ("{{ namespace(_hidden=1) }}", "_hidden"),
+    ],
+)
+def test_what_a_template_refuses_is_the_requests_fault(tmp_path: Path, template: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        tokenizer_with(tmp_path, chat_template=template).apply_chat_template(CONVERSATIONS[0])
+    assert message in caught.value.message
+    assert caught.value.param == "messages"
+
+
+def test_a_template_that_is_no_jinja_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="chat template"):
+        tokenizer_with(tmp_path, chat_template="{% for %}")
+
+
+def test_a_text_that_can_not_fit_is_refused_before_it_is_tokenised(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path)
+    with pytest.raises(ContextTooLong) as caught:
+        tokenizer.encode("x" * 5_000_000, False, 100)
+    assert "5000000 characters" in caught.value.message
+    assert "100 tokens" in caught.value.message
+    longest = "<|assistant|>" * 100
+    assert len(tokenizer.encode(longest, False, 100)) == 100
+
+
+def test_the_fewest_tokens_of_texts_are_never_more_than_they_have(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path)
+    for texts in (["<|assistant|>" * 50], ["x" * 100, "", "yy"], [""]):
+        fewest = tokenizer.fewest_tokens(texts)
+        assert fewest <= len(tokenizer.encode("".join(texts), False, 10_000))
+        assert fewest >= len("".join(texts)) // 20
+
+
+def with_embeddings(folder: Path, count: int, **changes: Any) -> Path:
+    """A folder of 265 tokens of text and six added ones, and a model that has so many embeddings."""
+    write_tokenizer_folder(folder, byte_level_tokenizer(), **changes)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": count}))
+    return folder
+
+
+def test_an_added_token_without_an_embedding_is_refused_when_it_comes(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(with_embeddings(tmp_path, 268))
+    with pytest.raises(InvalidRequest, match="no embedding"):
+        tokenizer.encode("<|assistant|>", False, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "token"),
+    [
+        (200, {}, "the id 266"),
+        (266, {}, "'</s>'"),  # the end of an answer
+        (268, {"chat_template": CHAT_TEMPLATE}, "'<|assistant|>'"),  # of every chat
+    ],
+)
+def test_a_tokenizer_of_another_model_stops_the_start_by_name_and_with_the_cure(
+    tmp_path: Path, count: int, changes: dict[str, str], token: str
+) -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        Tokenizer(with_embeddings(tmp_path, count, **changes))
+    assert str(tmp_path / "tokenizer.json") in caught.value.message
+    assert token in caught.value.message
+    assert f"{count} embeddings" in caught.value.message
+    assert "belong to the model" in caught.value.cure
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "config_eos", "expected"),
+    [
+        ({"eos_token_id": 7}, 8, {7}),
+        ({"eos_token_id": [7, 9]}, 8, {7, 9}),
+        ({}, [8, 9], {8, 9}),
+        ({"eos_token_id": None}, 8, {8}),
+        (None, None, set()),
+    ],
+)
+def test_the_ends_are_those_the_model_names_and_the_tokenizers_own(
+    tmp_path: Path, generation_config: dict[str, Any] | None, config_eos: Any, expected: set[int]
+) -> None:
+    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": config_eos}))
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    own = byte_level_tokenizer().token_to_id("</s>")
+    assert Tokenizer(folder).eos_token_ids == {*expected, own}
+
+
+def test_the_sizes_of_a_model_of_several_parts_stand_in_its_text_config(tmp_path: Path) -> None:
+    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
+    (folder / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 999, "eos_token_id": 5}}))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.vocabulary_size == 999
+    assert 5 in tokenizer.eos_token_ids
+
+
+def test_without_a_config_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
+    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
+    (folder / "config.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert Tokenizer(folder).vocabulary_size == byte_level_tokenizer().get_vocab_size(with_added_tokens=True)
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"tokenizer\.json") as caught:
+        Tokenizer(tmp_path)
+    assert "save_pretrained" in caught.value.cure
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"model": 1}', b"\xff\xfe"])
+def test_a_broken_tokenizer_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ModelNotFound, match=r"tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_a_broken_companion_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelNotFound, match=name.replace(".", r"\.")):
+        Tokenizer(folder)
+
+
+def test_a_tokenizer_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, services.coordinator.text.tokenizer; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,199 @@
+"""What images and containers are made from: what they share and lock, and what old engines can not read."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from noodle import __version__
+from noodle.config.variables import VARIABLES
+from services.cli.project.machine_settings import DEFAULT_PORTS, PORTS
+
+ROOT = Path(__file__).parents[3]
+CPU, GPU = (ROOT / f"Dockerfile.{kind}" for kind in ("cpu", "gpu"))
+COMPOSE_FILES = sorted(ROOT.glob("docker-compose*.yml"))
+# a card's libraries come from the wheel index of an image, never from a lock
+OF_TORCH = re.compile(r"(torch|triton|(nvidia|cuda)-(?!ml-py)[a-z0-9-]+)")
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def locked(name):
+    """Lines of a lock by package, remarks left out; a package may have one for each platform."""
+    lines = [line for line in text_of(ROOT / name).splitlines() if line and not line.startswith("#")]
+    return {(line.partition("==")[0], line) for line in lines}
+
+
+def instructions(path, target):
+    """The lines of one target, without remarks, and with lines that go on made one."""
+    text = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", text_of(path), flags=re.MULTILINE))
+    (body,) = re.findall(rf"^FROM \S+ AS {target}\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
+    return [line for line in body.splitlines() if line]
+
+
+def compose(name="docker-compose.yml"):
+    return yaml.safe_load(text_of(ROOT / name))
+
+
+@pytest.mark.parametrize("name", ["requirements-control.lock", "requirements-stage.lock"])
+def test_an_image_has_the_versions_that_everyone_has(name):
+    assert locked(name)
+    assert locked(name) <= locked("requirements.lock")
+
+
+def test_control_needs_no_torch_and_no_lock_of_an_image_brings_a_cards_libraries():
+    control, stage = ({package for package, _ in locked(f"requirements-{each}.lock")} for each in ("control", "stage"))
+    assert not {package for package in control | stage if OF_TORCH.fullmatch(package)}
+    assert not control & {"transformers", "safetensors"}
+
+
+def test_a_stage_has_everything_that_is_locked_but_torch_for_what_it_installs():
+    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    for name in ("control", "stage"):
+        wanted = {re.split(r"[=<>; ]", each)[0] for each in extras[name]} - {"torch"}
+        assert wanted <= {package for package, _ in locked(f"requirements-{name}.lock")}
+
+
+@pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+def test_torch_has_the_locked_version(path):
+    (version,) = re.findall(r"^ARG TORCH_VERSION=(.+)$", text_of(path), re.MULTILINE)
+    assert ("torch", f"torch=={version}") in locked("requirements.lock")
+
+
+def test_the_image_for_a_card_differs_in_torch_alone():
+    cpu, gpu = instructions(CPU, "stage"), instructions(GPU, "stage")
+    for shared in ("base", "code"):
+        assert instructions(CPU, shared) == instructions(GPU, shared)
+    only_gpu = [line for line in gpu if line not in cpu]
+    only_cpu = [line for line in cpu if line not in gpu]
+    assert [line.split()[0] for line in only_cpu] == ["ARG", "LABEL"]
+    assert [line.split()[0] for line in only_gpu] == ["ARG", "ARG", "RUN", "ENV", "LABEL"]
+    index, needed, look = only_gpu[:3]
+    assert index == "ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126"
+    assert needed == 'ARG TORCH_KERNELS="sm_60 sm_61"'
+    assert "get_arch_list()" in look
+    assert look.endswith("$TORCH_KERNELS")
+
+
+def test_ggml_is_built_alike_for_both_images_but_for_the_compiler_of_a_card():
+    cpu, gpu = instructions(CPU, "ggml"), instructions(GPU, "ggml")
+    differences = [(one, other) for one, other in zip(cpu, gpu, strict=True) if one != other]
+    assert [one.split()[0] for one, _ in differences] == ["RUN", "ARG"]
+    assert differences[1][1] == 'ARG GGML_CMAKE_ARGS="-DGGML_CUDA=ON;-DCMAKE_CUDA_ARCHITECTURES=61"'
+    (build,) = [line for line in cpu if "cmake.args" in line]
+    assert "-DGGML_NATIVE=OFF" in build  # the machine that builds an image is not the one that runs it
+    assert "-DGGML_CPU_ALL_VARIANTS=ON" in build
+    # noodle's own kernels ask the processor at load, and a change of them leaves ggml's layer as it is
+    assert cpu[-1].startswith("RUN cc ")
+    assert "-march" not in cpu[-1]
+
+
+def test_ggml_has_one_version_everywhere_and_what_it_needs_is_locked_for_a_stage():
+    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    assert {line for _, line in locked("requirements-ggml.lock")} == set(extras["ggml"])
+    assert {"numpy", "typing-extensions"} <= {package for package, _ in locked("requirements-stage.lock")}
+
+
+@pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
+def test_old_engines_can_build_it(path):
+    text = text_of(path)
+    assert "# syntax=" not in text
+    assert not re.search(r"<<[A-Z]|--link|--start-interval", text)
+
+
+@pytest.mark.parametrize(("path", "target"), [(CPU, "control"), (CPU, "stage"), (GPU, "stage")])
+def test_the_code_comes_after_what_it_depends_on_and_nothing_runs_as_root(path, target):
+    lines = instructions(path, target)
+    installs = [index for index, line in enumerate(lines) if "pip install" in line]
+    code = [index for index, line in enumerate(lines) if line.startswith("COPY --from=code")]
+    assert len(code) == 1
+    assert max(installs) < code[0]
+    assert "USER 10001:10001" in lines
+    assert not [line for line in lines if "apt-get" in line]
+    assert f'org.opencontainers.image.version="{__version__}"' in " ".join(lines)
+    assert [line for line in lines if line.startswith("HEALTHCHECK")]
+
+
+def test_every_service_belongs_to_a_machine():
+    profiles = {name: service["profiles"] for name, service in compose()["services"].items()}
+    assert {name for name, of in profiles.items() if "b" in of} == {"stage-1"}
+    assert {name for name, of in profiles.items() if "a" in of} == {
+        "valkey", "planner", "coordinator", "stage-0", "prometheus", "grafana",
+    }  # fmt: skip
+    assert {name for name, of in profiles.items() if "single" in of} == set(profiles) - {"init"}
+    assert profiles["init"] == ["init"]
+
+
+@pytest.mark.parametrize("name", [name for name in compose()["services"] if name != "init"])
+def test_every_container_is_locked_down_and_limited(name):
+    service = compose()["services"][name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "cap_add" not in service
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["restart"] == "unless-stopped"
+    assert service["deploy"]["resources"]["limits"].keys() == {"memory", "pids"}
+    assert service["stop_grace_period"]
+
+
+def test_an_image_that_is_built_here_is_never_looked_for_elsewhere():
+    built = [service for service in compose()["services"].values() if "build" in service]
+    assert len(built) == 5
+    assert {service["pull_policy"] for service in built} == {"never"}
+
+
+def test_the_one_that_may_change_files_of_this_folder_has_no_network():
+    init = compose()["services"]["init"]
+    assert init["network_mode"] == "none"
+    assert init["cap_drop"] == ["ALL"]
+    assert set(init["cap_add"]) == {"CHOWN", "DAC_OVERRIDE", "FOWNER"}
+
+
+def test_ports_are_published_on_loopback_and_on_the_lan_address_alone():
+    for name, host in (("docker-compose.yml", "127.0.0.1"), ("docker-compose.lan.yml", r"\${NOODLE_LAN_ADDRESS.*}")):
+        ports = [port for service in compose(name)["services"].values() for port in service.get("ports", [])]
+        assert ports
+        assert not [port for port in ports if not re.match(rf"{host}:\${{NOODLE_", port)]
+
+
+def test_planner_and_prometheus_are_not_published():
+    for path in COMPOSE_FILES:
+        for name in ("planner", "prometheus"):
+            assert "ports" not in compose(path.name)["services"].get(name, {})
+
+
+def test_the_published_ports_are_those_that_init_writes():
+    text = text_of(ROOT / "docker-compose.yml")
+    written = {f"NOODLE_{what}_PORT": DEFAULT_PORTS[what] for what in PORTS["single"]}
+    assert dict(re.findall(r"\$\{(NOODLE_\w+_PORT):-(\d+)\}", text)) == written
+
+
+@pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
+def test_every_variable_of_noodle_that_compose_reads_exists(path):
+    assert set(re.findall(r"\bNOODLE_\w+", text_of(path))) <= {variable.name for variable in VARIABLES}
+
+
+@pytest.mark.parametrize("path", COMPOSE_FILES, ids=lambda path: path.name)
+def test_compose_2_20_knows_all_of_it(path):
+    newer = r"\bgpus:|start_interval|^\s*(configs|models|include|develop|post_start|pre_stop):|required: false|!reset"
+    assert not re.search(newer, text_of(path), re.MULTILINE)
+
+
+def test_the_queue_forgets_nothing():
+    command = compose()["services"]["valkey"]["command"]
+    options = dict(zip(command[1::2], command[2::2], strict=True))
+    assert options["--appendonly"] == "yes"
+    assert options["--appendfsync"] == "everysec"
+    assert options["--maxmemory"] == "256mb"
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert options["--aclfile"] == "/run/secrets/valkey.acl"
+
+
+def test_secrets_and_models_stay_out_of_git_and_out_of_images():
+    ignored = text_of(ROOT / ".gitignore").splitlines()
+    assert {"/secrets/", ".env"} <= set(ignored)
+    assert text_of(ROOT / ".dockerignore").splitlines()[1] == "*"

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from noodle.errors import ModelNotFound
+from services.stage.tools.reference import Answered, Question, compare
+from tests.tiny_model import tiny_llama_folder
+
+TEXT = "the cat sat on"
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama_folder(tmp_path_factory.mktemp("reference") / "model")
+
+
+@pytest.fixture(scope="module")
+def answered(folder: Path) -> Answered:
+    """What the unsplit model itself makes of the text, token by token."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = list(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
+    token_ids, logprobs = [], []
+    with torch.inference_mode():
+        for _ in range(NEW_TOKENS):
+            scores = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1], dim=-1)
+            token_ids.append(int(scores.argmax()))
+            logprobs.append(float(scores.max()))
+            ids.append(token_ids[-1])
+    return Answered(TEXT, tuple(token_ids), tuple(logprobs))
+
+
+def test_the_models_own_tokens_are_equal(folder: Path, answered: Answered) -> None:
+    result = compare(Question(str(folder), "float32", 256, (answered,)), lambda _done: None)[0]
+    assert result.tokens == NEW_TOKENS
+    assert result.differences == ()
+    assert result.largest_logprob_error < 1e-4
+
+
+def test_another_token_is_found_with_its_gap(folder: Path, answered: Answered) -> None:
+    token_ids = list(answered.token_ids)
+    token_ids[5] = (token_ids[5] + 1) % 300
+    result = compare(
+        Question(str(folder), "float32", 256, (Answered(TEXT, tuple(token_ids), answered.logprobs),)),
+        lambda _done: None,
+    )[0]
+    first = result.differences[0]
+    assert (first.index, first.token_id, first.best_token_id) == (5, token_ids[5], answered.token_ids[5])
+    assert first.logit_gap >= first.two_best_gap > 0
+    assert result.largest_logprob_error > 0.01
+
+
+def test_a_wrong_logprob_is_found(folder: Path, answered: Answered) -> None:
+    logprobs = (answered.logprobs[0] + 0.5, *answered.logprobs[1:])
+    told: list[int] = []
+    result = compare(
+        Question(str(folder), "float32", 256, (Answered(TEXT, answered.token_ids, logprobs),)), told.append
+    )
+    assert result[0].largest_logprob_error == pytest.approx(0.5, abs=1e-3)
+    assert told == [0, 1]
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound):
+        compare(Question(str(tmp_path), "float32", 256, ()), lambda _done: None)

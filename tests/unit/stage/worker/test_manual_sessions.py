@@ -1,0 +1,92 @@
+"""Sessions of forwards by hand: positions, room, age; time is given."""
+
+import pytest
+
+from noodle.errors import Conflict, ContextTooLong, Unprocessable
+from services.stage.worker.manual_sessions import (
+    FORWARD_IDLE_SECONDS,
+    MAXIMUM_FORWARD_SESSIONS,
+    SMALLEST_RESERVE_TOKENS,
+    ForwardSessions,
+)
+
+BYTES_PER_TOKEN = 10
+
+
+def sessions_with(tokens=1000, context_length=2000):
+    return ForwardSessions(tokens * BYTES_PER_TOKEN, BYTES_PER_TOKEN, context_length)
+
+
+def compute(sessions, name, tokens, index=None, now=0.0):
+    admitted = sessions.admit(name, index, tokens, now)
+    sessions.computed(name, admitted.span.first_position + tokens, now)
+    return admitted
+
+
+def test_a_session_goes_on_where_it_is_unless_told_otherwise():
+    sessions = sessions_with()
+    assert compute(sessions, "a", 5).span.first_position == 0
+    assert compute(sessions, "a", 2).span.first_position == 5
+    assert compute(sessions, "a", 1, index=3).span.first_position == 3
+    assert compute(sessions, "a", 1).span.first_position == 4
+
+
+def test_a_gap_names_the_position_that_is_expected_and_changes_nothing():
+    sessions = sessions_with()
+    compute(sessions, "a", 5)
+    with pytest.raises(Conflict, match="token_index 5 is expected"):
+        sessions.admit("a", 6, 1, 0.0)
+    with pytest.raises(Conflict, match="token_index 0 is expected"):
+        sessions.admit("b", 1, 1, 0.0)
+    assert len(sessions) == 1
+
+
+def test_room_doubles_as_a_session_grows_and_never_passes_the_context():
+    sessions = sessions_with(context_length=100)
+    assert compute(sessions, "a", 1).span.reserve_tokens == SMALLEST_RESERVE_TOKENS
+    assert compute(sessions, "a", SMALLEST_RESERVE_TOKENS).span.reserve_tokens == 100
+    with pytest.raises(ContextTooLong, match="101"):
+        sessions.admit("a", None, 36, 0.0)
+
+
+def test_the_session_unused_for_longest_makes_way_for_a_newer_one():
+    sessions = sessions_with(tokens=3 * SMALLEST_RESERVE_TOKENS)
+    for now, name in enumerate("abc"):
+        compute(sessions, name, 1, now=now)
+    compute(sessions, "a", 1, now=5)
+    assert compute(sessions, "d", 1, now=6).displaced == ["forward/b"]
+    # one that grows takes the room of others, never its own
+    assert compute(sessions, "d", SMALLEST_RESERVE_TOKENS, now=7).displaced == ["forward/c"]
+    with pytest.raises(Conflict):
+        sessions.admit("b", 1, 1, 8.0)
+
+
+def test_no_more_sessions_are_held_than_allowed():
+    sessions = sessions_with(tokens=1 << 20)
+    for number in range(3 * MAXIMUM_FORWARD_SESSIONS):
+        compute(sessions, str(number), 1, now=number)
+    assert len(sessions) == MAXIMUM_FORWARD_SESSIONS
+
+
+def test_a_session_that_has_no_room_even_alone_is_refused_and_displaces_nobody():
+    sessions = sessions_with(tokens=100)
+    compute(sessions, "a", 10)
+    with pytest.raises(Unprocessable, match="room for 100"):
+        sessions.admit("b", None, 101, 0.0)
+    assert len(sessions) == 1
+
+
+def test_a_stage_without_room_for_forwards_refuses_them():
+    with pytest.raises(Unprocessable):
+        ForwardSessions(0, 0, 100).admit("a", None, 1, 0.0)
+
+
+def test_an_idle_session_ends_by_itself_and_a_used_one_does_not():
+    sessions = sessions_with()
+    compute(sessions, "a", 1, now=0.0)
+    compute(sessions, "b", 1, now=FORWARD_IDLE_SECONDS / 2)
+    assert sessions.expire(FORWARD_IDLE_SECONDS + 1) == ["forward/a"]
+    assert len(sessions) == 1
+    assert sessions.end("b") == "forward/b"
+    assert sessions.end("never seen") == "forward/never seen"
+    assert len(sessions) == 0
