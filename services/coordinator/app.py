@@ -18,7 +18,7 @@ from services.coordinator.api import about, generate, manual_schemas, openai, re
 from services.coordinator.api.auth import Clients, take_request_id
 from services.coordinator.api.manual import guide_routes
 from services.coordinator.api.openapi import METRICS, document, openapi_routes
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 from services.coordinator.cors import install_cors
 from services.coordinator.models.weight_server import install_weight_routes
 from services.coordinator.ops.connectivity import OPERATIONS as REACH_OPERATIONS
@@ -37,7 +37,7 @@ OPERATIONS = (
 )
 
 
-def create_app(config: CoordinatorConfig, engine: Engine, registry: CollectorRegistry) -> Flask:
+def create_app(config: CoordinatorConfig, engine: Coordinator, registry: CollectorRegistry) -> Flask:
     """The routes over an already wired engine."""
     app = Flask("noodle.coordinator")
     app.url_map.merge_slashes = False  # no answer of ours is a redirection

@@ -21,7 +21,7 @@ from noodle.wire.queue_end import STREAM_TIMEOUT_SECONDS
 from services.coordinator.api.openai_request import ServedModel
 from services.coordinator.api.openai_stream import now_seconds
 from services.coordinator.api.sse import Started
-from services.coordinator.engine.loop import GenerationLoop
+from services.coordinator.engine.loop import EngineLoop
 from services.coordinator.engine.parameters import (
     GenerationParameters,
     Scores,
@@ -66,7 +66,7 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-class Engine:
+class Coordinator:
     """Everything behind the routes."""
 
     def __init__(self, config: CoordinatorConfig, metrics: CoordinatorMetrics) -> None:
@@ -75,7 +75,7 @@ class Engine:
         self._work_queue = work_queue = WorkQueue(config.valkey_url, config.valkey_password)
         self._streams = WorkQueue(config.valkey_url, config.valkey_password, STREAM_TIMEOUT_SECONDS)
         self.recorder = Recorder(work_queue)
-        self.loop = GenerationLoop(
+        self.loop = EngineLoop(
             Scheduler(config.step_tokens, config.maximum_open_requests),
             self.recorder,
             metrics,
@@ -219,7 +219,7 @@ class Engine:
         with self.kept.lock:
             if (kept := self.kept.joined(asker.client, asker.idempotency)) is None:
                 self.kept.refuse_a_crowd()
-                record, generation = self.loop.intake.submit(request)
+                record, generation = self.loop.admission.submit(request)
                 kept = self.kept.add(record, generation)
                 self.metrics.prompt_tokens.inc(len(token_ids))
                 reader = kept.generation.open_reader()
@@ -297,7 +297,7 @@ class Engine:
             if record.outcome:
                 generation = ended_generation(record, tokens)
             else:
-                taken = self.loop.intake.go_on(record, tokens, end_token_ids, RETURN_SECONDS)
+                taken = self.loop.admission.go_on(record, tokens, end_token_ids, RETURN_SECONDS)
                 if taken is None:
                     continue
                 generation = taken

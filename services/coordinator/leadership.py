@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from noodle.cluster.plan import Plan, PlannerState, StageState
 from noodle.cluster.valkey import WorkQueue
 from noodle.errors import NotReady, QueueUnavailable
-from services.coordinator.engine.loop import GenerationLoop
-from services.coordinator.engine.sequence import Limits
+from services.coordinator.engine.loop import EngineLoop
+from services.coordinator.engine.sequence import PlanLimits
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class ClusterView:
 class Leadership:
     """`run` is its thread."""
 
-    def __init__(self, machine: str, work_queue: WorkQueue, loop: GenerationLoop, transport: str) -> None:
+    def __init__(self, machine: str, work_queue: WorkQueue, loop: EngineLoop, transport: str) -> None:
         self._transport = transport
         self._name = f"{machine}/{uuid.uuid4().hex[:8]}"
         self._queue, self._loop = work_queue, loop
         self._epoch: int | None = None
         self._active_version = 0
-        self._limits: Limits | None = None
+        self._limits: PlanLimits | None = None
         self.view = ClusterView()
         self.led = threading.Semaphore(0)  # released whenever this coordinator takes the lead
         self.stopping = threading.Event()
@@ -144,13 +144,13 @@ def disagreement_of(states: list[StageState], transport: str) -> str:
     return f"one NOODLE_TRANSPORT for all (the coordinator has {transport}, {said}): start them with the same"
 
 
-def limits_of(plan: Plan, states: list[StageState]) -> Limits:
+def limits_of(plan: Plan, states: list[StageState]) -> PlanLimits:
     """What the plan allows, the tightest stage deciding about KV rows."""
     decode_seconds = sum(stage.decode_seconds for stage in plan.stages)
     rooms = [(state.kv_budget_bytes // max(1, state.kv_bytes_per_token), state) for state in states]
     kv_tokens = min(room for room, _ in rooms)
     reserved = min((room for room, state in rooms if state.kv_counts_reservations), default=None)
-    return Limits(
+    return PlanLimits(
         plan.version,
         len(plan.stages),
         kv_tokens,

@@ -7,16 +7,17 @@ from flask import Flask
 from noodle.config.settings import CoordinatorConfig
 from noodle.metrics.counted import CoordinatorMetrics
 from noodle.metrics.scraped import PlanCollector, service_registry
-from noodle.web.service import Service, start_loop
+from noodle.threads import start_loop
+from noodle.web.service import Service
 from services.coordinator.app import create_app
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 
 DRAIN_SECONDS = 5.0  # what open requests get to finish; gunicorn cuts after twice as long
 SPARE_THREADS = 32  # beside the requests: /health, /metrics and those who get a 4xx
 
 
 class CoordinatorService(Service):
-    """Engine and routes."""
+    """Coordinator and routes."""
 
     name = "coordinator"
 
@@ -29,7 +30,7 @@ class CoordinatorService(Service):
     def create_app(self) -> Flask:
         """Wire engine and routes; the model is fetched and loaded by a thread of its own."""
         registry, _ = service_registry(self.name, self._config.machine)
-        self._engine = Engine(self._config, CoordinatorMetrics(registry))
+        self._engine = Coordinator(self._config, CoordinatorMetrics(registry))
         PlanCollector(registry, self._engine.plan_seen)
         return create_app(self._config, self._engine, registry)
 

@@ -15,6 +15,7 @@ from noodle.config.settings import PlannerConfig
 from noodle.errors import NotReady
 from noodle.metrics.counted import PlannerMetrics, install_metrics_route
 from noodle.metrics.scraped import PlanCollector, PlanSeen, service_registry
+from noodle.threads import start_loop
 from noodle.web.connectivity import Target
 from noodle.web.connectivity_routes import install_reach_routes
 from noodle.web.service import (
@@ -25,7 +26,6 @@ from noodle.web.service import (
     json_response,
     require_token,
     say_success_is_false,
-    start_loop,
 )
 from services.planner.node_list import parse_plan_request
 from services.planner.planning import ASSUMED_HOP, Planning

@@ -14,6 +14,7 @@ from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, InvalidRequest
 from noodle.metrics.counted import install_metrics_route
 from noodle.metrics.scraped import service_registry
+from noodle.threads import start_loop
 from noodle.web.connectivity import Target
 from noodle.web.connectivity_routes import install_reach_routes
 from noodle.web.service import (
@@ -22,7 +23,6 @@ from noodle.web.service import (
     install_error_handlers,
     json_response,
     require_token,
-    start_loop,
     streaming_connection,
 )
 from noodle.wire.chunked import ChunkStream

@@ -154,7 +154,7 @@ def test_sessions_that_are_not_on_a_list_that_frees_all_others_hold_no_bytes_for
     for name in ("listed", "ended"):
         caller.send(TOKENS, session=name)
     caller.result(2)
-    listed = LiveSessions(caller.rig.plan.version, caller.epoch, ["listed"], frees_unlisted=True)
+    listed = LiveSessions(caller.rig.plan.version, caller.epoch, ["listed"], is_authoritative=True)
     caller.send_message(listed)
     caller.send(TOKENS[:4], session="listed", first=4)
     assert caller.result(3).spans[0].first_position == 4
@@ -180,7 +180,7 @@ def test_a_session_without_room_is_refused_alone_and_its_room_is_there_when_anot
         ("late 1", "kv_budget"),
     ]
     direct_caller.send_message(
-        LiveSessions(direct_caller.rig.plan.version, direct_caller.epoch, ["fits 0"], frees_unlisted=True)
+        LiveSessions(direct_caller.rig.plan.version, direct_caller.epoch, ["fits 0"], is_authoritative=True)
     )
     direct_caller.send(TOKENS[:4] * 2 * too_many, spans=late, count=2 * too_many)
     assert [span.session_id for span in direct_caller.result(3).spans] == ["late 0", "late 1"]

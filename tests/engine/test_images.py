@@ -46,15 +46,17 @@ def test_control_has_no_torch_and_a_stage_has_the_locked_one():
 
 
 def test_a_stage_has_ggml_with_the_kernels_of_this_processor():
-    code = "from services.stage.ggml_library import load_ggml; g = load_ggml(); print(g.kernels, g.devices)"
+    code = "from services.stage.executors.ggml.backend import load_ggml; g = load_ggml(); print(g.kernels, g.devices)"
     done = in_image(STAGE, "python", "-P", "-c", code, options=("--read-only", "--cap-drop", "ALL"))
     assert re.fullmatch(r"(haswell|alderlake|skylakex|icelake|zen4|armv8\S+) \('CPU',\)\n", done.stdout), done.stderr
 
 
 def test_a_stage_has_noodles_own_kernels_as_far_as_this_processor_runs_them():
     code = (
-        "from services.stage.ggml_calls import GgmlCalls; from services.stage.ggml_library import load_ggml; "
-        "from services.stage.ggml_packed import packed_rows; found = packed_rows(GgmlCalls(load_ggml().module)); "
+        "from services.stage.executors.ggml.calls import GgmlCalls; "
+        "from services.stage.executors.ggml.backend import load_ggml; "
+        "from services.stage.executors.ggml.gemm import packed_rows; "
+        "found = packed_rows(GgmlCalls(load_ggml().module)); "
         "print(sorted(found.types) if found else [])"
     )
     done = in_image(STAGE, "python", "-P", "-c", code)

@@ -19,11 +19,12 @@ FORMATS = {TRANSFORMERS: ("f32",), GGML: ("f32", "f16", "q8_0")}
 EMPTY_STAGE = """
 import torch, transformers, sys
 from transformers import AutoConfig, AutoModelForCausalLM
-import services.stage.app, services.stage.computing, services.stage.slice_loading, services.stage.measure
+import services.stage.app, services.stage.selection.report, services.stage.selection.benchmark
+import services.stage.executors.transformers.loading
 torch.nn.Linear(64, 64)(torch.zeros(1, 64))
 if "ggml" in sys.argv:
-    from services.stage import ggml_loading
-    ggml_loading.load_ggml()
+    from services.stage.executors.ggml import loading
+    loading.load_ggml()
 print("ready", flush=True)
 sys.stdin.read()
 """

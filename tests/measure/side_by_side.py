@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from noodle.wire.frames import WireTensor
+from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from tests.measure.report import TRANSFORMERS, Section, named, title_of
 from tests.support.real_model import real_model_folder
@@ -103,5 +103,7 @@ def step(model_slice: ModelSlice, sessions: int, position: int) -> None:
         batch = PackedBatch(spans, rows, token_ids=np.arange(1000, 1000 + sessions))
     else:
         numbers = np.random.default_rng(position).standard_normal((sessions, model_slice.hidden_size), np.float32)
-        batch = PackedBatch(spans, rows, hidden_states=WireTensor("float32", numbers.shape, numbers.data.cast("B")))
+        batch = PackedBatch(
+            spans, rows, hidden_states=ActivationTensor("float32", numbers.shape, numbers.data.cast("B"))
+        )
     model_slice.forward(batch)

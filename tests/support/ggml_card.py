@@ -23,7 +23,7 @@ START_SECONDS = 30.0
 LIBRARY = "libggml-rpc.so"
 SERVE = """
 import ctypes, sys
-from services.stage.ggml_library import folder_of_libraries, load_ggml
+from services.stage.executors.ggml.backend import folder_of_libraries, load_ggml
 ggml = load_ggml().module
 rpc = ctypes.CDLL(str(folder_of_libraries() / "libggml-rpc.so"))
 device = ggml.ggml_backend_dev_by_name(b"CPU")

@@ -13,7 +13,7 @@ from services.coordinator.api.about_schemas import HEALTH, INFO
 from services.coordinator.api.auth import Clients
 from services.coordinator.api.openapi import READY_ERRORS, Operation
 from services.coordinator.api.request_body import JsonObject
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 from services.coordinator.ops.health import health_of
 
 OPERATIONS = (
@@ -29,7 +29,7 @@ OPERATIONS = (
 )
 
 
-def about_routes(config: CoordinatorConfig, engine: Engine, clients: Clients) -> Blueprint:
+def about_routes(config: CoordinatorConfig, engine: Coordinator, clients: Clients) -> Blueprint:
     """A bare /health is for everyone."""
     routes = Blueprint("about", __name__)
 
@@ -48,7 +48,7 @@ def about_routes(config: CoordinatorConfig, engine: Engine, clients: Clients) ->
     return routes
 
 
-def info_of(config: CoordinatorConfig, engine: Engine) -> JsonObject:
+def info_of(config: CoordinatorConfig, engine: Coordinator) -> JsonObject:
     """The model, the limits, and who computes what; names as text-generation-inference has them, where it has any."""
     model, plan = engine.ready_model(), engine.plan
     return {

@@ -20,7 +20,7 @@ from services.coordinator.api.generate_stream import generate_answer, generate_e
 from services.coordinator.api.openapi import BODY_ERRORS, GENERATION_ERRORS, READY_ERRORS, Operation
 from services.coordinator.api.prompt_echo import prompt_text
 from services.coordinator.api.tokenize_format import parse_tokenize, tokenize_answer
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 
 TOKENIZE_BODY_BYTES = 1 << 20  # each token of it becomes an object of the answer
 
@@ -53,7 +53,7 @@ OPERATIONS = (
 )
 
 
-def generate_routes(config: CoordinatorConfig, engine: Engine, clients: Clients) -> Blueprint:
+def generate_routes(config: CoordinatorConfig, engine: Coordinator, clients: Clients) -> Blueprint:
     """Each wants an API key or the cluster token, or a loopback without keys."""
     routes = Blueprint("generate", __name__)
 

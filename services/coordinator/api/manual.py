@@ -14,7 +14,7 @@ from noodle.config.settings import CoordinatorConfig
 from noodle.errors import InvalidRequest, NotFound, NotReady, TooManyRequests
 from noodle.web.service import bounded_body, json_body, json_response, say_success_is_false
 from services.coordinator.api.relay import Relayed, relay
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 from services.coordinator.ops.metrics_file import MAXIMUM_ENTRIES, MetricsFile, parse_metrics
 
 MAXIMUM_RELAYED_FORWARDS = 8  # in progress at once, each with a body in memory; more get 429
@@ -30,7 +30,7 @@ SENT_HEADERS = ("Content-Type", "Accept", "X-Noodle-Dtype", "X-Noodle-Shape")
 ANSWERED_HEADERS = ("X-Noodle-Dtype", "X-Noodle-Shape", "X-Noodle-Next-Token-Index", "Retry-After")
 
 
-def guide_routes(config: CoordinatorConfig, engine: Engine, require_client: Callable[[], object]) -> Blueprint:
+def guide_routes(config: CoordinatorConfig, engine: Coordinator, require_client: Callable[[], object]) -> Blueprint:
     """Every one of them wants what /v1 wants: an API key or the cluster token, or a loopback without keys."""
     routes = Blueprint("guide", __name__)
     say_success_is_false(routes)
@@ -109,7 +109,7 @@ def _place(places: threading.BoundedSemaphore, what: str) -> Iterator[None]:
         places.release()
 
 
-def _stage_url(engine: Engine, stage_id: str) -> str:
+def _stage_url(engine: Coordinator, stage_id: str) -> str:
     """Where the newest plan says that this stage is."""
     plan = engine.leadership.view.plan
     if plan is None:

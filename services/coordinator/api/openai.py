@@ -24,7 +24,7 @@ from services.coordinator.api.openai_stream import CHAT, COMPLETION, OpenAIAnswe
 from services.coordinator.api.openapi import GENERATION_ERRORS, READY_ERRORS, Operation
 from services.coordinator.api.prompt_echo import prompt_text
 from services.coordinator.api.sse import Started
-from services.coordinator.coordinator import Engine, LoadedModel
+from services.coordinator.coordinator import Coordinator, LoadedModel
 
 OPERATIONS = (
     Operation("get", "/v1/models", "The models served here: one, under each of its names.", MODEL_LIST, READY_ERRORS),
@@ -50,7 +50,7 @@ OPERATIONS = (
 )
 
 
-def openai_routes(config: CoordinatorConfig, engine: Engine, clients: Clients) -> Blueprint:
+def openai_routes(config: CoordinatorConfig, engine: Coordinator, clients: Clients) -> Blueprint:
     """Each wants an API key or the cluster token, or a loopback without keys."""
     routes = Blueprint("openai", __name__)
 

@@ -13,7 +13,7 @@ from services.coordinator.api.generate_stream import generate_events
 from services.coordinator.api.json_schema import COUNT, NUMBER, STRING, always, integer, nullable, one_of
 from services.coordinator.api.openapi import ERROR, READY_ERRORS, Operation
 from services.coordinator.api.request_body import JsonObject
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 from services.coordinator.engine.parameters import MAXIMUM_NEW_TOKENS
 from services.coordinator.engine.resume import KeptRequest
 
@@ -41,7 +41,7 @@ OPERATIONS = (
 )
 
 
-def request_routes(engine: Engine, clients: Clients) -> Blueprint:
+def request_routes(engine: Coordinator, clients: Clients) -> Blueprint:
     """`name` is the X-Request-Id of the request's answer; another key's requests are not found."""
     routes = Blueprint("requests", __name__)
 
@@ -58,7 +58,7 @@ def request_routes(engine: Engine, clients: Clients) -> Blueprint:
     @routes.delete("/v1/requests/<name>")
     def end(name: str) -> Response:
         kept = engine.find(clients.require(), name)
-        engine.loop.intake.leave(kept.record.request_id)
+        engine.loop.admission.leave(kept.record.request_id)
         return json_response(status_of(kept))
 
     return routes

@@ -18,10 +18,10 @@ from services.coordinator.engine.request import (
     session_of,
     token_of,
 )
-from services.coordinator.engine.sequence import Limits
+from services.coordinator.engine.sequence import PlanLimits
 
 
-class Intake:
+class Admission:
     """The door of the loop; `limits` and `state` are the loop's as they are when they are asked for."""
 
     def __init__(
@@ -29,7 +29,7 @@ class Intake:
         open_requests: OpenRequests,
         recorder: Recorder,
         tell: Callable[[LoopEvent], None],
-        limits: Callable[[], Limits | None],
+        limits: Callable[[], PlanLimits | None],
         state: Callable[[], LoopState],
     ) -> None:
         self._open, self._recorder, self._tell = open_requests, recorder, tell

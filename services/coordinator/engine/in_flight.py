@@ -5,18 +5,18 @@ Time is given, never read.
 
 from __future__ import annotations
 
-from services.coordinator.engine.sequence import InFlight, Limits
+from services.coordinator.engine.sequence import InFlightStep, PlanLimits
 
 # A step that takes this many times its prediction, and never less than the floor, counts as lost.
 DEADLINE_FACTOR = 20.0
 DEADLINE_FLOOR_SECONDS = 8.0
 
 
-class Flights:
+class InFlightSteps:
     """All steps in flight, by their number."""
 
     def __init__(self) -> None:
-        self._by_step_id: dict[int, InFlight] = {}
+        self._by_step_id: dict[int, InFlightStep] = {}
 
     def __len__(self) -> int:
         return len(self._by_step_id)
@@ -26,15 +26,15 @@ class Flights:
         """How many of them have the newest token of some session."""
         return sum(flight.decodes for flight in self._by_step_id.values())
 
-    def add(self, flight: InFlight) -> None:
+    def add(self, flight: InFlightStep) -> None:
         """A step that goes now."""
         self._by_step_id[flight.step.step_id] = flight
 
-    def get(self, step_id: int) -> InFlight | None:
+    def get(self, step_id: int) -> InFlightStep | None:
         """A step that is not wholly back."""
         return self._by_step_id.get(step_id)
 
-    def close(self, flight: InFlight) -> None:
+    def close(self, flight: InFlightStep) -> None:
         """Forget a step once all of its sessions are back."""
         if not flight.sessions:
             self._by_step_id.pop(flight.step.step_id, None)
@@ -49,7 +49,7 @@ class Flights:
             flight.sessions.pop(session_id, None)
             self.close(flight)
 
-    def to_send_again(self, now: float) -> list[InFlight]:
+    def to_send_again(self, now: float) -> list[InFlightStep]:
         """All of them in their order, with their time begun anew."""
         flights = [self._by_step_id[step_id] for step_id in sorted(self._by_step_id)]
         for flight in flights:
@@ -57,14 +57,14 @@ class Flights:
             flight.sent_at = now
         return flights
 
-    def take_overdue(self, now: float) -> list[InFlight]:
+    def take_overdue(self, now: float) -> list[InFlightStep]:
         """Forget and return those whose time is over."""
         overdue = [flight for flight in self._by_step_id.values() if flight.deadline <= now]
         for flight in overdue:
             del self._by_step_id[flight.step.step_id]
         return overdue
 
-    def deadline_seconds(self, tokens: int, limits: Limits) -> float:
+    def deadline_seconds(self, tokens: int, limits: PlanLimits) -> float:
         """How long a step of so many tokens that goes now may take, behind those that are on their way."""
         predicted = limits.decode_seconds + tokens * limits.prefill_seconds_per_token
         return max(DEADLINE_FLOOR_SECONDS, DEADLINE_FACTOR * predicted * (len(self) + 1))

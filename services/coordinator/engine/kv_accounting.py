@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from noodle.wire.messages import PrefixCopy, ReleasedSession
-from services.coordinator.engine.sequence import Limits, Session
+from services.coordinator.engine.sequence import PlanLimits, Session
 
 MINIMUM_PREFIX_TOKENS = 16  # fewer rows than this are as soon computed as looked for and copied
 MAXIMUM_KEPT_SESSIONS = 64
@@ -29,7 +29,7 @@ class KeptSession:
     cache_salt: str
 
 
-class KvBooks:
+class KvAccounting:
     """Rows of running sessions, and of ended ones until their room is wanted."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class KvBooks:
         """Ended sessions that stages still hold rows of."""
         return list(self._kept)
 
-    def fits(self, session: Session, end: int, limits: Limits) -> bool:
+    def fits(self, session: Session, end: int, limits: PlanLimits) -> bool:
         """Whether the session's rows up to `end` have room beside all others'."""
         more = max(0, end - self._rows.get(session.session_id, 0))
         if self.rows + more > limits.kv_tokens:

@@ -1,6 +1,6 @@
 """THE loop: a request becomes a session, sessions become steps, results become tokens. Start reading here.
 
-    HTTP thread: intake.submit() -> Generation  loop thread: next_step() -> pipeline.send()
+    HTTP thread: admission.submit() -> Generation  loop thread: next_step() -> pipeline.send()
     HTTP thread: its reader.next()  <-  token   loop thread: result -> scheduler.apply() -> Generation
 
 The other loop is services/stage/worker/worker.py. This one knows sessions, steps and the two connections of the
@@ -21,7 +21,7 @@ from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, Req
 from noodle.logs import about
 from noodle.metrics.counted import CoordinatorMetrics
 from noodle.wire.messages import LiveSessions, StepResult
-from services.coordinator.engine.admission import Intake
+from services.coordinator.engine.admission import Admission
 from services.coordinator.engine.loop_events import (
     Activate,
     Ended,
@@ -37,7 +37,7 @@ from services.coordinator.engine.recorder import Recorder
 from services.coordinator.engine.recovery import Recovery
 from services.coordinator.engine.request import FINISHED, PromptComputed, Token
 from services.coordinator.engine.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Counts, Scheduler
-from services.coordinator.engine.sequence import Limits, NewToken
+from services.coordinator.engine.sequence import NewToken, PlanLimits
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ TICK_SECONDS = 0.25  # how late a deadline may be noticed
 KEPT_OVER_BREAK_SECONDS = 1.0
 
 
-class GenerationLoop:
+class EngineLoop:
     """Computes all requests; `run` is its thread, everything else may be called from any."""
 
     def __init__(
@@ -75,7 +75,9 @@ class GenerationLoop:
         self._broke_at = 0.0
         self._counted = Counts()  # of the scheduler's counts, what the metrics have
         self.state = LoopState()
-        self.intake = Intake(self._open, recorder, self._events.put, lambda: self._scheduler.limits, lambda: self.state)
+        self.admission = Admission(
+            self._open, recorder, self._events.put, lambda: self._scheduler.limits, lambda: self.state
+        )
 
     @property
     def kept_rows(self) -> int:
@@ -84,11 +86,11 @@ class GenerationLoop:
 
     # called by the thread that leads
 
-    def activate(self, plan: Plan, limits: Limits, coordinator_epoch: int) -> None:
+    def activate(self, plan: Plan, limits: PlanLimits, coordinator_epoch: int) -> None:
         """Compute by this plan as soon as the steps in flight are back."""
         self._events.put(Activate(plan, limits, coordinator_epoch))
 
-    def limits_changed(self, limits: Limits) -> None:
+    def limits_changed(self, limits: PlanLimits) -> None:
         """A stage came back with more or less room for KV rows under the same plan."""
         self._events.put(LimitsChanged(limits))
 
@@ -98,7 +100,7 @@ class GenerationLoop:
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests, and return when the open ones have ended or the time is over."""
-        self.intake.is_draining = True
+        self.admission.is_draining = True
         self._open.wait_until_none(seconds)
 
     def stop(self) -> None:
@@ -168,7 +170,7 @@ class GenerationLoop:
         waiting = () if self._recovery.is_whole else (session.session_id for session in self._scheduler.waiting)
         self._recovery.computed(now, (*(span.session_id for span in result.spans), *waiting))
         if any(refusal.reason == ROOM_REASON for refusal in result.refusals):
-            self._tell_live_sessions(frees_unlisted=True)  # whatever takes the room, it is none of ours
+            self._tell_live_sessions(is_authoritative=True)  # whatever takes the room, it is none of ours
         self._send_steps()  # the stages first: text, books and counts have time while they compute
         computed_seconds = sum(timing.computed_seconds for timing in result.timings)
         ended: list[str] = []
@@ -248,7 +250,7 @@ class GenerationLoop:
             self._recorder.hand_over(request_id)
             self._end(request_id, "handed_over", error)
 
-    def _tell_live_sessions(self, *, released: list[str] | None = None, frees_unlisted: bool = False) -> None:
+    def _tell_live_sessions(self, *, released: list[str] | None = None, is_authoritative: bool = False) -> None:
         """Tell every stage which sessions live; one that is away now is told when the pipeline stands again."""
         if self._pipeline is None or self._scheduler.limits is None or not self.state.up:
             return
@@ -257,7 +259,7 @@ class GenerationLoop:
             self._scheduler.coordinator_epoch,
             self._scheduler.held_ids,
             released or [],
-            frees_unlisted,
+            is_authoritative,
         )
         try:
             self._pipeline.send(live)
@@ -278,7 +280,7 @@ class GenerationLoop:
         elif not was_up and time.monotonic() - self._broke_at > KEPT_OVER_BREAK_SECONDS:
             self._scheduler.forget_kept()
         # before any step: sessions that ended while the pipeline was down still hold their room on some stage
-        self._tell_live_sessions(frees_unlisted=True)
+        self._tell_live_sessions(is_authoritative=True)
         for flight in self._scheduler.to_send_again(time.monotonic()):
             if self._pipeline is not None:
                 try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from noodle.cluster.plan import Plan
 from noodle.errors import NoodleError
 from services.coordinator.engine.pipeline import PipelineEvent
-from services.coordinator.engine.sequence import Limits, Session
+from services.coordinator.engine.sequence import PlanLimits, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Activate:
     """Compute by this plan."""
 
     plan: Plan
-    limits: Limits
+    limits: PlanLimits
     coordinator_epoch: int
 
 
@@ -39,7 +39,7 @@ class Activate:
 class LimitsChanged:
     """The same plan, with other room for KV rows."""
 
-    limits: Limits
+    limits: PlanLimits
 
 
 @dataclass(frozen=True, slots=True)

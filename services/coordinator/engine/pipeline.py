@@ -18,7 +18,7 @@ from noodle.cluster.plan import Plan, StageAssignment, StageState
 from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
 from noodle.errors import LinkLost, QueueUnavailable, WireError
 from noodle.metrics.counted import TravelMetrics
-from noodle.web.service import start_loop
+from noodle.threads import start_loop
 from noodle.wire.hop_client import HopConnection, KeptOpen, ResultsConnection
 from noodle.wire.messages import (
     ChainLink,

@@ -14,11 +14,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from noodle.wire.messages import SpanRefusal, SpanResult, Step, StepResult, StepSpan
-from services.coordinator.engine.in_flight import Flights
-from services.coordinator.engine.kv_accounting import KvBooks
-from services.coordinator.engine.sequence import FinishReason, InFlight, Limits, NewToken, Session
+from services.coordinator.engine.in_flight import InFlightSteps
+from services.coordinator.engine.kv_accounting import KvAccounting
+from services.coordinator.engine.sequence import FinishReason, InFlightStep, NewToken, PlanLimits, Session
 from services.coordinator.engine.step_costs import StepCosts
-from services.coordinator.engine.waiting_queue import WaitingLine
+from services.coordinator.engine.waiting_queue import WaitingQueue
 
 GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that the gap is told first
 MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is the request that is at fault
@@ -47,26 +47,26 @@ class Scheduler:
 
     def __init__(self, step_tokens: int, maximum_running: int) -> None:
         self._step_tokens, self._maximum_running = step_tokens, maximum_running
-        self._waiting = WaitingLine()
+        self._waiting = WaitingQueue()
         self._running: dict[str, Session] = {}  # whoever was served last stands last
-        self._in_flight = Flights()
+        self._in_flight = InFlightSteps()
         self._next_step_id = 1
         self._admissions = 0
-        self._books = KvBooks()
+        self._books = KvAccounting()
         self._room_is_short = False
         self._admit_at = 0.0  # nobody is admitted before
-        self._limits: Limits | None = None
+        self._limits: PlanLimits | None = None
         self._costs: StepCosts | None = None
         self.coordinator_epoch = 0
         self.counts = Counts()
 
     @property
-    def limits(self) -> Limits | None:
+    def limits(self) -> PlanLimits | None:
         """What the active plan allows, None while none is active."""
         return self._limits
 
     @limits.setter
-    def limits(self, limits: Limits | None) -> None:
+    def limits(self, limits: PlanLimits | None) -> None:
         if limits is not None and (self._limits is None or self._limits.plan_version != limits.plan_version):
             self._costs = StepCosts(limits)  # of other stages than before
         self._limits = limits
@@ -127,7 +127,7 @@ class Scheduler:
         self._books.forget(session_id)
         return [session_id]
 
-    def next_step(self, now: float) -> InFlight | None:
+    def next_step(self, now: float) -> InFlightStep | None:
         """The next step to send, None when nothing wants to be computed or enough is on its way."""
         limits, costs = self._limits, self._costs
         if limits is None or costs is None:
@@ -175,13 +175,15 @@ class Scheduler:
         )
         self._next_step_id += 1
         deadline = now + self._in_flight.deadline_seconds(len(token_ids), limits)
-        flight = InFlight(step, token_ids.tobytes(), now, deadline)
+        flight = InFlightStep(step, token_ids.tobytes(), now, deadline)
         flight.decodes = any(session.decodes for session, _ in chosen)
         flight.sessions = {span.session_id: span.session_epoch for span in spans}
         self._in_flight.add(flight)
         return flight
 
-    def apply(self, result: StepResult) -> tuple[InFlight | None, list[NewToken], list[tuple[Session, SpanRefusal]]]:
+    def apply(
+        self, result: StepResult
+    ) -> tuple[InFlightStep | None, list[NewToken], list[tuple[Session, SpanRefusal]]]:
         """Take what came back: the step, new tokens, and refusals that no replay cures. Old news is ignored.
 
         Sessions that were refused for want of room no longer run, though some stages may hold rows of them.
@@ -234,7 +236,7 @@ class Scheduler:
         self._in_flight.close(flight)
         return flight, tokens, fatal
 
-    def to_send_again(self, now: float) -> list[InFlight]:
+    def to_send_again(self, now: float) -> list[InFlightStep]:
         """All steps in flight in their order, with their time begun anew: the connection was cut, the caches stand."""
         return self._in_flight.to_send_again(now)
 
@@ -267,7 +269,7 @@ class Scheduler:
                     self._replay(session)
         return hopeless
 
-    def _settle(self, flight: InFlight, session_id: str, epoch: int) -> Session | None:
+    def _settle(self, flight: InFlightStep, session_id: str, epoch: int) -> Session | None:
         """The session of a span that came back for the first time and in its newest epoch."""
         if flight.sessions.get(session_id) != epoch:
             return None
@@ -330,7 +332,7 @@ class Scheduler:
         self._in_flight.forget_session(session.session_id)
         self._waiting.put_back(session)
 
-    def _admit(self, limits: Limits, now: float) -> None:
+    def _admit(self, limits: PlanLimits, now: float) -> None:
         """Give places to those whose turn it is, as long as there is room for what is known of them."""
         if self._room_is_short:
             self._room_is_short, self._admit_at = False, now + ROOM_RETRY_SECONDS
@@ -352,7 +354,7 @@ class Scheduler:
             by_client[session.client_name] += 1
             self._running[session.session_id] = session
 
-    def _choose(self, limits: Limits, costs: StepCosts) -> list[tuple[Session, int]]:
+    def _choose(self, limits: PlanLimits, costs: StepCosts) -> list[tuple[Session, int]]:
         """Sessions and how many of their tokens: decode first, in as many steps as pay, then prompts in order."""
         budget = self._step_tokens
         decoding = sum(session.decodes for session in self._running.values())
@@ -386,7 +388,7 @@ class Scheduler:
         self,
         session: Session,
         budget: int,
-        limits: Limits,
+        limits: PlanLimits,
         costs: StepCosts,
         chosen: dict[str, int],
         wanted: set[str],
@@ -410,7 +412,9 @@ class Scheduler:
         session.sent, session.prefix = first, prefix
         return count
 
-    def _make_room(self, session: Session, end: int, limits: Limits, chosen: dict[str, int], wanted: set[str]) -> bool:
+    def _make_room(
+        self, session: Session, end: int, limits: PlanLimits, chosen: dict[str, int], wanted: set[str]
+    ) -> bool:
         """Take the room for a session's rows up to `end`; False when only older sessions could give way."""
         while not self._books.fits(session, end, limits):
             if self._books.give_up_kept(wanted):

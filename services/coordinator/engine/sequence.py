@@ -78,7 +78,7 @@ class Session:
 
 
 @dataclass(slots=True)
-class InFlight:
+class InFlightStep:
     """A step on its way: kept whole, so that it can be sent again after a cut connection."""
 
     step: Step
@@ -115,7 +115,7 @@ class NewToken:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class PlanLimits:
     """What the active plan allows."""
 
     plan_version: int

@@ -15,7 +15,7 @@ from noodle.wire.messages import StageTiming
 from services.coordinator.engine.chunk_costs import ChunkCosts
 from services.coordinator.engine.line_fit import LineFit
 from services.coordinator.engine.prompt_chunks import chunk_shares
-from services.coordinator.engine.sequence import Limits
+from services.coordinator.engine.sequence import PlanLimits
 
 # Assumed of a token more in a step, as a share of a step of one: to be replaced by what is measured.
 PRIOR_DECODE_SHARE = 0.2
@@ -52,7 +52,7 @@ class DecodeCosts:
 class StepCosts:
     """The costs of one plan's stages, in pipeline order."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: PlanLimits) -> None:
         one = max(1e-6, limits.decode_seconds / limits.stage_count)
         stages = range(limits.stage_count)
         self._decode = [

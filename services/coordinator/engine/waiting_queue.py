@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from services.coordinator.engine.sequence import Session
 
 
-class WaitingLine:
+class WaitingQueue:
     """Sessions without a place; `next` looks and `take` takes."""
 
     def __init__(self) -> None:

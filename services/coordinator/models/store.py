@@ -1,6 +1,6 @@
 """Makes one folder of safetensors, config and tokenizer out of whatever NOODLE_MODEL names; knows no layers, no torch.
 
-As a process (`python -m services.coordinator.model_store --model M --cache-dir D --json`) it prints one JSON line per
+As a process (`python -m services.coordinator.models.store --model M --cache-dir D --json`) it prints one JSON line per
 progress report and a last one with the folder, or with the error and its cure.
 """
 
@@ -247,7 +247,7 @@ def _locked(path: Path, progress: ReportProgress) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prepare one model, reporting on stdout; exit status 1 after an error."""
-    parser = argparse.ArgumentParser(prog="python -m services.coordinator.model_store", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m services.coordinator.models.store", description=__doc__)
     parser.add_argument("--model", default="", help="folder, .gguf, hub id org/name[@revision]; empty: the default")
     parser.add_argument("--cache-dir", type=Path, required=True)
     parser.add_argument("--json", action="store_true", help="JSON lines instead of text")

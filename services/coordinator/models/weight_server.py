@@ -18,7 +18,8 @@ from flask import Flask, Response, request
 from noodle.errors import InvalidRequest, NotFound, NotReady
 from noodle.model.files import INDEX_NAME, digest_of_range, model_digest, read_tensor_entries
 from noodle.model.weight_manifest import MANIFEST_PATH, CompanionFile, TensorRange, WeightFile, WeightManifest
-from noodle.web.service import json_response, require_token, start_loop
+from noodle.threads import start_loop
+from noodle.web.service import json_response, require_token
 
 log = logging.getLogger(__name__)
 

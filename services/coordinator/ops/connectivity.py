@@ -7,7 +7,7 @@ from noodle.config.settings import CoordinatorConfig
 from noodle.web.connectivity import Target
 from services.coordinator.api.json_schema import STRING, always, array
 from services.coordinator.api.openapi import Operation
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 
 OPERATIONS = (
     Operation(
@@ -36,7 +36,7 @@ OPERATIONS = (
 )
 
 
-def reach_targets(config: CoordinatorConfig, engine: Engine) -> tuple[str, list[Target]]:
+def reach_targets(config: CoordinatorConfig, engine: Coordinator) -> tuple[str, list[Target]]:
     """The digest of the model by the plan, and whom to try; a stage that beats is tried where it says that it is."""
     plan = engine.leadership.view.plan
     stages = {

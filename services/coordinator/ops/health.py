@@ -6,11 +6,11 @@ from typing import Any
 
 from noodle import __version__
 from noodle.model.formats import OF_DTYPE
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 from services.coordinator.leadership import progress_of, waiting_for, warnings_of
 
 
-def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
+def health_of(engine: Coordinator) -> tuple[str, dict[str, Any]]:
     """Status and everything that /health says: what is being waited for, and who computes what."""
     view, leads, loop = engine.leadership.view, engine.leadership.leads, engine.loop.state
     up = loop.up and engine.loaded is not None
@@ -38,7 +38,7 @@ def health_of(engine: Engine) -> tuple[str, dict[str, Any]]:
     }
 
 
-def stages_of(engine: Engine) -> list[dict[str, Any]]:
+def stages_of(engine: Coordinator) -> list[dict[str, Any]]:
     """One line a stage: its layers by the plan, and what it says of itself."""
     view = engine.leadership.view
     assigned = {stage.stage_id: stage for stage in view.plan.stages} if view.plan else {}

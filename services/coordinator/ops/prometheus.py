@@ -14,14 +14,14 @@ from flask import Flask, Response, request
 from noodle.cluster.plan import MachineReport, Plan
 from noodle.config.settings import CoordinatorConfig
 from noodle.web.service import json_response, require_token
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 
 HTTP_PORT = 80
 
 Target = dict[str, Any]
 
 
-def install_targets_route(app: Flask, config: CoordinatorConfig, engine: Engine) -> None:
+def install_targets_route(app: Flask, config: CoordinatorConfig, engine: Coordinator) -> None:
     """With the cluster token alone, as /metrics."""
 
     @app.get("/prometheus/targets")

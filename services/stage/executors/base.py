@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import WireError
-from noodle.wire.frames import WireTensor
+from noodle.wire.frames import ActivationTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class PackedBatch:
     # [rows] rows of the packed axis whose logits are asked for; empty off the last stage
     logits_rows: npt.NDArray[np.int64]
     token_ids: npt.NDArray[np.int64] | None = None  # [total_tokens]
-    hidden_states: WireTensor | None = None  # [total_tokens, hidden_size]
+    hidden_states: ActivationTensor | None = None  # [total_tokens, hidden_size]
 
 
 @dataclass(frozen=True, slots=True)
 class SliceOutput:
     """`hidden_states` [total_tokens, hidden_size] off the last stage, `logits` [rows, vocab_size] float32 on it."""
 
-    hidden_states: WireTensor | None = None
+    hidden_states: ActivationTensor | None = None
     logits: npt.NDArray[np.float32] | None = None
 
 
@@ -101,7 +101,7 @@ class ModelSlice(Protocol):
         ...
 
 
-def checked_hidden_states(model_slice: ModelSlice, batch: PackedBatch) -> WireTensor:
+def checked_hidden_states(model_slice: ModelSlice, batch: PackedBatch) -> ActivationTensor:
     """The hidden states that a slice is to compute with; raises WireError when none came, or not a row per token."""
     if batch.hidden_states is None:
         wants = "token ids or input embeddings" if model_slice.is_first else "hidden states"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from noodle.wire.frames import SCALE_BYTES, WireTensor, row_bytes
+from noodle.wire.frames import SCALE_BYTES, ActivationTensor, row_bytes
 
 LARGEST_FLOAT16 = 65504.0
 LARGEST_INT8 = 127.0
@@ -19,7 +19,7 @@ NOT_A_NUMBER_BFLOAT16 = 0x7FC0
 Rows = npt.NDArray[np.float32]  # [tokens, hidden_size]
 
 
-def encode(values: Rows, dtype: str) -> WireTensor:
+def encode(values: Rows, dtype: str) -> ActivationTensor:
     """Rows as they cross a hop in `dtype`."""
     values = np.ascontiguousarray(values, np.float32)
     if dtype == "float32":
@@ -33,10 +33,10 @@ def encode(values: Rows, dtype: str) -> WireTensor:
     else:
         raise ValueError(f"{dtype} is no format of hidden states")
     data = encoded.view(np.uint8).reshape(-1).data if encoded.size else memoryview(b"")
-    return WireTensor(dtype, tuple(values.shape), data)
+    return ActivationTensor(dtype, tuple(values.shape), data)
 
 
-def decode(tensor: WireTensor) -> Rows:
+def decode(tensor: ActivationTensor) -> Rows:
     """The rows in float32 of a tensor that was checked (noodle.wire.frames); exact but for the product of int8."""
     tokens, hidden_size = tensor.shape
     if tensor.dtype == "bfloat16":
@@ -51,7 +51,7 @@ def decode(tensor: WireTensor) -> Rows:
     return np.frombuffer(tensor.data, tensor.dtype).astype(np.float32, copy=False).reshape(tensor.shape)
 
 
-def recast(tensor: WireTensor, dtype: str) -> WireTensor:
+def recast(tensor: ActivationTensor, dtype: str) -> ActivationTensor:
     """The same rows in another format; itself where it has that one."""
     return tensor if tensor.dtype == dtype else encode(decode(tensor), dtype)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from noodle.errors import GenerationFailed, NotReady, RequestTimedOut, TooManyRequests, Unprocessable
 from noodle.metrics.counted import StageMetrics
-from noodle.wire.frames import WireTensor
+from noodle.wire.frames import ActivationTensor
 from noodle.wire.messages import SamplingParameters
 from services.stage.executors.base import PackedBatch, SliceOutput, Span
 from services.stage.manual.forward_format import MAXIMUM_FORWARD_TOKENS, ForwardRequest, ForwardResult, all_finite
@@ -144,7 +144,7 @@ class _Course:
     deadline: float
     span: Span | None = None  # of the whole forward, once it is admitted
     done_tokens: int = 0
-    hidden_states: list[WireTensor] = field(default_factory=list)
+    hidden_states: list[ActivationTensor] = field(default_factory=list)
     logits: npt.NDArray[np.float32] | None = None  # [vocab_size] of the last token, on the last stage
 
     def take(self, output: SliceOutput, tokens: int) -> None:
@@ -181,7 +181,7 @@ def _batch(piece: Span, request: ForwardRequest, begin: int, *, with_logits: boo
     if tensor.dtype == "int32":
         return PackedBatch((piece,), rows, token_ids=np.frombuffer(data, np.int32).astype(np.int64))
     shape = (piece.token_count, tensor.shape[1])
-    return PackedBatch((piece,), rows, hidden_states=WireTensor(tensor.dtype, shape, data))
+    return PackedBatch((piece,), rows, hidden_states=ActivationTensor(tensor.dtype, shape, data))
 
 
 def _result(course: _Course, length: int, with_logits: bool) -> ForwardResult:
@@ -191,7 +191,9 @@ def _result(course: _Course, length: int, with_logits: bool) -> ForwardResult:
         if len(course.hidden_states) == 1:
             return ForwardResult(length, hidden_states=first)
         data = memoryview(b"".join(each.data for each in course.hidden_states))
-        return ForwardResult(length, hidden_states=WireTensor(first.dtype, (course.done_tokens, first.shape[1]), data))
+        return ForwardResult(
+            length, hidden_states=ActivationTensor(first.dtype, (course.done_tokens, first.shape[1]), data)
+        )
     if course.logits is None:
         raise GenerationFailed("The last stage's slice gave no logits.")
     token_id, _ = sample(course.logits, GREEDY, length, with_logprob=False)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from noodle.cluster.plan import Plan
 from noodle.errors import InvalidRequest, NotFound, Unprocessable
-from noodle.wire.frames import ITEM_BYTES, WireTensor, checked_tensor
+from noodle.wire.frames import ITEM_BYTES, ActivationTensor, checked_tensor
 
 MAXIMUM_FORWARD_TOKENS = 512  # of one forward
 DTYPE_HEADER = "X-Noodle-Dtype"
@@ -50,7 +50,7 @@ class ForwardRequest:
     """
 
     session_id: str
-    tensor: WireTensor | None
+    tensor: ActivationTensor | None
     rank: int
     token_index: int | None
     end: bool
@@ -65,7 +65,7 @@ class ForwardResult:
     """
 
     next_token_index: int
-    hidden_states: WireTensor | None = None
+    hidden_states: ActivationTensor | None = None
     token_id: int | None = None
     logits: npt.NDArray[np.float32] | None = None
 
@@ -174,14 +174,14 @@ def shape_of(request: ForwardRequest, result: ForwardResult) -> tuple[int, ...]:
     return {1: (hidden_size,), 2: (tokens, hidden_size), 3: (1, tokens, hidden_size)}[request.rank]
 
 
-def all_finite(tensor: WireTensor) -> bool:
+def all_finite(tensor: ActivationTensor) -> bool:
     """Whether no number is infinite or not a number."""
     if tensor.dtype == "bfloat16":  # numpy has none; it is the upper half of a float32
         return bool(((np.frombuffer(tensor.data, np.uint16) & 0x7F80) != 0x7F80).all())
     return bool(np.isfinite(np.frombuffer(tensor.data, tensor.dtype)).all())
 
 
-def as_float32(tensor: WireTensor) -> npt.NDArray[np.float32]:
+def as_float32(tensor: ActivationTensor) -> npt.NDArray[np.float32]:
     """The numbers of any float dtype; exact."""
     if tensor.dtype == "bfloat16":
         return (np.frombuffer(tensor.data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
@@ -198,7 +198,7 @@ def check_stage_id(asked: str | int | None, stage_id: int) -> None:
         )
 
 
-def _request(fields: ForwardBody, tensor: WireTensor | None, rank: int, takes: Takes) -> ForwardRequest:
+def _request(fields: ForwardBody, tensor: ActivationTensor | None, rank: int, takes: Takes) -> ForwardRequest:
     session_id = str(fields.session_id)
     if not 1 <= len(session_id) <= 64 or not session_id.isprintable():
         raise InvalidRequest("session_id is not 1 to 64 printable characters.", param="session_id")
@@ -260,7 +260,7 @@ def _nested(raw: msgspec.Raw, name: str, item: type) -> tuple[Any, int]:
     return _decoded(raw, _NESTED[item][depth - 1], name), depth
 
 
-def _activations(raw: msgspec.Raw, takes: Takes) -> tuple[WireTensor, int]:
+def _activations(raw: msgspec.Raw, takes: Takes) -> tuple[ActivationTensor, int]:
     value, depth = _nested(raw, "activations", float)
     if depth == 3:
         _check_shape((len(value), len(value[0]) if value else 0, takes.hidden_size), takes)
@@ -271,13 +271,13 @@ def _activations(raw: msgspec.Raw, takes: Takes) -> tuple[WireTensor, int]:
     _check_shape((len(rows), takes.hidden_size), takes)
     with np.errstate(over="ignore"):  # what is too large for float32 is refused as infinite
         numbers = np.array(rows, np.float32)
-    tensor = WireTensor("float32", numbers.shape, numbers.data.cast("B"))
+    tensor = ActivationTensor("float32", numbers.shape, numbers.data.cast("B"))
     if not all_finite(tensor):
         _raise_not_finite()
     return tensor, depth
 
 
-def _token_ids(raw: msgspec.Raw, takes: Takes) -> WireTensor:
+def _token_ids(raw: msgspec.Raw, takes: Takes) -> ActivationTensor:
     value, depth = _nested(raw, "token_ids", int)
     if depth == 2:
         _check_token_shape((len(value), len(value[0]) if value else 0), takes)
@@ -286,7 +286,7 @@ def _token_ids(raw: msgspec.Raw, takes: Takes) -> WireTensor:
     if not (min(value) >= 0 and max(value) < takes.vocab_size):  # before numpy, which has no larger integers
         _raise_token_range(takes)
     ids = np.array(value, np.int32)
-    return WireTensor("int32", ids.shape, ids.data.cast("B"))
+    return ActivationTensor("int32", ids.shape, ids.data.cast("B"))
 
 
 def _check_shape(shape: tuple[int, ...], takes: Takes) -> None:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import torch
 
-from noodle.wire.frames import WireTensor
+from noodle.wire.frames import ActivationTensor
 from noodle.wire.messages import SamplingParameters
 from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from services.stage.executors.hidden_states import encode
@@ -72,7 +72,7 @@ class SliceTimer:
             torch.cuda.synchronize()  # a last slice that was asked for no logits has brought nothing back yet
         return time.perf_counter() - start_seconds
 
-    def _hidden_states(self, tokens: int) -> WireTensor:
+    def _hidden_states(self, tokens: int) -> ActivationTensor:
         values = self._random.standard_normal((tokens, self.slice.hidden_size), np.float32)
         return encode(values, self.slice.dtype)
 

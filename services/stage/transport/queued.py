@@ -15,7 +15,7 @@ from noodle.cluster.plan import Plan
 from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
 from noodle.errors import LinkLost, QueueUnavailable, StepRefused, WireError
 from noodle.metrics.counted import StageMetrics
-from noodle.wire.frames import HOP_DTYPES, MAXIMUM_STEP_TOKENS, body_digest, tensor_bytes
+from noodle.wire.frames import ACTIVATION_DTYPES, MAXIMUM_STEP_TOKENS, body_digest, tensor_bytes
 from noodle.wire.messages import (
     ActivationRef,
     InlineStep,
@@ -237,4 +237,4 @@ def _body_bytes(step: Step, hidden_size: int) -> int:
     """What the step's body must take, 0 for one that no plan with this hidden size allows: nothing is allocated."""
     if len(step.shape) != 2 or step.shape[1] != hidden_size or step.shape[0] > MAXIMUM_STEP_TOKENS:
         return 0
-    return tensor_bytes(step.dtype, step.shape) if step.dtype in HOP_DTYPES else 0
+    return tensor_bytes(step.dtype, step.shape) if step.dtype in ACTIVATION_DTYPES else 0

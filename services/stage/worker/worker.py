@@ -19,7 +19,7 @@ from noodle.cluster.plan import Plan
 from noodle.errors import GenerationFailed, NoodleError, StepRefused, WireError
 from noodle.logs import about
 from noodle.metrics.counted import StageMetrics
-from noodle.wire.frames import MAXIMUM_STEP_TOKENS, WireTensor, checked_tensor, row_bytes
+from noodle.wire.frames import MAXIMUM_STEP_TOKENS, ActivationTensor, checked_tensor, row_bytes
 from noodle.wire.messages import (
     LiveSessions,
     SpanRefusal,
@@ -282,7 +282,7 @@ class Worker:
             log.info("freed: the coordinator no longer lists it", extra=about(session_id))
         self._sessions.release(live.released)
         self._release(live.released)
-        if live.frees_unlisted:
+        if live.is_authoritative:
             self._release(self._sessions.release_unlisted(live.sessions))
         if role.next_stage is not None:
             role.next_stage.send(live)
@@ -392,7 +392,7 @@ def _packed(role: Role, step: Step, body: memoryview, is_last: bool) -> PackedBa
     token_ids = np.frombuffer(body, np.int32).astype(np.int64) if role.index == 0 else None
     hidden = None
     if role.index:
-        hidden = WireTensor(step.dtype, tuple(step.shape), body)
+        hidden = ActivationTensor(step.dtype, tuple(step.shape), body)
         if step.dtype == "int8":  # a format of hops alone: no slice computes with it
             hidden = recast(hidden, "float32")
     return PackedBatch(tuple(spans), np.array(rows, np.int64), token_ids, hidden)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from noodle.cluster.plan import MINIMUM_SESSION_TOKENS
 from noodle.model.formats import ALLOWANCES, EXECUTORS, WEIGHTS
-from noodle.wire.frames import HOP_DTYPES
+from noodle.wire.frames import ACTIVATION_DTYPES
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "NOODLE_HOP_DTYPE",
         "auto",
-        _one_of("auto", *HOP_DTYPES),
+        _one_of("auto", *ACTIVATION_DTYPES),
         "format of what goes from stage to stage; auto: as computed, 16 bits over slow links; int8: prompts alone",
     ),
     Variable(

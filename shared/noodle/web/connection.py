@@ -47,7 +47,7 @@ class ClientConnection(socket.socket):
         self.__dict__.pop("recv", None)
         self.settimeout(SEND_SECONDS)
 
-    def let_in(self) -> None:
+    def authenticate(self) -> None:
         """The request showed a key, or needs none here: its body is waited for, its connection may be kept."""
         if self.is_let_in:
             return

@@ -12,10 +12,9 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 from flask import Blueprint, Flask, Response, request
@@ -36,11 +35,11 @@ from noodle.errors import (
     UnsupportedMediaType,
 )
 from noodle.logs import configure_logs
+from noodle.threads import end_process
 from noodle.web.connection import ClientConnection
 
 log = logging.getLogger(__name__)
 
-START_REFUSED_EXIT_CODE = 3  # gunicorn's own code for a worker that can not boot: its master ends with it
 GRACE_SECONDS = 10  # from SIGTERM until open requests are cut
 KEEP_CONNECTION_SECONDS = 75  # idle connections between services
 WAITING_CONNECTIONS = 512  # that have no thread: a head to come, nothing to ask, an answer to be read
@@ -136,29 +135,6 @@ def _start_in_worker(service: Service) -> None:
     service.start()
 
 
-def end_process(name: str, error: BaseException) -> NoReturn:
-    """End this worker and, by its exit code, gunicorn's master; whoever supervises starts the service again."""
-    text = str(error) if isinstance(error, NoodleError) else f"{type(error).__name__}: {error}"
-    print(f"noodle {name}: {text}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(START_REFUSED_EXIT_CODE)
-
-
-def start_loop(name: str, target: Callable[[], None], service_name: str) -> threading.Thread:
-    """A thread that must not die: when it does, it is logged and the process ends."""
-
-    def run() -> None:
-        try:
-            target()
-        except BaseException as error:
-            log.exception("the %s thread died", name)
-            end_process(service_name, error)
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    return thread
-
-
 def refuse_a_port_in_use(bind: Address, name: str) -> None:
     """Raise PortInUse when another program listens there; gunicorn alone would try again for seconds."""
     family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
@@ -251,7 +227,7 @@ def has_token(*accepted: str) -> bool:
     matches = [hmac.compare_digest(given, secret.encode()) for secret in accepted if secret]
     if not any(matches):
         return False
-    let_in()
+    authenticate()
     return True
 
 
@@ -263,10 +239,10 @@ def require_token(*accepted: str) -> None:
         )
 
 
-def let_in() -> None:
+def authenticate() -> None:
     """Say that whoever sent this request is no stranger; until then nothing of its body is waited for."""
     if (connection := _connection()) is not None:
-        connection.let_in()
+        connection.authenticate()
 
 
 def streaming_connection() -> ClientConnection:

@@ -19,7 +19,7 @@ from noodle.wire.messages import HopMessage, QueueEntry
 
 LENGTHS = struct.Struct("<II")
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}  # with int8 the only dtypes that cross a hop
-HOP_DTYPES = ("float32", "float16", "bfloat16", "int8")  # of hidden states between stages
+ACTIVATION_DTYPES = ("float32", "float16", "bfloat16", "int8")  # of hidden states between stages
 SCALE_BYTES = 4  # before each row of int8, which stages alone send: a float32 that its numbers are multiplied by
 MAXIMUM_HEADER_BYTES = 4 << 20
 MAXIMUM_STEP_TOKENS = 8192  # rows of one step; with the hidden size it bounds a frame
@@ -30,7 +30,7 @@ _entry_decoder: msgspec.msgpack.Decoder[QueueEntry] = msgspec.msgpack.Decoder(Qu
 
 
 @dataclass(frozen=True, slots=True)
-class WireTensor:
+class ActivationTensor:
     """A tensor as it crosses a hop: `data` is C-contiguous, little-endian, exactly product(shape) items of `dtype`.
 
     In int8 it has two dimensions, and each row is one scale and then its items.
@@ -41,7 +41,7 @@ class WireTensor:
     data: memoryview
 
 
-def checked_tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> WireTensor:
+def checked_tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> ActivationTensor:
     """The tensor that a header describes, when its dtype is allowed and its bytes are exactly as many as it says."""
     if dtype not in (*ITEM_BYTES, "int8"):
         raise WireError(f"dtype {dtype!r} is not one of {', '.join(ITEM_BYTES)}, int8.")
@@ -52,7 +52,7 @@ def checked_tensor(dtype: str, shape: tuple[int, ...], data: memoryview) -> Wire
     expected_bytes = tensor_bytes(dtype, shape)
     if data.nbytes != expected_bytes:
         raise WireError(f"shape {list(shape)} of {dtype} takes {expected_bytes} bytes, but {data.nbytes} came.")
-    return WireTensor(dtype, shape, data)
+    return ActivationTensor(dtype, shape, data)
 
 
 def row_bytes(dtype: str, row_items: int) -> int:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from noodle.errors import LinkLost, WireError
-from noodle.web.service import start_loop
+from noodle.threads import start_loop
 from noodle.wire.chunked import ChunkStream
 from noodle.wire.frames import encode_frame, read_frame
 from noodle.wire.messages import HopMessage, KeepAlive

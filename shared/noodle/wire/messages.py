@@ -108,14 +108,14 @@ class Step(Struct, frozen=True, tag="step"):
 class LiveSessions(Struct, frozen=True, tag="live"):
     """All sessions that may hold KV rows; `released` ones are freed at once, unlisted ones after a while.
 
-    With `frees_unlisted` these are freed at once too: the coordinator could not tell every end when it came.
+    With `is_authoritative` these are freed at once too: the coordinator could not tell every end when it came.
     """
 
     plan_version: Version
     coordinator_epoch: Version
     sessions: Annotated[list[SessionId], Meta(max_length=65536)]
     released: Annotated[list[SessionId], Meta(max_length=65536)] = []
-    frees_unlisted: bool = False
+    is_authoritative: bool = False
 
 
 class ChainLink(Struct, frozen=True):

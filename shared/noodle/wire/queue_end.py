@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from noodle.errors import FrameTooLarge, QueueUnavailable, WireError
-from noodle.web.service import start_loop
+from noodle.threads import start_loop
 from noodle.wire.frames import decode_entry, encode_entry
 from noodle.wire.messages import KeepAlive, QueueEntry
 

@@ -12,7 +12,7 @@ from noodle.errors import NoodleError
 from noodle.logs import JsonFormatter, PrettyFormatter, RequestFilter, about
 from noodle.metrics.counted import CoordinatorMetrics
 from services.coordinator.app import create_app
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 from services.coordinator.ops.prometheus import stage_targets
 
 TOKEN = "a-token-of-some-length"
@@ -21,7 +21,7 @@ TOKEN = "a-token-of-some-length"
 def client_of(**variables):
     config = coordinator_config({"NOODLE_CLUSTER_TOKEN": TOKEN, **variables})
     registry = CollectorRegistry()
-    return create_app(config, Engine(config, CoordinatorMetrics(registry)), registry).test_client()
+    return create_app(config, Coordinator(config, CoordinatorMetrics(registry)), registry).test_client()
 
 
 def bearer(key):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import WireError
-from noodle.wire.frames import WireTensor
+from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
 from services.stage.executors.ggml.device import GgmlDevice
 from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SpanRows
@@ -121,7 +121,7 @@ class GgmlSlice:
             each.length = max(each.length, span.first_position + span.token_count)
         hidden = step.output.copy()
         if not self.is_last:
-            return SliceOutput(hidden_states=WireTensor("float32", hidden.shape, hidden.data.cast("B")))
+            return SliceOutput(hidden_states=ActivationTensor("float32", hidden.shape, hidden.data.cast("B")))
         self._last_hidden = hidden
         return SliceOutput(logits=self.logits_of(batch.logits_rows))
 

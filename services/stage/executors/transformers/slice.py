@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from noodle.errors import GenerationFailed
-from noodle.wire.frames import WireTensor
+from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
 from services.stage.executors.kv_cache import KvCache
 from services.stage.executors.transformers import attention
@@ -171,14 +171,14 @@ class TransformersSlice:
         return self._cache.bytes_allocated()
 
 
-def to_wire(tensor: torch.Tensor) -> WireTensor:
+def to_wire(tensor: torch.Tensor) -> ActivationTensor:
     """A tensor as it crosses a hop; on a CPU its bytes are not copied."""
     tensor = tensor.detach().cpu().contiguous()
     data = tensor.view(torch.uint8).numpy().data.cast("B")
-    return WireTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
+    return ActivationTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
 
 
-def from_wire(tensor: WireTensor) -> torch.Tensor:
+def from_wire(tensor: ActivationTensor) -> torch.Tensor:
     """A tensor on the CPU from what crossed a hop."""
     data = tensor.data
     # torch shares memory only with buffers it may write to

@@ -8,7 +8,7 @@ from noodle.metrics.counted import CoordinatorMetrics
 from services.coordinator.api import generate_format, openai_fields
 from services.coordinator.api.openapi import ERROR, ERROR_TEXTS, OPENAPI, document
 from services.coordinator.app import OPERATIONS, create_app
-from services.coordinator.coordinator import Engine
+from services.coordinator.coordinator import Coordinator
 
 TOKEN = "a-token-of-some-length"
 IMPLICIT = {"HEAD", "OPTIONS"}
@@ -18,7 +18,7 @@ IMPLICIT = {"HEAD", "OPTIONS"}
 def app():
     config = coordinator_config({"NOODLE_CLUSTER_TOKEN": TOKEN})
     registry = CollectorRegistry()
-    return create_app(config, Engine(config, CoordinatorMetrics(registry)), registry)
+    return create_app(config, Coordinator(config, CoordinatorMetrics(registry)), registry)
 
 
 def untyped(rule):

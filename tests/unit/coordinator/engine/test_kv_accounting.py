@@ -4,10 +4,10 @@ from noodle.wire.messages import SamplingParameters
 from services.coordinator.engine.kv_accounting import (
     MAXIMUM_KEPT_SESSIONS,
     MINIMUM_PREFIX_TOKENS,
-    KvBooks,
+    KvAccounting,
     common_prefix_length,
 )
-from services.coordinator.engine.sequence import Limits, Session
+from services.coordinator.engine.sequence import PlanLimits, Session
 
 
 def a_session(name, token_ids, new=4):
@@ -15,7 +15,7 @@ def a_session(name, token_ids, new=4):
 
 
 def limits(kv_tokens, reserved=None):
-    return Limits(1, 2, kv_tokens, 1000, 0.01, 0.001, reserved)
+    return PlanLimits(1, 2, kv_tokens, 1000, 0.01, 0.001, reserved)
 
 
 def test_the_common_beginning_is_found_at_every_length():
@@ -28,7 +28,7 @@ def test_the_common_beginning_is_found_at_every_length():
 
 
 def test_rows_count_as_they_are_held_and_reservations_beside_them():
-    books = KvBooks()
+    books = KvAccounting()
     a, b = a_session("a", range(10)), a_session("b", range(10))
     assert books.fits(a, 10, limits(15))
     books.hold(a, 10)
@@ -43,7 +43,7 @@ def test_rows_count_as_they_are_held_and_reservations_beside_them():
 
 
 def test_what_is_released_is_told_once_with_its_epoch():
-    books = KvBooks()
+    books = KvAccounting()
     a = a_session("a", range(10))
     books.hold(a, 10)
     books.release("a", 3)
@@ -59,7 +59,7 @@ def kept(books, name, token_ids):
 
 
 def test_the_longest_beginning_is_taken_and_the_longest_unused_given_up_first():
-    books = KvBooks()
+    books = KvAccounting()
     kept(books, "short", [*range(20), 99])
     kept(books, "long", [*range(40), 98])
     found = books.prefix_for(a_session("new", range(60)), [])
@@ -72,13 +72,13 @@ def test_the_longest_beginning_is_taken_and_the_longest_unused_given_up_first():
 
 
 def test_a_beginning_too_short_to_be_worth_it_is_computed():
-    books = KvBooks()
+    books = KvAccounting()
     kept(books, "other", [*range(MINIMUM_PREFIX_TOKENS - 1), 99])
     assert books.prefix_for(a_session("new", range(60)), []) is None
 
 
 def test_only_so_many_are_kept():
-    books = KvBooks()
+    books = KvAccounting()
     gone = []
     for number in range(MAXIMUM_KEPT_SESSIONS + 3):
         gone += kept(books, f"s{number}", range(number * 100, number * 100 + 20))

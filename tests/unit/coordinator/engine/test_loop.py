@@ -22,11 +22,11 @@ from noodle.wire.messages import (
 from services.coordinator.engine import in_flight as flights_module
 from services.coordinator.engine import loop
 from services.coordinator.engine import scheduler as scheduler_module
-from services.coordinator.engine.loop import GenerationLoop
+from services.coordinator.engine.loop import EngineLoop
 from services.coordinator.engine.pipeline import PipelineDown, PipelineUp, ResultArrived
 from services.coordinator.engine.request import GenerationRequest
 from services.coordinator.engine.scheduler import Scheduler
-from services.coordinator.engine.sequence import Limits
+from services.coordinator.engine.sequence import PlanLimits
 from tests.support.cluster import wait_until
 
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
@@ -79,7 +79,7 @@ class Rig:
     def __init__(self, kv_tokens=1000):
         self.pipeline = StandInPipeline()
         self.registry = CollectorRegistry()
-        self.loop = GenerationLoop(
+        self.loop = EngineLoop(
             Scheduler(step_tokens=64, maximum_running=8),
             SilentRecorder(),
             CoordinatorMetrics(self.registry),
@@ -89,7 +89,7 @@ class Rig:
         )
         self.thread = threading.Thread(target=self.loop.run)
         self.thread.start()
-        self.loop.activate(PLAN, Limits(1, 2, kv_tokens, 256, 0.001, 0.0001), 1)
+        self.loop.activate(PLAN, PlanLimits(1, 2, kv_tokens, 256, 0.001, 0.0001), 1)
         self.up()
 
     def tell(self, event):
@@ -105,7 +105,7 @@ class Rig:
 
     def submit(self, prompt=5, new=4, **options):
         asked = GenerationRequest(list(range(3, 3 + prompt)), new, SamplingParameters(), frozenset(), **options)
-        return self.loop.intake.submit(asked)[1].open_reader()
+        return self.loop.admission.submit(asked)[1].open_reader()
 
     def step(self, number):
         """The step that was sent as this one, counted from 1."""
@@ -161,7 +161,7 @@ def test_after_a_break_the_stages_hear_which_sessions_live_before_any_step(rig):
     wait_until(lambda: len(rig.pipeline.sent) > before + 1, WAIT_SECONDS, "something is sent again")
     first, second = rig.pipeline.sent[before : before + 2]
     assert isinstance(first, LiveSessions)
-    assert first.frees_unlisted
+    assert first.is_authoritative
     assert first.sessions == [stays.request_id]
     assert isinstance(second, Step)
 
@@ -175,7 +175,7 @@ def test_after_a_restart_of_a_stage_the_others_hear_it_too_before_the_replay(rig
     rig.up("boot 0", "another boot 1")
     wait_until(lambda: len(rig.pipeline.sent) > before + 1, WAIT_SECONDS, "something is sent again")
     first, second = rig.pipeline.sent[before : before + 2]
-    assert (first.sessions, first.frees_unlisted) == ([stays.request_id], True)
+    assert (first.sessions, first.is_authoritative) == ([stays.request_id], True)
     assert [(span.session_epoch, span.first_position) for span in second.spans] == [(2, 0)]
 
 
@@ -190,7 +190,7 @@ def test_after_a_long_break_nothing_is_counted_on_that_stages_may_have_freed(rig
     rig.up()
     wait_until(lambda: len(live_lists(rig)) > before, WAIT_SECONDS, "the stages hear what is held")
     told = live_lists(rig)[before]
-    assert told.frees_unlisted
+    assert told.is_authoritative
     assert told.sessions == ([] if is_long else [ended.request_id])
     assert bool(rig.loop.kept_rows) is not is_long
 
@@ -200,7 +200,7 @@ def test_the_ordinary_lists_free_nothing_at_once(rig):
     rig.step(1)
     before = len(live_lists(rig))
     wait_until(lambda: len(live_lists(rig)) > before + 1, WAIT_SECONDS, "two more lists")
-    assert not any(live.frees_unlisted for live in live_lists(rig)[before:])
+    assert not any(live.is_authoritative for live in live_lists(rig)[before:])
 
 
 def test_a_stage_without_room_for_what_was_promised_gets_the_whole_list_and_the_request_goes_on(rig, monkeypatch):
@@ -211,7 +211,7 @@ def test_a_stage_without_room_for_what_was_promised_gets_the_whole_list_and_the_
     assert again.spans[0].session_epoch == 2
     sent = rig.pipeline.sent
     between = sent[sent.index(rig.pipeline.steps[0]) + 1 : sent.index(again)]
-    assert any(live.frees_unlisted and live.sessions == [] for live in between)
+    assert any(live.is_authoritative and live.sessions == [] for live in between)
     rig.answer(again)
     token = wait_until(lambda: request.next(0.05), WAIT_SECONDS, "a token")
     assert (token.token_id, token.finish_reason) == (7, "length")
@@ -312,7 +312,7 @@ def test_a_request_that_takes_longer_than_it_may_ends_with_what_it_has(rig):
 
 
 def test_a_request_whose_client_may_come_back_goes_on_without_it_for_so_long(rig):
-    _, generation = rig.loop.intake.submit(
+    _, generation = rig.loop.admission.submit(
         GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset(), resume_seconds=0.6)
     )
     generation.open_reader().cancel()
@@ -325,7 +325,7 @@ def test_a_request_whose_client_may_come_back_goes_on_without_it_for_so_long(rig
 
 
 def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
-    _, generation = rig.loop.intake.submit(GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset()))
+    _, generation = rig.loop.admission.submit(GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset()))
     first, second = generation.open_reader(), generation.open_reader()
     rig.answer(rig.step(1))
     for reader in (first, second):
@@ -340,8 +340,8 @@ def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
 
 def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorded_token(rig):
     record = RequestRecord("r", [3, 4, 5], 4, 0.0, 1.0, 0, 0, [], True)
-    generation = rig.loop.intake.go_on(record, [RecordedToken(7), RecordedToken(8)], frozenset(), 30.0)
-    assert rig.loop.intake.go_on(record, [], frozenset(), 30.0) is None
+    generation = rig.loop.admission.go_on(record, [RecordedToken(7), RecordedToken(8)], frozenset(), 30.0)
+    assert rig.loop.admission.go_on(record, [], frozenset(), 30.0) is None
     step = rig.step(1)
     assert [(span.first_position, span.token_count) for span in step.spans] == [(0, 5)]
     rig.answer(step, 9)
@@ -354,7 +354,7 @@ def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorde
 
 def test_a_request_of_which_all_but_the_end_was_recorded_ends(rig):
     record = RequestRecord("r", [3, 4, 5], 1, 0.0, 1.0, 0, 0, [], True)
-    generation = rig.loop.intake.go_on(record, [RecordedToken(7, finish_reason="length")], frozenset(), 30.0)
+    generation = rig.loop.admission.go_on(record, [RecordedToken(7, finish_reason="length")], frozenset(), 30.0)
     wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it has ended")
     assert generation.failure is None
 

@@ -4,14 +4,14 @@ import pytest
 
 from noodle.wire.messages import SamplingParameters, SpanRefusal, SpanResult, StepResult, TokenScore
 from services.coordinator.engine.scheduler import MAXIMUM_REPLAYS, ROOM_RETRY_SECONDS, Scheduler
-from services.coordinator.engine.sequence import Limits, Session
+from services.coordinator.engine.sequence import PlanLimits, Session
 
 END = 2
 
 
 def a_scheduler(stages=2, step_tokens=8, kv_tokens=10_000, maximum_running=16):
     scheduler = Scheduler(step_tokens, maximum_running)
-    scheduler.limits = Limits(1, stages, kv_tokens, 1000, 0.01, 0.001)
+    scheduler.limits = PlanLimits(1, stages, kv_tokens, 1000, 0.01, 0.001)
     scheduler.coordinator_epoch = 1
     return scheduler
 
@@ -106,7 +106,7 @@ def test_a_request_that_reserves_much_and_needs_little_keeps_nobody_waiting():
 
 def test_stages_that_hold_whole_reservations_are_not_given_more_than_they_hold():
     scheduler = a_scheduler(kv_tokens=100, step_tokens=100)
-    scheduler.limits = Limits(1, 2, 100, 1000, 0.01, 0.001, reserved_kv_tokens=100)
+    scheduler.limits = PlanLimits(1, 2, 100, 1000, 0.01, 0.001, reserved_kv_tokens=100)
     scheduler.add(a_session("a", new=90))
     scheduler.add(a_session("b", new=90))
     assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["a"]

@@ -2,11 +2,11 @@
 
 from noodle.wire.messages import SamplingParameters
 from services.coordinator.engine.sequence import Session
-from services.coordinator.engine.waiting_queue import WaitingLine
+from services.coordinator.engine.waiting_queue import WaitingQueue
 
 
 def line_of(*entries):
-    line = WaitingLine()
+    line = WaitingQueue()
     for name, client, priority in entries:
         session = Session(name, [1], 1, 1, SamplingParameters(), frozenset(), client_name=client, priority=priority)
         line.add(session)

@@ -325,6 +325,9 @@ def test_a_broken_companion_file_is_named(tmp_path: Path, name: str, content: by
 
 
 def test_a_tokenizer_needs_neither_torch_nor_transformers() -> None:
-    code = "import sys, services.coordinator.text.tokenizer; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, services.coordinator.text.tokenizer; "
+        "print('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "False"

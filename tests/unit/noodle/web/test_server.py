@@ -83,7 +83,7 @@ def test_a_body_has_one_deadline_however_its_bytes_come(pair):
 
     thread = threading.Thread(target=trickle)
     thread.start()
-    service.let_in()
+    service.authenticate()
 
     def receive():
         while service.recv(100):
@@ -98,7 +98,7 @@ def test_a_body_has_one_deadline_however_its_bytes_come(pair):
 
 def test_a_streamed_body_has_the_sockets_own_timeout(pair):
     service, client = pair
-    service.let_in()
+    service.authenticate()
     service.stream()
     service.settimeout(0.1)
     assert 0.05 < taken(lambda: service.recv(100)) < LIMIT_SECONDS
@@ -111,7 +111,7 @@ def test_a_slow_body_needs_a_place_and_gives_it_back(pair):
     service, _ = pair
     places = threading.Semaphore(0)
     service._slow_bodies = places
-    service.let_in()
+    service.authenticate()
     with pytest.raises(TooManyRequests):
         service.recv(100)
     places.release()
@@ -126,7 +126,7 @@ def test_a_slow_body_needs_a_place_and_gives_it_back(pair):
 
 def test_a_request_after_another_is_a_strangers_again(pair):
     service, _ = pair
-    service.let_in()
+    service.authenticate()
     service.begin()
     assert not service.is_let_in
     assert taken(lambda: service.recv(1)) < 0.05

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from noodle.errors import WireError
-from noodle.wire.frames import HOP_DTYPES, checked_tensor, row_bytes, tensor_bytes
+from noodle.wire.frames import ACTIVATION_DTYPES, checked_tensor, row_bytes, tensor_bytes
 from services.stage.executors.hidden_states import LARGEST_FLOAT16, decode, encode, recast
 
 # of one number, for float16 and bfloat16; of a row's largest one, for int8
@@ -21,7 +21,7 @@ def some_rows(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("dtype", HOP_DTYPES)
+@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES)
 def test_what_comes_back_is_as_near_as_its_format_allows(dtype, seed):
     rows = some_rows(seed)
     sent = encode(rows, dtype)
@@ -34,7 +34,7 @@ def test_what_comes_back_is_as_near_as_its_format_allows(dtype, seed):
     assert (np.abs(received - rows) <= size * RELATIVE_ERROR[dtype] + subnormal).all()
 
 
-@pytest.mark.parametrize("dtype", HOP_DTYPES)
+@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES)
 def test_sending_on_what_came_changes_nothing_more(dtype):
     once = encode(some_rows(3), dtype)
     assert recast(once, dtype) is once
@@ -42,7 +42,7 @@ def test_sending_on_what_came_changes_nothing_more(dtype):
     assert bytes(again.data) == bytes(once.data)
 
 
-@pytest.mark.parametrize("dtype", HOP_DTYPES)
+@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES)
 def test_some_rows_of_a_tensor_are_a_tensor(dtype):
     rows = some_rows(5)
     sent, size = encode(rows, dtype), row_bytes(dtype, rows.shape[1])
@@ -63,7 +63,7 @@ def test_a_number_too_large_for_float16_becomes_the_largest_one():
     ]
 
 
-@pytest.mark.parametrize("dtype", HOP_DTYPES)
+@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES)
 @pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
 def test_a_token_that_overflowed_is_seen_to_have_and_spoils_no_other(dtype, wrong):
     rows = np.ones((3, 8), np.float32)

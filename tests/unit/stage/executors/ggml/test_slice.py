@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from noodle.errors import ConfigurationError, ModelNotFound, PlanDoesNotFit, UnsupportedModel, WireError
-from noodle.wire.frames import WireTensor
+from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, Span
 from services.stage.executors.ggml import loading, slice
 from services.stage.executors.ggml.loading import load_ggml_slice
@@ -145,7 +145,7 @@ def test_input_embeddings_on_the_first_stage_are_what_their_token_ids_are(model_
     embeddings = model.get_input_embeddings().weight.numpy()[ids]
     if model_type == "gemma2":
         embeddings = embeddings * 8.0  # its embedding module scales
-    given = WireTensor("float32", embeddings.shape, np.ascontiguousarray(embeddings, np.float32).data.cast("B"))
+    given = ActivationTensor("float32", embeddings.shape, np.ascontiguousarray(embeddings, np.float32).data.cast("B"))
     span = Span("embeddings", 0, len(ids), 32)
     by_embeddings = first.forward(PackedBatch((span,), np.zeros(0, np.int64), hidden_states=given)).hidden_states
     assert np.allclose(np.frombuffer(by_ids.data, "<f4"), np.frombuffer(by_embeddings.data, "<f4"), atol=1e-5)

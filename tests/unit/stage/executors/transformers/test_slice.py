@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from noodle.errors import GenerationFailed, PositionGap, StepRefused, WireError
-from noodle.wire.frames import WireTensor
+from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from services.stage.executors.transformers import attention
 from services.stage.executors.transformers.slice import from_wire, to_wire
@@ -139,7 +139,7 @@ def test_a_tensor_comes_back_from_the_wire_as_it_was(dtype):
     tensor = torch.randn(3, 5).to(dtype)
     sent = to_wire(tensor)
     assert torch.equal(from_wire(sent), tensor)
-    received = WireTensor(sent.dtype, sent.shape, memoryview(bytes(sent.data)))
+    received = ActivationTensor(sent.dtype, sent.shape, memoryview(bytes(sent.data)))
     assert torch.equal(from_wire(received), tensor)
 
 
