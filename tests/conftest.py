@@ -1,6 +1,6 @@
 import pytest
 
-from tests.tiny_model import tiny_llama_folder
+from tests.support.models.tiny_model import tiny_llama_folder
 
 
 @pytest.fixture(scope="session")

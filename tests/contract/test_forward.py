@@ -8,10 +8,10 @@ import pytest
 
 from services.stage.manual.forward import MAXIMUM_WAITING_FORWARDS
 from services.stage.manual.forward_format import MAXIMUM_FORWARD_TOKENS
-from tests.support.cluster import request, wait_until
-from tests.support.forward_by_hand import Raw, generate_by_hand
-from tests.support.stage_rig import running_stages
-from tests.support.whole_model import WholeModel
+from tests.support.clients.forward_by_hand import Raw, generate_by_hand
+from tests.support.models.whole_model import WholeModel
+from tests.support.processes.cluster import request, wait_until
+from tests.support.processes.stage_rig import running_stages
 
 pytestmark = pytest.mark.timeout(300)
 HIDDEN_SIZE = 64

@@ -9,10 +9,10 @@ from noodle.errors import LinkLost
 from noodle.wire.frames import LENGTHS
 from noodle.wire.hop_client import PLAN_VERSION_HEADER, ResultsConnection
 from noodle.wire.messages import KeepAlive, LiveSessions, SamplingParameters, StepSpan
-from tests.support.callers import TOKENS, DirectCaller, QueueCaller
-from tests.support.cluster import wait_until
-from tests.support.stage_rig import running_stages
-from tests.support.stage_threads import stage_threads
+from tests.support.network.callers import TOKENS, DirectCaller, QueueCaller
+from tests.support.processes.cluster import wait_until
+from tests.support.processes.stage_rig import running_stages
+from tests.support.stages.stage_threads import stage_threads
 
 pytestmark = pytest.mark.timeout(300)
 HIDDEN_SIZE = 64

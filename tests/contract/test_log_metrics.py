@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 
 from noodle.config.settings import stage_config
 from services.stage.metrics_sender import MetricsSender
-from tests.support.cluster import free_ports, request, wait_until
-from tests.support.relay import Relay
-from tests.support.stage_rig import started
+from tests.support.network.relay import Relay
+from tests.support.processes.cluster import free_ports, request, wait_until
+from tests.support.processes.stage_rig import started
 
 TOKEN = "a-token-of-some-length"
 READY_SECONDS = 60.0

@@ -13,11 +13,11 @@ from noodle.wire.frames import body_digest, decode_entry, encode_entry
 from noodle.wire.messages import ActivationRef, LiveSessions, StepResult
 from services.stage.transport.outbox import Outbox
 from services.stage.transport.queued import CONFIRMATION, FETCH_TRIES
-from tests.support.callers import TOKENS, QueueCaller
-from tests.support.cluster import request, wait_until
-from tests.support.relay import Relay
-from tests.support.stage_rig import running_stages
-from tests.support.stage_threads import stage_threads
+from tests.support.network.callers import TOKENS, QueueCaller
+from tests.support.network.relay import Relay
+from tests.support.processes.cluster import request, wait_until
+from tests.support.processes.stage_rig import running_stages
+from tests.support.stages.stage_threads import stage_threads
 
 pytestmark = pytest.mark.timeout(300)
 HIDDEN_SIZE = 64

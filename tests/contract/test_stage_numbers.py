@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-from tests.support.cluster import free_ports, request, wait_until
-from tests.support.stage_rig import running_stages
+from tests.support.processes.cluster import free_ports, request, wait_until
+from tests.support.processes.stage_rig import running_stages
 
 START_SECONDS = 60.0
 

@@ -11,7 +11,7 @@ from noodle.cluster.valkey import RecordedToken, RequestRecord, WorkQueue
 from noodle.cluster.valkey_access import USER, acl_text
 from noodle.errors import QueueUnavailable
 from services.cli.local.valkey import server_binary
-from tests.support.cluster import free_ports, wait_until
+from tests.support.processes.cluster import free_ports, wait_until
 
 PASSWORD = "the password of the cluster"
 URL_0, URL_1 = "http://127.0.0.1:8081", "http://127.0.0.1:8082"

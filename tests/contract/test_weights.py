@@ -17,7 +17,7 @@ from noodle.model.weight_cache import WeightCache
 from noodle.web.service import install_error_handlers
 from services.coordinator.models.weight_server import WeightStore, install_weight_routes
 from services.stage.executors.transformers.loading import load_slice
-from tests.tiny_model import tiny_llama_folder
+from tests.support.models.tiny_model import tiny_llama_folder
 
 TOKEN = "a token that the machines share"
 

@@ -5,7 +5,7 @@ import pytest
 
 from tests.engine.engine import CONTROL, STAGE, Built, build, require_base_images, require_engine
 from tests.engine.project import Project
-from tests.support.real_model import real_model_folder
+from tests.support.models.real_model import real_model_folder
 
 
 @pytest.fixture(scope="session", autouse=True)

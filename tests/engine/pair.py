@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.engine.engine import docker, run
 from tests.engine.project import Project
-from tests.support.cluster import request
+from tests.support.processes.cluster import request
 
 FIRST_CUT = "15,15"  # of 30 layers; without it the cut is by what both measured, which differs from run to run
 

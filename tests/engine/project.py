@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engine.engine import CONTROL, ROOT, STAGE, docker, run
-from tests.support.cluster import EXACT, free_ports, request, wait_until
+from tests.support.processes.cluster import EXACT, free_ports, request, wait_until
 
 READY_SECONDS = 240.0
 COMPOSE_SECONDS = 180.0

@@ -17,7 +17,7 @@ from services.cli.deploy.machine_b import MARKER, MachineB
 from services.cli.deploy.ssh import Remote, system_of
 from services.cli.project.join_line import Join, decode
 from tests.engine.engine import ROOT, docker, run
-from tests.support.cluster import free_ports, wait_until
+from tests.support.processes.cluster import free_ports, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 IMAGE = "noodle-test-ssh"

@@ -17,7 +17,7 @@ import pytest
 from tests.engine.engine import CONTROL, STAGE, docker, run
 from tests.engine.project import Project
 from tests.engine.test_deploy import SshServer, _greets
-from tests.support.cluster import wait_until
+from tests.support.processes.cluster import wait_until
 
 pytestmark = pytest.mark.timeout(1800)
 IMAGE = "noodle-test-ssh"

@@ -11,7 +11,7 @@ import secrets
 import pytest
 
 from tests.engine.engine import ROOT, docker, run
-from tests.support.cluster import wait_until
+from tests.support.processes.cluster import wait_until
 
 pytestmark = pytest.mark.timeout(600)
 IMAGE = "noodle-test-firewall"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.engine import docker
 from tests.engine.project import WITHOUT_GRAFANA, Project
-from tests.support.cluster import request, wait_until
+from tests.support.processes.cluster import request, wait_until
 
 pytestmark = pytest.mark.timeout(900)
 

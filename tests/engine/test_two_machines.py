@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.engine import CONTROL, docker
 from tests.engine.pair import FIRST_CUT, two_machines
-from tests.support.cluster import wait_until
+from tests.support.processes.cluster import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 

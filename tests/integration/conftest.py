@@ -1,6 +1,6 @@
 import pytest
 
-from tests.support.cluster import running_cluster
+from tests.support.processes.cluster import running_cluster
 
 
 @pytest.fixture(scope="module")

@@ -10,21 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.measure import (
+from tests.measure.correctness import equality, kills, schemathesis
+from tests.measure.endurance import load, memory, pressure, soak
+from tests.measure.performance import (
     awake,
     containers,
     engine,
-    equality,
     kernels,
-    kills,
-    load,
-    memory,
     peers,
-    pressure,
     sampling,
-    schemathesis,
     side_by_side,
-    soak,
     speed,
     start,
     transport,

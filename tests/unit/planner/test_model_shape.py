@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, UnsupportedModel
 from noodle.model.files import model_digest
 from services.planner.model_shape import read_model_shape
-from tests.support.real_model import real_model_folder
-from tests.tiny_model import LAYER_COUNT, VOCAB_SIZE, make_tiny_model
+from tests.support.models.real_model import real_model_folder
+from tests.support.models.tiny_model import LAYER_COUNT, VOCAB_SIZE, make_tiny_model
 
 HIDDEN = 64
 

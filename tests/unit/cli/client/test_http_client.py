@@ -8,7 +8,7 @@ import pytest
 from noodle.errors import LinkLost, NoodleError, NotAuthenticated, NotReady, RequestTimedOut
 from services.cli.client import http_client
 from services.cli.client.http_client import get_json, post_for_events, post_json
-from tests.support.http_stand_in import StandIn, http_stand_in
+from tests.support.network.http_stand_in import StandIn, http_stand_in
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from noodle.errors import InvalidRequest, LinkLost, NoodleError
 from services.cli.client.target import Target
 from services.cli.commands.generate import _writer, generate
-from tests.support.http_stand_in import StandIn, http_stand_in
+from tests.support.network.http_stand_in import StandIn, http_stand_in
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from services.cli.local.processes import Signals, identify, is_running, leftovers_of
 from services.cli.local.run_state import RunFolder, acquire
 from services.cli.local.supervisor import HEALTHY_SECONDS, LOG_LIMIT_BYTES, Ended, ServiceSpec, Supervisor
-from tests.support.up_runs import wait_for
+from tests.support.processes.up_runs import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="`noodle up` is for Linux")
 

@@ -20,7 +20,7 @@ from services.coordinator.api.generate_format import (
     parse_generate,
     token_event,
 )
-from tests.support.random_json import random_body, random_value
+from tests.support.clients.random_json import random_body, random_value
 
 
 def parse(inputs: Any = "hi", stream: bool = False, **parameters: Any) -> GenerateRequest:

@@ -30,7 +30,7 @@ from services.coordinator.api.openai_request import (
     parse_completion,
 )
 from services.coordinator.engine.parameters import MAXIMUM_NEW_TOKENS, Scores
-from tests.support.random_json import random_body, random_value
+from tests.support.clients.random_json import random_body, random_value
 
 SERVED = ServedModel(names=("SmolLM2-135M-Instruct", "noodle"), vocabulary_size=1000, created_seconds=1)
 CONTEXT = 2048

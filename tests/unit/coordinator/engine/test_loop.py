@@ -27,7 +27,7 @@ from services.coordinator.engine.pipeline import PipelineDown, PipelineUp, Resul
 from services.coordinator.engine.request import GenerationRequest
 from services.coordinator.engine.scheduler import Scheduler
 from services.coordinator.engine.sequence import PlanLimits
-from tests.support.cluster import wait_until
+from tests.support.processes.cluster import wait_until
 
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
 PLAN = Plan(1, "digest", 6, 64, 300, 256, STAGES)

@@ -12,8 +12,8 @@ from noodle.metrics.counted import TravelMetrics
 from noodle.wire.frames import decode_entry, encode_entry
 from noodle.wire.messages import ChainLink, LiveSessions, SpanResult, StepResult, TokenLogprob, TokenScore
 from services.coordinator.engine.pipeline import Pipeline, PipelineDown, PipelineUp, ResultArrived
-from tests.support.cluster import free_ports, wait_until
-from tests.support.memory_streams import MemoryStreams
+from tests.support.network.memory_streams import MemoryStreams
+from tests.support.processes.cluster import free_ports, wait_until
 
 SECONDS = 5
 VERSION = 4

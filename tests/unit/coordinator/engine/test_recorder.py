@@ -7,7 +7,7 @@ import pytest
 from noodle.cluster.valkey import RecordedToken, RequestRecord
 from noodle.errors import QueueUnavailable
 from services.coordinator.engine.recorder import Recorder
-from tests.support.cluster import wait_until
+from tests.support.processes.cluster import wait_until
 
 
 class QueueThatGoesAway:

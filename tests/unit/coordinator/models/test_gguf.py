@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from noodle.errors import UnsupportedModel
 from services.coordinator.models.gguf import GgufModel, llama3_rope_parameters, write_model_folder
-from tests.support.tiny_gguf import TinyLlama, gguf_order, tiny_weights, write_tiny_gguf
+from tests.support.models.tiny_gguf import TinyLlama, gguf_order, tiny_weights, write_tiny_gguf
 
 
 def converted(tmp_path: Path, shape: TinyLlama) -> Path:

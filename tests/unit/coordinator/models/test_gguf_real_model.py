@@ -11,7 +11,7 @@ import pytest
 
 from noodle.errors import NoodleError
 from services.coordinator.models.default_model import fetch_default_gguf
-from tests.support.real_model import real_model_folder
+from tests.support.models.real_model import real_model_folder
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

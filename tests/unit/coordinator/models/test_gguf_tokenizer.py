@@ -13,7 +13,7 @@ from services.coordinator.models.gguf_tokenizer import (
     generation_ids,
     write_tokenizer,
 )
-from tests.support.tiny_gguf import MERGES, TOKENS
+from tests.support.models.tiny_gguf import MERGES, TOKENS
 
 
 def metadata(**changes: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from services.coordinator.models import hub as model_hub
 from services.coordinator.models.hub import is_hub_id, wanted_files
 from services.coordinator.models.progress import Progress
 from services.coordinator.models.store import prepare_model
-from tests.support.tiny_gguf import TinyLlama, tiny_weights
+from tests.support.models.tiny_gguf import TinyLlama, tiny_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

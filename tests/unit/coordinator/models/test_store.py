@@ -16,8 +16,8 @@ from noodle.model.files import sampled_digest
 from services.coordinator.models import store
 from services.coordinator.models.progress import Progress
 from services.coordinator.models.store import prepare_model
-from tests.support.real_model import cache_dir, real_model_folder
-from tests.support.tiny_gguf import TinyLlama, tiny_weights, write_tiny_gguf
+from tests.support.models.real_model import cache_dir, real_model_folder
+from tests.support.models.tiny_gguf import TinyLlama, tiny_weights, write_tiny_gguf
 
 
 def silent(_progress: Progress) -> None:

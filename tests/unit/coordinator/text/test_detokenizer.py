@@ -15,8 +15,8 @@ from services.coordinator.text.detokenizer import (
     TextStream,
 )
 from services.coordinator.text.tokenizer import Tokenizer
-from tests.support.made_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
-from tests.support.real_model import real_model_folder
+from tests.support.models.made_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
+from tests.support.models.real_model import real_model_folder
 
 REPLACEMENT = "\ufffd"
 TEXTS = [

@@ -2,7 +2,7 @@ import pytest
 
 from services.coordinator.text.detokenizer import text_offsets
 from services.coordinator.text.token_texts import TokenTexts
-from tests.support.made_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
+from tests.support.models.made_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
 TEXTS = ["hello  world", "é 😀 €", "a\nb\t", "<|user|>hell"]
 

@@ -12,13 +12,13 @@ import pytest
 
 from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedModel
 from services.coordinator.text.tokenizer import Tokenizer
-from tests.support.made_tokenizers import (
+from tests.support.models.made_tokenizers import (
     CHAT_TEMPLATE,
     byte_level_tokenizer,
     sentencepiece_tokenizer,
     write_tokenizer_folder,
 )
-from tests.support.real_model import real_model_folder
+from tests.support.models.real_model import real_model_folder
 
 CONTEXT = 8192
 TEXTS = [

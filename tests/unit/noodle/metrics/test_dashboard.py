@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from noodle.metrics.counted import CoordinatorMetrics, PlannerMetrics, StageMetrics
 from noodle.metrics.machine import ContainerUse
 from noodle.metrics.scraped import CardUse, MachineCollector, PlanCollector, PlannedStage, PlanSeen, service_registry
-from tests.support.prometheus import GRAFANA, RATE_INTERVAL, without_data_here
+from tests.support.processes.prometheus import GRAFANA, RATE_INTERVAL, without_data_here
 
 DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))
 DATASOURCE_UID = "noodle-prometheus"

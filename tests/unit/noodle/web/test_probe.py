@@ -3,8 +3,8 @@
 import pytest
 
 from noodle.web.probe import CONFIG_OF, main
-from tests.support.cluster import free_ports
-from tests.support.http_stand_in import http_stand_in
+from tests.support.network.http_stand_in import http_stand_in
+from tests.support.processes.cluster import free_ports
 
 TOKEN = "x" * 20
 

@@ -6,8 +6,8 @@ from noodle.errors import QueueUnavailable, WireError
 from noodle.wire.frames import encode_entry
 from noodle.wire.messages import KeepAlive, LiveSessions, StepResult
 from noodle.wire.queue_end import QueueEnd
-from tests.support.cluster import wait_until
-from tests.support.memory_streams import MemoryStreams
+from tests.support.network.memory_streams import MemoryStreams
+from tests.support.processes.cluster import wait_until
 
 OWN = "own"
 ENTRY = LiveSessions(1, 1, ["a session"])

@@ -15,7 +15,7 @@ from noodle.errors import NotWritable
 from noodle.model.files import read_tensor_entries
 from services.stage.selection import benchmark, slice_timing
 from services.stage.selection.benchmark import FILE_NAME, MeasuredSeconds, MeasurementKey, measure_machine
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import make_tiny_model
 
 KEY = MeasurementKey("digest", "cpu", "a processor", "transformers", "torch", "f32", "f32", "float32", 1, "0.1.0")
 

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 from noodle.errors import ConfigurationError, UnsupportedModel
 from services.coordinator.models.store import prepare_model
 from services.stage.tools.convert import convert, main
-from tests.support.tiny_gguf import TOKENS, TinyLlama, add_tokenizer, write_tiny_gguf
-from tests.tiny_model import tiny_config
+from tests.support.models.tiny_gguf import TOKENS, TinyLlama, add_tokenizer, write_tiny_gguf
+from tests.support.models.tiny_model import tiny_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

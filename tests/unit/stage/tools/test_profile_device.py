@@ -13,7 +13,7 @@ from services.stage.selection.slice_timing import SliceTimer
 from services.stage.tools.profile import devices_of
 from services.stage.tools.profile_device import DeviceProfiler
 from services.stage.tools.profile_points import QUICK
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import make_tiny_model
 
 EXTENT = dataclasses.replace(QUICK, sessions=(1, 3), kv_tokens=(8, 64), chunk_tokens=(4, 16), maximum_rounds=3)
 CONTEXT = 256

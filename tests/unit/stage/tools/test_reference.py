@@ -6,7 +6,7 @@ import pytest
 
 from noodle.errors import ModelNotFound
 from services.stage.tools.reference import Answered, Question, compare
-from tests.tiny_model import tiny_llama_folder
+from tests.support.models.tiny_model import tiny_llama_folder
 
 TEXT = "the cat sat on"
 NEW_TOKENS = 12

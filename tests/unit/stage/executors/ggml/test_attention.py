@@ -5,7 +5,7 @@ import pytest
 
 from services.stage.executors.ggml.attention import own_attention
 from services.stage.executors.ggml.weights import TYPE_NUMBERS
-from tests.support.ggml_operation import Graph, ggml_calls, needed, stored_as
+from tests.support.stages.ggml_operation import Graph, ggml_calls, needed, stored_as
 
 NEEDED = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "fma", "f16c"}}
 TYPES = ("f32", "f16", "q8_0")

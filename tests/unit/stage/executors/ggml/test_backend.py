@@ -9,7 +9,7 @@ import pytest
 from noodle.errors import GgmlUnavailable
 from services.stage.executors.ggml import backend
 from services.stage.executors.ggml.backend import check_processor, keep_float32_on_cards, load_ggml, processor_flags
-from tests.support.executors import need_ggml
+from tests.support.stages.executors import need_ggml
 
 needs_ggml = pytest.mark.skipif(importlib.util.find_spec("ggml") is None, reason="ggml is not installed (make ggml)")
 

@@ -12,10 +12,16 @@ from services.stage.executors.candidate import Wishes, asks_for_ggml, candidates
 from services.stage.executors.ggml.loading import load_ggml_slice
 from services.stage.executors.load import ggml_device, ggml_hindrance
 from services.stage.selection.device import choose_device
-from tests.support.executors import need_ggml
-from tests.support.ggml_card import a_card
-from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import make_tiny_model
+from tests.support.stages.executors import need_ggml
+from tests.support.stages.ggml_card import a_card
+from tests.support.stages.slice_pipeline import (
+    STEPS,
+    SlicePipeline,
+    random_sessions,
+    relative_difference,
+    unsplit_logits,
+)
 
 LENGTHS = (23, 9, 14)
 

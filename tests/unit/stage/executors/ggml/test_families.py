@@ -12,9 +12,15 @@ from noodle.errors import UnsupportedModel
 from services.stage.executors.ggml import loading
 from services.stage.executors.ggml.families import GGML_FAMILIES, ggml_lacks
 from services.stage.executors.ggml.loading import load_ggml_slice
-from tests.support.executors import need_ggml
-from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import make_tiny_model
+from tests.support.stages.executors import need_ggml
+from tests.support.stages.slice_pipeline import (
+    STEPS,
+    SlicePipeline,
+    random_sessions,
+    relative_difference,
+    unsplit_logits,
+)
 from tests.unit.stage.executors.transformers.test_families import (
     ORIGINAL_LENGTH,
     ROTARY_LENGTHS,

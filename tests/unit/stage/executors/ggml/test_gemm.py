@@ -7,7 +7,7 @@ import torch
 from services.stage.executors.ggml.backend import processor_flags
 from services.stage.executors.ggml.gemm import GROUP_ROWS, packed_rows
 from services.stage.executors.ggml.weights import TYPE_NUMBERS, Block, Placed
-from tests.support.ggml_operation import Graph, ggml_calls, needed, stored_as
+from tests.support.stages.ggml_operation import Graph, ggml_calls, needed, stored_as
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 # the processor's flags that kernels need, and the types that they then multiply by

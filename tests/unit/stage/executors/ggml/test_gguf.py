@@ -13,10 +13,16 @@ from noodle.errors import ModelNotFound, UnsupportedModel
 from services.coordinator.models.store import prepare_model
 from services.stage.executors.ggml.gguf import MODULES
 from services.stage.executors.ggml.loading import load_ggml_slice
-from tests.support.executors import need_ggml
-from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
-from tests.support.tiny_gguf import TOKENS, TinyLlama, tiny_weights, write_tiny_gguf
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_gguf import TOKENS, TinyLlama, tiny_weights, write_tiny_gguf
+from tests.support.models.tiny_model import make_tiny_model
+from tests.support.stages.executors import need_ggml
+from tests.support.stages.slice_pipeline import (
+    STEPS,
+    SlicePipeline,
+    random_sessions,
+    relative_difference,
+    unsplit_logits,
+)
 
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 

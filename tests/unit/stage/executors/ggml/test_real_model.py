@@ -5,8 +5,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from services.stage.executors.base import Span
-from tests.support.real_model import real_model_folder
-from tests.support.slice_pipeline import SlicePipeline
+from tests.support.models.real_model import real_model_folder
+from tests.support.stages.slice_pipeline import SlicePipeline
 
 PROMPTS = ("Write a short story about a lighthouse.", "def fibonacci(n):")
 NEW_TOKENS = 16

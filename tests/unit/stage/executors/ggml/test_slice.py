@@ -12,9 +12,15 @@ from services.stage.executors.base import PackedBatch, Span
 from services.stage.executors.ggml import loading, slice
 from services.stage.executors.ggml.loading import load_ggml_slice
 from services.stage.executors.transformers.loading import load_slice
-from tests.support.executors import need_ggml
-from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import make_tiny_model
+from tests.support.stages.executors import need_ggml
+from tests.support.stages.slice_pipeline import (
+    STEPS,
+    SlicePipeline,
+    random_sessions,
+    relative_difference,
+    unsplit_logits,
+)
 
 LENGTHS = (23, 9, 14)
 

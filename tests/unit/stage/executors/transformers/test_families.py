@@ -5,8 +5,14 @@ import torch
 
 from noodle.errors import UnsupportedModel
 from noodle.model.families import FAMILIES, check_supported
-from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import make_tiny_model
+from tests.support.stages.slice_pipeline import (
+    STEPS,
+    SlicePipeline,
+    random_sessions,
+    relative_difference,
+    unsplit_logits,
+)
 
 BOUND = 1e-4  # of the largest logit
 LENGTHS = (23, 9, 14)  # all but one longer than the tiny models' sliding window of 8

@@ -13,8 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from noodle.errors import ModelNotFound, PlanDoesNotFit, UnsupportedModel
 from services.stage.executors.transformers.loading import load_slice
-from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import make_tiny_model
+from tests.support.stages.slice_pipeline import (
+    STEPS,
+    SlicePipeline,
+    random_sessions,
+    relative_difference,
+    unsplit_logits,
+)
 
 LENGTHS = (23, 9, 14)
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.stage.executors.transformers.rotary import fix_rotary
-from tests.tiny_model import tiny_config
+from tests.support.models.tiny_model import tiny_config
 
 LONG, SHORT = [4.0] * 8, [1.0] * 8
 LONGROPE = {

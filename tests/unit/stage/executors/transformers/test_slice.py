@@ -11,9 +11,15 @@ from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from services.stage.executors.transformers import attention
 from services.stage.executors.transformers.slice import from_wire, to_wire
-from tests.support.executors import EXECUTORS, load_exact
-from tests.support.slice_pipeline import STEPS, SlicePipeline, random_sessions, relative_difference, unsplit_logits
-from tests.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import make_tiny_model
+from tests.support.stages.executors import EXECUTORS, load_exact
+from tests.support.stages.slice_pipeline import (
+    STEPS,
+    SlicePipeline,
+    random_sessions,
+    relative_difference,
+    unsplit_logits,
+)
 
 LENGTHS = (23, 9, 14)
 NO_ROWS = np.zeros(0, np.int64)

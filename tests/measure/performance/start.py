@@ -1,0 +1,126 @@
+"""From nothing to the first token, and a second start to ready, with what each waits for."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.measure.report import Section
+from tests.support.models.real_model import real_model_folder
+from tests.support.processes.cluster import Cluster
+
+ROOT = Path(__file__).parents[3]
+# each from the one before it; what takes longer than this does not get there
+INSTALL_SECONDS = 3600.0
+MODEL_SECONDS = 900.0
+READY_SECONDS = 600.0
+CLONE_SECONDS = 120.0
+DOWN_SECONDS = 90.0
+# what a person at a terminal does not have: settings of the tests, and of a make that runs this one
+NOT_PASSED_ON = ("NOODLE_THREADS", "NOODLE_STAGES", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+
+
+def measure() -> Section:
+    """A fresh clone through `make run` (packages, model, measurement, layers), then `noodle up` once more."""
+    section = Section("start", "From nothing to the first token")
+    section.say(
+        "A clone in an empty folder with an empty cache of models and measurements; pip's own cache is as this "
+        "machine has it. `make run` until the first token of a request, then `noodle up` again until ready."
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh_clone(Path(scratch), section)
+    with tempfile.TemporaryDirectory() as scratch:
+        cluster = Cluster(Path(scratch) / "state", real_model_folder(), 2)
+        started = time.monotonic()
+        cluster.start()
+        seconds = time.monotonic() - started
+        log_text = (Path(scratch) / "state" / "run" / "logs" / "stage-0.log").read_text(encoding="utf-8")
+        cluster.stop()
+    section.say(f"A second `noodle up` (model converted, machine measured) until ready: **{seconds:.1f} s**.")
+    section.say()
+    section.say("What stage 0 did meanwhile, by its log:")
+    section.say()
+    for line in log_text.splitlines():
+        if re.match(r"\d\d:\d\d:\d\d ", line):
+            section.say(f"    {line[:100]}")
+    return section
+
+
+def fresh_clone(scratch: Path, section: Section) -> None:
+    """What `make run` in a clone of the newest commit waits for, up to the first token."""
+    clone = scratch / "noodle"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True, timeout=CLONE_SECONDS)
+    cluster = Cluster(scratch / "state", "SmolLM2-135M-Instruct", 2)
+    cluster.environment |= {"NOODLE_CACHE_DIR": str(scratch / "cache")}
+    for name in NOT_PASSED_ON:
+        cluster.environment.pop(name, None)
+    cluster.output_path = scratch / "make.log"
+    started = time.monotonic()
+    with cluster.output_path.open("wb") as log:
+        cluster.process = subprocess.Popen(
+            ["make", "run"], cwd=clone, env=cluster.environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        marks = watch(cluster, clone, started)
+        cluster.generate("The capital of France is", max_new_tokens=1)
+        marks.append(("first token", time.monotonic() - started))
+        down = [clone / ".venv/bin/noodle", "down"]
+        subprocess.run(down, env=cluster.environment, check=True, capture_output=True, timeout=DOWN_SECONDS)
+        cluster.process.wait(DOWN_SECONDS)
+    finally:
+        if cluster.process.poll() is None:  # make, pip or `noodle up`, whose children end with it
+            os.killpg(cluster.process.pid, signal.SIGKILL)
+            cluster.process.wait()
+    section.table(["fresh clone: `make run`", "seconds since its start"], [[what, f"{at:.1f}"] for what, at in marks])
+    sizes = [(clone / ".venv", "`.venv`"), (scratch / "cache", "the cache of models and measurements")]
+    section.say(" and ".join(f"{what} takes {disk_bytes(path) / 1e9:.1f} GB" for path, what in sizes) + ".")
+    section.say()
+
+
+def disk_bytes(folder: Path) -> int:
+    """What a folder takes on disk."""
+    done = subprocess.run(["du", "-sk", folder], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[0]) * 1024
+
+
+def watch(cluster: Cluster, clone: Path, started: float) -> list[tuple[str, float]]:
+    """When the packages, the model's files and the whole cluster were there; fails when one takes too long."""
+    marks: list[tuple[str, float]] = []
+    signs: list[tuple[str, float, Callable[[], bool]]] = [
+        ("packages installed", INSTALL_SECONDS, (clone / ".venv/.noodle-runtime").exists),
+        ("model downloaded and converted", MODEL_SECONDS, lambda: "planner" in services(cluster)),
+        ("ready (stages started, measured and loaded)", READY_SECONDS, lambda: ready(cluster)),
+    ]
+    for what, seconds, sign in signs:
+        end = time.monotonic() + seconds
+        while not sign():
+            if cluster.process.poll() is not None or time.monotonic() > end:
+                said = cluster.output_path.read_text(encoding="utf-8", errors="replace")[-3000:]
+                raise AssertionError(f"in {seconds:.0f} seconds not: {what}. It said last:\n{said}")
+            time.sleep(0.1)  # the resolution of this measurement
+        marks.append((what, time.monotonic() - started))
+    return marks
+
+
+def services(cluster: Cluster) -> set[str]:
+    """Names of the services that run by now."""
+    path = cluster.state_dir / "run" / "run.json"
+    try:
+        return {service["name"] for service in json.loads(path.read_bytes())["services"]}
+    except (OSError, ValueError, KeyError):
+        return set()
+
+
+def ready(cluster: Cluster) -> bool:
+    """Whether the coordinator says so."""
+    try:
+        return bool(cluster.get("/health")[1].get("status") == "ready")
+    except OSError:
+        return False

@@ -1,3 +1,0 @@
-from tests.support.fake_service import prepare_model
-
-prepare_model()

@@ -1,3 +1,0 @@
-from tests.support.fake_service import run
-
-run("planner")

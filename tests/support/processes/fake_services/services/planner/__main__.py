@@ -1,0 +1,3 @@
+from tests.support.processes.fake_service import run
+
+run("planner")

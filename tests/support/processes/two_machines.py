@@ -1,0 +1,75 @@
+"""Planner, coordinator and two stages as processes that are told to be on two machines, as an operator starts them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.processes.cluster import EXACT, Services, free_ports, wait_until
+from tests.support.processes.stage_rig import READY_SECONDS, running_valkey, started
+
+STOP_SECONDS = 30.0
+
+
+class TwoMachines(Services):
+    """What runs; machine-a has all but stage 1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.token_path = folder / "cluster_token"
+        self.token_path.write_text(secrets.token_hex(16), encoding="utf-8")
+        self.port, self.planner_port, self.valkey_port, *self.stage_ports = free_ports(5)
+
+    @property
+    def token(self) -> str:
+        """The cluster token."""
+        return self.token_path.read_text(encoding="utf-8")
+
+    def is_ready(self) -> bool:
+        """Whether the coordinator says so."""
+        try:
+            return bool(self.get("/health")[1].get("status") == "ready")
+        except OSError:
+            return False
+
+
+@contextlib.contextmanager
+def two_machines(folder: Path, model: Path) -> Iterator[TwoMachines]:
+    """Both ready, and gone afterwards."""
+    folder.mkdir()
+    machines = TwoMachines(folder)
+    with contextlib.ExitStack() as stack:
+        valkey = stack.enter_context(running_valkey(folder / "valkey", machines.valkey_port))
+        common = {name: value for name, value in os.environ.items() if not name.startswith("NOODLE_")} | {
+            "NOODLE_CLUSTER_TOKEN_FILE": str(machines.token_path),
+            "NOODLE_VALKEY_URL": f"redis://127.0.0.1:{machines.valkey_port}",
+            "NOODLE_VALKEY_PASSWORD": valkey.password,
+            "NOODLE_MODEL": str(model),
+            "NOODLE_CACHE_DIR": str(folder / "cache"),
+            "NOODLE_STATE_DIR": str(folder / "state"),
+            "NOODLE_COORDINATOR_BIND": f"127.0.0.1:{machines.port}",
+            "NOODLE_COORDINATOR_URL": f"http://127.0.0.1:{machines.port}",
+            "NOODLE_PLANNER_BIND": f"127.0.0.1:{machines.planner_port}",
+            "NOODLE_PLANNER_URL": f"http://127.0.0.1:{machines.planner_port}",
+            "NOODLE_THREADS": "1",
+            **EXACT,
+        }
+        own: list[tuple[str, dict[str, str]]] = [
+            ("planner", {"NOODLE_MACHINE": "machine-a"}),
+            ("coordinator", {"NOODLE_MACHINE": "machine-a"}),
+        ]
+        for stage_id, port in enumerate(machines.stage_ports):
+            machine = ("machine-a", "machine-b")[stage_id]
+            bind = f"127.0.0.1:{port}"
+            options = {"NOODLE_MACHINE": machine, "NOODLE_STAGE_ID": str(stage_id), "NOODLE_STAGE_BIND": bind}
+            own.append(("stage", options))
+        for name, variables in own:
+            log_path = folder / f"{name}-{variables.get('NOODLE_STAGE_ID', '')}.log"
+            process = started(f"services.{name}", common | variables, log_path)
+            stack.callback(process.wait, STOP_SECONDS)
+            stack.callback(process.terminate)
+        wait_until(machines.is_ready, READY_SECONDS, "the coordinator is ready")
+        yield machines

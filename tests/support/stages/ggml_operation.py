@@ -1,0 +1,96 @@
+"""One operation of ggml over arrays, and what it and noodle's own kernels are given."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import numpy as np
+import pytest
+
+from services.stage.executors.ggml.backend import load_ggml, processor_flags
+from services.stage.executors.ggml.calls import GgmlCalls
+from services.stage.executors.ggml.device import CPU, GgmlDevice
+from services.stage.executors.ggml.graph import GraphMemory
+from services.stage.executors.ggml.kernels import LIBRARY_NAME
+from services.stage.executors.ggml.weights import TYPE_NUMBERS
+from tests.support.stages.executors import need_ggml
+
+
+class Graph:
+    """One operation of ggml over arrays."""
+
+    def __init__(self, ggml, threads=1):
+        self.ggml, self.backend = ggml, load_ggml().backend(threads)
+        self.memory = GraphMemory(GgmlDevice(ggml, CPU, self.backend), 32)
+        self.given = []
+
+    def stored(self, kind, stored, *sizes, strides=()):
+        """A tensor whose bytes are somewhere already; `strides` are those of its second and third axis."""
+        ggml, memory = self.ggml, self.memory
+        all_sizes = (ctypes.c_int64 * len(sizes))(*sizes)
+        tensor = memory.outside(ggml.ggml_new_tensor(memory.context, TYPE_NUMBERS[kind], len(sizes), all_sizes))
+        at = memory.word(tensor)
+        memory.words[at + memory.at_data] = stored.ctypes.data
+        for axis, stride in enumerate(strides, 1):
+            memory.words[at + memory.at_strides + axis] = stride
+        return tensor
+
+    def input(self, values):
+        kind = self.ggml.GGML_TYPE_I32 if values.dtype == np.int32 else self.ggml.GGML_TYPE_F32
+        tensor = self.ggml.ggml_new_tensor(
+            self.memory.context, kind, values.ndim, (ctypes.c_int64 * values.ndim)(*reversed(values.shape))
+        )
+        self.ggml.ggml_set_input(tensor)
+        self.ggml.ggml_set_output(tensor)
+        self.given.append((tensor, values))
+        return tensor
+
+    def compute(self, tensor, shape):
+        self.ggml.ggml_set_output(tensor)
+        self.ggml.ggml_build_forward_expand(self.memory.graph, tensor)
+        self.memory.allocate()
+        for given, values in self.given:
+            self.memory.array(given, values.shape, values.dtype)[...] = values
+        self.memory.compute()
+        found = self.memory.array(tensor, shape, np.float32).copy()
+        self.memory.close()
+        self.ggml.ggml_backend_free(self.backend)
+        return found
+
+
+def ggml_calls():
+    """ggml, where it can be loaded."""
+    need_ggml()
+    return GgmlCalls(load_ggml().module)
+
+
+def needed(make, flags):
+    """What `make` gives of noodle's own kernels; skips on a processor without these flags, and where none is built."""
+    if not (processor_flags() or frozenset()) >= flags:
+        pytest.skip(f"this processor has not all of {', '.join(sorted(flags))}")
+    found = make()
+    if found is None and os.environ.get("CI"):
+        pytest.fail(f"{LIBRARY_NAME} is needed in CI")
+    if found is None:
+        pytest.skip(f"{LIBRARY_NAME} was not built")
+    return found
+
+
+def stored_as(ggml, kind, values):
+    """The bytes that ggml has of float32 numbers in a type, and what these stand for in float64."""
+    if kind == "f32":
+        stored = meant = values
+    elif kind == "f16":
+        stored = meant = values.astype(np.float16)
+    elif kind == "bf16":
+        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+        meant = (stored.astype(np.uint32) << 16).view(np.float32)
+    else:
+        flat, length = np.ascontiguousarray(values), values.shape[-1]
+        stored = np.empty((values.size // 32, 34), np.uint8)
+        count, number = values.size // length, TYPE_NUMBERS["q8_0"]
+        ggml.ggml_quantize_chunk(number, flat.ctypes.data, stored.ctypes.data, 0, count, length, None)
+        scales = stored[:, :2].copy().view(np.float16).astype(np.float64)
+        meant = (stored[:, 2:].view(np.int8) * scales).reshape(values.shape)
+    return stored.reshape(-1).view(np.uint8).copy(), meant.astype(np.float64)
