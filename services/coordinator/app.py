@@ -11,9 +11,8 @@ from prometheus_client import CollectorRegistry
 
 from noodle.config.settings import CoordinatorConfig
 from noodle.logs import bind_request
-from noodle.metrics.counted import install_metrics_route
-from noodle.web.connectivity_routes import install_reach_routes
-from noodle.web.service import install_error_handlers
+from noodle.web.connectivity_routes import install_connectivity_routes
+from noodle.web.service import install_error_handlers, install_metrics_route
 from services.coordinator.api import about, generate, manual_schemas, openai, requests
 from services.coordinator.api.auth import Clients, take_request_id
 from services.coordinator.api.manual import guide_routes
@@ -54,7 +53,7 @@ def create_app(config: CoordinatorConfig, engine: Coordinator, registry: Collect
     app.register_blueprint(guide_routes(config, engine, clients.require))
     install_report_routes(app, config.reports_dir, clients.require)
     install_weight_routes(app, engine.weights, config.cluster_token)
-    install_reach_routes(
+    install_connectivity_routes(
         app,
         config.cluster_token,
         config.valkey_password,

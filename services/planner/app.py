@@ -13,19 +13,20 @@ from noodle.cluster.plan import MachineReport
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import PlannerConfig
 from noodle.errors import NotReady
-from noodle.metrics.counted import PlannerMetrics, install_metrics_route
+from noodle.metrics.counted import PlannerMetrics
 from noodle.metrics.scraped import PlanCollector, PlanSeen, service_registry
 from noodle.threads import start_loop
 from noodle.web.connectivity import Target
-from noodle.web.connectivity_routes import install_reach_routes
+from noodle.web.connectivity_routes import install_connectivity_routes
 from noodle.web.service import (
     Service,
+    add_success_false,
     bounded_body,
     has_token,
     install_error_handlers,
+    install_metrics_route,
     json_response,
     require_token,
-    say_success_is_false,
 )
 from services.planner.node_list import parse_plan_request
 from services.planner.planning import ASSUMED_HOP, Planning
@@ -57,7 +58,7 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
         return json_response({"plan": planning.plan, "model": planning.shape, "machines": planning.reports})
 
     guide = Blueprint("guide", __name__)
-    say_success_is_false(guide)
+    add_success_false(guide)
 
     @guide.post("/plan/preview")
     def plan_preview() -> Response:
@@ -72,14 +73,14 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
             machines,
             _split_for(machines, config),
             planning.plan,
-            config.hop_dtype,
+            config.activation_dtype,
             config.quality == "exact",
         )
         return json_response(answer, status)
 
     app.register_blueprint(guide)
     asked = [Target("coordinator", config.coordinator_url), Target("valkey", config.valkey_url)]
-    install_reach_routes(
+    install_connectivity_routes(
         app,
         config.cluster_token,
         config.valkey_password,

@@ -13,7 +13,7 @@ import numpy as np
 
 from noodle.cluster.plan import MachineReport, ModelShape, Plan, StageAssignment
 from noodle.errors import ConfigurationError, MemoryShort, PlanDoesNotFit
-from noodle.model.formats import KV_ITEM_BYTES, OF_DTYPE, WEIGHT_ITEM_BYTES
+from noodle.model.formats import FORMAT_BY_DTYPE, KV_ITEM_BYTES, WEIGHT_ITEM_BYTES
 from services.planner.cut_search import CutProblem, Matrix, best_cut, cut_fits, held_bytes, shortage_bytes
 from services.planner.hop_format import choose_hops
 from services.planner.prediction import HopCost, in_words, predict, stage_decode_seconds, stage_work_seconds
@@ -31,12 +31,12 @@ def partition(
     version: int,
     kv_tokens: int,
     hop: HopCost,
-    hop_dtype: str = "auto",
+    activation_dtype: str = "auto",
     is_exact: bool = False,
 ) -> Plan:
     """The plan for `machines` in stage order; `kv_tokens` are the KV rows every stage must have room for.
 
-    `hop_dtype` is NOODLE_HOP_DTYPE, `is_exact` that hops must be float32 whatever it says.
+    `activation_dtype` is NOODLE_HOP_DTYPE, `is_exact` that hops must be float32 whatever it says.
 
     `split` (layers per stage) is taken as it is, if it adds up and fits. Stages of one machine and device share its
     memory, the smallest free_bytes that any of them reports. Raises PlanDoesNotFit (MemoryShort where that is why),
@@ -57,7 +57,7 @@ def partition(
             raise _does_not_fit(shape, ordered, problem, kv_tokens, None)
         ends = found
         why = "Cut so that the slowest stage is as fast as can be"
-    stages = _assignments(shape, ordered, ends, hop_dtype, is_exact)
+    stages = _assignments(shape, ordered, ends, activation_dtype, is_exact)
     prediction = predict(stages, {machine.stage_id: machine for machine in ordered}, hop)
     return Plan(
         version=version,
@@ -134,12 +134,12 @@ def _weight_ratio(shape: ModelShape, machine: MachineReport) -> float:
     stored_bytes = sum(shape.layer_bytes)
     if machine.layer_weight_bytes > 0 and stored_bytes:
         return machine.layer_weight_bytes * shape.layer_count / stored_bytes
-    return WEIGHT_ITEM_BYTES[machine.weights or OF_DTYPE[machine.dtype]] / shape.stored_item_bytes
+    return WEIGHT_ITEM_BYTES[machine.weights or FORMAT_BY_DTYPE[machine.dtype]] / shape.stored_item_bytes
 
 
 def kv_bytes_per_layer(shape: ModelShape, machine: MachineReport | StageAssignment, kv_tokens: int) -> int:
     """K and V rows of so many tokens in one layer, as a machine keeps them."""
-    name = machine.kv_dtype or OF_DTYPE[machine.dtype]
+    name = machine.kv_dtype or FORMAT_BY_DTYPE[machine.dtype]
     return round(kv_tokens * shape.kv_items_per_token_per_layer * KV_ITEM_BYTES[name])
 
 
@@ -171,14 +171,14 @@ def _assignments(
     shape: ModelShape,
     machines: Sequence[MachineReport],
     ends: Sequence[int],
-    hop_dtype: str,
+    activation_dtype: str,
     is_exact: bool,
 ) -> tuple[StageAssignment, ...]:
     counts = np.diff([0, *ends])
     slowest_seconds = max(
         float(machine.prefill_layer_seconds_per_token * count) for machine, count in zip(machines, counts, strict=True)
     )
-    hops = choose_hops(hop_dtype, is_exact, machines, shape.hidden_size, slowest_seconds)
+    hops = choose_hops(activation_dtype, is_exact, machines, shape.hidden_size, slowest_seconds)
     stages = []
     for index, (machine, start, end) in enumerate(zip(machines, [0, *ends[:-1]], ends, strict=True)):
         stored_bytes = sum(shape.layer_bytes[start:end])
@@ -198,8 +198,8 @@ def _assignments(
                 weights=machine.weights,
                 kv_dtype=machine.kv_dtype,
                 quality=machine.quality,
-                hop_dtype=hops[index].dtype if index < len(hops) else "",
-                hop_prefill_dtype=hops[index].prefill_dtype if index < len(hops) else "",
+                activation_dtype=hops[index].dtype if index < len(hops) else "",
+                prefill_activation_dtype=hops[index].prefill_dtype if index < len(hops) else "",
                 hop_token_seconds=hops[index].token_seconds if index < len(hops) else 0.0,
             )
         )

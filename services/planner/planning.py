@@ -125,7 +125,7 @@ class Planning:
                 version=0,
                 kv_tokens=min(PLANNED_KV_TOKENS, self.shape.context_length),
                 hop=ASSUMED_HOP,
-                hop_dtype=self._config.hop_dtype,
+                activation_dtype=self._config.activation_dtype,
                 is_exact=self._config.quality == "exact",
             )
         except NoodleError as error:

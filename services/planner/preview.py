@@ -11,7 +11,7 @@ from typing import Any
 
 from noodle.cluster.plan import MachineReport, ModelShape, Plan
 from noodle.errors import ConfigurationError, MemoryShort, NoodleError, NotReady, PlanDoesNotFit, Unprocessable
-from noodle.model.formats import OF_DTYPE
+from noodle.model.formats import FORMAT_BY_DTYPE
 from noodle.web.service import error_object
 from services.planner.cut_search import held_bytes
 from services.planner.memory_shortage import shortage
@@ -27,7 +27,7 @@ def preview(
     registered: Sequence[MachineReport],
     split: tuple[int, ...] | None,
     active: Plan | None,
-    hop_dtype: str = "auto",
+    activation_dtype: str = "auto",
     is_exact: bool = False,
 ) -> tuple[int, dict[str, Any]]:
     """HTTP status and answer: 200 with the plan, or 422 with what is short and what would cure it.
@@ -60,7 +60,7 @@ def preview(
             version=0,
             kv_tokens=kv_tokens,
             hop=ASSUMED_HOP,
-            hop_dtype=hop_dtype,
+            activation_dtype=activation_dtype,
             is_exact=is_exact,
         )
     except MemoryShort as error:
@@ -142,8 +142,8 @@ def _stages(plan: Plan, shape: ModelShape, given: Sequence[Given], kv_tokens: in
                 "device_name": report.device_name,
                 "dtype": stage.dtype,
                 "executor": stage.executor,
-                "weights": stage.weights or OF_DTYPE[stage.dtype],
-                "kv_dtype": stage.kv_dtype or OF_DTYPE[stage.dtype],
+                "weights": stage.weights or FORMAT_BY_DTYPE[stage.dtype],
+                "kv_dtype": stage.kv_dtype or FORMAT_BY_DTYPE[stage.dtype],
                 "quality": stage.quality,
                 "choice": report.choice,
                 "hop_dtype": " and ".join(stage.may_hand_on) if index < len(plan.stages) - 1 else "",

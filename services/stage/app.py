@@ -12,15 +12,15 @@ from noodle import __version__
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, InvalidRequest
-from noodle.metrics.counted import install_metrics_route
 from noodle.metrics.scraped import service_registry
 from noodle.threads import start_loop
 from noodle.web.connectivity import Target
-from noodle.web.connectivity_routes import install_reach_routes
+from noodle.web.connectivity_routes import install_connectivity_routes
 from noodle.web.service import (
     Service,
     has_token,
     install_error_handlers,
+    install_metrics_route,
     json_response,
     require_token,
     streaming_connection,
@@ -106,7 +106,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         return _stream(stage.results.serve(streaming_connection()))
 
     app.register_blueprint(guide_routes(config, stage, lifecycle))
-    install_reach_routes(
+    install_connectivity_routes(
         app,
         config.cluster_token,
         config.valkey_password,

@@ -122,7 +122,7 @@ def check_links(situation: Situation, links: Links) -> list[Outcome]:
         outcomes.append(skipped("way back", situation.machine, reason))
     outcomes += _check_registered(situation, links, here)
     seen = [(reached.name, reached.version) for reached in links.from_here if reached.outcome == "open"]
-    in_reports = [reached for report in links.reports for reached in report.reached]
+    in_reports = [reached for report in links.reports for reached in report.results]
     seen += [(reached.name, reached.version) for reached in in_reports]
     outcomes.append(check_versions(seen, here))
     digests = [(report.name, report.model_digest) for report in links.reports]
@@ -136,7 +136,7 @@ def _check_registered(situation: Situation, links: Links, here: Here) -> list[Ou
     coordinator = next((report for report in links.reports if report.name == "coordinator"), None)
     if coordinator is None:
         return []
-    stages = [reached for reached in coordinator.reached if reached.name.startswith("stage ")]
+    stages = [reached for reached in coordinator.results if reached.name.startswith("stage ")]
     machines = {stage.machine for stage in stages if stage.machine}
     if situation.is_alone and len(machines) < 2:
         return []

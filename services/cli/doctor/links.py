@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from noodle.config.addresses import host_of
-from noodle.web.connectivity import Reached, ReachReport
+from noodle.web.connectivity import ConnectionResult, ConnectivityReport
 from services.cli.doctor.addresses import LOOK_UP
 from services.cli.doctor.outcome import Outcome, error, ok, skipped, warning
 from services.cli.project.programs import System
@@ -44,7 +44,7 @@ class Here(Struct, frozen=True):
     start_command: str = "docker compose up -d"
 
 
-def check_reached(reached: Reached, here: Here) -> list[Outcome]:
+def check_reached(reached: ConnectionResult, here: Here) -> list[Outcome]:
     """One try from this machine."""
     where = here.machine
     shown = f"{reached.name} at {reached.url}"
@@ -61,24 +61,24 @@ def check_reached(reached: Reached, here: Here) -> list[Outcome]:
     return outcomes
 
 
-def check_way_back(report: ReachReport, machines: Mapping[str, str], here: Here) -> list[Outcome]:
+def check_way_back(report: ConnectivityReport, machines: Mapping[str, str], here: Here) -> list[Outcome]:
     """Whom another service reaches, as it says itself; `machines` by the names of services."""
     where = report.machine or report.name
     outcomes: list[Outcome] = []
-    for reached in report.reached:
+    for reached in report.results:
         shown = f"{report.name} to {reached.name} at {reached.url}"
         machine = reached.machine or machines.get(reached.name, "")
         if reached.outcome != "open":
             outcomes.append(_not_reached(reached, here, where, shown, is_from_here=False))
         elif report.machine and machine and machine != report.machine:
             outcomes += _check_speed(reached, where, shown)
-    names = [f"{reached.name}{_speed(reached)}" for reached in report.reached if reached.outcome == "open"]
+    names = [f"{reached.name}{_speed(reached)}" for reached in report.results if reached.outcome == "open"]
     if names:
         outcomes.insert(0, ok("way back", where, f"{report.name} reaches {', '.join(names)}"))
     return outcomes
 
 
-def _not_reached(reached: Reached, here: Here, where: str, shown: str, *, is_from_here: bool) -> Outcome:
+def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, *, is_from_here: bool) -> Outcome:
     why = WHY.get(reached.name, WHY_STAGE)
     host = host_of(reached.url)
     if reached.outcome == "no_such_name":
@@ -120,7 +120,7 @@ def _not_reached(reached: Reached, here: Here, where: str, shown: str, *, is_fro
     return error("reach", where, what, why=why, cure=cure)
 
 
-def _check_speed(reached: Reached, where: str, shown: str) -> list[Outcome]:
+def _check_speed(reached: ConnectionResult, where: str, shown: str) -> list[Outcome]:
     seconds, speed = reached.round_trip_seconds, reached.bytes_per_second
     slow = []
     if seconds is not None and seconds > SLOW_ROUND_TRIP_SECONDS:
@@ -140,7 +140,7 @@ def _check_speed(reached: Reached, where: str, shown: str) -> list[Outcome]:
     ]
 
 
-def _check_clock(reached: Reached, where: str, here: Here) -> list[Outcome]:
+def _check_clock(reached: ConnectionResult, where: str, here: Here) -> list[Outcome]:
     ahead_seconds = reached.clock_ahead_seconds
     if ahead_seconds is None:
         return []
@@ -198,7 +198,7 @@ def check_digests(seen: Sequence[tuple[str, str]], here: Here) -> Outcome:
     )
 
 
-def _speed(reached: Reached) -> str:
+def _speed(reached: ConnectionResult) -> str:
     parts = []
     if reached.round_trip_seconds is not None:
         parts.append(f"{reached.round_trip_seconds * 1000:.2f} ms")

@@ -11,7 +11,15 @@ import msgspec
 from msgspec import Struct
 
 from noodle.errors import NoodleError
-from noodle.web.connectivity import REACH_PATH, Reached, ReachReport, Target, try_all, try_service, try_valkey
+from noodle.web.connectivity import (
+    CONNECTIVITY_PATH,
+    ConnectionResult,
+    ConnectivityReport,
+    Target,
+    try_all,
+    try_service,
+    try_valkey,
+)
 from services.cli.client.http_client import error_in, get_json
 from services.cli.doctor.jobs import Job
 from services.cli.doctor.situation import Situation
@@ -22,8 +30,8 @@ REACH_SECONDS = 14.0  # the services' answers about whom they reach
 class Links(Struct, frozen=True):
     """What trying others brought."""
 
-    from_here: tuple[Reached, ...] = ()
-    reports: tuple[ReachReport, ...] = ()  # of services: whom they reach
+    from_here: tuple[ConnectionResult, ...] = ()
+    reports: tuple[ConnectivityReport, ...] = ()  # of services: whom they reach
     unreported: tuple[tuple[str, str], ...] = ()  # services that were asked and did not say, and why
 
 
@@ -34,14 +42,14 @@ def try_links(situation: Situation) -> Links:
     """
     from_here = _tried(situation, situation.targets)
     end = time.monotonic() + REACH_SECONDS
-    reports: list[ReachReport] = []
+    reports: list[ConnectivityReport] = []
     unreported: list[tuple[str, str]] = []
     asked: set[str] = set()
 
-    def ask(each: Reached) -> None:
+    def ask(each: ConnectionResult) -> None:
         asked.add(each.url)
         try:
-            job = Job(f"asking {each.name}", partial(_ask_reach, each.url, situation.token))
+            job = Job(f"asking {each.name}", partial(_ask_connectivity, each.url, situation.token))
             reports.append(job.value(end))
         except NoodleError as problem:
             unreported.append((each.name, problem.message))
@@ -58,14 +66,14 @@ def try_links(situation: Situation) -> Links:
 
 
 def _with_registered(
-    situation: Situation, from_here: tuple[Reached, ...], reports: Sequence[ReachReport]
-) -> tuple[Reached, ...]:
+    situation: Situation, from_here: tuple[ConnectionResult, ...], reports: Sequence[ConnectivityReport]
+) -> tuple[ConnectionResult, ...]:
     """Also the stages that the coordinator knows; where one says that it is counts for more than what was expected."""
     known = {reached.url for reached in from_here}
     named = [
         Target(reached.name, reached.url, reached.machine, reached.version, reached.model_digest)
         for report in reports
-        for reached in report.reached
+        for reached in report.results
         if reached.name.startswith("stage ") and reached.url not in known
     ]
     found = _tried(situation, named)
@@ -73,9 +81,9 @@ def _with_registered(
     return tuple(each for each in from_here if each.outcome == "open" or each.name not in elsewhere) + found
 
 
-def _tried(situation: Situation, targets: Sequence[Target]) -> tuple[Reached, ...]:
+def _tried(situation: Situation, targets: Sequence[Target]) -> tuple[ConnectionResult, ...]:
     measures = threading.Lock()
-    tries: list[Callable[[], Reached]] = [
+    tries: list[Callable[[], ConnectionResult]] = [
         partial(try_valkey, target, situation.valkey_password)
         if target.name == "valkey"
         else partial(try_service, target, situation.token, measures=measures)
@@ -84,12 +92,12 @@ def _tried(situation: Situation, targets: Sequence[Target]) -> tuple[Reached, ..
     return try_all(tries, targets)
 
 
-def _ask_reach(url: str, token: str) -> ReachReport:
+def _ask_connectivity(url: str, token: str) -> ConnectivityReport:
     """A service's own report; raises NoodleError."""
-    status, answer = get_json(f"{url}{REACH_PATH}", token, REACH_SECONDS)
+    status, answer = get_json(f"{url}{CONNECTIVITY_PATH}", token, REACH_SECONDS)
     if status != 200:
         raise error_in(answer) or NoodleError(f"{url} answered {status}.")
     try:
-        return msgspec.convert(answer, ReachReport)
+        return msgspec.convert(answer, ConnectivityReport)
     except msgspec.ValidationError as problem:
-        raise NoodleError(f"{url}{REACH_PATH} answered something else: {problem}.") from problem
+        raise NoodleError(f"{url}{CONNECTIVITY_PATH} answered something else: {problem}.") from problem

@@ -12,7 +12,7 @@ from flask import Blueprint, Response, request
 
 from noodle.config.settings import CoordinatorConfig
 from noodle.errors import InvalidRequest, NotFound, NotReady, TooManyRequests
-from noodle.web.service import bounded_body, json_body, json_response, say_success_is_false
+from noodle.web.service import add_success_false, bounded_body, json_body, json_response
 from services.coordinator.api.relay import Relayed, relay
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.ops.metrics_file import MAXIMUM_ENTRIES, MetricsFile, parse_metrics
@@ -33,7 +33,7 @@ ANSWERED_HEADERS = ("X-Noodle-Dtype", "X-Noodle-Shape", "X-Noodle-Next-Token-Ind
 def guide_routes(config: CoordinatorConfig, engine: Coordinator, require_client: Callable[[], object]) -> Blueprint:
     """Every one of them wants what /v1 wants: an API key or the cluster token, or a loopback without keys."""
     routes = Blueprint("guide", __name__)
-    say_success_is_false(routes)
+    add_success_false(routes)
     forwards = threading.BoundedSemaphore(MAXIMUM_RELAYED_FORWARDS)
     plans = threading.BoundedSemaphore(MAXIMUM_RELAYED_PLANS)
     metrics_file = MetricsFile(config.metrics_file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from noodle import __version__
-from noodle.model.formats import OF_DTYPE
+from noodle.model.formats import FORMAT_BY_DTYPE
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.leadership import progress_of, waiting_for, warnings_of
 
@@ -53,8 +53,8 @@ def stages_of(engine: Coordinator) -> list[dict[str, Any]]:
                 "layers": [stage.start_layer, stage.end_layer],
                 "dtype": stage.dtype,
                 "executor": stage.executor,
-                "weights": stage.weights or OF_DTYPE[stage.dtype],
-                "kv_dtype": stage.kv_dtype or OF_DTYPE[stage.dtype],
+                "weights": stage.weights or FORMAT_BY_DTYPE[stage.dtype],
+                "kv_dtype": stage.kv_dtype or FORMAT_BY_DTYPE[stage.dtype],
                 "hop_dtypes": list(stage.may_hand_on) if stage is not last else [],
             }
         state = view.stages.get(stage_id)

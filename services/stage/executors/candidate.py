@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from noodle.errors import ConfigurationError
-from noodle.model.formats import DTYPE_OF, OF_DTYPE, is_lossless
+from noodle.model.formats import DTYPE_BY_FORMAT, FORMAT_BY_DTYPE, is_lossless
 
 # What is compared where nothing is set. 16 bits in both forms: which one a processor has its own instructions for shows
 # in the measurement. q4_K takes rows of 256 numbers, which many small models have not: who wants it says so.
@@ -46,7 +46,7 @@ class Wishes:
 
 def asks_for_ggml(wishes: Wishes) -> bool:
     """Whether the executor, or weights that only ggml has, is named."""
-    return wishes.executor == "ggml" or wishes.weights not in ("auto", *DTYPE_OF)
+    return wishes.executor == "ggml" or wishes.weights not in ("auto", *DTYPE_BY_FORMAT)
 
 
 def candidates(
@@ -69,12 +69,12 @@ def candidates(
         raise ConfigurationError(f"{only_ggml or asked}, but {ggml_hindrance}")
     found: list[Candidate] = []
     if not needs_ggml:
-        wanted = "f32" if wishes.quality == "exact" else OF_DTYPE[dtype]
+        wanted = "f32" if wishes.quality == "exact" else FORMAT_BY_DTYPE[dtype]
         # a card's own 16 bits, and what it falls back to when the model bears them badly
         names: tuple[str, ...] = (wanted, "f32") if wishes.dtype == "auto" else (wanted,)
         if wishes.weights != "auto":
             names = (wishes.weights,)
-        found += [Candidate("transformers", name, name, DTYPE_OF[name]) for name in dict.fromkeys(names)]
+        found += [Candidate("transformers", name, name, DTYPE_BY_FORMAT[name]) for name in dict.fromkeys(names)]
     # who names transformers' dtype, or transformers, wants that and no comparison
     if not ggml_hindrance and wishes.executor != "transformers" and (wishes.dtype == "auto" or needs_ggml):
         names = GGML_WEIGHTS[wishes.quality] if wishes.weights == "auto" else (wishes.weights,)

@@ -9,7 +9,7 @@ from flask import Blueprint, Response, request
 
 from noodle.config.settings import StageConfig
 from noodle.errors import InvalidRequest, NotReady, Unprocessable
-from noodle.web.service import bounded_body, json_body, json_response, require_token, say_success_is_false
+from noodle.web.service import add_success_false, bounded_body, json_body, json_response, require_token
 from services.stage.lifecycle import Lifecycle
 from services.stage.manual import forward_format
 from services.stage.manual.forward_format import DTYPE_HEADER, RAW_TYPE, SHAPE_HEADER, ForwardRequest, Takes
@@ -32,7 +32,7 @@ class LoadBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def guide_routes(config: StageConfig, stage: Stage, lifecycle: Lifecycle) -> Blueprint:
     """`POST /load_model/<stage_id>` and `POST /forward`; both want the cluster token."""
     routes = Blueprint("guide", __name__)
-    say_success_is_false(routes)
+    add_success_false(routes)
 
     @routes.post("/load_model/<stage_id>")
     def load_model(stage_id: str) -> Response:

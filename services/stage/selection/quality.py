@@ -59,9 +59,9 @@ def text_tokens(folder: Path, context_length: int) -> list[int]:
 
 
 def score_text(
-    load: LoadLayers, layer_count: int, tokens: list[int], tell: Tell, hop_dtype: str = "float32"
+    load: LoadLayers, layer_count: int, tokens: list[int], tell: Tell, activation_dtype: str = "float32"
 ) -> TextScore:
-    """Compute the text by a few layers at a time, with hidden states in `hop_dtype` between them.
+    """Compute the text by a few layers at a time, with hidden states in `activation_dtype` between them.
 
     Raises GenerationFailed when the model overflows.
     """
@@ -80,7 +80,7 @@ def score_text(
             output = layers.forward(batch)
             span = batch.spans[0]
             if output.hidden_states is not None:
-                hidden = recast(output.hidden_states, hop_dtype)
+                hidden = recast(output.hidden_states, activation_dtype)
                 following.append(PackedBatch((span,), NO_ROWS, hidden_states=recast(hidden, "float32")))
             else:
                 targets = np.array(tokens[span.first_position + 1 : span.first_position + span.token_count + 1])

@@ -20,7 +20,7 @@ from noodle.config.settings import StageConfig
 from noodle.errors import PlanDoesNotFit
 from noodle.metrics.scraped import CardUse
 from noodle.model.files import model_digest, read_config
-from noodle.model.formats import OF_DTYPE, Quality
+from noodle.model.formats import FORMAT_BY_DTYPE, Quality
 from noodle.web.connectivity import Target, try_service
 from services.stage.executors.candidate import Candidate, Wishes, asks_for_ggml, candidates
 from services.stage.executors.reading import Fetch, nothing_to_fetch
@@ -228,7 +228,7 @@ def load_role(
     if stage.role is not None and free_memory_bytes(report.device, torch) < 2 * mine.weight_bytes:
         log.info("old and new layers do not fit side by side: the old ones go first")
         stage.become(0, None)
-    weights = mine.weights or OF_DTYPE[mine.dtype]  # a plan that says no more is transformers'
+    weights = mine.weights or FORMAT_BY_DTYPE[mine.dtype]  # a plan that says no more is transformers'
     model_slice = load_by(
         Candidate(mine.executor, weights, mine.kv_dtype or weights, mine.dtype),
         folder,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from noodle.model.formats import Quality
 from noodle.wire.messages import ChainLink
@@ -84,15 +84,15 @@ class StageAssignment(Struct, frozen=True):
     weights: str = ""  # as in the stage's report
     kv_dtype: str = ""
     quality: Quality | None = None
-    hop_dtype: str = ""  # of the hidden states it hands on; empty: the one it computes in
-    hop_prefill_dtype: str = ""  # the same for steps of many tokens; empty: no other one
+    activation_dtype: str = field(default="", name="hop_dtype")  # of the hidden states it sends; empty: as computed
+    prefill_activation_dtype: str = field(default="", name="hop_prefill_dtype")  # of prompts; empty: the same
     hop_token_seconds: float = 0.0  # predicted for one token's bytes on the way to the next stage
 
     def hands_on(self, tokens: int) -> str:
         """The dtype of the hidden states of a step of so many tokens."""
-        if self.hop_prefill_dtype and tokens >= PREFILL_HOP_TOKENS:
-            return self.hop_prefill_dtype
-        return self.hop_dtype or self.dtype
+        if self.prefill_activation_dtype and tokens >= PREFILL_HOP_TOKENS:
+            return self.prefill_activation_dtype
+        return self.activation_dtype or self.dtype
 
     @property
     def may_hand_on(self) -> tuple[str, ...]:

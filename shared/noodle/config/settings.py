@@ -17,7 +17,7 @@ from noodle.config.addresses import host_of
 from noodle.config.api_keys import ApiKey, read_api_keys
 from noodle.config.variables import VARIABLES, Address, path_of
 from noodle.errors import ConfigurationError
-from noodle.model.formats import DTYPE_OF, OF_DTYPE
+from noodle.model.formats import DTYPE_BY_FORMAT, FORMAT_BY_DTYPE
 
 CURE_OF_A_FILE = (
     "Write the secret into it; with Docker `docker compose run --rm init` does, and lets its containers read it."
@@ -59,12 +59,12 @@ def _check_formats(values: Mapping[str, Any]) -> None:
                     f"NOODLE_QUALITY is exact, and NOODLE_{name} is {values[f'NOODLE_{name}']}.",
                     cure=f"Leave NOODLE_{name} at auto, or choose near-lossless.",
                 )
-    if executor == "transformers" and weights not in ("auto", *DTYPE_OF):
+    if executor == "transformers" and weights not in ("auto", *DTYPE_BY_FORMAT):
         raise ConfigurationError(
             f"NOODLE_EXECUTOR is transformers, which does not compute with NOODLE_WEIGHTS={weights}.",
-            cure=f"Choose one of {', '.join(DTYPE_OF)}, or NOODLE_EXECUTOR=ggml.",
+            cure=f"Choose one of {', '.join(DTYPE_BY_FORMAT)}, or NOODLE_EXECUTOR=ggml.",
         )
-    if dtype != "auto" and weights not in ("auto", OF_DTYPE[dtype]):
+    if dtype != "auto" and weights not in ("auto", FORMAT_BY_DTYPE[dtype]):
         raise ConfigurationError(
             f"NOODLE_DTYPE is {dtype}, and NOODLE_WEIGHTS is {weights}.", cure="Set one of them, and leave the other."
         )
@@ -144,7 +144,7 @@ class PlannerConfig(ServiceConfig):
     stage_return_seconds: float
     split: tuple[int, ...] | None
     context_length: int | None
-    hop_dtype: str = "auto"
+    activation_dtype: str = "auto"
     quality: str = "near-lossless"
 
 
@@ -248,7 +248,7 @@ def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
         stage_return_seconds=values["NOODLE_STAGE_RETURN_SECONDS"],
         split=split,
         context_length=values["NOODLE_CONTEXT_LENGTH"] or None,
-        hop_dtype=values["NOODLE_HOP_DTYPE"],
+        activation_dtype=values["NOODLE_HOP_DTYPE"],
         quality=values["NOODLE_QUALITY"],
     )
 

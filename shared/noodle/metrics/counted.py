@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flask import Flask, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from noodle.web.service import require_token
 from noodle.wire.messages import StageTiming
 
 TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10)
@@ -253,12 +251,3 @@ class PlannerMetrics:
         self.machines = Gauge("noodle_planner_machines", "Machines whose stages report.", registry=registry)
         self.stages = Gauge("noodle_planner_stages", "Stages that report.", registry=registry)
         self.wanted_stages = Gauge("noodle_planner_wanted_stages", "Stages that a plan needs.", registry=registry)
-
-
-def install_metrics_route(app: Flask, registry: CollectorRegistry, cluster_token: str) -> None:
-    """`GET /metrics` for whoever has the cluster token."""
-
-    @app.get("/metrics")
-    def metrics() -> Response:
-        require_token(cluster_token)
-        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)

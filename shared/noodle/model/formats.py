@@ -12,8 +12,8 @@ from msgspec import Struct
 WEIGHT_ITEM_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_K": 144 / 256}
 KV_ITEM_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}
 WEIGHTS = (*WEIGHT_ITEM_BYTES, "gguf")
-OF_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # transformers' dtypes by the same names
-DTYPE_OF = {name: dtype for dtype, name in OF_DTYPE.items()}
+FORMAT_BY_DTYPE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # transformers' dtypes by the same names
+DTYPE_BY_FORMAT = {name: dtype for dtype, name in FORMAT_BY_DTYPE.items()}
 EXECUTORS = ("transformers", "ggml")
 
 

@@ -40,7 +40,7 @@ class ClientConnection(socket.socket):
     def begin(self) -> None:
         """A new request: whoever sends it is a stranger until let in."""
         self.http_request: Any = None  # gunicorn's, when its head has been read
-        self.is_let_in = False
+        self.is_authenticated = False
         self.body_deadline: float | None = 0.0  # None: a streamed body, bounded by the silence between its frames
         self._waits_freely_until = 0.0
         self._probed_at = float("-inf")
@@ -49,10 +49,10 @@ class ClientConnection(socket.socket):
 
     def authenticate(self) -> None:
         """The request showed a key, or needs none here: its body is waited for, its connection may be kept."""
-        if self.is_let_in:
+        if self.is_authenticated:
             return
         now = time.monotonic()
-        self.is_let_in = True
+        self.is_authenticated = True
         self.body_deadline, self._waits_freely_until = now + BODY_SECONDS, now + BODY_MOMENT_SECONDS
 
     def stream(self) -> None:

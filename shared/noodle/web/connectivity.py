@@ -18,7 +18,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 CONNECT_SECONDS = 3.0  # a packet that nobody answers is sent again twice in this time
 ANSWER_SECONDS = 3.0
@@ -31,7 +31,7 @@ READ_BYTES = 64 << 10
 HEALTH_BYTES = 1 << 20
 STRANGE_KEY = "no-key-of-the-cluster"
 BYTES_PATH = "/doctor/bytes"
-REACH_PATH = "/doctor/reach"
+CONNECTIVITY_PATH = "/doctor/reach"
 
 Outcome = Literal[
     "open",  # it answers, and takes our secret
@@ -55,7 +55,7 @@ class Target(Struct, frozen=True):
     model_digest: str = ""
 
 
-class Reached(Struct, frozen=True):
+class ConnectionResult(Struct, frozen=True):
     """What became of one try."""
 
     name: str
@@ -71,26 +71,26 @@ class Reached(Struct, frozen=True):
     status: str = ""  # what its /health says
 
 
-class ReachReport(Struct, frozen=True):
-    """A service's answer to REACH_PATH: who it is, and whom it reaches."""
+class ConnectivityReport(Struct, frozen=True):
+    """A service's answer to CONNECTIVITY_PATH: who it is, and whom it reaches."""
 
     name: str
     machine: str
     version: str
     model_digest: str
-    reached: tuple[Reached, ...]
+    results: tuple[ConnectionResult, ...] = field(name="reached")
 
 
-def try_all(tries: Sequence[Callable[[], Reached]], targets: Sequence[Target]) -> tuple[Reached, ...]:
+def try_all(tries: Sequence[Callable[[], ConnectionResult]], targets: Sequence[Target]) -> tuple[ConnectionResult, ...]:
     """Run one try for each target at the same time; one that is not over in TRY_ALL_SECONDS counts as silent."""
-    done: queue.SimpleQueue[tuple[int, Reached]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, ConnectionResult]] = queue.SimpleQueue()
 
     def run(index: int) -> None:
         done.put((index, tries[index]()))
 
     for index in range(len(tries)):
         threading.Thread(target=run, args=(index,), daemon=True).start()
-    found: dict[int, Reached] = {}
+    found: dict[int, ConnectionResult] = {}
     end = time.monotonic() + TRY_ALL_SECONDS
     while len(found) < len(tries):
         try:
@@ -102,7 +102,7 @@ def try_all(tries: Sequence[Callable[[], Reached]], targets: Sequence[Target]) -
     return tuple(found.get(index) or _failed(target, "silent", late) for index, target in enumerate(targets))
 
 
-def try_service(target: Target, token: str, *, measures: threading.Lock | None = None) -> Reached:
+def try_service(target: Target, token: str, *, measures: threading.Lock | None = None) -> ConnectionResult:
     """Try one of noodle's HTTP services; with `measures` its bandwidth as well, timed while no other one is."""
     parts = urlsplit(target.url)
     host, port = parts.hostname or "", parts.port or 80
@@ -123,7 +123,7 @@ def try_service(target: Target, token: str, *, measures: threading.Lock | None =
         "locked": "it does not take this cluster token",
         "foreign": "it is noodle, but does not know the question: another version",
     }
-    return Reached(
+    return ConnectionResult(
         target.name,
         target.url,
         outcome,
@@ -138,7 +138,7 @@ def try_service(target: Target, token: str, *, measures: threading.Lock | None =
     )
 
 
-def try_valkey(target: Target, password: str) -> Reached:
+def try_valkey(target: Target, password: str) -> ConnectionResult:
     """Try Valkey: whether it answers, wants a password, and takes ours."""
     parts = urlsplit(target.url)
     try:
@@ -151,7 +151,7 @@ def try_valkey(target: Target, password: str) -> Reached:
                 outcome, detail = _valkey_lock(connection, answers, unquote(parts.username or ""), password)
     except OSError as error:
         return _failed(target, *trouble(error))
-    return Reached(
+    return ConnectionResult(
         target.name, target.url, outcome, detail, machine=target.machine, round_trip_seconds=round_trip_seconds
     )
 
@@ -170,8 +170,8 @@ def trouble(error: Exception) -> tuple[Outcome, str]:
     return "foreign", f"the connection broke: {reason}"
 
 
-def _failed(target: Target, outcome: Outcome, detail: str) -> Reached:
-    return Reached(
+def _failed(target: Target, outcome: Outcome, detail: str) -> ConnectionResult:
+    return ConnectionResult(
         target.name,
         target.url,
         outcome,

@@ -14,14 +14,14 @@ from flask import Flask, Response, request
 
 from noodle import __version__
 from noodle.errors import InvalidRequest, TooManyRequests
-from noodle.web.connectivity import BANDWIDTH_BYTES, ReachReport, Target, try_all, try_service, try_valkey
+from noodle.web.connectivity import BANDWIDTH_BYTES, ConnectivityReport, Target, try_all, try_service, try_valkey
 from noodle.web.service import json_response, require_token
 
 MAXIMUM_QUESTIONS = 2  # about the way back, in progress at once; more get 429
 PIECE_BYTES = 64 << 10
 
 
-def install_reach_routes(
+def install_connectivity_routes(
     app: Flask,
     token: str,
     valkey_password: str,
@@ -44,7 +44,7 @@ def install_reach_routes(
                 else partial(try_service, target, token, measures=measures)
                 for target in tried
             ]
-            return json_response(ReachReport(name, machine, __version__, model_digest, try_all(tries, tried)))
+            return json_response(ConnectivityReport(name, machine, __version__, model_digest, try_all(tries, tried)))
 
     @app.get("/doctor/bytes")
     def some_bytes() -> Response:

@@ -58,20 +58,20 @@ REFUSAL_STATUS: dict[type[Exception], int] = {
 OWN_FAULTS = (ConfigurationProblem, InvalidResponseHeader, InvalidResponseHeaderName)
 
 
-class Visit:
+class ClientSession:
     """A client's connection from accept to close; belongs to the main loop, or to the one thread that answers it."""
 
     def __init__(self, cfg: Any, connection: ClientConnection, client: Any, server: Any) -> None:
         self.sock, self.client, self.server = connection, client, server  # gunicorn's names
         self.parser = RequestParser(cfg, connection, client)
         self.head = bytearray()  # what came of the next request
-        self.group: dict[Visit, None] | None = None  # where the main loop has it; None: it is with a thread, or closed
+        self.group: dict[ClientSession, None] | None = None  # None: a thread has it, or it is closed
         self.until = 0.0
         self.drained_bytes = 0
         self.is_stuck = False  # its client took nothing of an answer
 
 
-class DoorWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publishes no types
+class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publishes no types
     """gunicorn's gthread, but every wait for a client that is not let in is the main loop's, which holds no thread.
 
     A connection waits for its head, is kept for a next request, or lingers after its last answer; in each it has a
@@ -83,9 +83,9 @@ class DoorWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publishes no t
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._heads: dict[Visit, None] = {}  # oldest first, as in the others
-        self._lingering: dict[Visit, None] = {}
-        self._kept: dict[Visit, None] = {}
+        self._heads: dict[ClientSession, None] = {}  # oldest first, as in the others
+        self._lingering: dict[ClientSession, None] = {}
+        self._kept: dict[ClientSession, None] = {}
         self._slow_bodies = threading.Semaphore(min(SLOW_BODIES, self.cfg.threads // 4))
 
     def init_process(self) -> None:
@@ -118,135 +118,135 @@ class DoorWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publishes no t
         self.nr_conns += 1
         if self.nr_conns >= self.worker_connections:
             self._make_room()
-        visit = Visit(self.cfg, ClientConnection(accepted, self._slow_bodies), client, listener.getsockname())
-        visit.sock.settimeout(0)
-        visit.until = time.monotonic() + HEAD_SECONDS
-        self._receive_head(visit, self._heads)
+        session = ClientSession(self.cfg, ClientConnection(accepted, self._slow_bodies), client, listener.getsockname())
+        session.sock.settimeout(0)
+        session.until = time.monotonic() + HEAD_SECONDS
+        self._receive_head(session, self._heads)
 
-    def finish_request(self, visit: Visit, future: Future[bool]) -> None:
+    def finish_request(self, session: ClientSession, future: Future[bool]) -> None:
         """A thread is done with a request: keep the connection, or see its client off."""
         is_kept = not future.cancelled() and future.exception() is None and future.result()
-        if visit.is_stuck:
-            self._close(visit)
+        if session.is_stuck:
+            self._close(session)
         elif not is_kept:
-            self._linger(visit)
+            self._linger(session)
         else:
-            visit.sock.begin()
-            visit.sock.settimeout(0)
-            visit.until = time.monotonic() + self.cfg.keepalive
-            if begun := visit.parser.unreader.take_buffered():
-                self._take_head(visit, begun)
+            session.sock.begin()
+            session.sock.settimeout(0)
+            session.until = time.monotonic() + self.cfg.keepalive
+            if begun := session.parser.unreader.take_buffered():
+                self._take_head(session, begun)
             else:
-                self._receive_head(visit, self._kept)
+                self._receive_head(session, self._kept)
 
     def murder_keepalived(self, force: bool = False) -> None:
         """Close whatever has waited long enough, or everything that waits; called about each second."""
         now = time.monotonic()
         for group in (self._heads, self._lingering, self._kept):
-            for visit in [visit for visit in group if force or visit.until <= now]:
-                if visit.head and not force:
-                    self._refuse(visit, RequestTooSlow(f"The request's head did not come in {HEAD_SECONDS:.0f} s."))
+            for session in [session for session in group if force or session.until <= now]:
+                if session.head and not force:
+                    self._refuse(session, RequestTooSlow(f"The request's head did not come in {HEAD_SECONDS:.0f} s."))
                 else:
-                    self._close(visit)
+                    self._close(session)
 
     def _cap_keepalive(self, deadline: float) -> None:
         """The service stops: nothing waits beyond the deadline."""
         for group in (self._heads, self._lingering, self._kept):
-            for visit in group:
-                visit.until = min(visit.until, deadline)
+            for session in group:
+                session.until = min(session.until, deadline)
 
-    def _on_readable(self, visit: Visit, _connection: ClientConnection) -> None:
-        if visit.group is None:
+    def _on_readable(self, session: ClientSession, _connection: ClientConnection) -> None:
+        if session.group is None:
             return  # closed, for another or by its deadline, since the poller saw it
-        if visit.group is self._lingering:
-            self._drain(visit)
+        if session.group is self._lingering:
+            self._drain(session)
         else:
-            self._receive_head(visit, visit.group)
+            self._receive_head(session, session.group)
 
-    def _receive_head(self, visit: Visit, group: dict[Visit, None]) -> None:
+    def _receive_head(self, session: ClientSession, group: dict[ClientSession, None]) -> None:
         try:
-            received = visit.sock.receive_now(RECEIVED_BYTES)
+            received = session.sock.receive_now(RECEIVED_BYTES)
         except OSError:
             received = b""
         if received is None:
-            self._watch(visit, group)
+            self._watch(session, group)
         elif received:
-            self._take_head(visit, received)
+            self._take_head(session, received)
         else:
-            self._close(visit)
+            self._close(session)
 
-    def _take_head(self, visit: Visit, received: bytes) -> None:
-        before = len(visit.head)
-        visit.head += received
-        if head_is_whole(visit.head, before):
-            self._unwatch(visit)
-            self.enqueue_req(visit)
-        elif len(visit.head) > HEAD_BYTES:
+    def _take_head(self, session: ClientSession, received: bytes) -> None:
+        before = len(session.head)
+        session.head += received
+        if head_is_whole(session.head, before):
+            self._unwatch(session)
+            self.enqueue_req(session)
+        elif len(session.head) > HEAD_BYTES:
             refusal = InvalidRequest(f"The request's head is longer than {HEAD_BYTES} bytes.")
             refusal.http_status = http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            self._refuse(visit, refusal)
+            self._refuse(session, refusal)
         else:
-            if visit.group is not self._heads:
-                visit.until = time.monotonic() + HEAD_SECONDS
-            self._watch(visit, self._heads)
+            if session.group is not self._heads:
+                session.until = time.monotonic() + HEAD_SECONDS
+            self._watch(session, self._heads)
 
-    def _refuse(self, visit: Visit, error: NoodleError) -> None:
-        log.info("a request from %s is refused: %s", _host(visit.client), error)
-        visit.head.clear()
+    def _refuse(self, session: ClientSession, error: NoodleError) -> None:
+        log.info("a request from %s is refused: %s", _host(session.client), error)
+        session.head.clear()
         try:
-            visit.sock.send(error_answer(error))  # less than the kernel takes of any new connection
+            session.sock.send(error_answer(error))  # less than the kernel takes of any new connection
         except OSError as gone:
             log.debug("not told: %s", gone)
-        self._linger(visit)
+        self._linger(session)
 
-    def _linger(self, visit: Visit) -> None:
+    def _linger(self, session: ClientSession) -> None:
         """No more answers: let the client read the last one before what it still sends resets the connection."""
-        visit.until = time.monotonic() + LINGER_SECONDS
-        body_deadline = visit.sock.body_deadline
-        if self.alive and visit.sock.is_let_in and body_deadline is not None and _rest_of_body(visit):
-            visit.until = body_deadline
+        session.until = time.monotonic() + LINGER_SECONDS
+        body_deadline = session.sock.body_deadline
+        if self.alive and session.sock.is_authenticated and body_deadline is not None and _rest_of_body(session):
+            session.until = body_deadline
         try:
-            visit.sock.settimeout(0)
-            visit.sock.shutdown(socket.SHUT_WR)
+            session.sock.settimeout(0)
+            session.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            self._close(visit)
+            self._close(session)
             return
-        self._drain(visit)
+        self._drain(session)
 
-    def _drain(self, visit: Visit) -> None:
+    def _drain(self, session: ClientSession) -> None:
         try:
-            received = visit.sock.receive_now(RECEIVED_BYTES)
+            received = session.sock.receive_now(RECEIVED_BYTES)
         except OSError:
             received = b""
-        visit.drained_bytes += len(received or b"")
-        if received == b"" or visit.drained_bytes > DRAINED_BYTES:
-            self._close(visit)
+        session.drained_bytes += len(received or b"")
+        if received == b"" or session.drained_bytes > DRAINED_BYTES:
+            self._close(session)
         else:
-            self._watch(visit, self._lingering)
+            self._watch(session, self._lingering)
 
-    def _watch(self, visit: Visit, group: dict[Visit, None]) -> None:
-        if visit.group is group:
+    def _watch(self, session: ClientSession, group: dict[ClientSession, None]) -> None:
+        if session.group is group:
             return
-        if visit.group is None:
-            self.poller.register(visit.sock, selectors.EVENT_READ, partial(self._on_readable, visit))
+        if session.group is None:
+            self.poller.register(session.sock, selectors.EVENT_READ, partial(self._on_readable, session))
         else:
-            del visit.group[visit]
-        group[visit] = None
-        visit.group = group
+            del session.group[session]
+        group[session] = None
+        session.group = group
 
-    def _unwatch(self, visit: Visit) -> None:
-        if visit.group is not None:
-            self.poller.unregister(visit.sock)
-            del visit.group[visit]
-            visit.group = None
+    def _unwatch(self, session: ClientSession) -> None:
+        if session.group is not None:
+            self.poller.unregister(session.sock)
+            del session.group[session]
+            session.group = None
 
-    def _close(self, visit: Visit) -> None:
-        self._unwatch(visit)
+    def _close(self, session: ClientSession) -> None:
+        self._unwatch(session)
         self.nr_conns -= 1
-        if visit.is_stuck:
-            visit.sock.reset()
+        if session.is_stuck:
+            session.sock.reset()
         else:
-            visit.sock.close()
+            session.sock.close()
 
     def _make_room(self) -> None:
         """Close the longest waiting connection of the least wanted kind."""
@@ -256,28 +256,28 @@ class DoorWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publishes no t
 
     # ------------------------------------------------------------------ a thread
 
-    def handle(self, visit: Visit) -> bool:
+    def handle(self, session: ClientSession) -> bool:
         """Answer one request; whether its connection may be kept."""
-        connection = visit.sock
+        connection = session.sock
         http_request = None
         try:
             connection.begin()
-            visit.parser.unreader.unread(bytes(visit.head))
-            visit.head.clear()
-            connection.http_request = http_request = next(visit.parser)
-            return bool(self.handle_request(http_request, visit)) and not body_has_rest(http_request.body)
+            session.parser.unreader.unread(bytes(session.head))
+            session.head.clear()
+            connection.http_request = http_request = next(session.parser)
+            return bool(self.handle_request(http_request, session)) and not body_has_rest(http_request.body)
         except StopIteration:  # gunicorn's word for a connection that can not go on; it has logged why
             return False
         except TimeoutError:
-            visit.is_stuck = True
+            session.is_stuck = True
             seconds = connection.gettimeout() or 0.0
-            log.info("the client at %s took nothing for %.0f s: it is dropped", _host(visit.client), seconds)
+            log.info("the client at %s took nothing for %.0f s: it is dropped", _host(session.client), seconds)
             return False
         except OSError as error:  # among them gunicorn's NoMoreData
-            log.debug("the client at %s has gone: %s", _host(visit.client), error)
+            log.debug("the client at %s has gone: %s", _host(session.client), error)
             return False
         except Exception as error:  # noqa: BLE001  # whatever it is: the client gets an answer, the log the rest
-            self.handle_error(http_request, connection, visit.client, error)
+            self.handle_error(http_request, connection, session.client, error)
             return False
         finally:
             connection.end()
@@ -326,7 +326,7 @@ def keeping_known_connections(application: Callable[..., Iterable[bytes]]) -> Ca
         def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
             http_request = connection.http_request
             ends_with_rest = connection.body_deadline is not None and body_has_rest(http_request.body)
-            if not connection.is_let_in or ends_with_rest:
+            if not connection.is_authenticated or ends_with_rest:
                 http_request.force_close()
             return start_response(status, headers, *error)
 
@@ -352,8 +352,8 @@ def error_answer(error: NoodleError) -> bytes:
     return head.encode() + body
 
 
-def _rest_of_body(visit: Visit) -> bool:
-    http_request = visit.sock.http_request
+def _rest_of_body(session: ClientSession) -> bool:
+    http_request = session.sock.http_request
     return http_request is not None and body_has_rest(http_request.body)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 from flask import Blueprint, Flask, Response, request
 from gunicorn.http.errors import ParseException
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from werkzeug.exceptions import HTTPException
 
 from noodle.config.variables import Address
@@ -80,7 +81,7 @@ def serve(service: Service) -> None:
             settings = {
                 "bind": [str(service.bind)],
                 "workers": 1,
-                "worker_class": "noodle.web.server.DoorWorker",
+                "worker_class": "noodle.web.server.BufferedHeadWorker",
                 "threads": service.threads,
                 "worker_connections": service.threads + WAITING_CONNECTIONS,
                 "limit_request_line": HEAD_LINE_BYTES,
@@ -170,7 +171,7 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, mimetype="application/json")
 
 
-def say_success_is_false(routes: Blueprint) -> None:
+def add_success_false(routes: Blueprint) -> None:
     """Errors of these routes carry `success: false` beside the error object, and are sent after the body was read."""
 
     @routes.errorhandler(NoodleError)
@@ -210,6 +211,15 @@ def install_error_handlers(app: Flask) -> None:
     def unknown(error: Exception) -> Response:
         log.exception("%s %s failed", request.method, request.path)
         return error_response(NoodleError(f"An error inside noodle: {type(error).__name__}.", cure="See its log."))
+
+
+def install_metrics_route(app: Flask, registry: CollectorRegistry, cluster_token: str) -> None:
+    """Serve `GET /metrics` to clients that send the cluster token."""
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        require_token(cluster_token)
+        return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
 
 
 def bearer_token() -> str:

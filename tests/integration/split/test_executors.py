@@ -45,7 +45,7 @@ def test_both_executors_in_one_pipeline_say_what_the_unsplit_model_says(computed
 
 @needs_ggml
 def test_eight_bits_and_sixteen_on_the_hop_answer_whole(tiny_folder, tmp_path):
-    hop = {"hop_dtype": "float16", "hop_prefill_dtype": "int8"}
+    hop = {"activation_dtype": "float16", "prefill_activation_dtype": "int8"}
     small = GGML | {"weights": "q8_0", "kv_dtype": "f16"} | hop
     tokens, stages = answers(tiny_folder, tmp_path, (small, TRANSFORMERS | hop, small))
     assert [stage["hop_dtypes"] for stage in stages] == [["float16", "int8"], ["float16", "int8"], []]
@@ -53,5 +53,5 @@ def test_eight_bits_and_sixteen_on_the_hop_answer_whole(tiny_folder, tmp_path):
 
 
 def test_sixteen_bits_on_the_hop_need_no_ggml(tiny_folder, tmp_path):
-    tokens, _ = answers(tiny_folder, tmp_path, (TRANSFORMERS | {"hop_dtype": "bfloat16"},) * 3)
+    tokens, _ = answers(tiny_folder, tmp_path, (TRANSFORMERS | {"activation_dtype": "bfloat16"},) * 3)
     assert [len(got) for _, got in tokens] == [NEW_TOKENS] * len(PROMPTS)

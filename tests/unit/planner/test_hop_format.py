@@ -58,7 +58,7 @@ def test_the_slower_of_two_links_counts() -> None:
 def test_there_is_a_hop_less_than_stages_and_the_last_stage_hands_nothing_on() -> None:
     assert choose_hops("auto", False, [machine(0)], HIDDEN_SIZE, PREFILL_SECONDS) == []
     plan = cut(a_shape(hidden_size=HIDDEN_SIZE), [machine(0, FAST), machine(1, SLOW)])
-    assert [stage.hop_dtype for stage in plan.stages] == ["float16", ""]
+    assert [stage.activation_dtype for stage in plan.stages] == ["float16", ""]
     assert "predicted" in plan.reason
 
 

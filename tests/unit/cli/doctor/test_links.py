@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from noodle.errors import NoodleError, RequestTimedOut
-from noodle.web.connectivity import Reached, ReachReport, Target, try_all
+from noodle.web.connectivity import ConnectionResult, ConnectivityReport, Target, try_all
 from services.cli.doctor.command import check_links
 from services.cli.doctor.jobs import Job
 from services.cli.doctor.links import (
@@ -26,7 +26,7 @@ from services.cli.doctor.situation import Situation
 from services.cli.doctor.tries import Links
 
 HERE = Here("machine-a", "linux", "0.1.0", "192.168.1.101", is_running=True)
-STAGE_1 = Reached(
+STAGE_1 = ConnectionResult(
     "stage 1",
     "http://192.168.1.102:8081",
     "open",
@@ -72,7 +72,7 @@ def test_each_way_not_to_be_reached_is_told_apart_with_its_cure(outcome, says, c
 
 
 def test_a_valkey_without_a_password_is_an_error():
-    (finding,) = check_reached(Reached("valkey", "redis://192.168.1.101:6379", "unlocked"), HERE)
+    (finding,) = check_reached(ConnectionResult("valkey", "redis://192.168.1.101:6379", "unlocked"), HERE)
     assert finding.status == "error"
     assert "without a password" in finding.what
 
@@ -107,13 +107,13 @@ def test_a_clock_that_is_off_is_a_warning(ahead_seconds, way):
 
 
 def test_the_way_back_is_told_by_the_other_service():
-    report = ReachReport("stage 1", "machine-b", "0.1.0", "", (changed(name="stage 0", machine="machine-a"),))
+    report = ConnectivityReport("stage 1", "machine-b", "0.1.0", "", (changed(name="stage 0", machine="machine-a"),))
     assert statuses(check_way_back(report, {}, HERE)) == ["ok"]
-    blocked = ReachReport("stage 1", "machine-b", "0.1.0", "", (changed(name="coordinator", outcome="silent"),))
+    blocked = ConnectivityReport("stage 1", "machine-b", "0.1.0", "", (changed(name="coordinator", outcome="silent"),))
     (finding,) = check_way_back(blocked, {}, HERE)
     assert (finding.status, finding.where) == ("error", "machine-b")
     slow = changed(name="coordinator", machine="", bytes_per_second=1e6)
-    report = ReachReport("stage 1", "machine-b", "0.1.0", "", (slow,))
+    report = ConnectivityReport("stage 1", "machine-b", "0.1.0", "", (slow,))
     assert statuses(check_way_back(report, {"coordinator": "machine-a"}, HERE)) == ["ok", "warning"]
     assert statuses(check_way_back(report, {"coordinator": "machine-b"}, HERE)) == ["ok"]
 
@@ -147,7 +147,7 @@ def situation(**changes):
 
 def test_a_stage_that_registered_itself_as_localhost_is_told_with_its_machine():
     wrong = changed(url="http://localhost:8081", outcome="refused")
-    report = ReachReport("coordinator", "machine-a", "0.1.0", "", (wrong,))
+    report = ConnectivityReport("coordinator", "machine-a", "0.1.0", "", (wrong,))
     outcomes = check_links(situation(), Links((), (report,)))
     (finding,) = [outcome for outcome in outcomes if outcome.check == "address"]
     assert (finding.status, finding.where) == ("error", "machine-b")
@@ -225,5 +225,5 @@ def test_what_work_raises_is_raised_where_it_is_waited_for():
 
 
 def test_tries_come_back_in_the_order_of_their_targets():
-    tries = [lambda target=target: Reached(target.name, target.url, "open") for target in TARGETS]
+    tries = [lambda target=target: ConnectionResult(target.name, target.url, "open") for target in TARGETS]
     assert [reached.name for reached in try_all(tries, TARGETS)] == ["coordinator", "stage 1"]

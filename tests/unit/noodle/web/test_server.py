@@ -128,7 +128,7 @@ def test_a_request_after_another_is_a_strangers_again(pair):
     service, _ = pair
     service.authenticate()
     service.begin()
-    assert not service.is_let_in
+    assert not service.is_authenticated
     assert taken(lambda: service.recv(1)) < 0.05
 
 

@@ -18,11 +18,15 @@ TOKENS = list(np.random.default_rng(1).integers(1, 190, 150))
 FLOAT32 = Candidate("transformers", "f32", "f32", "float32")
 
 
-def scored(folder, dtype="float32", hop_dtype="float32"):
+def scored(folder, dtype="float32", activation_dtype="float32"):
     candidate = Candidate("transformers", "x", "x", dtype)
     options = {"device": "cpu", "threads": 1, "context_length": 256, "cache_dir": None}
     return score_text(
-        lambda start, end: load_by(candidate, folder, start, end, **options), 6, TOKENS, lambda *_: None, hop_dtype
+        lambda start, end: load_by(candidate, folder, start, end, **options),
+        6,
+        TOKENS,
+        lambda *_: None,
+        activation_dtype,
     )
 
 
@@ -44,7 +48,7 @@ def test_float32_against_itself_loses_nothing_and_fewer_bits_lose_a_little(tiny_
     assert quality_of(reference, reference) == Quality(1.0, 1.0, 149)
     lossy = quality_of(scored(tiny_folder, "bfloat16"), reference)
     assert 0 < abs(lossy.perplexity_ratio - 1) < 0.05
-    assert quality_of(scored(tiny_folder, hop_dtype="int8"), reference).perplexity_ratio != 1.0
+    assert quality_of(scored(tiny_folder, activation_dtype="int8"), reference).perplexity_ratio != 1.0
 
 
 def test_the_text_is_cut_to_the_models_context(tiny_folder):

@@ -213,9 +213,9 @@ def sent_on(index, step, body, rows, **hop):
     ("hop", "tokens", "dtype"),
     [
         ({}, 4, "float32"),
-        ({"hop_dtype": "float16"}, 4, "float16"),
-        ({"hop_dtype": "float16", "hop_prefill_dtype": "int8"}, 4, "float16"),
-        ({"hop_dtype": "float16", "hop_prefill_dtype": "int8"}, 40, "int8"),
+        ({"activation_dtype": "float16"}, 4, "float16"),
+        ({"activation_dtype": "float16", "prefill_activation_dtype": "int8"}, 4, "float16"),
+        ({"activation_dtype": "float16", "prefill_activation_dtype": "int8"}, 40, "int8"),
     ],
 )
 def test_hidden_states_go_on_in_the_format_that_the_plan_names_and_are_taken_in_it(hop, tokens, dtype):
