@@ -1,62 +1,62 @@
-/* Attention of several tokens of one session to the session's rows, for processors whose file includes this.
+/* Attention of several tokens of one session over its KV rows. Each source file includes this for one instruction set.
  *
- * ggml computes a head's queries against 64 keys at a time, with all that a mask then throws away, and spends the time of a
- * product on lining up what was loaded. Here 16 queries stand side by side in a register, and a number of a key or a value
- * is spread to all of them by its load; each query's greatest score and the sum of its weights stand side by side as well,
- * so that nothing is summed across a register. Queries of all heads that share a head of keys are taken together, token by
- * token: keys after the last of them are not looked at.
+ * ggml computes a head's queries against 64 keys at a time, including keys that the mask then discards, and spends as long on
+ * shuffling loaded values as on the product. Here 16 queries lie side by side in a register, and each loaded element of a key
+ * or value is broadcast to all of them. The maximum score and the weight sum of each query lie side by side too, so nothing is
+ * reduced across a register. The queries of all heads that share a KV head are processed together, token by token; keys after
+ * the last of these tokens are not read.
  *
- * The softmax is taken as it goes (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018): what was
- * summed is scaled down whenever a greater score is met.
+ * The softmax is online (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018): when a larger score
+ * appears, the sums accumulated so far are scaled down.
  *
- * Before it is included are defined: WITH (the target), NAME(x), `vector` of LANES floats, PARTS of which are 16, KEYS_AT_ONCE,
- * and on vectors: load, store, spread (of one float), add, subtract, multiply, divide, fused (a * b + c), greater, lesser
- * (the second where one is no number), rounded (to whole numbers), power_of_2 (of whole numbers), where_below (a, b, x, y:
- * x where a < b, else y), from_f16 (so many as a vector has) and from_i8.
+ * The including file defines WITH (the target attribute), NAME(x), `vector` of LANES floats, PARTS (vectors for 16 floats),
+ * UNROLL, and on vectors: load, store, broadcast (of one float), add, subtract, multiply, divide, fmadd (a * b + c), max and
+ * min (which return the second operand for NaN), rounded (to integers), power_of_2 (of integers), where_below (a, b, x, y: x
+ * where a < b, else y), from_f16 and from_i8 (LANES values each).
  */
 
 #define TILE 16      /* queries side by side */
-#define TILES 4      /* that are taken through a block of keys while it is in the first cache */
-#define KEYS 32      /* of a block */
-#define MOST_DIMENSIONS 256 /* of a head */
+#define TILES 4      /* processed per block of keys while the block is in the L1 cache */
+#define KEYS 32      /* in a block */
+#define MAX_HEAD_DIM 256
 #define NO_WINDOW INT64_MAX
 
-#define F32 0 /* ggml's numbers of types */
+#define F32 0 /* ggml's type numbers */
 #define F16 1
 
 struct attention_parameters {
-    float scale, cap; /* scores are `cap` * tanh(score * `scale` / `cap`), without a cap (0) score * `scale` */
-    int64_t window;   /* a token attends to so many, itself the last one; 0 is to all */
+    float scale, cap; /* score = cap * tanh(q.k * scale / cap), or q.k * scale if cap is 0 */
+    int64_t window;   /* number of keys a token attends to, its own included; 0 means all */
     int64_t type;     /* of K and V: F32, F16, or Q8_0 */
 };
 
-/* what one tile of queries has come to */
+/* state of one tile of queries */
 struct tile {
-    float queries[MOST_DIMENSIONS][TILE];
-    float sums[MOST_DIMENSIONS][TILE]; /* of values by their weights */
-    float greatest[TILE], weight_sums[TILE];
-    float last_key[TILE]; /* that a query attends to */
+    float queries[MAX_HEAD_DIM][TILE];
+    float sums[MAX_HEAD_DIM][TILE]; /* values times weights, not yet normalized */
+    float max_score[TILE], weight_sums[TILE];
+    float last_key[TILE]; /* that the query attends to */
 };
 
-/* e^x within 2 units of the last place, 0 below -87; Cephes' polynomial for e^r, |r| <= ln(2) / 2 */
-WITH INLINED vector exponential(vector x) {
-    const vector bounded = greater(spread(-87.0f), lesser(spread(88.0f), x));
-    const vector whole = rounded(multiply(bounded, spread(1.44269504f)));
-    vector rest = fused(whole, spread(-0.693359375f), bounded);
-    rest = fused(whole, spread(2.12194440e-4f), rest);
-    vector sum = fused(rest, spread(1.9875691500e-4f), spread(1.3981999507e-3f));
-    sum = fused(sum, rest, spread(8.3334519073e-3f));
-    sum = fused(sum, rest, spread(4.1665795894e-2f));
-    sum = fused(sum, rest, spread(1.6666665459e-1f));
-    sum = fused(sum, rest, spread(5.0000001201e-1f));
-    sum = add(fused(sum, multiply(rest, rest), rest), spread(1.0f));
-    return where_below(x, spread(-87.0f), spread(0.0f), multiply(sum, power_of_2(whole)));
+/* e^x within 2 ulp, 0 below -87; Cephes' polynomial for e^r, |r| <= ln(2) / 2 */
+WITH INLINED vector exp_approx(vector x) {
+    const vector bounded = max(broadcast(-87.0f), min(broadcast(88.0f), x));
+    const vector whole = rounded(multiply(bounded, broadcast(1.44269504f)));
+    vector rest = fmadd(whole, broadcast(-0.693359375f), bounded);
+    rest = fmadd(whole, broadcast(2.12194440e-4f), rest);
+    vector sum = fmadd(rest, broadcast(1.9875691500e-4f), broadcast(1.3981999507e-3f));
+    sum = fmadd(sum, rest, broadcast(8.3334519073e-3f));
+    sum = fmadd(sum, rest, broadcast(4.1665795894e-2f));
+    sum = fmadd(sum, rest, broadcast(1.6666665459e-1f));
+    sum = fmadd(sum, rest, broadcast(5.0000001201e-1f));
+    sum = add(fmadd(sum, multiply(rest, rest), rest), broadcast(1.0f));
+    return where_below(x, broadcast(-87.0f), broadcast(0.0f), multiply(sum, power_of_2(whole)));
 }
 
 /* tanh(x) = 1 - 2 / (e^2x + 1) */
-WITH INLINED vector capped(vector x, float cap) {
-    const vector one = spread(1.0f), power = exponential(add(x, x));
-    return multiply(spread(cap), subtract(one, divide(spread(2.0f), add(power, one))));
+WITH INLINED vector soft_cap(vector x, float cap) {
+    const vector one = broadcast(1.0f), power = exp_approx(add(x, x));
+    return multiply(broadcast(cap), subtract(one, divide(broadcast(2.0f), add(power, one))));
 }
 
 WITH INLINED void widen(float *to, const char *from, int64_t dimensions, int64_t type) {
@@ -66,35 +66,35 @@ WITH INLINED void widen(float *to, const char *from, int64_t dimensions, int64_t
         for (int64_t d = 0; d < dimensions; d += LANES) store(to + d, from_f16(from + 2 * d));
     } else {
         for (int64_t block = 0; block < dimensions / BLOCK; block++, from += BLOCK_BYTES) {
-            const vector scale = spread(half_to_float(from));
+            const vector scale = broadcast(half_to_float(from));
             for (int64_t d = 0; d < BLOCK; d += LANES)
                 store(to + block * BLOCK + d, multiply(scale, from_i8(from + 2 + d)));
         }
     }
 }
 
-/* scores [keys][16] of some keys, whose rows stand one behind the other */
+/* scores [count][16] of `count` consecutive keys */
 WITH INLINED void score(float (*scores)[TILE], const struct tile *tile, const float *keys, int64_t dimensions, const int count) {
-    vector sums[KEYS_AT_ONCE][PARTS];
+    vector sums[UNROLL][PARTS];
     for (int key = 0; key < count; key++)
-        for (int part = 0; part < PARTS; part++) sums[key][part] = spread(0.0f);
+        for (int part = 0; part < PARTS; part++) sums[key][part] = broadcast(0.0f);
     for (int64_t d = 0; d < dimensions; d++) {
         vector queries[PARTS];
         for (int part = 0; part < PARTS; part++) queries[part] = load(tile->queries[d] + part * LANES);
         for (int key = 0; key < count; key++) {
-            const vector number = spread(keys[key * dimensions + d]);
-            for (int part = 0; part < PARTS; part++) sums[key][part] = fused(queries[part], number, sums[key][part]);
+            const vector number = broadcast(keys[key * dimensions + d]);
+            for (int part = 0; part < PARTS; part++) sums[key][part] = fmadd(queries[part], number, sums[key][part]);
         }
     }
     for (int key = 0; key < count; key++)
         for (int part = 0; part < PARTS; part++) store(scores[key] + part * LANES, sums[key][part]);
 }
 
-/* to a tile's sums, some of their dimensions, the values of a block by their weights [keys][16] */
-WITH INLINED void weigh(
+/* Rescale the sums of dimensions [first, first + count) by `factors` and add values times weights [keys][16]. */
+WITH INLINED void accumulate(
     struct tile *tile, float (*weights)[TILE], const float *values, int64_t dimensions, int64_t first, int keys,
     const float *factors, const int count) {
-    vector sums[KEYS_AT_ONCE][PARTS];
+    vector sums[UNROLL][PARTS];
     for (int d = 0; d < count; d++)
         for (int part = 0; part < PARTS; part++)
             sums[d][part] = multiply(load(tile->sums[first + d] + part * LANES), load(factors + part * LANES));
@@ -102,48 +102,48 @@ WITH INLINED void weigh(
         vector shares[PARTS];
         for (int part = 0; part < PARTS; part++) shares[part] = load(weights[key] + part * LANES);
         for (int d = 0; d < count; d++) {
-            const vector number = spread(values[key * dimensions + first + d]);
-            for (int part = 0; part < PARTS; part++) sums[d][part] = fused(shares[part], number, sums[d][part]);
+            const vector number = broadcast(values[key * dimensions + first + d]);
+            for (int part = 0; part < PARTS; part++) sums[d][part] = fmadd(shares[part], number, sums[d][part]);
         }
     }
     for (int d = 0; d < count; d++)
         for (int part = 0; part < PARTS; part++) store(tile->sums[first + d] + part * LANES, sums[d][part]);
 }
 
-/* Scores become weights, and what the tile had summed is to be multiplied by `factors`. Keys are numbered from `first_key`. */
-WITH INLINED void soften(
+/* Replace the scores of keys from `first_key` on by weights, and set the `factors` by which earlier sums must be scaled. */
+WITH INLINED void online_softmax(
     struct tile *tile, float (*scores)[TILE], int keys, int64_t first_key, float window, float cap, bool is_masked,
     float *factors) {
     for (int part = 0; part < TILE; part += LANES) {
-        const vector last = load(tile->last_key + part), none = spread(-INFINITY);
-        const vector before = load(tile->greatest + part);
+        const vector last = load(tile->last_key + part), none = broadcast(-INFINITY);
+        const vector before = load(tile->max_score + part);
         vector most = before;
         for (int key = 0; key < keys; key++) {
             vector each = load(scores[key] + part);
-            if (cap != 0.0f) each = capped(each, cap);
+            if (cap != 0.0f) each = soft_cap(each, cap);
             if (is_masked) {
-                const vector number = spread((float)(first_key + key));
+                const vector number = broadcast((float)(first_key + key));
                 each = where_below(last, number, none, each);
-                each = where_below(subtract(last, spread(window)), number, each, none);
+                each = where_below(subtract(last, broadcast(window)), number, each, none);
             }
             store(scores[key] + part, each);
-            most = greater(most, each);
+            most = max(most, each);
         }
-        const vector factor = exponential(subtract(before, most));
+        const vector factor = exp_approx(subtract(before, most));
         vector sum = multiply(load(tile->weight_sums + part), factor);
         for (int key = 0; key < keys; key++) {
-            const vector weight = exponential(subtract(load(scores[key] + part), most));
+            const vector weight = exp_approx(subtract(load(scores[key] + part), most));
             store(scores[key] + part, weight);
             sum = add(sum, weight);
         }
-        store(tile->greatest + part, most);
+        store(tile->max_score + part, most);
         store(tile->weight_sums + part, sum);
         store(factors + part, factor);
     }
 }
 
-/* dst: float32 [dimensions, heads, tokens]; sources: Q float32 [dimensions, tokens, heads], K and V [dimensions, keys, heads
- * of keys], whose last key is the last token's own. */
+/* dst: float32 [dimensions, heads, tokens]; sources: Q float32 [dimensions, tokens, heads], K and V [dimensions, keys,
+ * kv_heads]. The last key belongs to the last token. */
 WITH void NAME(noodle_attend)(void *dst, int thread, int threads, void *given) {
     const struct attention_parameters *parameters = given;
     const void *query = source_of(dst, 0), *key = source_of(dst, 1), *value = source_of(dst, 2);
@@ -152,8 +152,8 @@ WITH void NAME(noodle_attend)(void *dst, int thread, int threads, void *given) {
     const int64_t window = parameters->window ? parameters->window : NO_WINDOW;
     const float scale = parameters->cap != 0.0f ? parameters->scale / parameters->cap : parameters->scale;
     const int64_t rows = tokens * shared, blocks = (rows + TILE * TILES - 1) / (TILE * TILES);
-    float key_rows[KEYS * MOST_DIMENSIONS] __attribute__((aligned(64)));
-    float value_rows[KEYS * MOST_DIMENSIONS] __attribute__((aligned(64)));
+    float key_rows[KEYS * MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float value_rows[KEYS * MAX_HEAD_DIM] __attribute__((aligned(64)));
     float scores[KEYS][TILE] __attribute__((aligned(64))), factors[TILE] __attribute__((aligned(64)));
     struct tile tiles[TILES] __attribute__((aligned(64)));
 
@@ -164,13 +164,13 @@ WITH void NAME(noodle_attend)(void *dst, int thread, int threads, void *given) {
         for (int64_t number = 0; number < tile_count * TILE; number++) {
             struct tile *tile = tiles + number / TILE;
             const int64_t lane = number % TILE;
-            const int64_t row = first_row + number < rows ? first_row + number : rows - 1; /* beyond: the last one again */
+            const int64_t row = first_row + number < rows ? first_row + number : rows - 1; /* padding repeats the last row */
             const int64_t token = row / shared, head = key_head * shared + row % shared;
             const float *from =
                 (const float *)(data_of(query) + token * stride_of(query, 1) + head * stride_of(query, 2));
             for (int64_t d = 0; d < dimensions; d++) tile->queries[d][lane] = from[d] * scale;
             for (int64_t d = 0; d < dimensions; d++) tile->sums[d][lane] = 0.0f;
-            tile->greatest[lane] = -1e30f; /* finite: where all keys of a block are masked, nothing becomes no number */
+            tile->max_score[lane] = -1e30f; /* finite: a fully masked block must not produce NaN */
             tile->weight_sums[lane] = 0.0f;
             tile->last_key[lane] = (float)(key_count - tokens + token);
         }
@@ -193,15 +193,15 @@ WITH void NAME(noodle_attend)(void *dst, int thread, int threads, void *given) {
                 if (begin_key > last || begin_key + keys <= first - window + 1) continue;
                 const int seen = (int)(last + 1 - begin_key < keys ? last + 1 - begin_key : keys);
                 int done = 0;
-                for (; done + KEYS_AT_ONCE <= seen; done += KEYS_AT_ONCE)
-                    score(scores + done, tile, key_rows + done * dimensions, dimensions, KEYS_AT_ONCE);
+                for (; done + UNROLL <= seen; done += UNROLL)
+                    score(scores + done, tile, key_rows + done * dimensions, dimensions, UNROLL);
                 for (; done < seen; done++) score(scores + done, tile, key_rows + done * dimensions, dimensions, 1);
                 const bool is_masked = begin_key + seen - 1 > first || begin_key <= last - window;
-                soften(tile, scores, seen, begin_key, (float)window, parameters->cap, is_masked, factors);
+                online_softmax(tile, scores, seen, begin_key, (float)window, parameters->cap, is_masked, factors);
                 int64_t d = 0;
-                for (; d + KEYS_AT_ONCE <= dimensions; d += KEYS_AT_ONCE)
-                    weigh(tile, scores, value_rows, dimensions, d, seen, factors, KEYS_AT_ONCE);
-                for (; d < dimensions; d++) weigh(tile, scores, value_rows, dimensions, d, seen, factors, 1);
+                for (; d + UNROLL <= dimensions; d += UNROLL)
+                    accumulate(tile, scores, value_rows, dimensions, d, seen, factors, UNROLL);
+                for (; d < dimensions; d++) accumulate(tile, scores, value_rows, dimensions, d, seen, factors, 1);
             }
         }
         for (int64_t row = first_row; row < end_row; row++) {

@@ -1,20 +1,20 @@
-/* Products of packed weights (packed_rows.h) for processors with AVX512: in floats with AVX512F, in bfloat16 with its own
- * instructions, in Q8_0 with VNNI, whose VPDPBUSD takes four unsigned and four signed bytes and sums the products in 32 bits.
+/* GEMM with packed weights (packed_weights.h) for AVX512: floats with AVX512F, bfloat16 with AVX512_BF16, Q8_0 with VNNI, whose
+ * VPDPBUSD multiplies four unsigned and four signed bytes and sums the products in 32 bits.
  *
- *   a tile for Q8_0: K / 32 blocks, of each row 32 numbers in int8, their scale in float32, and -128 times their sum in int32
- *   a tile for bfloat16: [K / 2][rows] pairs
+ *   Q8_0 tile: K / 32 blocks; per row 32 elements in int8, their scale in float32, and -128 times their sum in int32
+ *   bfloat16 tile: [K / 2][rows] pairs
  */
 
-#if defined(__x86_64__) && !defined(NOODLE_WITHOUT_AVX512) /* defined to measure what a processor without it would do */
-#include "packed_rows.h"
+#if defined(__x86_64__) && !defined(NOODLE_WITHOUT_AVX512) /* defined to measure AVX2 on a processor with AVX512 */
+#include "packed_weights.h"
 
 #define TILE_ROWS 8
-#define TILE_BLOCK_BYTES 40 /* of each row */
+#define TILE_BLOCK_BYTES 40 /* per row */
 #define WITH_AVX512 __attribute__((target("avx512f,fma,f16c")))
 #define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,fma")))
 #define WITH_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
 
-/* whether this processor has what the kernels use */
+/* whether this processor has the instructions of the kernels */
 bool noodle_has_avx512_floats(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma");
@@ -30,7 +30,7 @@ bool noodle_has_avx512_q8_0(void) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
 
-/* dst: bytes of tiles, K / 32 * 40 for each row; source 0: rows of K float32 */
+/* dst: Q8_0 tiles, K / 32 * 40 bytes per row; source 0: rows of K float32 */
 WITH_VNNI void noodle_quantise_avx512(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
@@ -44,7 +44,7 @@ WITH_VNNI void noodle_quantise_avx512(void *dst, int thread, int threads, void *
             for (int64_t block = 0; block < blocks; block++, from += BLOCK, to += width * TILE_BLOCK_BYTES) {
                 const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + 16);
                 const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
-                const bool has_nan = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q); /* the maximum may pass it over */
+                const bool has_nan = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q); /* the maximum may ignore NaN */
                 const float scale = has_nan ? NAN : largest / 127.0f;
                 const __m512 inverse = _mm512_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
                 const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
@@ -59,7 +59,7 @@ WITH_VNNI void noodle_quantise_avx512(void *dst, int thread, int threads, void *
     }
 }
 
-/* 16 rows of the weight times a tile of so many rows; inlined for each number of them */
+/* product of a group and a tile, inlined for each number of rows */
 WITH_VNNI INLINED void multiply_tile_q8_0(ARGUMENTS) {
     __m512 sums[TILE_ROWS];
     for (int row = 0; row < rows; row++) sums[row] = _mm512_setzero_ps();
@@ -83,7 +83,7 @@ void noodle_arrange_avx512(void *dst, int thread, int threads, void *unused) {
     arrange(dst, thread, threads, TILE_ROWS);
 }
 
-/* dst: tiles of bfloat16; source 0: rows of K float32, K even */
+/* dst: bfloat16 tiles; source 0: rows of K float32, K even */
 WITH_BF16 void noodle_arrange_bf16_avx512(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
@@ -106,8 +106,8 @@ WITH_BF16 void noodle_arrange_bf16_avx512(void *dst, int thread, int threads, vo
     }
 }
 
-/* A unit is what one instruction takes of each of 16 rows: a number, in bfloat16 two. Of a type: 16 rows' units as they are
- * loaded, and a sum with their products by a row's unit. */
+/* A unit is what one instruction processes of each of 16 rows: one element, or two in bfloat16. For each type: load the units
+ * of 16 rows, and add their products with the unit of one tile row to a sum. */
 typedef __m512 units_f32, units_f16;
 typedef __m512bh units_bf16;
 WITH_AVX512 INLINED __m512 load_f32(const char *at) { return _mm512_loadu_ps(at); }
@@ -121,7 +121,7 @@ WITH_BF16 INLINED __m512 add_bf16(__m512 sum, __m512bh units, float pair) {
     return _mm512_dpbf16_ps(sum, units, (__m512bh)_mm512_castps_si512(_mm512_set1_ps(pair)));
 }
 
-/* The product of a tile, as multiply_tile_q8_0. A sum of few rows is split, for an addition must wait for the one before. */
+/* Like multiply_tile_q8_0. With few rows each sum is split into parts: an addition waits for the previous one. */
 #define TILE_PRODUCT(type, target, unit_bytes) \
     target INLINED void multiply_tile_##type(ARGUMENTS) { \
         const float *given = (const float *)tile; \

@@ -1,22 +1,22 @@
-/* Products of packed weights (packed_rows.h) for processors with AVX2, FMA and F16C: Intel from 2013, AMD from 2015 on.
+/* GEMM with packed weights (packed_weights.h) for AVX2, FMA and F16C: Intel since 2013, AMD since 2015.
  *
- * AVX2 has no product of unsigned and signed bytes that does not overflow with these numbers (VPMADDUBSW sums two of them in
- * 16 bits). So a group's bytes are taken apart where they are loaded, the even and the odd ones of each four as numbers of
- * 16 bits, for VPMADDWD: that costs two cheap instructions, which all rows of a tile share.
+ * AVX2's product of unsigned and signed bytes (VPMADDUBSW) adds pairs in 16 bits and overflows with these values. The loaded
+ * bytes of a group are therefore split into even and odd ones, as 16-bit values for VPMADDWD. This costs two cheap
+ * instructions, shared by all rows of a tile.
  *
- *   a tile for Q8_0: K / 32 blocks, of each row 8 times the numbers 0, 2, 1, 3 of four in int16, their scale in float32, and
- *     -128 times their sum in int32
+ *   Q8_0 tile: K / 32 blocks; per row 8 times the elements 0, 2, 1, 3 of four in int16, their scale in float32, and -128
+ *     times their sum in int32
  */
 
 #if defined(__x86_64__)
-#include "packed_rows.h"
+#include "packed_weights.h"
 
 #define WITH_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define FLOAT_ROWS 6 /* of a tile: with two registers of sums for each they leave what a product needs, of 16 */
+#define FLOAT_ROWS 6 /* per tile: two accumulators per row leave enough of the 16 registers for a product */
 #define Q8_0_ROWS 8
-#define TILE_BLOCK_BYTES 72 /* of each row */
+#define TILE_BLOCK_BYTES 72 /* per row */
 
-/* F16C came with the generation before AVX2. */
+/* Every processor with AVX2 has F16C. */
 bool noodle_has_avx2(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -34,14 +34,14 @@ WITH_AVX2 INLINED int32_t sum_of(__m256i numbers) {
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
-/* 8 numbers, in each four 0, 2, 1, 3, in 16 bits */
+/* 8 values as int16, each four in the order 0, 2, 1, 3 */
 WITH_AVX2 INLINED __m128i in_pairs(__m256i numbers) {
     const __m256i behind = _mm256_slli_epi32(_mm256_shuffle_epi32(numbers, 0x0e), 16);
     const __m256i pairs = _mm256_blend_epi16(numbers, behind, 0xaa);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
 }
 
-/* dst: bytes of tiles, K / 32 * 72 for each row; source 0: rows of K float32 */
+/* dst: Q8_0 tiles, K / 32 * 72 bytes per row; source 0: rows of K float32 */
 WITH_AVX2 void noodle_quantise_avx2(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *rows = source_of(dst, 0);
@@ -60,7 +60,7 @@ WITH_AVX2 void noodle_quantise_avx2(void *dst, int thread, int threads, void *un
                     largest = _mm256_max_ps(largest, _mm256_and_ps(without_sign, numbers));
                     not_a_number = _mm256_or_ps(not_a_number, _mm256_cmp_ps(numbers, numbers, _CMP_UNORD_Q));
                 }
-                const bool has_nan = _mm256_movemask_ps(not_a_number); /* the maximum may pass it over */
+                const bool has_nan = _mm256_movemask_ps(not_a_number); /* the maximum may ignore NaN */
                 const float scale = has_nan ? NAN : largest_of(largest) / 127.0f;
                 const __m256 inverse = _mm256_set1_ps(scale > 0.0f ? 1.0f / scale : 0.0f);
                 __m256i sum = _mm256_setzero_si256();
@@ -77,14 +77,14 @@ WITH_AVX2 void noodle_quantise_avx2(void *dst, int thread, int threads, void *un
     }
 }
 
-/* A sum of int32 with the products of what 8 rows of a group (their even and odd bytes) and a row of a tile have of four. */
+/* Add the products of four elements of 8 group rows (even and odd bytes) and one tile row to int32 sums. */
 WITH_AVX2 INLINED __m256i add_four(__m256i sum, __m256i even, __m256i odd, __m256i number_0_2, __m256i number_1_3) {
     const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(even, number_0_2), _mm256_madd_epi16(odd, number_1_3));
     return _mm256_add_epi32(sum, products);
 }
 
-/* The sums of 8 rows do not fit into 16 registers, and are fetched and put back: that costs less than to read a tile twice.
- * The loop over fours is not to be unrolled further: then what is loaded was moved out of it, and put aside as well. */
+/* The sums of 8 rows exceed the 16 registers and spill: this is cheaper than reading a tile twice. Unrolling the loop over
+ * fours further makes the compiler hoist and spill the loads too. */
 WITH_AVX2 INLINED void multiply_tile_q8_0(ARGUMENTS) {
     const __m256i even_bytes = _mm256_set1_epi16(0xff);
     __m256 low[Q8_0_ROWS], high[Q8_0_ROWS];
@@ -126,13 +126,13 @@ void noodle_arrange_avx2(void *dst, int thread, int threads, void *unused) {
     arrange(dst, thread, threads, FLOAT_ROWS);
 }
 
-/* A number of each of 8 rows, of the lower or the upper ones of a group. */
+/* One element of each of the lower or upper 8 rows of a group. */
 WITH_AVX2 INLINED __m256 load_f32(const char *group, int half) { return _mm256_loadu_ps((const float *)group + 8 * half); }
 WITH_AVX2 INLINED __m256 load_f16(const char *group, int half) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)group + half));
 }
 
-/* To the sums of both halves of a group the products of one number of each of its rows by one of each row of a tile. */
+/* Add the products of one element of each group row and each tile row to the sums of both halves of the group. */
 #define ADDITION(type) \
     WITH_AVX2 INLINED void add_##type(__m256 *low, __m256 *high, const char *group, const float *given, const int rows) { \
         const __m256 a = load_##type(group, 0), b = load_##type(group, 1); \
@@ -145,7 +145,7 @@ WITH_AVX2 INLINED __m256 load_f16(const char *group, int half) {
 ADDITION(f32)
 ADDITION(f16)
 
-/* A sum of few rows is split into parts, for an addition must wait for the one before. */
+/* With few rows each sum is split into parts: an addition waits for the previous one. */
 #define TILE_PRODUCT(type, unit_bytes) \
     WITH_AVX2 INLINED void multiply_tile_##type(ARGUMENTS) { \
         const float *given = (const float *)tile; \

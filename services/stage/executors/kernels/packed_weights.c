@@ -1,6 +1,6 @@
-/* The layout of packed_rows.h: weights are put into it, and rows taken out of it. */
+/* Packs weights into the layout of packed_weights.h and reads rows back from it. */
 
-#include "packed_rows.h"
+#include "packed_weights.h"
 
 struct tensor_fields noodle_tensor_fields;
 
@@ -21,15 +21,15 @@ static void pack_q8_0(char *group, const char *rows, int64_t length) {
     }
 }
 
-/* With a size that is known where it is called, a copy is one instruction and not a call. */
+/* Inlined with a constant `bytes`, each memcpy is one instruction. */
 INLINED void pack_units(char *group, const char *rows, int64_t units, const int64_t bytes) {
     for (int64_t unit = 0; unit < units; unit++)
         for (int64_t row = 0; row < GROUP_ROWS; row++)
             memcpy(group + (unit * GROUP_ROWS + row) * bytes, rows + (row * units + unit) * bytes, bytes);
 }
 
-/* Puts the rows of a matrix as ggml has it into groups, in place: rows of `length` units of 2 or 4 `unit_bytes`, or of `length`
- * numbers in Q8_0 where that is 0. `spare` has the bytes of 16 rows. */
+/* Pack a matrix in ggml's layout into groups, in place. A row has `length` units of `unit_bytes` (2 or 4), or `length` values
+ * in Q8_0 if `unit_bytes` is 0. `spare` holds 16 rows. */
 void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length, int64_t unit_bytes) {
     const int64_t group_bytes = unit_bytes ? GROUP_ROWS * length * unit_bytes : length / BLOCK * GROUP_BLOCK_BYTES;
     for (int64_t first = 0; first < row_count; first += GROUP_ROWS, weight += group_bytes) {
@@ -44,7 +44,7 @@ void noodle_pack(char *weight, char *spare, int64_t row_count, int64_t length, i
 }
 
 #if defined(__x86_64__)
-/* dst: float32 [length, ids]; sources: the packed weight, ids in int32 of the rows that are wanted of it */
+/* dst: float32 [length, ids]; sources: the packed weight, int32 row ids */
 WITH_F16C void noodle_take_rows_q8_0(void *dst, int thread, int threads, void *unused) {
     (void)unused;
     const void *weight = source_of(dst, 0);
@@ -73,7 +73,7 @@ static float from_bf16(const char *at) {
     return from_f32(number);
 }
 
-/* Of each type the taking of rows, as noodle_take_rows_q8_0. */
+/* Defines noodle_take_rows_<type>; arguments as in noodle_take_rows_q8_0. */
 #define TAKING(type, unit_numbers, item_bytes) \
     WITH_F16C void noodle_take_rows_##type(void *dst, int thread, int threads, void *unused) { \
         (void)unused; \

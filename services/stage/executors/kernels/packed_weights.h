@@ -1,22 +1,21 @@
-/* Products of weights and rows in float32, for operations of ggml that are not ggml's own (GGML_OP_CUSTOM).
+/* GEMM with packed weights in float32, for custom operations of ggml graphs (GGML_OP_CUSTOM).
  *
- * ggml multiplies a weight row by row, and spends much of its time on lining up what it has loaded. Here 16 of a weight's
- * rows stand side by side, so that one instruction takes a number of each of them, or four numbers in 8 bits, and a number
- * of the other side is lined up by its load. The bytes are as many as before, and are read in their order: with the scales
- * of 8 bits behind the numbers, a processor that guesses what is read next guessed wrong, and a single row took twice as
- * long.
+ * ggml multiplies a weight row by row and spends much of its time shuffling loaded values. Here 16 weight rows are interleaved,
+ * so one instruction processes one element (or four 8-bit elements) of each row, and elements of the other operand are
+ * broadcast by their load. Packing keeps the byte count and the order in which memory is read: with Q8_0 scales stored behind
+ * the values, hardware prefetching failed and a product with a single row took twice as long.
  *
- *   a group: 16 rows of K numbers
- *     in float32 or float16: [K][16] numbers
- *     in bfloat16 (K even): [K / 2][16] pairs of numbers
- *     in Q8_0 (K a multiple of 32): K / 32 blocks of 16 scales in float16, one for each row, and then of
- *       [8][16][4] bytes: byte j of [g][r] is number 4 * g + j of the block in row r, plus 128
- *   a tile: so many rows of activations as a kernel takes at once, or one less, so that all are about as large
- *     in float32: [K][rows] numbers
- *     else: as the kernels say that multiply by it
+ *   group: 16 rows of K elements
+ *     float32, float16: [K][16] elements
+ *     bfloat16 (K even): [K / 2][16] pairs of elements
+ *     Q8_0 (K a multiple of 32): K / 32 blocks of 16 float16 scales, one per row, followed by [8][16][4] bytes: byte j of
+ *       [g][r] is element 4 * g + j of the block in row r, plus 128
+ *   tile: as many activation rows as a kernel processes at once, or one less, so that all tiles are about equally large
+ *     float32: [K][rows] elements
+ *     other types: documented with the kernels that use them
  *
- * As in ggml, activations are rounded to 8 bits with a scale for each 32 of them where weights are in Q8_0 (products are
- * summed in int32 within a block and in float32 over blocks), and to bfloat16 where weights are. All else is in float32.
+ * As in ggml, activations are rounded to 8 bits with one scale per 32 elements for Q8_0 weights (products are summed in int32
+ * within a block and in float32 across blocks), and to bfloat16 for bfloat16 weights. Everything else is float32.
  */
 
 #pragma once
@@ -29,12 +28,12 @@
 
 #define BLOCK 32
 #define GROUP_ROWS 16
-#define BLOCK_BYTES 34  /* of a row in Q8_0 */
-#define SCALES_BYTES 32 /* of a group's block */
+#define BLOCK_BYTES 34  /* of one row in Q8_0 */
+#define SCALES_BYTES 32 /* in a block of a group */
 #define GROUP_BLOCK_BYTES (GROUP_ROWS * BLOCK_BYTES)
 #define INLINED static inline __attribute__((always_inline))
 
-/* where a ggml_tensor has its fields: told once by whoever knows this ggml's struct */
+/* offsets of ggml_tensor's fields, set once by the caller that knows this ggml's struct */
 struct tensor_fields {
     size_t data, sizes, strides, sources;
 };
@@ -63,7 +62,7 @@ WITH_F16C INLINED float half_to_float(const char *at) {
 }
 #endif
 
-/* How rows are cut into tiles: the first `larger` of them have a row more than `rows`. */
+/* How rows are cut into tiles: the first `larger` tiles have `rows` + 1 rows, the others `rows`. */
 struct cut {
     int64_t tiles, rows, larger;
 };
@@ -91,15 +90,15 @@ INLINED void arrange(void *dst, int thread, int threads, const int64_t most_rows
     }
 }
 
-/* `multiply` writes what 16 rows of a weight (`group`) times the `rows` of a tile are. The rows of PASS_TILES stay in the
- * second cache while all of the weight passes. */
+/* `multiply` writes the product of a `group` and a tile of `rows` rows. PASS_TILES tiles stay in the L2 cache while the whole
+ * weight passes. */
 #define PASS_TILES 8
 #define ARGUMENTS const char *group, const char *tile, int64_t units, char *out, size_t out_stride, const int rows
 #define CASE(multiply, rows) \
     case rows: multiply(group, from, units, out, out_stride, rows); break;
 
-/* dst: float32 [rows of the weight, rows]; sources: the packed weight, tiles. A unit is what a kernel takes at once of each
- * row: one number or more, and of a group and of a row of a tile so many bytes. */
+/* Defines noodle_multiply_<name>. dst: float32 [weight rows, rows]; sources: packed weight, tiles. A unit is what a kernel
+ * processes of each row at once: `unit_numbers` elements, `group_bytes` of a group and `tile_bytes` per tile row. */
 #define PRODUCT(name, multiply, target, most_rows, unit_numbers, group_bytes, tile_bytes) \
     target void noodle_multiply_##name(void *dst, int thread, int threads, void *unused) { \
         (void)unused; \
