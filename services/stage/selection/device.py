@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from noodle.errors import ConfigurationError, GgmlUnavailable
 from noodle.metrics.machine import container_use
 from noodle.metrics.scraped import CardUse
@@ -118,9 +120,7 @@ def _told(ask: Callable[[], float]) -> float | None:
         return None
 
 
-def free_memory(
-    device: str, torch: Any, *, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
-) -> FreeMemory:
+def free_memory(device: str, torch: Any, *, cgroup: Path = Path("/sys/fs/cgroup")) -> FreeMemory:
     """Free bytes of the memory that a slice on `device` lives in.
 
     On a CPU what the system can still give, or what the container's limit leaves if that is less.
@@ -130,7 +130,7 @@ def free_memory(
         return FreeMemory(int(free_bytes), "the card's driver")
     if device not in TORCH_DEVICES:
         return FreeMemory(ggml_card(device).free_bytes, "the card's driver, by ggml")
-    candidates = [FreeMemory(_available_bytes(proc / "meminfo"), "MemAvailable of the system")]
+    candidates = [FreeMemory(psutil.virtual_memory().available, "MemAvailable of the system")]
     container = container_use(cgroup)
     if container.memory_limit_bytes is not None and container.memory_bytes is not None:
         free_bytes = max(0, container.memory_limit_bytes - container.memory_bytes)
@@ -192,12 +192,3 @@ def _has_kernels_for(capability: tuple[int, int], kernels: Iterable[str]) -> boo
         if kind == "compute" and built <= (major, minor) and not is_specific:
             return True
     return False
-
-
-def _available_bytes(meminfo: Path) -> int:
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigurationError(
-        f"{meminfo} does not say how much memory is available.", cure="Run the stage on Linux, or in its container."
-    )

@@ -1,16 +1,13 @@
-"""What Linux says of this machine and of the container around this process: processor time, memory, limits.
-
-Reads /proc and cgroup files when it is asked, and nothing else; what is not there is None. Knows no torch and no card.
-"""
+"""Processor time and memory of this machine, and the limits of the container around this process."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
-PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -34,24 +31,15 @@ class ContainerUse:
     core_limit: float | None = None
 
 
-def machine_use(proc: Path = PROC) -> MachineUse | None:
-    """The machine now, None where there is no /proc as Linux has it."""
+def machine_use() -> MachineUse | None:
+    """Return the machine's use now, None on a system that does not report it."""
     try:
-        lines = (proc / "stat").read_text(encoding="ascii").splitlines()
-        memory = (proc / "meminfo").read_text(encoding="ascii").splitlines()
-        total_line = next(line for line in lines if line.startswith("cpu "))
-        kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in memory)}
-        # user nice system idle iowait irq softirq steal; guests are counted in user and nice already
-        ticks = [int(part) for part in total_line.split()[1:9]]
-        busy_seconds = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-        return MachineUse(
-            core_count=sum(line.startswith("cpu") for line in lines) - 1,
-            busy_seconds=busy_seconds,
-            memory_bytes=kilobytes["MemTotal"] * 1024,
-            available_bytes=kilobytes["MemAvailable"] * 1024,
-        )
-    except (OSError, AttributeError, StopIteration, LookupError, ValueError):
+        times, memory = psutil.cpu_times(), psutil.virtual_memory()
+        # guests are counted in user and nice already
+        busy_seconds = sum(getattr(times, kind) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
+    except (OSError, AttributeError, LookupError, ValueError, TypeError):
         return None  # not Linux, or a file of another form: the metric is absent then, and never a wrong number
+    return MachineUse(psutil.cpu_count() or 1, busy_seconds, memory.total, memory.available)
 
 
 def container_use(cgroup: Path = CGROUP) -> ContainerUse:

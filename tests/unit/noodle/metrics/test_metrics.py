@@ -56,23 +56,28 @@ def test_a_service_says_its_version_its_process_and_its_machine():
     assert 0 < available <= total
 
 
-def test_processor_time_and_memory_are_read_as_linux_writes_them(tmp_path):
+def test_processor_time_and_memory_are_read_as_linux_writes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.PROCFS_PATH", str(tmp_path))
+    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
     (tmp_path / "stat").write_text(
         "cpu  1000 200 300 50000 400 50 60 70 900 0\ncpu0 1 0 0 0\ncpu1 1 0 0 0\nintr 1 2\nctxt 5\n"
     )
-    (tmp_path / "meminfo").write_text("MemTotal:       16000 kB\nMemFree: 1 kB\nMemAvailable: 8000 kB\nHugePages: 0\n")
-    use = machine_use(tmp_path)
+    fields = {"MemTotal": 16000, "MemAvailable": 8000}
+    names = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "Shmem", "Active", "Inactive")
+    (tmp_path / "meminfo").write_text("".join(f"{name}: {fields.get(name, 0)} kB\n" for name in names))
+    use = machine_use()
     assert use is not None
     assert (use.core_count, use.memory_bytes, use.available_bytes) == (2, 16000 * 1024, 8000 * 1024)
     assert use.busy_seconds == pytest.approx(16.8)  # 1680 hundredths: idle and waiting for a disk are not busy
 
 
 @pytest.mark.parametrize("stat", ["", "cpu  1 2\n", "cpu  a b c d e f g h\n"])
-def test_a_system_without_these_files_shows_no_number_rather_than_a_wrong_one(tmp_path, stat):
-    assert machine_use(tmp_path) is None
+def test_a_system_without_these_files_shows_no_number_rather_than_a_wrong_one(tmp_path, monkeypatch, stat):
+    monkeypatch.setattr("psutil.PROCFS_PATH", str(tmp_path))
+    assert machine_use() is None
     (tmp_path / "stat").write_text(stat)
     (tmp_path / "meminfo").write_text("MemTotal: 1 kB\n")
-    assert machine_use(tmp_path) is None
+    assert machine_use() is None
     registry = CollectorRegistry()
     MachineCollector(registry, "machine-a", read_machine=lambda: None, read_container=ContainerUse)
     assert list(registry.collect()) == []

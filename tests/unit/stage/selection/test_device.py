@@ -126,19 +126,24 @@ def test_a_device_has_a_name():
 
 
 @pytest.fixture
-def proc(tmp_path):
+def proc(tmp_path, monkeypatch):
     (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 16000 kB\nMemAvailable: 8000 kB\n")
-    return tmp_path / "proc"
+    fields = {"MemTotal": 16000, "MemAvailable": 8000}
+    names = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "Shmem", "Active", "Inactive")
+    text = "".join(f"{name}: {fields.get(name, 0)} kB\n" for name in names)
+    (tmp_path / "proc/meminfo").write_text(text)
+    monkeypatch.setattr("psutil.PROCFS_PATH", str(tmp_path / "proc"))
 
 
-def test_free_memory_is_what_the_system_has_available(proc, tmp_path):
-    memory = free_memory("cpu", fake_torch(), proc=proc, cgroup=tmp_path / "none")
+@pytest.mark.usefixtures("proc")
+def test_free_memory_is_what_the_system_has_available(tmp_path):
+    memory = free_memory("cpu", fake_torch(), cgroup=tmp_path / "none")
     assert memory == FreeMemory(8000 * 1024, "MemAvailable of the system")
 
 
+@pytest.mark.usefixtures("proc")
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_containers_limit_bounds_the_free_memory(version, proc, tmp_path):
+def test_a_containers_limit_bounds_the_free_memory(version, tmp_path):
     folder = tmp_path / "cgroup" / ("memory" if version == 1 else "")
     folder.mkdir(parents=True)
     limit, used = (
@@ -147,13 +152,14 @@ def test_a_containers_limit_bounds_the_free_memory(version, proc, tmp_path):
     (folder / limit).write_text("5000000\n")
     (folder / used).write_text("3000000\n")
     (folder / "memory.stat").write_text("anon 1\ninactive_file 500000\ntotal_inactive_file 500000\n")
-    memory = free_memory("cpu", fake_torch(), proc=proc, cgroup=tmp_path / "cgroup")
+    memory = free_memory("cpu", fake_torch(), cgroup=tmp_path / "cgroup")
     assert memory.free_bytes == 2_500_000
     assert f"v{version}" in memory.source
 
 
+@pytest.mark.usefixtures("proc")
 @pytest.mark.parametrize("no_limit", ["max", "9223372036854771712"])
-def test_a_container_without_limit_bounds_nothing(no_limit, proc, tmp_path):
+def test_a_container_without_limit_bounds_nothing(no_limit, tmp_path):
     for folder, limit, used in (
         (tmp_path / "cgroup", "memory.max", "memory.current"),
         (tmp_path / "cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -161,7 +167,7 @@ def test_a_container_without_limit_bounds_nothing(no_limit, proc, tmp_path):
         folder.mkdir(parents=True)
         (folder / limit).write_text(no_limit)
         (folder / used).write_text("1000")
-    memory = free_memory("cpu", fake_torch(), proc=proc, cgroup=tmp_path / "cgroup")
+    memory = free_memory("cpu", fake_torch(), cgroup=tmp_path / "cgroup")
     assert memory.source == "MemAvailable of the system"
 
 
