@@ -25,8 +25,8 @@ from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueU
 from noodle.model.files import names_a_path
 from noodle.model.formats import Quality
 from noodle.model.weight_cache import WeightCache
-from services.stage.freed_memory import return_freed_memory
-from services.stage.selection.report import card_reader, import_early, load_role, measured_report
+from services.stage.loading import load_role, return_freed_memory
+from services.stage.selection.report import card_reader, import_early, measured_report
 from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -308,13 +308,13 @@ class Lifecycle:
         self._say("loading", layers)
         try:
             role = load_role(
-                self._config,
                 self._stage,
                 self._report,
                 plan,
+                index,
                 folder,
-                lambda done: self._say(progress=done),
-                partial(self._fetch, layers),
+                progress=lambda done: self._say(progress=done),
+                fetch=partial(self._fetch, layers),
             )
         except NoodleError as error:
             log.exception("plan %d can not be loaded", plan.version)

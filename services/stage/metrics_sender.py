@@ -1,25 +1,28 @@
-"""Sends what this stage measures of itself to the coordinator's POST /log_metrics, each snapshot once.
+"""Sends this stage's measurements to the coordinator's POST /log_metrics, each snapshot once.
 
-A snapshot is on the disk before it is sent, and leaves it when the coordinator has said that it has it; one whose
-answer is lost is sent again under the same id, which the coordinator knows. Nothing here may ever fail the stage.
+A snapshot is on the disk before it is sent, and is removed when the coordinator has acknowledged it. One whose answer
+is lost is sent again under the same id, which the coordinator knows. No fault here may ever fail the stage.
 """
 
 from __future__ import annotations
 
 import http.client
 import logging
+import os
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
 from noodle.config.settings import StageConfig
-from services.stage.unsent_snapshots import JsonObject, UnsentSnapshots
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +31,10 @@ SEND_CONNECT_SECONDS = 3.0
 SEND_ANSWER_SECONDS = 10.0
 SEND_ENTRIES = 200  # in one request; the coordinator takes 1000 and 1 MB
 SEND_BYTES = 512 << 10
-# Statuses that say that these entries will never be taken; with any other they may be later.
-NEVER_TAKEN = (400, 413, 415, 422)
-# Of /metrics what one wants to look back at: name there to name here. Totals begin at 0 with each process (boot_id).
+REFUSED_STATUSES = (400, 413, 415, 422)  # sending the same entries again would not help
+UNSENT_BYTES = 4 << 20  # about two days of snapshots; then the oldest are dropped
+DROPPED_SHARE = 0.25  # of UNSENT_BYTES at once, so that the file is not rewritten for each line
+# The metrics in a snapshot, by their name in /metrics. Totals begin at 0 with each process (boot_id).
 SNAPSHOT_FIELDS = {
     "noodle_stage_steps_total": "steps",
     "noodle_stage_tokens_total": "tokens",
@@ -59,27 +63,24 @@ SNAPSHOT_FIELDS = {
 class MetricsSender:
     """`run` is its thread."""
 
-    def __init__(
-        self, config: StageConfig, boot_id: str, registry: CollectorRegistry, unsent: UnsentSnapshots | None = None
-    ) -> None:
+    def __init__(self, config: StageConfig, boot_id: str, registry: CollectorRegistry) -> None:
         self._config, self._boot_id, self._registry = config, boot_id, registry
-        path = config.state_dir / f"unsent-metrics-stage-{config.stage_id}.jsonl"
-        self._unsent = UnsentSnapshots(path) if unsent is None else unsent
+        self._unsent = UnsentSnapshots(config.state_dir / f"unsent-metrics-stage-{config.stage_id}.jsonl")
         self._before: tuple[float, Mapping[str, float]] | None = None
         self._failure = ""
         self.stopping = threading.Event()
 
     @property
     def unsent_count(self) -> int:
-        """Snapshots that the coordinator has not taken."""
+        """Snapshots that the coordinator has not acknowledged."""
         return len(self._unsent)
 
     def start(self) -> None:
-        """Not by start_loop: the stage goes on whatever becomes of this thread."""
+        """Start the thread; not by start_loop, because the stage goes on without it."""
         threading.Thread(target=self.run, name="metrics", daemon=True).start()
 
     def run(self) -> None:
-        """Measure and send until `stopping`; what was left by the process before this one goes first."""
+        """Measure and send until `stopping`; what an earlier process left unsent goes first."""
         while True:
             self.attempt(self.deliver)
             if self.stopping.wait(SNAPSHOT_SECONDS):
@@ -87,21 +88,21 @@ class MetricsSender:
             self.attempt(self.measure)
 
     def attempt(self, part: Callable[[], object]) -> None:
-        """Do one of the two; a fault of ours costs this time only."""
+        """Call `measure` or `deliver`; a fault in it is logged and costs this turn only."""
         try:
             part()
         except Exception:
-            log.exception("this stage's measurements can not be kept or sent")
+            log.exception("this stage's measurements cannot be kept or sent")
 
     def measure(self) -> None:
-        """Keep one snapshot."""
-        now, samples = time.monotonic(), samples_of(self._registry)
-        metrics: JsonObject = {
+        """Take one snapshot and keep it to be sent."""
+        now, samples = time.monotonic(), _samples_of(self._registry)
+        metrics: dict[str, Any] = {
             "measured_at_seconds": time.time(),
             "stage_id": self._config.stage_id,
             "boot_id": self._boot_id,
             "noodle_version": __version__,
-            **snapshot_of(samples),
+            **{field: samples[name] for name, field in SNAPSHOT_FIELDS.items() if name in samples},
         }
         if self._before is not None:
             metrics |= rates_of(samples, self._before[1], now - self._before[0])
@@ -109,20 +110,20 @@ class MetricsSender:
         self._unsent.add({"entry_id": uuid.uuid4().hex, "node_id": self._config.machine, "metrics": metrics})
 
     def deliver(self) -> None:
-        """Send what waits, in order, until it is gone or the coordinator does not take it."""
+        """Send the unsent snapshots in order, until all are sent or the coordinator does not take them."""
         while chosen := self._unsent.oldest(SEND_ENTRIES, SEND_BYTES):
             try:
                 status, answer = self._post(b"[" + b",".join(chosen) + b"]")
             except (OSError, http.client.HTTPException) as error:
-                self._say(str(error) or type(error).__name__)
+                self._log_failure(str(error) or type(error).__name__)
                 return
-            if status in NEVER_TAKEN:
+            if status in REFUSED_STATUSES:
                 log.warning("the coordinator refuses %d measurements: %d %s", len(chosen), status, answer)
             elif status != 200:
-                self._say(f"{status} {answer}")
+                self._log_failure(f"{status} {answer}")
                 return
-            self._unsent.forget(len(chosen))
-        self._say("")
+            self._unsent.remove(len(chosen))
+        self._log_failure("")
 
     def _post(self, body: bytes) -> tuple[int, str]:
         parts = urlsplit(self._config.coordinator_url)
@@ -137,18 +138,117 @@ class MetricsSender:
         finally:
             connection.close()
 
-    def _say(self, failure: str) -> None:
-        """Log when it begins and when it is over."""
+    def _log_failure(self, failure: str) -> None:
+        """Log the first of a row of failures, and its end (an empty text)."""
         if failure and not self._failure:
             url = self._config.coordinator_url
-            log.info("%s does not take this stage's measurements, they are kept: %s", url, failure)
+            log.info("%s does not take this stage's measurements, keeping them: %s", url, failure)
         elif self._failure and not failure:
-            log.info("the coordinator has taken this stage's measurements again")
+            log.info("the coordinator takes this stage's measurements again")
         self._failure = failure
 
 
-def samples_of(registry: CollectorRegistry) -> dict[str, float]:
-    """What /metrics shows now, of those names that stand in a snapshot."""
+class UnsentSnapshots:
+    """One bounded file of JSON lines, oldest first; used by one thread.
+
+    Each line is whole or absent. Lines that cannot be written stay in memory, within the same bound, until they can.
+    """
+
+    def __init__(self, path: Path, maximum_bytes: int = UNSENT_BYTES) -> None:
+        self._path, self._maximum_bytes = path, maximum_bytes
+        self._lines: deque[bytes] = deque(_whole_lines(path))
+        self._bytes = sum(map(len, self._lines))
+        self._is_written = False  # whether the file holds exactly these lines: it may end in a torn one
+        self._is_reported = False  # whether the current failure to write was logged
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def add(self, snapshot: Mapping[str, Any]) -> None:
+        """Keep one snapshot; drops the oldest ones beyond the bound."""
+        line = msgspec.json.encode(snapshot) + b"\n"
+        self._lines.append(line)
+        self._bytes += len(line)
+        if self._bytes > self._maximum_bytes:
+            self._drop_oldest()
+        self._write(line if self._is_written else None)
+
+    def oldest(self, maximum_count: int, maximum_bytes: int) -> list[bytes]:
+        """Return the JSON of the oldest ones, at least one if there is any."""
+        chosen: list[bytes] = []
+        size = 0
+        for line in self._lines:
+            if chosen and (len(chosen) == maximum_count or size + len(line) > maximum_bytes):
+                break
+            chosen.append(line.rstrip(b"\n"))
+            size += len(line)
+        return chosen
+
+    def remove(self, count: int) -> None:
+        """Remove the oldest `count`: the coordinator has them."""
+        for _ in range(count):
+            self._bytes -= len(self._lines.popleft())
+        self._write(None)
+
+    def _drop_oldest(self) -> None:
+        before = len(self._lines)
+        while len(self._lines) > 1 and self._bytes > self._maximum_bytes * (1 - DROPPED_SHARE):
+            self._bytes -= len(self._lines.popleft())
+        self._is_written = False
+        log.warning(
+            "dropping the %d oldest measurements that the coordinator did not take: more than %d bytes wait",
+            before - len(self._lines),
+            self._maximum_bytes,
+        )
+
+    def _write(self, new_line: bytes | None) -> None:
+        """Append one line, or rewrite the file; a failure is logged once, and the next call writes all lines."""
+        try:
+            if not self._lines:
+                self._path.unlink(missing_ok=True)
+            elif new_line is not None:
+                _write_lines(self._path, "ab", [new_line])
+            else:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                part = self._path.with_name(self._path.name + ".part")
+                _write_lines(part, "wb", self._lines)
+                part.replace(self._path)
+            self._is_written, self._is_reported = True, False
+        except OSError as error:
+            if not self._is_reported:
+                log.warning(
+                    "%s cannot be written (%s): unsent measurements are kept in memory only. "
+                    "Free space, or set NOODLE_STATE_DIR to a folder that can be written.",
+                    self._path,
+                    error.strerror,
+                )
+            self._is_written, self._is_reported = False, True
+
+
+def _write_lines(path: Path, mode: str, lines: list[bytes] | deque[bytes]) -> None:
+    with path.open(mode) as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Return the lines of a file that are JSON objects; a crash may have torn the last one."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return []  # absent, or unreadable: the first write reports it
+    whole: list[bytes] = []
+    for line in data.splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and isinstance(msgspec.json.decode(line), dict):
+                whole.append(line)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            log.debug("skipping a damaged line in %s", path)
+    return whole
+
+
+def _samples_of(registry: CollectorRegistry) -> dict[str, float]:
     return {
         sample.name: sample.value
         for family in registry.collect()
@@ -157,13 +257,8 @@ def samples_of(registry: CollectorRegistry) -> dict[str, float]:
     }
 
 
-def snapshot_of(samples: Mapping[str, float]) -> dict[str, Any]:
-    """The fields that there are."""
-    return {field: samples[name] for name, field in SNAPSHOT_FIELDS.items() if name in samples}
-
-
 def rates_of(now: Mapping[str, float], before: Mapping[str, float], seconds: float) -> dict[str, Any]:
-    """What happened since the snapshot before: for people, the totals say the same."""
+    """Rates since the previous snapshot, for people to read: they follow from the totals."""
 
     def change(name: str) -> float:
         return now.get(name, 0.0) - before.get(name, 0.0)

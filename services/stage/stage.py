@@ -14,12 +14,12 @@ from noodle.metrics.counted import StageMetrics
 from noodle.metrics.scraped import CardUse
 from noodle.wire.queue_end import QueueEnd, Streams
 from services.stage.manual.forward import Forwards
-from services.stage.transport.hop_server import Chain, HopServer, Inbox
+from services.stage.transport.hop_server import Chain, HopServer
 from services.stage.transport.next_stage import NextStage, ResultsWay
 from services.stage.transport.outbox import Outbox
 from services.stage.transport.queued import Fetcher, QueuedInlet, QueuedOutlet, results_by
 from services.stage.transport.results_stream import ResultsOutlet
-from services.stage.worker.staying_awake import CoreAwake
+from services.stage.worker.inbox import Inbox
 from services.stage.worker.worker import Role, Worker
 
 INSTALL_TIMEOUT_SECONDS = 120.0  # the worker finishes the step in progress first
@@ -55,8 +55,7 @@ class Stage:
         self.hops = HopServer(
             config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
         )
-        core = CoreAwake(is_wanted=config.stays_awake)
-        self.worker = Worker(config.stage_id, self.inbox, self._results_way, self.metrics, core)
+        self.worker = Worker(config.stage_id, self.inbox, self._results_way, self.metrics)
         self.forwards = Forwards(config.stage_id, self.worker, self.metrics)
         fetcher = Fetcher(config.cluster_token)
         self._inlet = QueuedInlet(self.inbox, self.worker, lambda: self._role, fetcher, self.metrics)

@@ -64,14 +64,6 @@ def test_a_stage_has_noodles_own_kernels_as_far_as_this_processor_runs_them():
     assert ("q8_0" in done.stdout) == has_vnni, done.stderr
 
 
-def test_a_stage_may_keep_its_core_awake_with_no_more_rights_than_its_container_has():
-    code = "from services.stage.staying_awake import _started_library; print(_started_library() is not None)"
-    options = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-    assert in_image(STAGE, "python", "-P", "-c", code, options=options).stdout == "True\n"
-    limited = in_image(STAGE, "python", "-P", "-c", code, options=(*options, "--cpus", "0.5"))
-    assert limited.stdout == "False\n"
-
-
 def test_a_processor_without_avx2_is_named_with_the_cure_and_nothing_dies(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor : 0\nflags : fpu sse2 sse4_2 avx\n", encoding="utf-8")

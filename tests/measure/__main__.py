@@ -1,6 +1,6 @@
 """`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
 
-`equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml`, `awake=ggml` and `side-by-side=ggml` let ggml compute,
+`equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml` and `side-by-side=ggml` let ggml compute,
 `kills=ggml,3` with 3 deaths of each kind; `soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where
 llama.cpp's programs are, and is not among all.
 """
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from tests.measure.correctness import equality, kills, schemathesis
 from tests.measure.endurance import load, memory, pressure, soak
 from tests.measure.performance import (
-    awake,
     containers,
     engine,
     kernels,
@@ -40,7 +39,6 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "tight": pressure.measure_tight,
     "overload": pressure.measure_overload,
     "engine": engine.measure,
-    "awake": awake.measure,
     "side-by-side": side_by_side.measure,
     "kernels": kernels.measure,
     "containers": containers.measure,

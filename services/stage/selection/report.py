@@ -1,4 +1,4 @@
-"""Where the stage meets torch: measures its machine and loads its layers, all in the lifecycle's thread.
+"""Where the stage meets torch: measures its machine, in the lifecycle's thread.
 
 torch and transformers take seconds to import, so they are imported when first needed: /health answers before.
 """
@@ -9,28 +9,22 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from noodle import __version__
-from noodle.cluster.plan import MINIMUM_SESSION_TOKENS, MachineReport, Plan
+from noodle.cluster.plan import MachineReport
 from noodle.config.settings import StageConfig
-from noodle.errors import PlanDoesNotFit
 from noodle.metrics.scraped import CardUse
 from noodle.model.files import model_digest, read_config
-from noodle.model.formats import FORMAT_BY_DTYPE, Quality
+from noodle.model.formats import Quality
 from noodle.web.connectivity import Target, try_service
 from services.stage.executors.candidate import Candidate, Wishes, asks_for_ggml, candidates
 from services.stage.executors.reading import Fetch, nothing_to_fetch
-from services.stage.stage import Stage
-from services.stage.worker.manual_sessions import FORWARD_KV_BYTES, ForwardSessions
-from services.stage.worker.worker import Role
 
 log = logging.getLogger(__name__)
-
-KV_SHARE_OF_FREE_BYTES = 0.5  # unless NOODLE_KV_BYTES says otherwise
 
 Progress = Callable[[float, str], None]
 
@@ -201,74 +195,3 @@ def card_reader() -> Callable[[], CardUse | None]:
     from services.stage.selection.device import card_use
 
     return lambda: card_use(torch)
-
-
-def load_role(
-    config: StageConfig,
-    stage: Stage,
-    report: MachineReport,
-    plan: Plan,
-    folder: Path,
-    progress: Callable[[float], None],
-    fetch: Callable[[Collection[str]], None],
-) -> Role:
-    """Load the layers that the plan gives this stage; the old ones are dropped first when both do not fit.
-
-    `fetch` brings tensors that `folder` has not (slice_loading.py).
-    """
-    import torch
-
-    from services.stage.executors.load import load_by
-    from services.stage.selection.device import free_memory_bytes
-
-    index = plan.index_of(config.stage_id)
-    if index is None:
-        raise ValueError(f"plan {plan.version} gives stage {config.stage_id} no layers")
-    mine = plan.stages[index]
-    if stage.role is not None and free_memory_bytes(report.device, torch) < 2 * mine.weight_bytes:
-        log.info("old and new layers do not fit side by side: the old ones go first")
-        stage.become(0, None)
-    weights = mine.weights or FORMAT_BY_DTYPE[mine.dtype]  # a plan that says no more is transformers'
-    model_slice = load_by(
-        Candidate(mine.executor, weights, mine.kv_dtype or weights, mine.dtype),
-        folder,
-        mine.start_layer,
-        mine.end_layer,
-        device=report.device,
-        threads=report.threads,
-        context_length=plan.context_length,
-        cache_dir=config.cache_dir,
-        progress=lambda done, total: progress(done / max(total, 1)),
-        fetch=fetch,
-    )
-    free_bytes = free_memory_bytes(report.device, torch)
-    kv_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / _stages_here(plan, index))
-    check_kv_room(config, plan, index, kv_bytes, model_slice.kv_bytes_per_token)
-    stage.kv_budget_bytes = kv_bytes
-    forward_kv_bytes = min(FORWARD_KV_BYTES, kv_bytes)
-    model_slice.set_kv_budget(kv_bytes + forward_kv_bytes)  # what one of them takes the other never lacks
-    forwards = ForwardSessions(forward_kv_bytes, model_slice.kv_bytes_per_token, plan.context_length)
-    return Role(plan, index, model_slice, None, forwards)
-
-
-def check_kv_room(config: StageConfig, plan: Plan, index: int, kv_bytes: int, bytes_per_token: int) -> None:
-    """Raise PlanDoesNotFit unless KV rows of one short session fit: a stage without that room would be of no use."""
-    needed_tokens = min(MINIMUM_SESSION_TOKENS, plan.context_length)
-    needed_bytes = needed_tokens * bytes_per_token
-    if kv_bytes >= needed_bytes:
-        return
-    mine = plan.stages[index]
-    budget = f"NOODLE_KV_BYTES={kv_bytes}" if config.kv_bytes else f"{kv_bytes} bytes, its share of what is free,"
-    raise PlanDoesNotFit(
-        f"Stage {mine.stage_id} on {mine.machine} has room for KV rows of {kv_bytes // max(1, bytes_per_token)} tokens "
-        f"({budget} at {bytes_per_token} bytes a token in its {mine.end_layer - mine.start_layer} layers); "
-        f"the shortest session has {needed_tokens}.",
-        cure=f"Set NOODLE_KV_BYTES to at least {needed_bytes}, or leave it unset."
-        if config.kv_bytes
-        else "Free memory on this machine, or give the stage fewer layers (NOODLE_SPLIT).",
-    )
-
-
-def _stages_here(plan: Plan, index: int) -> int:
-    """How many stages of the plan share this one's machine, and so its memory."""
-    return sum(stage.machine == plan.stages[index].machine for stage in plan.stages)

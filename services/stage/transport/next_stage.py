@@ -16,8 +16,9 @@ from noodle.errors import LinkLost
 from noodle.metrics.counted import TravelMetrics
 from noodle.wire.hop_client import HopConnection, KeptOpen
 from noodle.wire.messages import HopMessage, HopRefused, KeepAlive, LiveSessions, Step, StepResult
-from services.stage.transport.hop_server import NO_BODY, Chain
+from services.stage.transport.hop_server import Chain
 from services.stage.transport.results_stream import ResultsOutlet
+from services.stage.worker.inbox import NO_BODY
 
 log = logging.getLogger(__name__)
 

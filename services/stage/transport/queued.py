@@ -25,8 +25,8 @@ from noodle.wire.messages import (
     StepResult,
 )
 from noodle.wire.queue_end import QueueEnd
-from services.stage.transport.hop_server import Inbox
 from services.stage.transport.outbox import Outbox
+from services.stage.worker.inbox import Inbox
 from services.stage.worker.worker import Role, Worker
 
 log = logging.getLogger(__name__)

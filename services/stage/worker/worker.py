@@ -32,11 +32,10 @@ from noodle.wire.messages import (
 )
 from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from services.stage.executors.hidden_states import recast
-from services.stage.transport.hop_server import Arrival, Inbox
+from services.stage.worker.inbox import Arrival, Inbox
 from services.stage.worker.manual_sessions import ForwardSessions
 from services.stage.worker.results import span_results
 from services.stage.worker.sessions import Admission, SessionTable
-from services.stage.worker.staying_awake import CoreAwake
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +77,9 @@ class Role:
 class Worker:
     """Computes steps one after the other; `run` is its thread."""
 
-    def __init__(
-        self, stage_id: int, inbox: Inbox, results: Results, metrics: StageMetrics, core: CoreAwake | None = None
-    ) -> None:
+    def __init__(self, stage_id: int, inbox: Inbox, results: Results, metrics: StageMetrics) -> None:
         self._stage_id = stage_id
         self._inbox, self._results, self._metrics = inbox, results, metrics
-        self._core = core or CoreAwake(is_wanted=False)
         self._sessions = SessionTable(stage_id)
         self._role: Role | None = None
         self._coordinator_epoch = 0
@@ -105,9 +101,7 @@ class Worker:
     def run(self) -> None:
         """Take what comes until `stop`."""
         while not self._stopping:
-            self._core.begin()
             arrival = self._inbox.take(TICK_SECONDS)
-            self._core.end()
             # While a step computes, others wait in the inbox: sessions must not be old by the time that these waited.
             self._heard_at = time.monotonic() if arrival is None else arrival.arrived_at
             if arrival is not None:
@@ -253,7 +247,6 @@ class Worker:
             if not role.next_stage.send(onward, hidden.data):
                 self._metrics.dropped_spans.labels("next_stage_down").inc(len(step.spans))
         self._sent_seconds = time.monotonic() - finished
-        self._core.computed()
         self._metrics.computed.observe(finished - started)
         self._metrics.steps.inc()
         self._metrics.tokens.inc(total_tokens(step))

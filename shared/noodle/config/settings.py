@@ -6,6 +6,7 @@ A value that means nothing, or a NOODLE_ variable that does not exist, stops the
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -24,13 +25,18 @@ CURE_OF_A_FILE = (
 )
 
 
+log = logging.getLogger(__name__)
+
 _BY_NAME = {variable.name: variable for variable in VARIABLES}
+_RETIRED = {"NOODLE_STAY_AWAKE": "a stage no longer keeps a core awake"}  # an older .env may still set them
 
 
 def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
     """All variables with their checked values; raises ConfigurationError for an unknown name or a bad value."""
     for name in environment:
-        if name.startswith("NOODLE_") and name not in _BY_NAME:
+        if name in _RETIRED:
+            log.warning("%s has no effect any more: %s. Remove it.", name, _RETIRED[name])
+        elif name.startswith("NOODLE_") and name not in _BY_NAME:
             near = difflib.get_close_matches(name, _BY_NAME, n=1)
             raise ConfigurationError(
                 f"{name} is not a variable of noodle.",
@@ -163,7 +169,6 @@ class StageConfig(ServiceConfig):
     executor: str = "auto"
     weights: str = "auto"
     quality: str = "near-lossless"
-    stays_awake: bool = True  # between steps
 
 
 @dataclass(frozen=True)
@@ -283,7 +288,6 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
         executor=values["NOODLE_EXECUTOR"],
         weights=values["NOODLE_WEIGHTS"],
         quality=values["NOODLE_QUALITY"],
-        stays_awake=values["NOODLE_STAY_AWAKE"] == "on",
     )
 
 

@@ -214,12 +214,6 @@ VARIABLES: tuple[Variable, ...] = (
         _whole(0, 1024),
         "threads this stage may compute with: all, or half where that is faster; 0: one per core it may use",
     ),
-    Variable(
-        "NOODLE_STAY_AWAKE",
-        "on",
-        _one_of("on", "off"),
-        "whether a stage keeps one core from sleeping between the tokens of a stream: faster, for some power",
-    ),
     Variable("NOODLE_KV_BYTES", "0", _whole(0, 1 << 50), "bytes for KV rows on this stage; 0: half of what is free"),
     # a request
     Variable("NOODLE_MAX_OPEN_REQUESTS", "64", _whole(1, 4096), "requests computed at the same time"),

@@ -5,7 +5,7 @@ import pytest
 from noodle.cluster.plan import MINIMUM_SESSION_TOKENS, Plan, StageAssignment
 from noodle.config.settings import stage_config
 from noodle.errors import PlanDoesNotFit
-from services.stage.selection.report import check_kv_room
+from services.stage.loading import check_kv_room
 
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
 BYTES_PER_TOKEN = 768

@@ -13,8 +13,7 @@ from noodle.metrics.counted import StageMetrics
 from noodle.metrics.scraped import service_registry
 from services.coordinator.ops.metrics_file import MetricsFile, parse_metrics
 from services.stage import metrics_sender
-from services.stage.metrics_sender import MetricsSender, rates_of
-from services.stage.unsent_snapshots import UnsentSnapshots
+from services.stage.metrics_sender import MetricsSender, UnsentSnapshots, rates_of
 
 TOKEN = "a-token-of-some-length"
 WAIT_SECONDS = 10.0
@@ -202,7 +201,7 @@ def test_more_than_the_bound_gives_up_the_oldest_and_says_so(tmp_path, caplog):
     numbers = [json.loads(line)["number"] for line in unsent.oldest(1000, 1 << 20)]
     assert numbers == list(range(200 - len(numbers), 200))
     assert len(numbers) > 50
-    assert "are given up" in caplog.text
+    assert "dropping the" in caplog.text
     assert len(UnsentSnapshots(tmp_path / "file.jsonl")) == len(numbers)
 
 
@@ -222,7 +221,7 @@ def test_a_batch_is_bounded_in_bytes_but_never_empty(tmp_path):
     unsent.add({"text": "x" * 1000})
     unsent.add({"text": "y"})
     assert len(unsent.oldest(10, 500)) == 1
-    unsent.forget(1)
+    unsent.remove(1)
     assert unsent.oldest(10, 500) == [b'{"text":"y"}']
 
 
@@ -231,7 +230,7 @@ def test_a_fault_of_the_measuring_does_not_end_the_stage(stage, caplog):
         raise ZeroDivisionError
 
     stage.sender.attempt(broken)
-    assert "can not be kept or sent" in caplog.text
+    assert "cannot be kept or sent" in caplog.text
 
 
 def test_a_snapshot_says_what_the_machine_and_the_stage_did(stage, coordinator):

@@ -15,19 +15,19 @@ log = logging.getLogger(__name__)
 LIBRARY_NAME = "libnoodle.so"
 
 
-def own_library(*, keeps_lock: bool = False) -> ctypes.CDLL | None:
-    """The library, None where it was not built; its functions can keep the interpreter's lock, if they are short."""
+def own_library() -> ctypes.CDLL | None:
+    """The library, None where it was not built."""
     try:
         path = folder_of_libraries() / LIBRARY_NAME
     except GgmlUnavailable:
         return None
-    return _loaded(path, keeps_lock) if path.is_file() else None
+    return _loaded(path) if path.is_file() else None
 
 
 @functools.cache
-def _loaded(path: Path, keeps_lock: bool) -> ctypes.CDLL | None:
+def _loaded(path: Path) -> ctypes.CDLL | None:
     try:
-        return (ctypes.PyDLL if keeps_lock else ctypes.CDLL)(str(path))
+        return ctypes.CDLL(str(path))
     except OSError as error:
         log.warning("noodle's own library %s can not be loaded, all goes without: %s", path, error)
         return None

@@ -32,6 +32,12 @@ def test_an_unknown_variable_stops_the_start_and_the_near_one_is_named():
     assert "NOODLE_STAGES" in str(caught.value)
 
 
+def test_a_variable_that_an_older_env_file_still_sets_is_ignored_with_a_line(caplog):
+    values = read_variables({"NOODLE_STAY_AWAKE": "off"})
+    assert "NOODLE_STAY_AWAKE" not in values
+    assert "NOODLE_STAY_AWAKE has no effect any more" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -14,8 +14,8 @@ from noodle.wire.frames import tensor_bytes
 from noodle.wire.messages import LiveSessions, SamplingParameters, Step, StepSpan
 from services.stage.executors.base import SliceOutput
 from services.stage.executors.hidden_states import decode, encode
-from services.stage.transport.hop_server import Inbox
 from services.stage.worker import worker as worker_module
+from services.stage.worker.inbox import Inbox
 from services.stage.worker.results import SCORED_ROWS
 from services.stage.worker.sessions import UNLISTED_SECONDS
 from services.stage.worker.worker import Role, Worker

@@ -1,6 +1,5 @@
 """noodle's own C functions are loaded where they were built, and missed without harm where they were not."""
 
-import ctypes
 import importlib.machinery
 import logging
 import os
@@ -25,7 +24,6 @@ def test_it_is_built_where_ggml_is():
     if library is None and not os.environ.get("CI"):
         pytest.skip("noodle's own library was not built")
     assert library is not None
-    assert isinstance(own_library(keeps_lock=True), ctypes.PyDLL)
 
 
 def test_where_it_was_not_built_there_is_none(package):
