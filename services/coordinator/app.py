@@ -20,10 +20,10 @@ from services.coordinator.api.openapi import METRICS, document, openapi_routes
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.cors import install_cors
 from services.coordinator.models.weight_server import install_weight_routes
+from services.coordinator.ops import log_metrics, reports
 from services.coordinator.ops.connectivity import OPERATIONS as REACH_OPERATIONS
 from services.coordinator.ops.connectivity import reach_targets
 from services.coordinator.ops.prometheus import install_targets_route
-from services.coordinator.ops.reports import install_report_routes
 
 OPERATIONS = (
     *about.OPERATIONS,
@@ -31,6 +31,8 @@ OPERATIONS = (
     *generate.OPERATIONS,
     *requests.OPERATIONS,
     *manual_schemas.OPERATIONS,
+    *log_metrics.OPERATIONS,
+    *reports.OPERATIONS,
     *REACH_OPERATIONS,
     METRICS,
 )
@@ -51,7 +53,8 @@ def create_app(config: CoordinatorConfig, engine: Coordinator, registry: Collect
     app.register_blueprint(generate.generate_routes(config, engine, clients))
     app.register_blueprint(requests.request_routes(engine, clients))
     app.register_blueprint(guide_routes(config, engine, clients.require))
-    install_report_routes(app, config.reports_dir, clients.require)
+    app.register_blueprint(log_metrics.log_metrics_routes(config.metrics_file, clients.require))
+    reports.install_report_routes(app, config.reports_dir, clients.require)
     install_weight_routes(app, engine.weights, config.cluster_token)
     install_connectivity_routes(
         app,

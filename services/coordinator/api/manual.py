@@ -1,9 +1,8 @@
-"""The coordinator's routes of the user's guide: a forward to a stage, a plan to look at, metrics (docs/adr/0014)."""
+"""The coordinator's routes of the user's guide: a forward to a stage, a plan to look at (docs/adr/0014)."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from collections.abc import Callable, Iterator
 from urllib.parse import urlencode
@@ -11,11 +10,10 @@ from urllib.parse import urlencode
 from flask import Blueprint, Response, request
 
 from noodle.config.settings import CoordinatorConfig
-from noodle.errors import InvalidRequest, NotFound, NotReady, TooManyRequests
-from noodle.web.service import add_success_false, bounded_body, json_body, json_response
+from noodle.errors import NotFound, NotReady, TooManyRequests
+from noodle.web.service import add_success_false, bounded_body, json_body
 from services.coordinator.api.relay import Relayed, relay
 from services.coordinator.coordinator import Coordinator
-from services.coordinator.ops.metrics_file import MAXIMUM_ENTRIES, MetricsFile, parse_metrics
 
 MAXIMUM_RELAYED_FORWARDS = 8  # in progress at once, each with a body in memory; more get 429
 MAXIMUM_RELAYED_PLANS = 4  # the planner computes each for up to seconds
@@ -23,7 +21,6 @@ FORWARD_ANSWER_SECONDS = 160.0  # a stage gives up before: 30 s for its turn, 12
 PLAN_ANSWER_SECONDS = 60.0
 FORWARD_BODY_BYTES = 8 << 20
 PLAN_BODY_BYTES = 256 << 10
-METRICS_BODY_BYTES = 1 << 20
 RAW_TYPE = "application/octet-stream"
 # what of a forward's headers goes on to the stage, and comes back from it
 SENT_HEADERS = ("Content-Type", "Accept", "X-Noodle-Dtype", "X-Noodle-Shape")
@@ -36,7 +33,6 @@ def guide_routes(config: CoordinatorConfig, engine: Coordinator, require_client:
     add_success_false(routes)
     forwards = threading.BoundedSemaphore(MAXIMUM_RELAYED_FORWARDS)
     plans = threading.BoundedSemaphore(MAXIMUM_RELAYED_PLANS)
-    metrics_file = MetricsFile(config.metrics_file)
 
     @routes.post("/stage/<stage_id>/forward")
     def stage_forward(stage_id: str) -> Response:
@@ -75,21 +71,6 @@ def guide_routes(config: CoordinatorConfig, engine: Coordinator, require_client:
                 answer_seconds=PLAN_ANSWER_SECONDS,
             )
         return _as_response(answer)
-
-    @routes.post("/log_metrics")
-    def log_metrics() -> Response:
-        require_client()
-        entries = parse_metrics(json_body(METRICS_BODY_BYTES, "Send fewer at once."))
-        kept = metrics_file.append(entries)
-        return json_response({"success": True, "stored": kept.stored, "already_stored": kept.already_stored})
-
-    @routes.get("/log_metrics")
-    def logged_metrics() -> Response:
-        require_client()
-        asked = request.args.get("last", "100")
-        if not re.fullmatch(r"[0-9]{1,6}", asked) or not 1 <= int(asked) <= MAXIMUM_ENTRIES:
-            raise InvalidRequest(f"last is {asked[:40]!r}, not a number from 1 to {MAXIMUM_ENTRIES}.", param="last")
-        return json_response({"success": True, "entries": metrics_file.last(int(asked))})
 
     return routes
 

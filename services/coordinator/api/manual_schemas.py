@@ -1,19 +1,15 @@
-"""What /openapi.json says of the guide's routes, of reports, weights (weight_store.py) and Prometheus' targets."""
+"""What /openapi.json says of the guide's routes, of weights (weight_store.py) and Prometheus' targets."""
 
 from __future__ import annotations
 
-from noodle.cluster.reports import KINDS
 from services.coordinator.api.json_schema import (
     BOOLEAN,
-    COUNT,
     INTEGER,
-    NUMBER,
     STRING,
     always,
     array,
-    one_of,
 )
-from services.coordinator.api.openapi import BODY_ERRORS, ERROR, Operation
+from services.coordinator.api.openapi import ERROR, Operation
 
 AN_OBJECT = {"type": "object"}
 # The guide's answers say `success` beside whatever else they have, errors as well.
@@ -40,21 +36,9 @@ FORWARD_ANSWER = {
     "required": ["success", "output"],
 }
 PLAN_ANSWER = {"type": "object", "properties": {"success": {"const": True}}, "required": ["success", "plan"]}
-METRICS_ENTRY = always({"received_at_seconds": NUMBER, "node_id": STRING, "metrics": AN_OBJECT, "entry_id": STRING})
-KEPT_REPORT = always(
-    {
-        "id": STRING,
-        "kind": one_of(*KINDS),
-        "byte_count": COUNT,
-        "made_at": STRING,
-        "machine": STRING,
-        "model": STRING,
-        "headline": STRING,
-    }
-)
 
 
-def _guide_errors(**texts: str) -> dict[int, tuple[str, dict[str, object]]]:
+def guide_errors(**texts: str) -> dict[int, tuple[str, dict[str, object]]]:
     """Statuses with what they mean here."""
     return {int(status.removeprefix("status_")): (text, GUIDE_ERROR) for status, text in texts.items()}
 
@@ -78,7 +62,7 @@ OPERATIONS = (
         FORWARD_ANSWER,
         (),
         body=FORWARD,
-        other_answers=_guide_errors(
+        other_answers=guide_errors(
             **COMMON,
             status_404="There is no such stage.",
             status_409="The position is not the one that the session is at, or the stage has another plan.",
@@ -93,40 +77,10 @@ OPERATIONS = (
         PLAN_ANSWER,
         (),
         body={"type": ["object", "array"]},
-        other_answers=_guide_errors(
+        other_answers=guide_errors(
             **COMMON, status_422="The model does not fit: who is short of how much.", status_502="No planner answers."
         ),
     ),
-    Operation(
-        "post",
-        "/log_metrics",
-        "Keep what a node measured of itself; an entry whose `entry_id` is kept already is not kept again.",
-        always({"success": {"const": True}, "stored": COUNT, "already_stored": COUNT}),
-        (),
-        body={"type": ["object", "array"]},
-        other_answers=_guide_errors(**COMMON),
-    ),
-    Operation(
-        "get",
-        "/log_metrics",
-        "The newest of what nodes sent; `last` says how many.",
-        always({"success": {"const": True}, "entries": array(METRICS_ENTRY)}),
-        (),
-        other_answers=_guide_errors(**COMMON),
-    ),
-    Operation(
-        "post",
-        "/reports/{kind}",
-        "Keep a report of `noodle bench` or `noodle profile`; answered 201.",
-        None,
-        (401, *BODY_ERRORS, 404, 500),
-        body=AN_OBJECT,
-        other_answers={201: ("Kept.", KEPT_REPORT)},
-    ),
-    Operation(
-        "get", "/reports", "What reports are kept, the newest first.", always({"reports": array(KEPT_REPORT)}), (401,)
-    ),
-    Operation("get", "/reports/{report_id}", "One report.", AN_OBJECT, (401, 404)),
     Operation(
         "get",
         "/prometheus/targets",

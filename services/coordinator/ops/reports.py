@@ -1,17 +1,14 @@
-"""Reports of `noodle bench` and `noodle profile`: kept as files, bounded in number and bytes, the oldest go first.
-
-Knows a report's head, not what was measured. A report's id is its file's name and begins with the time it came.
-"""
+"""`/reports` stores the reports of `noodle bench` and `noodle profile`, lists them, and returns each as it came."""
 
 from __future__ import annotations
 
 import datetime
+import logging
 import re
 import secrets
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from flask import Flask, Response
@@ -19,17 +16,59 @@ from flask import Flask, Response
 from noodle.cluster.reports import KINDS, MAXIMUM_REPORT_BYTES, KeptReport, ReportHead, ReportList
 from noodle.errors import InvalidRequest, NoodleError, NotFound
 from noodle.web.service import json_body, json_response
+from services.coordinator.api.json_schema import COUNT, STRING, always, array, one_of
+from services.coordinator.api.manual_schemas import AN_OBJECT
+from services.coordinator.api.openapi import BODY_ERRORS, Operation
 from services.coordinator.api.request_body import decode_object
+from services.coordinator.ops.records import Record, RecordStore
+
+log = logging.getLogger(__name__)
 
 MAXIMUM_REPORTS = 200
-MAXIMUM_REPORTS_BYTES = 64 << 20  # of all together
-MAXIMUM_HEAD_CHARACTERS = 200  # of each text in a report's head
-ID_PATTERN = re.compile(r"\d{8}-\d{6}-\d{6}-([a-z]+)-[0-9a-f]{6}")
+REPORTS_FILE_BYTES = 32 << 20  # of each of the two files
+MAXIMUM_HEAD_CHARACTERS = 200  # of each field in a report's head
+REPORT_FILE_PATTERN = re.compile(r"\d{8}-\d{6}-\d{6}-([a-z]+)-[0-9a-f]{6}")  # stem of a file with one report
+
+KEPT_REPORT = always(
+    {
+        "id": STRING,
+        "kind": one_of(*KINDS),
+        "byte_count": COUNT,
+        "made_at": STRING,
+        "machine": STRING,
+        "model": STRING,
+        "headline": STRING,
+    }
+)
+OPERATIONS = (
+    Operation(
+        "post",
+        "/reports/{kind}",
+        "Store a report of `noodle bench` or `noodle profile`; answered 201.",
+        None,
+        (401, *BODY_ERRORS, 404, 500),
+        body=AN_OBJECT,
+        other_answers={201: ("Stored.", KEPT_REPORT)},
+    ),
+    Operation("get", "/reports", "The stored reports, newest first.", always({"reports": array(KEPT_REPORT)}), (401,)),
+    Operation("get", "/reports/{report_id}", "One report.", AN_OBJECT, (401, 404)),
+)
+
+Content = TypeVar("Content")
+
+
+class StoredReport(Record, Generic[Content], frozen=True, kw_only=True):
+    """One report as it is stored; read with its content as raw JSON, or as its head alone."""
+
+    kind: str
+    byte_count: int
+    content: Content
 
 
 def install_report_routes(app: Flask, folder: Path, require_client: Callable[[], object]) -> None:
-    """The routes; `require_client` raises for a stranger."""
-    store = ReportStore(folder)
+    """The routes; `require_client` raises for anonymous requests."""
+    store = RecordStore(folder / "reports.jsonl", REPORTS_FILE_BYTES)
+    adopt_report_files(folder, store)
 
     @app.post("/reports/<kind>")
     def add_report(kind: str) -> Response:
@@ -39,91 +78,39 @@ def install_report_routes(app: Flask, folder: Path, require_client: Callable[[],
                 f"There are no reports of the kind {kind[:40]!r}.", cure=f"The kinds are {', '.join(KINDS)}."
             )
         document = decode_object(json_body(MAXIMUM_REPORT_BYTES, f"A report has {MAXIMUM_REPORT_BYTES} bytes at most."))
-        return json_response(msgspec.to_builtins(store.add(kind, document)), 201)
+        head = checked_head(document)
+        report_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}-{kind}-{secrets.token_hex(3)}"
+        report = _stored_report(report_id, kind, document)
+        try:
+            store.append([report])
+        except OSError as error:
+            raise NoodleError(
+                f"The report cannot be written to {folder}: {error.strerror or error}.",
+                cure="Free disk space, or set NOODLE_REPORTS_DIR on the coordinator to another folder.",
+            ) from error
+        return json_response(_listed(report, head), 201)
 
     @app.get("/reports")
     def list_reports() -> Response:
         require_client()
-        return json_response(msgspec.to_builtins(ReportList(tuple(store.newest_first()))))
+        reports = store.newest(StoredReport[ReportHead], MAXIMUM_REPORTS)
+        return json_response(ReportList(tuple(_listed(report, report.content) for report in reports)))
 
     @app.get("/reports/<report_id>")
     def read_report(report_id: str) -> Response:
         require_client()
-        return Response(store.read(report_id), mimetype="application/json")
+        report = store.find(StoredReport[msgspec.Raw], report_id, MAXIMUM_REPORTS)
+        if report is None:
+            raise NotFound(f"There is no report {report_id[:80]!r}.", cure="GET /reports lists them.")
+        return Response(bytes(report.content), mimetype="application/json")
 
 
-class ReportStore:
-    """Reports in one folder, which is made when the first one comes; files of other names in it are left alone."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._lock = threading.Lock()
-
-    def add(self, kind: str, document: dict[str, Any]) -> KeptReport:
-        """Keep a report, and let the oldest go when there are too many.
-
-        Raises InvalidRequest for a head that is not texts, NoodleError when it can not be written.
-        """
-        head = _checked_head(document)
-        content = msgspec.json.encode(document)
-        now = datetime.datetime.now(datetime.UTC)
-        report_id = f"{now:%Y%m%d-%H%M%S-%f}-{kind}-{secrets.token_hex(3)}"
-        with self._lock:
-            try:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._let_the_oldest_go(room_for_bytes=len(content))
-                beside = self._folder / f".{report_id}.new"
-                beside.write_bytes(content)
-                beside.replace(self._path(report_id))
-            except OSError as error:
-                raise NoodleError(
-                    f"The report can not be kept in {self._folder}: {error.strerror or error}.",
-                    cure="Free some disk space, or set NOODLE_REPORTS_DIR on the coordinator to another folder.",
-                ) from error
-        return _kept(report_id, len(content), head)
-
-    def newest_first(self) -> list[KeptReport]:
-        """All that are kept; one that can not be read is listed without its head."""
-        kept = []
-        for path in reversed(self._paths()):
-            try:
-                content = path.read_bytes()
-            except FileNotFoundError:  # it went meanwhile
-                continue
-            kept.append(_kept(path.stem, len(content), _head_of(content)))
-        return kept
-
-    def read(self, report_id: str) -> bytes:
-        """A report's JSON as it came; raises NotFound."""
-        if ID_PATTERN.fullmatch(report_id):
-            try:
-                return self._path(report_id).read_bytes()
-            except FileNotFoundError:
-                pass  # said below, as for an id that can be none
-        raise NotFound(f"There is no report {report_id[:80]!r}.", cure="GET /reports lists them.")
-
-    def _path(self, report_id: str) -> Path:
-        return self._folder / f"{report_id}.json"
-
-    def _paths(self) -> list[Path]:
-        """Oldest first, for an id begins with its time."""
-        return sorted(path for path in self._folder.glob("*.json") if ID_PATTERN.fullmatch(path.stem))
-
-    def _let_the_oldest_go(self, room_for_bytes: int) -> None:
-        paths = self._paths()
-        sizes = {path: path.stat().st_size for path in paths}
-        total_bytes = sum(sizes.values()) + room_for_bytes
-        while paths and (len(paths) >= MAXIMUM_REPORTS or total_bytes > MAXIMUM_REPORTS_BYTES):
-            oldest = paths.pop(0)
-            total_bytes -= sizes[oldest]
-            oldest.unlink(missing_ok=True)
-
-
-def _checked_head(document: dict[str, Any]) -> ReportHead:
+def checked_head(document: dict[str, Any]) -> ReportHead:
+    """The head of a report; raises InvalidRequest if it is not made of short strings."""
     try:
         head = msgspec.convert(document, ReportHead)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"The report's head is wrong: {error}.", cure="Its fields are texts.") from error
+        raise InvalidRequest(f"The report's head is wrong: {error}.", cure="Its fields are strings.") from error
     for name in ReportHead.__struct_fields__:
         if len(getattr(head, name)) > MAXIMUM_HEAD_CHARACTERS:
             raise InvalidRequest(
@@ -132,14 +119,32 @@ def _checked_head(document: dict[str, Any]) -> ReportHead:
     return head
 
 
-def _head_of(content: bytes) -> ReportHead:
+def adopt_report_files(folder: Path, store: RecordStore) -> None:
+    """Move reports that an older noodle wrote into files of their own into the store, oldest first."""
     try:
-        return msgspec.json.decode(content, type=ReportHead)
-    except msgspec.DecodeError:  # written by hand, or cut by a full disk
-        return ReportHead(headline="(not readable)")
+        for path in sorted(folder.glob("*.json")):
+            if match := REPORT_FILE_PATTERN.fullmatch(path.stem):
+                _adopt(path, match[1], store)
+    except OSError as error:
+        log.warning("the reports of an older noodle in %s cannot be moved to its store: %s", folder, error)
 
 
-def _kept(report_id: str, byte_count: int, head: ReportHead) -> KeptReport:
-    match = ID_PATTERN.fullmatch(report_id)
-    kind = match[1] if match else ""
-    return KeptReport(id=report_id, kind=kind, byte_count=byte_count, **msgspec.structs.asdict(head))
+def _adopt(path: Path, kind: str, store: RecordStore) -> None:
+    try:
+        document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (UnicodeDecodeError, msgspec.MsgspecError) as error:
+        log.warning("%s is damaged and counts as absent: %s", path, error)
+        return
+    store.append([_stored_report(path.stem, kind, document)])
+    path.unlink()
+
+
+def _stored_report(report_id: str, kind: str, document: dict[str, Any]) -> StoredReport[msgspec.Raw]:
+    content = msgspec.json.encode(document)
+    return StoredReport(entry_id=report_id, kind=kind, byte_count=len(content), content=msgspec.Raw(content))
+
+
+def _listed(report: StoredReport[Any], head: ReportHead) -> KeptReport:
+    return KeptReport(
+        id=report.entry_id, kind=report.kind, byte_count=report.byte_count, **msgspec.structs.asdict(head)
+    )

@@ -3,15 +3,16 @@
 import http.server
 import json
 import threading
+import time
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.config.settings import stage_config
-from noodle.errors import NotReady
 from noodle.metrics.counted import StageMetrics
 from noodle.metrics.scraped import service_registry
-from services.coordinator.ops.metrics_file import MetricsFile, parse_metrics
+from services.coordinator.ops.log_metrics import METRICS_FILE_BYTES, MetricsEntry, parse_metrics
+from services.coordinator.ops.records import RecordStore
 from services.stage import metrics_sender
 from services.stage.metrics_sender import MetricsSender, UnsentSnapshots, rates_of
 
@@ -23,7 +24,7 @@ class Coordinator:
     """POST /log_metrics over the coordinator's own file, with faults: `fault` is taken by the next request."""
 
     def __init__(self, path):
-        self.path, self.file = path, MetricsFile(path)
+        self.path, self.file = path, RecordStore(path, METRICS_FILE_BYTES)
         self.fault = ""
         self.asked = 0
         coordinator = self
@@ -43,7 +44,7 @@ class Coordinator:
                 if fault.isdigit():
                     self.send_error(int(fault))
                     return
-                coordinator.file.append(parse_metrics(body))
+                coordinator.file.append(parse_metrics(body, time.time()))
                 self.close_connection = True
                 if fault != "answer lost":
                     self.send_response(200)
@@ -59,11 +60,15 @@ class Coordinator:
 
     def restart(self):
         """What a new process knows is what is in the file."""
-        self.file = MetricsFile(self.path)
+        self.file = RecordStore(self.path, METRICS_FILE_BYTES)
 
     def numbers(self):
         """Of the stage's snapshots, in the order they were kept."""
-        return [entry.metrics["number"] for entry in self.file.last(1000)]
+        return [metrics["number"] for metrics in self.metrics()]
+
+    def metrics(self):
+        """What the stage measured, in the order it was stored."""
+        return [entry.metrics for entry in self.file.newest(MetricsEntry, 1000)][::-1]
 
     def close(self):
         self.server.shutdown()
@@ -243,8 +248,8 @@ def test_a_snapshot_says_what_the_machine_and_the_stage_did(stage, coordinator):
     metrics.computed.observe(0.5)
     sender.measure()
     sender.deliver()
-    first, second = (entry.metrics for entry in coordinator.file.last(2))
-    assert coordinator.file.last(1)[0].node_id == "machine-b"
+    first, second = coordinator.metrics()
+    assert coordinator.file.newest(MetricsEntry, 1)[0].node_id == "machine-b"
     assert "tokens_per_second" not in first
     assert (second["stage_id"], second["steps"], second["tokens"]) == (1, 4.0, 40.0)
     assert second["step_seconds"] == pytest.approx(0.125)
@@ -270,21 +275,21 @@ def test_the_thread_sends_what_was_left_measures_and_ends_when_it_is_told(stage,
     thread = threading.Thread(target=stage.sender.run)
     thread.start()
     for _ in range(1000):
-        if len(coordinator.file.last(10)) >= 4:
+        if len(coordinator.metrics()) >= 4:
             break
         thread.join(0.01)
     stage.sender.stopping.set()
     thread.join(WAIT_SECONDS)
     assert not thread.is_alive()
-    assert [entry.metrics.get("number") for entry in coordinator.file.last(1000)][:2] == [0, 1]
-    assert coordinator.file.last(1)[0].metrics["boot_id"] == "boot"
+    assert [metrics.get("number") for metrics in coordinator.metrics()][:2] == [0, 1]
+    assert coordinator.metrics()[-1]["boot_id"] == "boot"
 
 
 def test_the_file_of_metrics_that_can_not_be_written_keeps_them_on_the_stage(stage, coordinator, monkeypatch):
     stage.measure()
 
     def full(entries):
-        raise NotReady("The disk is full.")
+        raise OSError("the disk is full")
 
     monkeypatch.setattr(coordinator.file, "append", full)
     monkeypatch.setattr(coordinator.server, "handle_error", lambda *arguments: None)

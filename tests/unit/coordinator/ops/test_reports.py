@@ -1,4 +1,4 @@
-"""Reports that the coordinator keeps: found again, bounded, locked, and nothing else can be read through them."""
+"""Reports that the coordinator stores: found again, bounded, locked, and nothing else can be read through them."""
 
 import json
 
@@ -6,17 +6,13 @@ import pytest
 from flask import Flask
 
 from noodle.cluster.reports import MAXIMUM_REPORT_BYTES
-from noodle.errors import InvalidRequest, NoodleError, NotAuthenticated, NotFound
+from noodle.errors import NotAuthenticated
 from noodle.web.service import install_error_handlers
 from services.coordinator.ops import reports
-from services.coordinator.ops.reports import ReportStore, install_report_routes
+from services.coordinator.ops.reports import install_report_routes
 
 HEAD = {"made_at": "2026-01-02T03:04:05+00:00", "machine": "laptop", "model": "m", "headline": "fast"}
-
-
-@pytest.fixture
-def store(tmp_path):
-    return ReportStore(tmp_path / "reports")
+OLD_ID = "20260102-030405-{:06}-bench-0a1b2c"
 
 
 def client_of(folder, require_client=lambda: None):
@@ -26,82 +22,98 @@ def client_of(folder, require_client=lambda: None):
     return app.test_client()
 
 
-def test_a_report_comes_back_as_it_was_also_after_a_restart(store, tmp_path):
-    kept = store.add("bench", {**HEAD, "results": [1.5, None]})
-    again = ReportStore(tmp_path / "reports")
-    assert json.loads(again.read(kept.id)) == {**HEAD, "results": [1.5, None]}
-    assert again.newest_first() == [kept]
-    assert (kept.kind, kept.machine, kept.headline) == ("bench", "laptop", "fast")
+@pytest.fixture
+def client(tmp_path):
+    return client_of(tmp_path / "reports")
 
 
-def test_the_newest_stands_first(store):
-    ids = [store.add(kind, HEAD).id for kind in ("bench", "profile", "bench")]
-    assert [report.id for report in store.newest_first()] == ids[::-1]
+def add(client, kind="bench", **fields):
+    answer = client.post(f"/reports/{kind}", json={**HEAD, **fields})
+    assert answer.status_code == 201
+    return answer.json
 
 
-def test_the_oldest_go_when_there_are_too_many(store, monkeypatch):
+def ids(client):
+    return [report["id"] for report in client.get("/reports").json["reports"]]
+
+
+def test_a_report_comes_back_as_it_was_also_after_a_restart(client, tmp_path):
+    kept = add(client, results=[1.5, None])
+    again = client_of(tmp_path / "reports")
+    assert again.get(f"/reports/{kept['id']}").json == {**HEAD, "results": [1.5, None]}
+    assert again.get("/reports").json == {"reports": [kept]}
+    assert (kept["kind"], kept["machine"], kept["headline"]) == ("bench", "laptop", "fast")
+
+
+def test_the_newest_stands_first(client):
+    added = [add(client, kind)["id"] for kind in ("bench", "profile", "bench")]
+    assert ids(client) == added[::-1]
+
+
+def test_the_oldest_go_when_there_are_too_many(client, monkeypatch):
     monkeypatch.setattr(reports, "MAXIMUM_REPORTS", 3)
-    ids = [store.add("bench", HEAD).id for _ in range(5)]
-    assert [report.id for report in store.newest_first()] == ids[:1:-1]
-    with pytest.raises(NotFound):
-        store.read(ids[0])
+    added = [add(client)["id"] for _ in range(5)]
+    assert ids(client) == added[:1:-1]
+    assert client.get(f"/reports/{added[0]}").status_code == 404
 
 
-def test_the_oldest_go_when_there_are_too_many_bytes(store, monkeypatch):
-    monkeypatch.setattr(reports, "MAXIMUM_REPORTS_BYTES", 2500)
-    ids = [store.add("bench", {**HEAD, "text": "x" * 1000}).id for _ in range(4)]
-    assert [report.id for report in store.newest_first()] == ids[:1:-1]
+def test_the_oldest_go_when_there_are_too_many_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "REPORTS_FILE_BYTES", 1500)
+    client = client_of(tmp_path)
+    added = [add(client, text="x" * 1000)["id"] for _ in range(4)]
+    assert ids(client) == added[:1:-1]
 
 
-def test_other_files_in_the_folder_are_left_alone_and_not_shown(store, tmp_path, monkeypatch):
-    monkeypatch.setattr(reports, "MAXIMUM_REPORTS", 1)
-    store.add("bench", HEAD)
-    other = tmp_path / "reports" / "secret.json"
+def test_reports_in_files_of_an_older_noodle_are_read_in_their_order(tmp_path, caplog):
+    for number in range(3):
+        (tmp_path / f"{OLD_ID.format(number)}.json").write_text(json.dumps({**HEAD, "number": number}, indent=1))
+    (tmp_path / f"{OLD_ID.format(3)}.json").write_text('{"machine": "lap')
+    for client in (client_of(tmp_path), client_of(tmp_path)):
+        assert ids(client) == [OLD_ID.format(number) for number in (2, 1, 0)]
+        assert client.get(f"/reports/{OLD_ID.format(1)}").json == {**HEAD, "number": 1}
+        assert client.get(f"/reports/{OLD_ID.format(3)}").status_code == 404
+    new = add(client)["id"]
+    assert ids(client)[0] == new
+    assert "damaged and counts as absent" in caplog.text
+
+
+def test_old_files_that_cannot_be_moved_end_no_start(tmp_path, caplog):
+    (tmp_path / f"{OLD_ID.format(1)}.json").write_text("{}")
+    (tmp_path / "reports.jsonl").mkdir()
+    assert ids(client_of(tmp_path)) == []
+    assert "cannot be moved" in caplog.text
+
+
+def test_other_files_in_the_folder_are_left_alone_and_not_shown(tmp_path):
+    other = tmp_path / "secret.json"
     other.write_text("{}")
-    store.add("bench", HEAD)
+    client = client_of(tmp_path)
+    add(client)
     assert other.exists()
-    assert len(store.newest_first()) == 1
-    for name in ("secret", "../reports/secret", "..", ""):
-        with pytest.raises(NotFound):
-            store.read(name)
+    assert len(ids(client)) == 1
+    for name in ("secret", "../reports/secret", "..", "reports.jsonl"):
+        assert client.get(f"/reports/{name}").status_code == 404
 
 
 @pytest.mark.parametrize("head", [{"machine": 5}, {"headline": "x" * 201}, {"model": None}, {"made_at": ["x"]}])
-def test_a_head_that_is_not_short_texts_is_refused_and_not_kept(store, head):
-    with pytest.raises(InvalidRequest):
-        store.add("bench", {**HEAD, **head})
-    assert store.newest_first() == []
+def test_a_head_that_is_not_short_texts_is_refused_and_not_stored(client, head):
+    assert client.post("/reports/bench", json={**HEAD, **head}).status_code == 400
+    assert ids(client) == []
 
 
-def test_a_cut_file_is_listed_as_not_readable(store, tmp_path):
-    kept = store.add("bench", HEAD)
-    (tmp_path / "reports" / f"{kept.id}.json").write_text('{"machine": "lap')
-    assert [report.headline for report in store.newest_first()] == ["(not readable)"]
-
-
-def test_a_folder_that_can_not_be_written_names_the_variable(tmp_path):
+def test_a_folder_that_cannot_be_written_names_the_variable(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NoodleError, match="NOODLE_REPORTS_DIR"):
-        ReportStore(tmp_path / "file" / "reports").add("bench", HEAD)
+    answer = client_of(tmp_path / "file" / "reports").post("/reports/bench", json=HEAD)
+    assert answer.status_code == 500
+    assert "NOODLE_REPORTS_DIR" in answer.json["error"]["message"]
 
 
-def test_nothing_is_made_before_the_first_report(tmp_path):
-    client = client_of(tmp_path / "reports")
+def test_nothing_is_made_before_the_first_report(client, tmp_path):
     assert client.get("/reports").json == {"reports": []}
     assert not (tmp_path / "reports").exists()
 
 
-def test_the_routes_keep_list_and_give(tmp_path):
-    client = client_of(tmp_path)
-    answer = client.post("/reports/profile", json=HEAD)
-    assert answer.status_code == 201
-    assert answer.json["kind"] == "profile"
-    assert [report["id"] for report in client.get("/reports").json["reports"]] == [answer.json["id"]]
-    assert client.get(f"/reports/{answer.json['id']}").json == HEAD
-
-
-def test_an_unknown_kind_a_list_and_too_much_are_refused(tmp_path):
-    client = client_of(tmp_path)
+def test_an_unknown_kind_a_list_and_too_much_are_refused(client):
     assert client.post("/reports/secrets", json=HEAD).status_code == 404
     assert client.post("/reports/bench", json=[1]).status_code == 400
     assert client.post("/reports/bench", data=b"{", content_type="application/json").status_code == 400
@@ -111,11 +123,11 @@ def test_an_unknown_kind_a_list_and_too_much_are_refused(tmp_path):
     assert client.get("/reports").json == {"reports": []}
 
 
-def test_a_stranger_gets_nothing(tmp_path):
+def test_anonymous_requests_are_refused(tmp_path):
     def refuse():
         raise NotAuthenticated("no key")
 
-    kept = ReportStore(tmp_path).add("bench", HEAD)
+    kept = add(client_of(tmp_path))
     client = client_of(tmp_path, refuse)
-    answers = [client.get("/reports"), client.get(f"/reports/{kept.id}"), client.post("/reports/bench", json=HEAD)]
+    answers = [client.get("/reports"), client.get(f"/reports/{kept['id']}"), client.post("/reports/bench", json=HEAD)]
     assert [answer.status_code for answer in answers] == [401, 401, 401]
