@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+IMAGES = Path(__file__).with_name("images")
 BASE_IMAGES = ("python:3.11-slim-bookworm", "valkey/valkey:9", "prom/prometheus:v3.5.0")
 CONTROL, STAGE = "noodle-test-control", "noodle-test-stage"
 COMMAND_SECONDS = 120.0
@@ -64,7 +65,7 @@ def require_base_images() -> None:
     missing = [image for image in missing if run(["docker", "pull", "--quiet", image], PULL_SECONDS).returncode]
     has_plugins = all(run(["docker", plugin, "version"]).returncode == 0 for plugin in ("compose", "buildx"))
     if missing or not has_plugins:
-        done = run([str(Path(__file__).with_name("base_images.sh")), *missing], BASE_SECONDS)
+        done = run([str(IMAGES / "base_images.sh"), *missing], BASE_SECONDS)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

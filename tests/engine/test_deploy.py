@@ -16,7 +16,7 @@ from services.cli.deploy import copy
 from services.cli.deploy.machine_b import MARKER, MachineB
 from services.cli.deploy.ssh import Remote, system_of
 from services.cli.project.join_line import Join, decode
-from tests.engine.engine import ROOT, docker, run
+from tests.engine.engine import IMAGES, ROOT, docker, run
 from tests.support.processes.cluster import free_ports, wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -83,7 +83,7 @@ class SshServer:
 
 @pytest.fixture(scope="module")
 def image():
-    docker("build", "--quiet", "--tag", IMAGE, str(ROOT / "tests" / "engine" / "ssh"), seconds=600)
+    docker("build", "--quiet", "--tag", IMAGE, str(IMAGES / "ssh"), seconds=600)
 
 
 @pytest.fixture

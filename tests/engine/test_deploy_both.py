@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.engine import CONTROL, STAGE, docker, run
+from tests.engine.engine import CONTROL, IMAGES, STAGE, docker, run
 from tests.engine.project import Project
 from tests.engine.test_deploy import SshServer, _greets
 from tests.support.processes.cluster import wait_until
@@ -47,7 +47,7 @@ def server_with_engine(images, tmp_path):
     """Machine B, with a home at the same path inside and outside: the engine mounts folders of this host."""
     home = tmp_path / "home-of-anna"
     home.mkdir()
-    docker("build", "--quiet", "--tag", IMAGE, str(Path(__file__).with_name("ssh")), seconds=600)
+    docker("build", "--quiet", "--tag", IMAGE, str(IMAGES / "ssh"), seconds=600)
     client = shutil.which("docker")
     mounts = [f"{home}:{home}", "/var/run/docker.sock:/var/run/docker.sock", f"{client}:/usr/local/bin/docker:ro"]
     mounts += [f"{folder}:{folder}:ro" for folder in PLUGINS if Path(folder).is_dir()]

@@ -10,7 +10,7 @@ import secrets
 
 import pytest
 
-from tests.engine.engine import ROOT, docker, run
+from tests.engine.engine import IMAGES, ROOT, docker, run
 from tests.support.processes.cluster import wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -79,13 +79,13 @@ class MachineA:
 
 @pytest.fixture(scope="module")
 def image():
-    docker("build", "--quiet", "--tag", IMAGE, str(ROOT / "tests" / "engine" / "firewall"), seconds=600)
+    docker("build", "--quiet", "--tag", IMAGE, str(IMAGES / "firewall"), seconds=600)
 
 
 @pytest.fixture(scope="module")
 def running(image):
     name = f"{IMAGE}-{secrets.token_hex(4)}"
-    mounts = [f"{ROOT}:/noodle:ro", f"{ROOT / 'tests/engine/firewall/network.sh'}:/network.sh:ro"]
+    mounts = [f"{ROOT}:/noodle:ro", f"{IMAGES / 'firewall/network.sh'}:/network.sh:ro"]
     volumes = [part for mount in mounts for part in ("--volume", mount)]
     rights = ["--cap-add", "NET_ADMIN", "--cap-add", "SYS_ADMIN", "--security-opt", "seccomp=unconfined"]
     rights += ["--security-opt", "apparmor=unconfined", "--sysctl", "net.ipv4.ip_forward=1"]
