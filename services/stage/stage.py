@@ -13,7 +13,6 @@ from noodle.errors import Conflict, NotReady
 from noodle.metrics.counted import StageMetrics
 from noodle.metrics.scraped import CardUse
 from noodle.wire.queue_end import QueueEnd, Streams
-from services.stage.manual.forward import Forwards
 from services.stage.transport.hop_server import Chain, HopServer
 from services.stage.transport.next_stage import NextStage, ResultsWay
 from services.stage.transport.outbox import Outbox
@@ -56,7 +55,6 @@ class Stage:
             config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
         )
         self.worker = Worker(config.stage_id, self.inbox, self._results_way, self.metrics)
-        self.forwards = Forwards(config.stage_id, self.worker, self.metrics)
         fetcher = Fetcher(config.cluster_token)
         self._inlet = QueuedInlet(self.inbox, self.worker, lambda: self._role, fetcher, self.metrics)
         self.read_card: Callable[[], CardUse | None] = lambda: None  # set where it computes on one

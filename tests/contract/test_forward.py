@@ -6,9 +6,9 @@ import threading
 import numpy as np
 import pytest
 
+from services.stage.manual.format import MAXIMUM_FORWARD_TOKENS
 from services.stage.manual.forward import MAXIMUM_WAITING_FORWARDS
-from services.stage.manual.forward_format import MAXIMUM_FORWARD_TOKENS
-from tests.support.clients.forward_by_hand import Raw, generate_by_hand
+from tests.support.clients.forward_by_hand import generate_by_hand
 from tests.support.models.whole_model import WholeModel
 from tests.support.processes.cluster import request, wait_until
 from tests.support.processes.stage_rig import running_stages
@@ -96,15 +96,6 @@ def test_a_token_computed_again_replaces_what_came_after_it(forward):
     refused(forward(0, {**long, "token_ids": [1], "token_index": 6}), 409, "token_index 5 is expected")
 
 
-def test_raw_bytes_say_what_json_says(rig, forward):
-    raw = Raw(rig.urls[1], rig.token)
-    numbers = np.random.default_rng(4).normal(size=(3, HIDDEN_SIZE)).astype(np.float32)
-    by_json = computed(forward(1, {"session_id": "by json", "activations": numbers.tolist()}))
-    status, answer = raw.send("by raw", numbers)
-    assert status == 200
-    assert answer == pytest.approx(np.array(by_json["activations"]), abs=1e-5)
-
-
 def test_ending_a_session_frees_its_rows_at_once(rig, forward):
     for stage in range(3):
         before = rig.states()[stage]["kv_bytes_held"]
@@ -170,6 +161,7 @@ GOOD = [0.1] * HIDDEN_SIZE
         (1, {"session_id": "x", "activations": ["1", *GOOD[1:]]}, 400, "activations"),
         (1, {"session_id": "x", "activations": {"data": 1}}, 400, "activations"),
         (1, {"session_id": "x", "activations": [1e39, *GOOD[1:]]}, 422, "infinite"),
+        (1, {"session_id": "x", "activations": [GOOD] * (MAXIMUM_FORWARD_TOKENS + 1)}, 422, "512"),
         (1, b"{", 400, "body"),
         (1, b"[]", 400, "object"),
         (1, b'{"session_id": "x", "activations": [NaN]}', 400, "body"),
@@ -184,29 +176,10 @@ def test_what_can_not_be_computed_is_refused_by_name_and_keeps_nothing(rig, forw
     assert rig.states()[stage]["kv_bytes_held"] <= before
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shape", "body", "status", "word"),
-    [
-        ("float64", "1,64", bytes(512), 422, "float64"),
-        ("", "1,64", bytes(256), 422, "float32"),
-        ("float32", "", bytes(256), 422, "commas"),
-        ("float32", "-1,64", bytes(256), 422, "commas"),
-        ("float32", "1,1,1,64", bytes(256), 422, "commas"),
-        ("float32", "1,3", bytes(12), 422, "64"),
-        ("float32", "999999999,64", bytes(64), 422, "512"),
-        ("float32", "2,64", bytes(256), 422, "512 bytes"),
-        ("float32", "1,64", bytes(255), 422, "255"),
-        ("float32", "1,64", np.full(64, np.nan, np.float32).tobytes(), 422, "infinite"),
-        ("float16", "1,64", np.full(64, np.inf, np.float16).tobytes(), 422, "infinite"),
-        ("bfloat16", "1,64", np.full(64, 0xFF80, np.uint16).tobytes(), 422, "infinite"),
-        ("int32", "1", bytes(4), 422, "not the first"),
-    ],
-    ids=[f"case {number}" for number in range(13)],
-)
-def test_raw_bytes_are_distrusted(rig, dtype, shape, body, status, word):
-    got, answer = Raw(rig.urls[1], rig.token).send_bytes({"session_id": "x"}, body, dtype, shape)
-    assert got == status, answer
-    assert word in json.loads(answer)["error"]["message"]
+@pytest.mark.parametrize("content_type", ["application/octet-stream", "text/plain", ""])
+def test_a_body_that_is_not_declared_as_json_is_refused_with_the_cure(forward, content_type):
+    body = json.dumps({"session_id": "x", "activations": GOOD}).encode()
+    refused(forward(1, body, Content_Type=content_type), 415, "Content-Type: application/json")
 
 
 def test_a_stranger_computes_nothing_and_loads_nothing(rig):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from urllib.parse import urlencode
 
 from flask import Blueprint, Response, request
 
 from noodle.config.settings import CoordinatorConfig
 from noodle.errors import NotFound, NotReady, TooManyRequests
-from noodle.web.service import add_success_false, bounded_body, json_body
+from noodle.web.service import add_success_false, json_body
 from services.coordinator.api.relay import Relayed, relay
 from services.coordinator.coordinator import Coordinator
 
@@ -21,10 +20,6 @@ FORWARD_ANSWER_SECONDS = 160.0  # a stage gives up before: 30 s for its turn, 12
 PLAN_ANSWER_SECONDS = 60.0
 FORWARD_BODY_BYTES = 8 << 20
 PLAN_BODY_BYTES = 256 << 10
-RAW_TYPE = "application/octet-stream"
-# what of a forward's headers goes on to the stage, and comes back from it
-SENT_HEADERS = ("Content-Type", "Accept", "X-Noodle-Dtype", "X-Noodle-Shape")
-ANSWERED_HEADERS = ("X-Noodle-Dtype", "X-Noodle-Shape", "X-Noodle-Next-Token-Index", "Retry-After")
 
 
 def guide_routes(config: CoordinatorConfig, engine: Coordinator, require_client: Callable[[], object]) -> Blueprint:
@@ -39,14 +34,12 @@ def guide_routes(config: CoordinatorConfig, engine: Coordinator, require_client:
         require_client()
         url = _stage_url(engine, stage_id)
         with _place(forwards, "forwards"):
-            is_raw = request.mimetype == RAW_TYPE
-            body = bounded_body(FORWARD_BODY_BYTES) if is_raw else json_body(FORWARD_BODY_BYTES)
-            query = urlencode(list(request.args.items(multi=True)))  # encoded anew: it came in any bytes
-            headers = {name: value for name in SENT_HEADERS if (value := request.headers.get(name))}
+            body = json_body(FORWARD_BODY_BYTES)
+            headers = {"Content-Type": "application/json"}
             answer = relay(
                 f"Stage {stage_id}",
                 url,
-                f"/forward?{query}" if query else "/forward",
+                "/forward",
                 body,
                 headers,
                 config.cluster_token,
@@ -106,5 +99,6 @@ def _stage_url(engine: Coordinator, stage_id: str) -> str:
 
 def _as_response(answer: Relayed) -> Response:
     """The other service's answer as it came, errors too; none of its other headers."""
-    headers = {name: value for name in ANSWERED_HEADERS if (value := answer.headers.get(name))}
+    retry_after = answer.headers.get("Retry-After")
+    headers = {"Retry-After": retry_after} if retry_after else {}
     return Response(answer.body, answer.status, headers, content_type=answer.headers.get("Content-Type"))

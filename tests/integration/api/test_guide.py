@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.cli.client.http_client import get_json
-from tests.support.clients.forward_by_hand import Raw, generate_by_hand
+from tests.support.clients.forward_by_hand import generate_by_hand
 from tests.support.models.prompts import PROMPTS
 from tests.support.models.real_model import real_model_folder
 from tests.support.processes.cluster import request, running_cluster, wait_until
@@ -75,11 +75,10 @@ def test_forwards_beside_a_served_request_change_no_token_of_it(cluster):
     statuses = []
 
     def forward_all_the_time():
-        raw = Raw(stage_paths(cluster)[0], "")
         while not stop.is_set():
             body = {"session_id": "noise", "token_ids": [7] * 100, "token_index": 0}
             statuses.append(cluster.post("/stage/0/forward", body)[0])
-            statuses.append(raw.send("other noise", _ids(60), token_index=0)[0])
+            statuses.append(cluster.post("/stage/0/forward", {**body, "session_id": "other noise"})[0])
 
     thread = threading.Thread(target=forward_all_the_time)
     thread.start()
@@ -257,9 +256,3 @@ def test_forwards_by_hand_generate_what_generate_does_on_the_real_model(tmp_path
         held = cluster.kv_bytes_held()
         assert get_json(f"{cluster.url}/health")[1]["status"] == "ready"
         assert held <= 2 * (128 << 20)
-
-
-def _ids(count):
-    import numpy as np
-
-    return np.full(count, 9, np.int32)
