@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from noodle import __version__
-from noodle.config.settings import command_config, process_environment
+from noodle.config.environment import command_config, process_environment
 from noodle.errors import ConfigurationError, NoodleError
 
 if TYPE_CHECKING:

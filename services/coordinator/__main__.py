@@ -1,6 +1,6 @@
 """Runs the coordinator: `python -m services.coordinator`, told everything by its environment."""
 
-from noodle.config.settings import coordinator_config, process_environment
+from noodle.config.environment import coordinator_config, process_environment
 from noodle.web.service import run_service
 from services.coordinator.service import CoordinatorService
 

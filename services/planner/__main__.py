@@ -1,6 +1,6 @@
 """Runs the planner: `python -m services.planner`, told everything by its environment."""
 
-from noodle.config.settings import planner_config, process_environment
+from noodle.config.environment import planner_config, process_environment
 from noodle.web.service import run_service
 from services.planner.app import PlannerService
 

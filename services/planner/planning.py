@@ -16,7 +16,7 @@ import msgspec
 from noodle import __version__
 from noodle.cluster.plan import MachineReport, ModelShape, Plan, PlannerState, StageAssignment
 from noodle.cluster.valkey import WorkQueue
-from noodle.config.addresses import host_of, why_it_points_at_itself
+from noodle.config.addresses import host_of, why_only_local
 from noodle.config.settings import PlannerConfig
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
 from noodle.model.families import check_supported
@@ -200,7 +200,7 @@ def self_pointing_among(reports: Sequence[MachineReport]) -> str:
 
     On one host all may be at 127.0.0.1. One that is there while another is at an address of the network is not.
     """
-    reasons = {report.stage_id: why_it_points_at_itself(host_of(report.url)) for report in reports}
+    reasons = {report.stage_id: why_only_local(host_of(report.url)) for report in reports}
     if all(reasons.values()):
         return ""
     for report in reports:

@@ -1,6 +1,6 @@
 """Runs a stage: `python -m services.stage`, told everything by its environment."""
 
-from noodle.config.settings import process_environment, stage_config
+from noodle.config.environment import process_environment, stage_config
 from noodle.web.service import run_service
 from services.stage.app import StageService
 

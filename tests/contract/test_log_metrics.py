@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from noodle.config.settings import stage_config
+from noodle.config.environment import stage_config
 from services.stage.metrics_sender import MetricsSender
 from tests.support.network.relay import Relay
 from tests.support.processes.cluster import free_ports, request, wait_until

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from noodle.config.settings import CommandConfig, command_config
+from noodle.config.environment import command_config
+from noodle.config.settings import CommandConfig
 from noodle.errors import Conflict, NotWritable, StartError
 from services.cli.client.progress import Progress
 from services.cli.local import valkey

@@ -9,7 +9,7 @@ import ipaddress
 import socket
 from collections.abc import Callable, Sequence
 
-from noodle.config.addresses import host_of, why_it_points_at_itself
+from noodle.config.addresses import host_of, why_only_local
 from services.cli.doctor.outcome import Outcome, error, ok, skipped
 from services.cli.project.programs import System
 
@@ -28,7 +28,7 @@ OWN_ADDRESS = {
 def check_advertised(what: str, url: str, variable: str, where: str, system: System) -> Outcome:
     """One URL or address under which others are to find something, on a cluster of several machines."""
     host = host_of(url) if "://" in url else url
-    reason = why_it_points_at_itself(host) if host else "it is empty"
+    reason = why_only_local(host) if host else "it is empty"
     if not reason:
         return ok("address", where, f"{what}: {url}")
     return error(

@@ -11,7 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from noodle.config.addresses import host_of
-from noodle.config.settings import CommandConfig, read_variables
+from noodle.config.environment import read_variables
+from noodle.config.settings import CommandConfig
 from noodle.errors import ConfigurationError, NoodleError
 from noodle.web.connectivity import Target
 from services.cli.doctor.outcome import Outcome, error, ok, skipped, warning

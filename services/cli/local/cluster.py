@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from noodle.config.settings import CommandConfig, read_variables
+from noodle.config.environment import read_variables
+from noodle.config.settings import CommandConfig
 from noodle.errors import ConfigurationError, PortInUse
 from services.cli.local.processes import usable_cores
 from services.cli.local.run_state import RunFolder
@@ -75,7 +76,7 @@ def resolve(
                 cure="Unset it; the ports of `noodle up` are NOODLE_COORDINATOR_PORT, NOODLE_PLANNER_PORT, "
                 "NOODLE_FIRST_STAGE_PORT and NOODLE_VALKEY_PORT.",
             )
-    split = config.split if split is None else split
+    split = ",".join(map(str, config.split or ())) if split is None else split
     layers = split.split(",") if split else []
     if not all(part.strip().isdigit() and int(part) > 0 for part in layers):
         raise ConfigurationError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
-from noodle.config.settings import read_variables
+from noodle.config.environment import read_variables
 from noodle.errors import ConfigurationError
 from services.cli.project.join_line import Join
 

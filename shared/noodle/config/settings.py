@@ -1,322 +1,303 @@
-"""What each service and the command are told by the environment; the only file that touches it.
-
-A value that means nothing, or a NOODLE_ variable that does not exist, stops the start and is named.
-"""
+"""Every variable of noodle, declared once, in the configuration of the processes that read it."""
 
 from __future__ import annotations
 
-import difflib
-import logging
-import os
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from noodle.config.addresses import host_of
+from noodle.config import variables as of
+from noodle.config.addresses import Address
 from noodle.config.api_keys import ApiKey, read_api_keys
-from noodle.config.variables import VARIABLES, Address, path_of
-from noodle.errors import ConfigurationError
-from noodle.model.formats import DTYPE_BY_FORMAT, FORMAT_BY_DTYPE
-
-CURE_OF_A_FILE = (
-    "Write the secret into it; with Docker `docker compose run --rm init` does, and lets its containers read it."
-)
+from noodle.config.variables import Variable, secret, variable
+from noodle.model.formats import ALLOWANCES, EXECUTORS, FORMAT_BY_DTYPE, WEIGHTS
+from noodle.wire.frames import ACTIVATION_DTYPES
 
 
-log = logging.getLogger(__name__)
+@dataclass(frozen=True, kw_only=True)
+class SharedConfig:
+    """Settings of every service and of the noodle command."""
 
-_BY_NAME = {variable.name: variable for variable in VARIABLES}
-_RETIRED = {"NOODLE_STAY_AWAKE": "a stage no longer keeps a core awake"}  # an older .env may still set them
-
-
-def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
-    """All variables with their checked values; raises ConfigurationError for an unknown name or a bad value."""
-    for name in environment:
-        if name in _RETIRED:
-            log.warning("%s has no effect any more: %s. Remove it.", name, _RETIRED[name])
-        elif name.startswith("NOODLE_") and name not in _BY_NAME:
-            near = difflib.get_close_matches(name, _BY_NAME, n=1)
-            raise ConfigurationError(
-                f"{name} is not a variable of noodle.",
-                cure=f"Did you mean {near[0]}?" if near else "See .env.example for all of them.",
-            )
-    values: dict[str, Any] = {}
-    for variable in VARIABLES:
-        text = environment.get(variable.name, "").strip() or variable.default
-        try:
-            values[variable.name] = variable.parse(text)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"{variable.name} is {text!r}: {error}.", cure=f"It means: {variable.remark}."
-            ) from error
-    _check_formats(values)
-    return values
+    model: str = variable(
+        "NOODLE_MODEL", "SmolLM2-135M-Instruct", str, "name of the default model, a hub id, a folder or a .gguf file"
+    )
+    machine: str = variable(
+        "NOODLE_MACHINE",
+        "",
+        lambda text: text or platform.node() or "machine",
+        "name of this machine; empty: its host name",
+    )
+    cluster_token: str = secret(
+        "NOODLE_CLUSTER_TOKEN",
+        str,
+        "secret that the machines share; or NOODLE_CLUSTER_TOKEN_FILE",
+        "file with that secret",
+    )
+    valkey_password: str = secret(
+        "NOODLE_VALKEY_PASSWORD", str, "password of Valkey; or NOODLE_VALKEY_PASSWORD_FILE", "file with that password"
+    )
+    cache_dir: Path = variable(
+        "NOODLE_CACHE_DIR", "~/.cache/noodle", of.path, "converted models and measurements; safe to delete"
+    )
 
 
-def _check_formats(values: Mapping[str, Any]) -> None:
-    """Refuse wishes for number formats that contradict one another."""
-    executor, weights, dtype = (values[f"NOODLE_{name}"] for name in ("EXECUTOR", "WEIGHTS", "DTYPE"))
-    if values["NOODLE_QUALITY"] == "exact":
-        for name, exact in (("WEIGHTS", "f32"), ("DTYPE", "float32"), ("HOP_DTYPE", "float32")):
-            if values[f"NOODLE_{name}"] not in ("auto", exact):
-                raise ConfigurationError(
-                    f"NOODLE_QUALITY is exact, and NOODLE_{name} is {values[f'NOODLE_{name}']}.",
-                    cure=f"Leave NOODLE_{name} at auto, or choose near-lossless.",
-                )
-    if executor == "transformers" and weights not in ("auto", *DTYPE_BY_FORMAT):
-        raise ConfigurationError(
-            f"NOODLE_EXECUTOR is transformers, which does not compute with NOODLE_WEIGHTS={weights}.",
-            cure=f"Choose one of {', '.join(DTYPE_BY_FORMAT)}, or NOODLE_EXECUTOR=ggml.",
-        )
-    if dtype != "auto" and weights not in ("auto", FORMAT_BY_DTYPE[dtype]):
-        raise ConfigurationError(
-            f"NOODLE_DTYPE is {dtype}, and NOODLE_WEIGHTS is {weights}.", cure="Set one of them, and leave the other."
-        )
-
-
-def _secret(values: Mapping[str, Any], name: str) -> str:
-    """A secret from its variable, or from the file that NAME_FILE names; empty when neither is set."""
-    direct, file_name = str(values[name]), str(values[name + "_FILE"])
-    if direct and file_name:
-        raise ConfigurationError(f"{name} and {name}_FILE are both set.", cure="Keep one of them.")
-    if not file_name:
-        return direct
-    try:
-        secret = Path(file_name).expanduser().read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise ConfigurationError(
-            f"{name}_FILE names {file_name}, which can not be read: {error.strerror}.", cure=CURE_OF_A_FILE
-        ) from error
-    if not secret:
-        raise ConfigurationError(f"{name}_FILE names {file_name}, which is empty.", cure=CURE_OF_A_FILE)
-    return secret
-
-
-def _cluster_token(values: Mapping[str, Any]) -> str:
-    token = _secret(values, "NOODLE_CLUSTER_TOKEN")
-    if len(token) < 16:
-        raise ConfigurationError(
-            "NOODLE_CLUSTER_TOKEN is missing or shorter than 16 characters.",
-            cure="Give every machine of the cluster the same long random text; `noodle up` makes one by itself.",
-        )
-    return token
-
-
-def _machine_name(values: Mapping[str, Any]) -> str:
-    return str(values["NOODLE_MACHINE"]) or platform.node() or "machine"
-
-
-@dataclass(frozen=True)
-class ServiceConfig:
-    """What all three services are told."""
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig(SharedConfig):
+    """Settings of every service."""
 
     bind: Address
-    cluster_token: str
-    valkey_url: str
-    valkey_password: str
-    model: str
-    cache_dir: Path
-    log_format: str
-    transport: str  # auto, direct or queue
-    machine: str
+    valkey_url: str = variable("NOODLE_VALKEY_URL", "redis://127.0.0.1:6379", of.url, "URL of Valkey or Redis")
+    transport: str = variable(
+        "NOODLE_TRANSPORT",
+        "auto",
+        of.choice("auto", "direct", "queue"),
+        "how steps travel: by connections (direct), through Valkey (queue) or both; the same on every machine",
+    )
+    log_format: str = variable("NOODLE_LOG_FORMAT", "pretty", of.choice("pretty", "json"), "format of log lines")
 
 
-@dataclass(frozen=True)
-class CoordinatorConfig(ServiceConfig):
-    """What the coordinator is told; sizes in bytes or tokens as named."""
+@dataclass(frozen=True, kw_only=True)
+class StateFolder:
+    """Settings of the coordinator, a stage and the command."""
 
-    api_keys: tuple[ApiKey, ...]  # empty: no key is asked for (loopback only)
-    cors_origins: tuple[str, ...]
-    maximum_requests_per_key: int  # 0: no limit
-    maximum_open_requests: int
-    maximum_waiting_requests: int
-    maximum_body_bytes: int
-    step_tokens: int
-    recovery_seconds: float
-    keeps_prefixes: bool
-    reports_dir: Path
-    planner_url: str
-    metrics_file: Path
-
-
-@dataclass(frozen=True)
-class PlannerConfig(ServiceConfig):
-    """What the planner is told."""
-
-    coordinator_url: str  # asked for the model's shape where its folder is not here
-    stage_count: int
-    stage_return_seconds: float
-    split: tuple[int, ...] | None
-    context_length: int | None
-    activation_dtype: str = "auto"
-    quality: str = "near-lossless"
-
-
-@dataclass(frozen=True)
-class StageConfig(ServiceConfig):
-    """What a stage is told."""
-
-    coordinator_url: str  # asked for weights where the model's folder is not here
-    stage_id: int
-    advertise_url: str
-    state_dir: Path
-    device: str
-    dtype: str
-    threads: int  # 0: one per core
-    kv_bytes: int  # 0: half of what is free
-    executor: str = "auto"
-    weights: str = "auto"
-    quality: str = "near-lossless"
-
-
-@dataclass(frozen=True)
-class CommandConfig:
-    """What the noodle command is told."""
-
-    model: str
-    split: str
-    coordinator_port: int
-    planner_port: int
-    first_stage_port: int
-    valkey_port: int
-    state_dir: Path
-    cache_dir: Path
-    coordinator_url: str
-    stage_url: str  # of this machine's stage
-    api_key: str  # the first, where several are set
-    cluster_token: str
-    valkey_password: str
-    machine: str
-    threads: int
-    device: str
-    dtype: str
-    step_tokens: int
-
-
-def _service_values(values: Mapping[str, Any], bind_name: str) -> dict[str, Any]:
-    return {
-        "bind": values[bind_name],
-        "cluster_token": _cluster_token(values),
-        "valkey_url": values["NOODLE_VALKEY_URL"],
-        "valkey_password": _secret(values, "NOODLE_VALKEY_PASSWORD"),
-        "model": values["NOODLE_MODEL"],
-        "cache_dir": values["NOODLE_CACHE_DIR"],
-        "log_format": values["NOODLE_LOG_FORMAT"],
-        "transport": values["NOODLE_TRANSPORT"],
-        "machine": _machine_name(values),
-    }
-
-
-def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
-    """The coordinator's configuration; a coordinator that others can reach must have an API key (design D5)."""
-    values = read_variables(environment)
-    api_keys = read_api_keys(_secret(values, "NOODLE_API_KEY"))
-    bind: Address = values["NOODLE_COORDINATOR_BIND"]
-    if not api_keys and not bind.is_loopback:
-        raise ConfigurationError(
-            f"The coordinator would listen on {bind}, where others can reach it, without a key.",
-            cure="Set NOODLE_API_KEY (or NOODLE_API_KEY_FILE), or bind to 127.0.0.1.",
-        )
-    return CoordinatorConfig(
-        **_service_values(values, "NOODLE_COORDINATOR_BIND"),
-        api_keys=api_keys,
-        cors_origins=values["NOODLE_CORS_ORIGINS"],
-        maximum_requests_per_key=values["NOODLE_MAX_REQUESTS_PER_KEY"],
-        maximum_open_requests=values["NOODLE_MAX_OPEN_REQUESTS"],
-        maximum_waiting_requests=values["NOODLE_MAX_WAITING_REQUESTS"],
-        maximum_body_bytes=values["NOODLE_MAX_BODY_BYTES"],
-        step_tokens=values["NOODLE_STEP_TOKENS"],
-        recovery_seconds=values["NOODLE_RECOVERY_SECONDS"],
-        keeps_prefixes=values["NOODLE_PREFIX_CACHE"] == "on",
-        reports_dir=values["NOODLE_REPORTS_DIR"],
-        planner_url=values["NOODLE_PLANNER_URL"],
-        metrics_file=path_of(values["NOODLE_METRICS_FILE"] or str(values["NOODLE_STATE_DIR"] / "metrics.jsonl")),
+    state_dir: Path = variable(
+        "NOODLE_STATE_DIR",
+        "~/.local/state/noodle",
+        of.path,
+        "state of a running `noodle up`, metrics.jsonl, and metrics that a stage has not sent yet",
     )
 
 
-def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
-    """The planner's configuration."""
-    values = read_variables(environment)
-    split = values["NOODLE_SPLIT"]
-    if split is not None and len(split) != values["NOODLE_STAGES"]:
-        raise ConfigurationError(
-            f"NOODLE_SPLIT={','.join(map(str, split))} names {len(split)} stages, "
-            f"but NOODLE_STAGES is {values['NOODLE_STAGES']}.",
-            cure="Make the two agree.",
-        )
-    return PlannerConfig(
-        **_service_values(values, "NOODLE_PLANNER_BIND"),
-        coordinator_url=values["NOODLE_COORDINATOR_URL"],
-        stage_count=values["NOODLE_STAGES"],
-        stage_return_seconds=values["NOODLE_STAGE_RETURN_SECONDS"],
-        split=split,
-        context_length=values["NOODLE_CONTEXT_LENGTH"] or None,
-        activation_dtype=values["NOODLE_HOP_DTYPE"],
-        quality=values["NOODLE_QUALITY"],
+@dataclass(frozen=True, kw_only=True)
+class CoordinatorUrl:
+    """Settings of the planner, a stage and the command."""
+
+    coordinator_url: str = variable("NOODLE_COORDINATOR_URL", "http://127.0.0.1:8080", of.url, "URL of the coordinator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """Settings of the coordinator and the command."""
+
+    api_keys: tuple[ApiKey, ...] = secret(
+        "NOODLE_API_KEY",
+        read_api_keys,
+        "key that clients send, or several as name:key,name:key; required unless the coordinator listens on loopback",
+        "file with that key, or with several, one a line",
+    )
+    step_tokens: int = variable(
+        "NOODLE_STEP_TOKENS", "512", of.whole(1, 8192), "tokens in one step; longer prompts are computed in chunks"
     )
 
 
-def stage_config(environment: Mapping[str, str]) -> StageConfig:
-    """A stage's configuration; addresses are configured, never guessed (design D6)."""
-    values = read_variables(environment)
-    bind: Address = values["NOODLE_STAGE_BIND"]
-    advertise_url = values["NOODLE_ADVERTISE_URL"]
-    if not advertise_url:
-        if bind.host in ("0.0.0.0", "::"):
-            raise ConfigurationError(
-                f"This stage listens on {bind}, which says nothing about where the others find it.",
-                cure="Set NOODLE_ADVERTISE_URL to this machine's address, as http://192.168.1.102:8081.",
-            )
-        advertise_url = f"http://{bind}"
-    elif host_of(advertise_url) in ("0.0.0.0", "::"):
-        raise ConfigurationError(
-            f"NOODLE_ADVERTISE_URL is {advertise_url}, and nobody can be found at an address that means every address.",
-            cure="Write this machine's own address on your network, as http://192.168.1.102:8081.",
-        )
-    return StageConfig(
-        **_service_values(values, "NOODLE_STAGE_BIND"),
-        coordinator_url=values["NOODLE_COORDINATOR_URL"],
-        stage_id=values["NOODLE_STAGE_ID"],
-        advertise_url=advertise_url,
-        state_dir=values["NOODLE_STATE_DIR"],
-        device=values["NOODLE_DEVICE"],
-        dtype=values["NOODLE_DTYPE"],
-        threads=values["NOODLE_THREADS"],
-        kv_bytes=values["NOODLE_KV_BYTES"],
-        executor=values["NOODLE_EXECUTOR"],
-        weights=values["NOODLE_WEIGHTS"],
-        quality=values["NOODLE_QUALITY"],
+@dataclass(frozen=True, kw_only=True)
+class LayerSplit:
+    """Settings of the planner and the command."""
+
+    split: tuple[int, ...] | None = variable(
+        "NOODLE_SPLIT", "", of.layer_split, "layers per stage in stage order, as 10,2; empty: by measured speed"
     )
 
 
-def command_config(environment: Mapping[str, str]) -> CommandConfig:
-    """The configuration of the noodle command; secrets may be absent, a running `noodle up` has its own."""
-    values = read_variables(environment)
-    api_keys = read_api_keys(_secret(values, "NOODLE_API_KEY"))
-    return CommandConfig(
-        model=values["NOODLE_MODEL"],
-        split=",".join(map(str, values["NOODLE_SPLIT"] or ())),
-        coordinator_port=values["NOODLE_COORDINATOR_PORT"],
-        planner_port=values["NOODLE_PLANNER_PORT"],
-        first_stage_port=values["NOODLE_FIRST_STAGE_PORT"],
-        valkey_port=values["NOODLE_VALKEY_PORT"],
-        state_dir=values["NOODLE_STATE_DIR"],
-        cache_dir=values["NOODLE_CACHE_DIR"],
-        coordinator_url=values["NOODLE_COORDINATOR_URL"],
-        stage_url=values["NOODLE_ADVERTISE_URL"] or f"http://{values['NOODLE_STAGE_BIND']}",
-        api_key=api_keys[0].key if api_keys else "",
-        cluster_token=_secret(values, "NOODLE_CLUSTER_TOKEN"),
-        valkey_password=_secret(values, "NOODLE_VALKEY_PASSWORD"),
-        machine=_machine_name(values),
-        threads=values["NOODLE_THREADS"],
-        device=values["NOODLE_DEVICE"],
-        dtype=values["NOODLE_DTYPE"],
-        step_tokens=values["NOODLE_STEP_TOKENS"],
+@dataclass(frozen=True, kw_only=True)
+class ModelQuality:
+    """Settings of the planner and a stage."""
+
+    quality: str = variable(
+        "NOODLE_QUALITY",
+        "near-lossless",
+        of.choice(*ALLOWANCES),
+        "how close to float32 a model must stay: exact, at most 1 % more perplexity, or 10 % (small)",
     )
 
 
-def process_environment() -> dict[str, str]:
-    """A copy of this process's environment, to read a configuration from or to hand to a child."""
-    return dict(os.environ)
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Settings of a stage and of the command on its machine."""
+
+    bind: Address = variable("NOODLE_STAGE_BIND", "127.0.0.1:8081", of.address, "host:port that this stage listens on")
+    advertise_url: str = variable(
+        "NOODLE_ADVERTISE_URL", "", of.url, "URL where the other processes reach this stage; empty: the bind address"
+    )
+    device: str = variable(
+        "NOODLE_DEVICE",
+        "auto",
+        of.choice("auto", "cpu", "cuda", "vulkan"),
+        "device that this stage computes on; vulkan needs a ggml built for it",
+    )
+    dtype: str = variable(
+        "NOODLE_DTYPE",
+        "auto",
+        of.choice("auto", *FORMAT_BY_DTYPE),
+        "number format that transformers computes in; auto: float32 on a CPU, the native format of the card on a GPU",
+    )
+    threads: int = variable(
+        "NOODLE_THREADS",
+        "0",
+        of.whole(0, 1024),
+        "maximum threads of this stage: all, or half where that is faster; 0: one per core it may use",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinatorConfig(RequestOptions, StateFolder, ServiceConfig):
+    """Settings of the coordinator."""
+
+    bind: Address = variable(
+        "NOODLE_COORDINATOR_BIND", "127.0.0.1:8080", of.address, "host:port that the coordinator listens on"
+    )
+    planner_url: str = variable(
+        "NOODLE_PLANNER_URL", "http://127.0.0.1:8079", of.url, "URL where the coordinator reaches the planner"
+    )
+    cors_origins: tuple[str, ...] = variable(
+        "NOODLE_CORS_ORIGINS", "", of.origins, "origins whose web pages may send requests, comma-separated; * is all"
+    )
+    maximum_open_requests: int = variable(
+        "NOODLE_MAX_OPEN_REQUESTS", "64", of.whole(1, 4096), "requests computed at the same time"
+    )
+    maximum_waiting_requests: int = variable(
+        "NOODLE_MAX_WAITING_REQUESTS", "128", of.whole(0, 65536), "requests that may wait; more get 429"
+    )
+    maximum_requests_per_key: int = variable(
+        "NOODLE_MAX_REQUESTS_PER_KEY",
+        "0",
+        of.whole(0, 4096),
+        "requests of one API key in progress; more get 429; 0: all",
+    )
+    maximum_body_bytes: int = variable(
+        "NOODLE_MAX_BODY_BYTES", str(8 << 20), of.whole(1024, 1 << 30), "bytes of a request's body; more get 413"
+    )
+    recovery_seconds: float = variable(
+        "NOODLE_RECOVERY_SECONDS", "120", of.seconds, "seconds that an open request waits for a lost stage to return"
+    )
+    keeps_prefixes: bool = variable(
+        "NOODLE_PREFIX_CACHE",
+        "on",
+        of.flag,
+        "keep KV rows of ended requests for prompts that begin alike, while there is room",
+    )
+    reports_dir: Path = variable(
+        "NOODLE_REPORTS_DIR", "~/.local/share/noodle/reports", of.path, "folder of reports that the coordinator keeps"
+    )
+    metrics_file: Path = variable(
+        "NOODLE_METRICS_FILE", "", of.path, "file of POST /log_metrics; empty: metrics.jsonl in NOODLE_STATE_DIR"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerConfig(CoordinatorUrl, LayerSplit, ModelQuality, ServiceConfig):
+    """Settings of the planner."""
+
+    bind: Address = variable(
+        "NOODLE_PLANNER_BIND", "127.0.0.1:8079", of.address, "host:port that the planner listens on"
+    )
+    stage_count: int = variable(
+        "NOODLE_STAGES", "2", of.whole(1, 1024), "stages that the planner waits for before it plans"
+    )
+    context_length: int | None = variable(
+        "NOODLE_CONTEXT_LENGTH", "0", of.context_length, "maximum tokens of a session; 0: the model's own limit"
+    )
+    activation_dtype: str = variable(
+        "NOODLE_HOP_DTYPE",
+        "auto",
+        of.choice("auto", *ACTIVATION_DTYPES),
+        "number format of activations between stages; auto: as computed, 16 bits over slow links; int8: prompts alone",
+    )
+    stage_return_seconds: float = variable(
+        "NOODLE_STAGE_RETURN_SECONDS",
+        "20",
+        of.seconds,
+        "seconds of silence after which the other stages get its layers, if they have room",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig(ComputeOptions, CoordinatorUrl, ModelQuality, StateFolder, ServiceConfig):
+    """Settings of a stage."""
+
+    stage_id: int = variable(
+        "NOODLE_STAGE_ID", "0", of.whole(0, 1023), "number of this stage; the pipeline has this order"
+    )
+    executor: str = variable(
+        "NOODLE_EXECUTOR",
+        "auto",
+        of.choice("auto", *EXECUTORS),
+        "library that computes the layers of this stage; auto: the one that is measured to be faster here",
+    )
+    weights: str = variable(
+        "NOODLE_WEIGHTS",
+        "auto",
+        of.choice("auto", *WEIGHTS),
+        "format of this stage's weights; auto: the fastest one that NOODLE_QUALITY allows",
+    )
+    kv_bytes: int = variable(
+        "NOODLE_KV_BYTES", "0", of.whole(0, 1 << 50), "bytes for KV rows on this stage; 0: half of the free memory"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandConfig(RequestOptions, LayerSplit, ComputeOptions, CoordinatorUrl, StateFolder, SharedConfig):
+    """Settings of the noodle command."""
+
+    coordinator_port: int = variable(
+        "NOODLE_COORDINATOR_PORT", "8080", of.port, "`noodle up` and containers: port of the coordinator"
+    )
+    planner_port: int = variable("NOODLE_PLANNER_PORT", "8079", of.port, "`noodle up`: port of the planner")
+    first_stage_port: int = variable(
+        "NOODLE_FIRST_STAGE_PORT", "8081", of.port, "`noodle up`: port of stage 0; the others follow"
+    )
+    valkey_port: int = variable("NOODLE_VALKEY_PORT", "6379", of.port, "`noodle up` and containers: port of Valkey")
+
+    @property
+    def api_key(self) -> str:
+        """The first of the keys, empty when there is none."""
+        return self.api_keys[0].key if self.api_keys else ""
+
+    @property
+    def stage_url(self) -> str:
+        """URL of this machine's stage."""
+        return self.advertise_url or f"http://{self.bind}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerConfig:
+    """Settings that `noodle init` writes into .env and compose files read."""
+
+    lan_address: str = variable(
+        "NOODLE_LAN_ADDRESS", "", of.ipv4, "containers: IPv4 address of this machine, where its ports are published"
+    )
+    peer_address: str = variable("NOODLE_PEER_ADDRESS", "", of.ipv4, "containers: IPv4 address of the other machine")
+    stage_0_port: int = variable("NOODLE_STAGE_0_PORT", "8081", of.port, "containers: published port of stage 0")
+    stage_1_port: int = variable(
+        "NOODLE_STAGE_1_PORT", "8082", of.port, "containers: published port of stage 1; 8081 on machine B"
+    )
+    grafana_port: int = variable("NOODLE_GRAFANA_PORT", "3000", of.port, "containers: published port of Grafana")
+    stage_memory: str = variable(
+        "NOODLE_STAGE_MEMORY", "8g", of.memory_size, "containers: memory limit of a stage, as 512m or 8g"
+    )
+
+
+CONFIGS = (CoordinatorConfig, PlannerConfig, StageConfig, CommandConfig, ContainerConfig)
+
+
+RETIRED = {"NOODLE_STAY_AWAKE": "a stage no longer keeps a core awake"}  # an older .env may still set these
+
+
+def _all_variables() -> tuple[Variable, ...]:
+    declared: list[Variable] = [each.metadata["variable"] for kind in CONFIGS for each in fields(kind)]
+    by_name = {each.name: each for one in declared for each in (one, *one.file_variables)}
+    return tuple(by_name.values())
+
+
+VARIABLES = _all_variables()
+
+
+def env_example() -> str:
+    """The text of .env.example: every variable with its remark and default."""
+    lines = [
+        "# Every variable of noodle, with its unit and default. `noodle init` makes .env; add there what you need.",
+        "",
+    ]
+    for each in VARIABLES:
+        lines += [f"# {each.remark}", f"#{each.name}={each.default}", ""]
+    return "\n".join(lines)

@@ -11,7 +11,8 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from noodle.config.settings import ServiceConfig, coordinator_config, planner_config, process_environment, stage_config
+from noodle.config.environment import coordinator_config, planner_config, process_environment, stage_config
+from noodle.config.settings import ServiceConfig
 from noodle.errors import NoodleError
 
 ANSWER_SECONDS = 4.0  # the engine's own limit is five

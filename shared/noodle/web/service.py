@@ -22,7 +22,7 @@ from gunicorn.http.errors import ParseException
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from werkzeug.exceptions import HTTPException
 
-from noodle.config.variables import Address
+from noodle.config.addresses import Address
 from noodle.errors import (
     BodyTooLarge,
     InvalidRequest,

@@ -185,7 +185,7 @@ def test_a_stage_that_says_it_is_at_localhost_is_found_by_the_others(cluster, tm
     assert code == 1
     (address,) = [outcome for outcome in of_check(report, "address") if outcome["where"] == "pc"]
     assert address["status"] == "error"
-    assert "localhost is whoever reads it" in address["what"]
+    assert "localhost means the machine that uses it" in address["what"]
     assert any("coordinator to stage 7" in what and "refused" in what for _, what in findings(report))
 
 

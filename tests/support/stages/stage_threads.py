@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from werkzeug.serving import make_server
 
 from noodle.cluster.plan import Plan, StageAssignment
-from noodle.config.settings import StageConfig, stage_config
+from noodle.config.environment import stage_config
+from noodle.config.settings import StageConfig
 from noodle.model.files import model_digest, read_config
 from services.stage.app import create_app
 from services.stage.executors.transformers.loading import load_slice

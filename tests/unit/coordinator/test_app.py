@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.cluster.plan import MachineReport, Plan, StageAssignment
-from noodle.config.settings import coordinator_config
+from noodle.config.environment import coordinator_config
 from noodle.errors import NoodleError
 from noodle.logs import JsonFormatter, PrettyFormatter, RequestFilter, about
 from noodle.metrics.counted import CoordinatorMetrics

@@ -4,7 +4,7 @@ from prometheus_client import CollectorRegistry
 
 from noodle.cluster.plan import MachineReport, ModelShape, Plan, StageAssignment
 from noodle.cluster.valkey import WorkQueue
-from noodle.config.settings import planner_config
+from noodle.config.environment import planner_config
 from noodle.errors import ConfigurationError
 from noodle.metrics.counted import PlannerMetrics
 from services.planner.app import watch

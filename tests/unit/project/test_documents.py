@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from noodle.config.variables import VARIABLES
+from noodle.config.settings import VARIABLES
 from noodle.model.families import FAMILIES
 from services.cli.main import _parser
 

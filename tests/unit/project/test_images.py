@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from noodle import __version__
-from noodle.config.variables import VARIABLES
+from noodle.config.settings import VARIABLES
 from services.cli.project.machine_settings import DEFAULT_PORTS, PORTS
 
 ROOT = Path(__file__).parents[3]

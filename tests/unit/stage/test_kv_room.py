@@ -3,7 +3,7 @@
 import pytest
 
 from noodle.cluster.plan import MINIMUM_SESSION_TOKENS, Plan, StageAssignment
-from noodle.config.settings import stage_config
+from noodle.config.environment import stage_config
 from noodle.errors import PlanDoesNotFit
 from services.stage.loading import check_kv_room
 

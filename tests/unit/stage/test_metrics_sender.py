@@ -8,7 +8,7 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 
-from noodle.config.settings import stage_config
+from noodle.config.environment import stage_config
 from noodle.metrics.counted import StageMetrics
 from noodle.metrics.scraped import service_registry
 from services.coordinator.ops.log_metrics import METRICS_FILE_BYTES, MetricsEntry, parse_metrics

@@ -151,7 +151,7 @@ def test_a_stage_that_registered_itself_as_localhost_is_told_with_its_machine():
     outcomes = check_links(situation(), Links((), (report,)))
     (finding,) = [outcome for outcome in outcomes if outcome.check == "address"]
     assert (finding.status, finding.where) == ("error", "machine-b")
-    assert "localhost is whoever reads it" in finding.what
+    assert "localhost means the machine that uses it" in finding.what
 
 
 def test_a_lock_that_can_not_be_tried_for_want_of_the_secret_is_skipped():

@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from noodle.config.addresses import why_it_points_at_itself
+from noodle.config.addresses import why_only_local
 from services.cli.doctor.addresses import check_advertised, check_names, unresolved
 from services.cli.doctor.docker import DockerFacts, check_docker, gather_docker, version_of
 from services.cli.doctor.firewall import FirewallFacts, check_firewall, ports_in
@@ -302,12 +302,12 @@ def test_a_port_of_another_program_is_an_error_that_says_how_to_find_it(system, 
     ["localhost", "127.0.0.1", "127.9.9.9", "0.0.0.0", "::", "::1", "172.17.0.2", "stage-1", "host.docker.internal"],
 )
 def test_hosts_that_point_at_whoever_reads_them(host):
-    assert why_it_points_at_itself(host)
+    assert why_only_local(host)
 
 
 @pytest.mark.parametrize("host", ["192.168.1.101", "10.0.0.2", "172.18.0.2", "laptop.lan", "fe80::1"])
 def test_hosts_that_others_may_find(host):
-    assert not why_it_points_at_itself(host)
+    assert not why_only_local(host)
 
 
 def test_an_advertised_url_of_itself_is_an_error_that_says_what_to_set():

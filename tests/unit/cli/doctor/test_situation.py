@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from noodle.config.settings import command_config
+from noodle.config.environment import command_config
 from services.cli.doctor.command import examine
 from services.cli.doctor.situation import find_situation, ports_to_try
 from services.cli.project.programs import Ran

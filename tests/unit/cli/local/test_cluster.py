@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from noodle.config.settings import command_config
+from noodle.config.environment import command_config
 from noodle.errors import ConfigurationError
 from services.cli.local.cluster import Wanted, children_environment, resolve, service_specs
 from services.cli.local.run_state import RunFolder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from noodle.config.settings import command_config
+from noodle.config.environment import command_config
 from noodle.errors import StartError
 from services.cli.client.progress import LineProgress
 from services.cli.commands.up import Up

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from noodle.config.settings import read_variables
+from noodle.config.environment import read_variables
 from noodle.errors import ConfigurationError
 from services.cli.commands.init import init
 from services.cli.main import main

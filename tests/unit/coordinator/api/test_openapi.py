@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client import CollectorRegistry
 
-from noodle.config.settings import coordinator_config
+from noodle.config.environment import coordinator_config
 from noodle.metrics.counted import CoordinatorMetrics
 from services.coordinator.api import generate_format, openai_fields
 from services.coordinator.api.openapi import ERROR, ERROR_TEXTS, OPENAPI, document

@@ -1,16 +1,10 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from noodle.config.settings import (
-    VARIABLES,
-    command_config,
-    coordinator_config,
-    planner_config,
-    read_variables,
-    stage_config,
-)
-from noodle.config.variables import env_example
+from noodle.config.environment import command_config, coordinator_config, planner_config, read_variables, stage_config
+from noodle.config.settings import CONFIGS, VARIABLES, env_example
 from noodle.errors import ConfigurationError
 
 TOKEN = {"NOODLE_CLUSTER_TOKEN": "a-long-enough-secret"}
@@ -23,6 +17,14 @@ def test_the_example_file_holds_every_variable_with_its_default():
 
 def test_every_default_passes_its_own_check():
     assert set(read_variables({})) == {variable.name for variable in VARIABLES}
+
+
+def test_each_variable_is_declared_once():
+    declared = {}
+    for kind in CONFIGS:
+        for each in dataclasses.fields(kind):
+            found = each.metadata["variable"]
+            assert declared.setdefault(found.name, found) is found, found.name
 
 
 def test_an_unknown_variable_stops_the_start_and_the_near_one_is_named():
@@ -44,14 +46,17 @@ def test_a_variable_that_an_older_env_file_still_sets_is_ignored_with_a_line(cap
         ("NOODLE_STAGES", "0"),
         ("NOODLE_CONTEXT_LENGTH", "1"),
         ("NOODLE_CONTEXT_LENGTH", "-1"),
+        ("NOODLE_CONTEXT_LENGTH", "many"),
         ("NOODLE_STAGES", "two"),
         ("NOODLE_SPLIT", "10,0"),
         ("NOODLE_SPLIT", "10;2"),
+        ("NOODLE_SPLIT", "ten,2"),
         ("NOODLE_STAGE_BIND", "8081"),
         ("NOODLE_STAGE_BIND", "127.0.0.1:99999"),
         ("NOODLE_ADVERTISE_URL", "192.168.1.102"),
         ("NOODLE_DTYPE", "int8"),
         ("NOODLE_RECOVERY_SECONDS", "nan"),
+        ("NOODLE_RECOVERY_SECONDS", "soon"),
         ("NOODLE_RECOVERY_SECONDS", "-1"),
         ("NOODLE_MAX_BODY_BYTES", "1e9"),
     ],
@@ -75,7 +80,7 @@ def test_a_secret_comes_from_its_file_and_not_from_both(tmp_path):
     assert stage_config({"NOODLE_CLUSTER_TOKEN_FILE": str(file)}).cluster_token == "the-secret-of-the-cluster"
     with pytest.raises(ConfigurationError, match="both"):
         stage_config({**TOKEN, "NOODLE_CLUSTER_TOKEN_FILE": str(file)})
-    with pytest.raises(ConfigurationError, match="can not be read"):
+    with pytest.raises(ConfigurationError, match="cannot be read"):
         stage_config({"NOODLE_CLUSTER_TOKEN_FILE": str(tmp_path / "none")})
 
 
@@ -125,7 +130,7 @@ def test_a_stage_on_all_addresses_must_say_where_it_is_reached():
     with pytest.raises(ConfigurationError, match="NOODLE_ADVERTISE_URL"):
         stage_config({**TOKEN, "NOODLE_STAGE_BIND": "0.0.0.0:8081"})
     assert stage_config(TOKEN).advertise_url == "http://127.0.0.1:8081"
-    with pytest.raises(ConfigurationError, match="nobody can be found"):
+    with pytest.raises(ConfigurationError, match="cannot connect to"):
         stage_config({**TOKEN, "NOODLE_ADVERTISE_URL": "http://0.0.0.0:8081"})
 
 
