@@ -1,0 +1,1 @@
+"""The stage's loop: sessions, steps and sampling over a slice of the model; no connections and no text."""

@@ -1,4 +1,4 @@
-"""What the last stage answers for a step: drawn tokens and log-probabilities; knows logits, no connection, no text.
+"""The last stage's results for a step: sampled tokens and log-probabilities.
 
 Scored rows are turned into logits a piece at a time: those of a whole prompt would be tokens x vocabulary x 4 bytes
 (400 MB for 2,000 tokens of a vocabulary of 49,152).
@@ -21,18 +21,20 @@ SCORED_ROWS = 64  # whose logits are held at the same time
 def span_results(
     step: Step, logits: npt.NDArray[np.float32] | None, model_slice: ModelSlice
 ) -> tuple[list[SpanResult], list[tuple[StepSpan, GenerationFailed]]]:
-    """One result a span: the token drawn where one was asked for (design D3), and the scores of known tokens.
+    """Return one result a span: the sampled token if one was asked for (design D3), and scores of known tokens.
 
     `logits` has a row for each span that asks for a token; the slice's last `forward` was this step. A span whose
-    logits are not numbers comes back with that error instead: it says nothing of the others.
+    logits are not finite is returned with its error instead: the others are not affected.
     """
     results: list[SpanResult] = []
     failures: list[tuple[StepSpan, GenerationFailed]] = []
-    sampled_row = first_row = 0
+    logits_row = first_row = 0
     for span in step.spans:
-        row, sampled_row = sampled_row, sampled_row + (span.sampling is not None)
+        row = None
+        if span.sampling is not None and logits is not None:
+            row, logits_row = logits[logits_row], logits_row + 1
         try:
-            results.append(_span_result(span, logits, row, first_row, model_slice))
+            results.append(_span_result(span, row, first_row, model_slice))
         except GenerationFailed as error:
             failures.append((span, error))
         first_row += span.token_count
@@ -40,24 +42,30 @@ def span_results(
 
 
 def _span_result(
-    span: StepSpan, logits: npt.NDArray[np.float32] | None, row: int, first_row: int, model_slice: ModelSlice
+    span: StepSpan, logits: npt.NDArray[np.float32] | None, first_row: int, model_slice: ModelSlice
 ) -> SpanResult:
     token_id, logprob, top = None, None, []
     if span.sampling is not None:
         if logits is None:
-            raise GenerationFailed("The slice gave no logits for a step that asks for tokens.")
+            raise GenerationFailed("The slice returned no logits for a step that asks for tokens.")
         position = span.first_position + span.token_count
-        token_id, logprob = sample(logits[row], span.sampling, position, with_logprob=span.logprob)
+        token_id, logprob = sample(logits, span.sampling, position, with_logprob=span.logprob)
         if span.logprob:
-            top = likeliest(logits[row], span.top_logprobs)
-    scores = _scores(model_slice, first_row, span.scored_token_ids, span.top_logprobs)
+            top = likeliest(logits, span.top_logprobs)
     return SpanResult(
-        span.session_id, span.session_epoch, span.first_position, span.token_count, token_id, logprob, top, scores
+        session_id=span.session_id,
+        session_epoch=span.session_epoch,
+        first_position=span.first_position,
+        token_count=span.token_count,
+        token_id=token_id,
+        logprob=logprob,
+        top=top,
+        scores=_scores(model_slice, first_row, span.scored_token_ids, span.top_logprobs),
     )
 
 
 def _scores(model_slice: ModelSlice, first_row: int, token_ids: list[int], top: int) -> list[TokenScore]:
-    """Of the tokens that follow the packed axis's rows from `first_row` on."""
+    """Scores of the tokens that follow the packed rows from `first_row` on."""
     scores: list[TokenScore] = []
     for begin in range(0, len(token_ids), SCORED_ROWS):
         piece = token_ids[begin : begin + SCORED_ROWS]

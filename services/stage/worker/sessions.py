@@ -1,25 +1,27 @@
-"""Which tokens of which session this stage has computed, and what to do with a span that comes; pure (design D2).
+"""Which tokens of which session this stage has computed, and what to do with a span that arrives (design D2).
 
-Per session: spans are applied in position order; older epochs are dropped and counted; rows that exist are computed
-again into the same place; a few early spans are held until the gap before them closes or their time is over.
+Spans of a session are applied in position order. Those of an older epoch are dropped; rows that exist are computed
+again into the same place; a few early spans wait until the gap before them closes or their time is over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import msgspec
+from msgspec.structs import replace
 
 from noodle.wire.messages import ReleasedSession, SpanRefusal, Step, StepSpan
+from services.stage.worker.steps import refusal_of
 
 MAXIMUM_EARLY_SPANS = 16  # of one session
 MAXIMUM_EARLY_BYTES = 64 << 20  # of all sessions
-UNLISTED_SECONDS = 5.0  # a session that is in none of the coordinator's lists for so long is freed
+UNLISTED_SECONDS = 5.0  # a session that has been missing from the coordinator's lists for longer is freed
 
 
 @dataclass(slots=True)
 class EarlySpan:
-    """A span whose earlier tokens have not come: a step of its own that waits."""
+    """A span whose earlier tokens have not come, as a step of its own."""
 
     step: Step
     body: memoryview
@@ -28,7 +30,7 @@ class EarlySpan:
 
 @dataclass(slots=True)
 class StageSession:
-    """What is known of one session: `length` rows of its KV cache are computed."""
+    """One session: `length` rows of its KV cache are computed."""
 
     epoch: int
     listed_at: float
@@ -38,17 +40,17 @@ class StageSession:
 
 @dataclass(slots=True)
 class Admission:
-    """What to do with a step: `compute` are indexes of its spans, in order."""
+    """What to do with the spans of a step; those in none of the fields wait."""
 
-    compute: list[int] = field(default_factory=list)
+    compute: list[StepSpan] = field(default_factory=list)  # in order
+    copies: list[StepSpan] = field(default_factory=list)  # of `compute`: the session begins with another one's rows
     refusals: list[SpanRefusal] = field(default_factory=list)
-    restarted: list[str] = field(default_factory=list)  # sessions whose KV rows of an older epoch are to be freed
-    copies: list[int] = field(default_factory=list)  # of `compute`, spans whose session begins with another's rows
-    dropped: dict[str, int] = field(default_factory=dict)  # spans by reason
+    restarted: list[str] = field(default_factory=list)  # sessions whose KV rows of an older epoch must be freed
+    outdated: int = 0  # spans of older epochs
 
 
 class SessionTable:
-    """All sessions of this stage; time is given, never read."""
+    """All sessions of this stage; callers pass the time."""
 
     def __init__(self, stage_id: int) -> None:
         self._stage_id = stage_id
@@ -62,46 +64,52 @@ class SessionTable:
         session = self._sessions.get(session_id)
         return session.length if session else 0
 
-    def admit(self, step: Step, body: memoryview, row_bytes: int, now: float) -> Admission:
-        """Sort a step's spans into computed now, held, refused and dropped; held ones keep a copy of their rows."""
+    def admit(self, step: Step, body: memoryview, now: float) -> Admission:
+        """Decide for each span: compute, wait (with a copy of its rows), refuse or drop."""
         admission = Admission()
+        row_bytes = body.nbytes // step.shape[0] if step.spans else 0
         row = 0
-        for index, span in enumerate(step.spans):
+        for span in step.spans:
             rows = body[row * row_bytes : (row + span.token_count) * row_bytes]
             row += span.token_count
             session = self._sessions.get(span.session_id)
             if session is not None and span.session_epoch < session.epoch:
-                admission.dropped["old_session_epoch"] = admission.dropped.get("old_session_epoch", 0) + 1
+                admission.outdated += 1
                 continue
             if session is None or span.session_epoch > session.epoch:
                 if session is not None:
                     admission.restarted.append(span.session_id)
-                session = self._sessions[span.session_id] = StageSession(span.session_epoch, listed_at=now)
-                if span.prefix is not None and span.prefix.token_count == span.first_position:
-                    donor = self._sessions.get(span.prefix.session_id)
-                    has_rows = donor is not None and donor.epoch == span.prefix.session_epoch
-                    if donor is None or not has_rows or donor.length < span.first_position:
-                        message = f"The rows of {span.prefix.session_id} that it was to begin with are not here."
-                        admission.refusals.append(self._refusal(span, "prefix_lost", message))
-                        del self._sessions[span.session_id]
-                        continue
-                    session.length = span.first_position
-                    admission.copies.append(index)
+                session = self._begin(span, admission, now)
+                if session is None:
+                    continue
             if span.first_position <= session.length:
-                admission.compute.append(index)
+                admission.compute.append(span)
             elif len(session.early) < MAXIMUM_EARLY_SPANS and self._early_bytes() + rows.nbytes <= MAXIMUM_EARLY_BYTES:
-                alone = msgspec.structs.replace(
-                    step, spans=[span], shape=[span.token_count, *step.shape[1:]], refusals=[], released=[]
-                )
+                alone = replace(step, spans=[span], shape=[span.token_count, *step.shape[1:]], refusals=[], released=[])
                 session.early[span.first_position] = EarlySpan(alone, memoryview(bytes(rows)), now + step.gap_seconds)
             else:
-                admission.refusals.append(
-                    self._refusal(span, "too_many_early", "Too many spans wait for earlier tokens already.")
-                )
+                message = "Too many spans wait for earlier tokens already."
+                admission.refusals.append(refusal_of(span, self._stage_id, "too_many_early", message))
         return admission
 
+    def _begin(self, span: StepSpan, admission: Admission, now: float) -> StageSession | None:
+        """Begin a session in place of an older epoch; None, and a refusal, when the prefix it needs is not here."""
+        session = StageSession(span.session_epoch, listed_at=now)
+        prefix = span.prefix
+        if prefix is not None and prefix.token_count == span.first_position:
+            donor = self._sessions.get(prefix.session_id)
+            if donor is None or donor.epoch != prefix.session_epoch or donor.length < prefix.token_count:
+                message = f"The rows of {prefix.session_id} that it was to begin with are not here."
+                admission.refusals.append(refusal_of(span, self._stage_id, "prefix_lost", message))
+                self._sessions.pop(span.session_id, None)
+                return None
+            session.length = prefix.token_count
+            admission.copies.append(span)
+        self._sessions[span.session_id] = session
+        return session
+
     def computed(self, spans: list[StepSpan]) -> list[EarlySpan]:
-        """Note that these spans are computed; returns early ones whose gap this closed, in position order."""
+        """Mark these spans as computed; returns early ones whose gap this closed, in position order."""
         ready: list[EarlySpan] = []
         for span in spans:
             session = self._sessions[span.session_id]
@@ -111,16 +119,11 @@ class SessionTable:
                     ready.append(session.early.pop(position))
         return ready
 
-    def failed(self, spans: list[StepSpan]) -> None:
-        """Forget sessions whose rows could not be computed; the coordinator begins them anew or ends them."""
-        for span in spans:
-            self._sessions.pop(span.session_id, None)
-
     def listed(self, session_ids: list[str], now: float) -> list[str]:
-        """Note which sessions the coordinator knows; forgets and returns those that it has not listed for too long.
+        """Note which sessions the coordinator knows; drops and returns those that it has not listed for too long.
 
-        Only a list that lacks a session says anything against it: silence is that of a stage before this one which
-        computes, or of a coordinator that is away and will take its sessions up again.
+        Silence drops nothing: an earlier stage may be computing for long, or the coordinator is away and will continue
+        its sessions.
         """
         for session_id in session_ids:
             session = self._sessions.get(session_id)
@@ -131,37 +134,36 @@ class SessionTable:
         )
 
     def release_old(self, released: list[ReleasedSession]) -> list[str]:
-        """Forget these sessions, but not those that have begun anew since; returns those that were known."""
-        found = [each for each in released if each.session_id in self._sessions]
+        """Drop these sessions, except those that a newer epoch has restarted; returns the dropped ones."""
         return self.release(
-            [each.session_id for each in found if self._sessions[each.session_id].epoch <= each.session_epoch]
+            each.session_id
+            for each in released
+            if (session := self._sessions.get(each.session_id)) and session.epoch <= each.session_epoch
         )
 
-    def release(self, session_ids: list[str]) -> list[str]:
-        """Forget these sessions; returns those that were known, so that their KV rows are freed."""
+    def release(self, session_ids: Iterable[str]) -> list[str]:
+        """Drop these sessions; returns those that were known, whose KV rows must be freed."""
         return [session_id for session_id in session_ids if self._sessions.pop(session_id, None) is not None]
 
     def release_unlisted(self, session_ids: list[str]) -> list[str]:
-        """Forget every session but these; returns those that were forgotten."""
-        return self.release(list(self._sessions.keys() - set(session_ids)))
+        """Drop every session but these; returns the dropped ones."""
+        return self.release(self._sessions.keys() - set(session_ids))
 
     def release_all(self) -> list[str]:
-        """Forget every session: another coordinator leads or another plan is computed."""
+        """Drop every session: another coordinator leads, or another plan is computed."""
         return self.release(list(self._sessions))
 
     def expire(self, now: float) -> list[tuple[Step, SpanRefusal]]:
-        """Early spans whose time is over, each with its refusal."""
+        """Drop early spans whose time is over; returns each as a step, with its refusal."""
         gaps: list[tuple[Step, SpanRefusal]] = []
         for session in self._sessions.values():
             for position, early in list(session.early.items()):
                 if early.expires_at <= now:
                     del session.early[position]
                     message = f"Tokens {session.length} to {position} of the session never came."
-                    gaps.append((early.step, self._refusal(early.step.spans[0], "position_gap", message)))
+                    refusal = refusal_of(early.step.spans[0], self._stage_id, "position_gap", message)
+                    gaps.append((early.step, refusal))
         return gaps
 
     def _early_bytes(self) -> int:
         return sum(early.body.nbytes for session in self._sessions.values() for early in session.early.values())
-
-    def _refusal(self, span: StepSpan, reason: str, message: str) -> SpanRefusal:
-        return SpanRefusal(span.session_id, span.session_epoch, span.first_position, self._stage_id, reason, message)

@@ -1,25 +1,23 @@
-"""The stage's loop: take a step, compute this stage's layers, hand it on. The twin of coordinator/generate.py.
+"""The stage's loop: take a step, compute this stage's layers, hand it on.
 
-Everything that touches the slice and its sessions happens in this one thread; it knows no connection, only an inbox
-and two outlets, and no text.
+The other loop is coordinator/engine/loop.py. `Worker._take_step` is the life of a step here, in order.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import msgspec
-import numpy as np
+from msgspec.structs import replace
 
 from noodle.cluster.plan import Plan
-from noodle.errors import GenerationFailed, NoodleError, StepRefused, WireError
+from noodle.errors import NoodleError, StepRefused, WireError
 from noodle.logs import about
 from noodle.metrics.counted import StageMetrics
-from noodle.wire.frames import MAXIMUM_STEP_TOKENS, ActivationTensor, checked_tensor, row_bytes
+from noodle.wire.frames import ActivationTensor
 from noodle.wire.messages import (
     LiveSessions,
     SpanRefusal,
@@ -30,52 +28,48 @@ from noodle.wire.messages import (
     StepSpan,
     total_tokens,
 )
-from services.stage.executors.base import ModelSlice, PackedBatch, Span
+from services.stage.executors.base import ModelSlice
 from services.stage.executors.hidden_states import recast
 from services.stage.worker.inbox import Arrival, Inbox
 from services.stage.worker.manual_sessions import ForwardSessions
 from services.stage.worker.results import span_results
 from services.stage.worker.sessions import Admission, SessionTable
+from services.stage.worker.steps import check_step, packed_batch, refusal_of, select_spans
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25  # how late an expiry may be noticed
 
 
-class Next(Protocol):
-    """Where hidden states go from here."""
+class NextStage(Protocol):
+    """The next stage of the plan."""
 
     def send(self, message: Step | LiveSessions, body: memoryview = ...) -> bool:
-        """Hand one frame to the next stage; False when it is not there."""
+        """Send one message on; False when the next stage cannot be reached."""
         ...
 
 
 class Results(Protocol):
-    """Where the last stage's results go."""
+    """The way of results to the coordinator."""
 
     def put(self, result: StepResult) -> bool:
-        """Hand one result to the coordinator; False when no way leads there."""
+        """Hand over one result; False when the coordinator cannot be reached."""
         ...
 
 
 @dataclass(slots=True)
 class Role:
-    """What this stage does in one plan."""
+    """What this stage computes in one plan."""
 
     plan: Plan
     index: int
     model_slice: ModelSlice
-    next_stage: Next | None  # None on the last stage
+    next_stage: NextStage | None  # None on the last stage
     forwards: ForwardSessions = field(default_factory=lambda: ForwardSessions(0, 0, 0))  # by hand, none by default
-
-    @property
-    def expected_dtypes(self) -> tuple[str, ...]:
-        """Of a step's body as it may come in."""
-        return ("int32",) if self.index == 0 else self.plan.stages[self.index - 1].may_hand_on
 
 
 class Worker:
-    """Computes steps one after the other; `run` is its thread."""
+    """Computes steps one after the other; `run` is its thread, and alone touches the slice and its sessions."""
 
     def __init__(self, stage_id: int, inbox: Inbox, results: Results, metrics: StageMetrics) -> None:
         self._stage_id = stage_id
@@ -85,12 +79,12 @@ class Worker:
         self._coordinator_epoch = 0
         self._sent_seconds = 0.0
         self._next_tick = 0.0
-        self._heard_at = 0.0  # when what is worked on came, or that nothing waited: the time by which things expire
+        self._heard_at = 0.0  # arrival of the message in work, or when the inbox was empty: expiries go by this time
         self._stopping = False
 
     @property
     def coordinator_epoch(self) -> int:
-        """Of the newest coordinator this stage has heard."""
+        """The epoch of the newest coordinator this stage has heard."""
         return self._coordinator_epoch
 
     @property
@@ -99,10 +93,10 @@ class Worker:
         return len(self._sessions)
 
     def run(self) -> None:
-        """Take what comes until `stop`."""
+        """Handle messages from the inbox until `stop`."""
         while not self._stopping:
             arrival = self._inbox.take(TICK_SECONDS)
-            # While a step computes, others wait in the inbox: sessions must not be old by the time that these waited.
+            # Messages wait in the inbox while a step computes: no session may expire because they did.
             self._heard_at = time.monotonic() if arrival is None else arrival.arrived_at
             if arrival is not None:
                 self._take(arrival)
@@ -116,27 +110,26 @@ class Worker:
         self._inbox.put(lambda: setattr(self, "_stopping", True))
 
     def install(self, role: Role | None, done: Callable[[], None]) -> None:
-        """Between two steps, compute another plan from now on (None: nothing); all sessions begin anew."""
+        """Compute another plan (None: nothing) after the step in progress; all sessions are dropped."""
 
         def swap() -> None:
-            if self._role is not None:
-                self._release(self._sessions.release_all())
+            self._release_rows(self._sessions.release_all())
             self._role = role
             done()
 
         self._inbox.put(swap)
 
     def between_steps(self, function: Callable[[Role | None], None]) -> None:
-        """Run a function on the loop's thread, with what it computes then; it must not raise."""
+        """Call a function with the current role on the loop's thread; it must not raise."""
         self._inbox.put(lambda: function(self._role))
 
     def refuse(self, step: Step, reason: str, message: str) -> None:
-        """Between two steps, refuse one whose body could not be had."""
+        """Refuse a step whose body could not be fetched."""
 
         def refuse_it() -> None:
             role = self._role
-            if role is not None and self._is_current(role, step.plan_version, step.coordinator_epoch):
-                self._refuse(role, step, step.spans, reason, message)
+            if role is not None and self._is_current(role, step):
+                self._refuse(role, step, reason, message)
 
         self._inbox.put(refuse_it)
 
@@ -149,255 +142,221 @@ class Worker:
             arrival.message()
 
     def _take_step(self, step: Step, body: memoryview, arrived_at: float) -> None:
+        """The life of a step on this stage, in the order in which it happens."""
         role = self._role
-        if role is None or not self._is_current(role, step.plan_version, step.coordinator_epoch):
+        if role is None or not self._is_current(role, step):
             self._metrics.dropped_spans.labels("old_plan_or_epoch").inc(len(step.spans) or 1)
             return
-        self._release(self._sessions.release_old(step.released))
+        self._release_rows(self._sessions.release_old(step.released))
+        if not self._passes_check(role, step, body):
+            return
+        admission = self._sessions.admit(step, body, self._heard_at)
+        step, body = self._put_in_order(role, step, body, admission)
+        step, body = self._reuse_prefixes(role, step, body, admission.copies)
+        ready = [(step, body)]
+        while ready:
+            step, body = self._reserve_rows(role, *ready.pop())
+            if not step.spans:
+                self._pass_on_refusals(role, step)
+                continue
+            started = time.monotonic()
+            computed = self._compute(role, step, body)
+            if computed is None:  # refused
+                continue
+            finished = time.monotonic()
+            step, hidden, results = computed
+            timing = StageTiming(self._stage_id, started - arrived_at, finished - started, self._sent_seconds)
+            step = replace(step, timings=[*step.timings, timing])
+            if role.next_stage is None:
+                self._answer(step, results)
+            elif hidden is not None:
+                self._hand_on(role, role.next_stage, step, hidden)
+            self._sent_seconds = time.monotonic() - finished
+            self._count(step, finished - started)
+            early = self._sessions.computed(step.spans)  # spans that waited for this step
+            ready += [(each.step, each.body) for each in reversed(early)]
+            arrived_at = time.monotonic()
+
+    def _is_current(self, role: Role, message: Step | LiveSessions) -> bool:
+        """Whether a message belongs to this plan and the leading coordinator; a newer one ends all sessions."""
+        epoch = message.coordinator_epoch
+        if message.plan_version != role.plan.version or epoch < self._coordinator_epoch:
+            return False
+        if epoch > self._coordinator_epoch:
+            if self._coordinator_epoch:
+                log.info("coordinator epoch %d follows %d", epoch, self._coordinator_epoch)
+            self._coordinator_epoch = epoch
+            self._release_rows(self._sessions.release_all())
+        return True
+
+    def _passes_check(self, role: Role, step: Step, body: memoryview) -> bool:
+        """Refuse a step that does not fit the plan."""
         try:
-            self._check(role, step, body)
+            check_step(step, body, role.plan, role.index)
         except (StepRefused, WireError) as error:
             reason = error.reason if isinstance(error, StepRefused) else "bad_tensor"
             for span in step.spans:
                 log.warning("step %d refused: %s (%s)", step.step_id, error, reason, extra=about(span.session_id))
-            self._refuse(role, step, step.spans, reason, str(error))
-            return
-        bytes_of_row = row_bytes(step.dtype, role.plan.hidden_size if role.index else 1)
-        admission = self._sessions.admit(step, body, bytes_of_row, self._heard_at)
-        for session_id in admission.restarted:
-            role.model_slice.release(session_id)
-        for reason, count in admission.dropped.items():
-            self._metrics.dropped_spans.labels(reason).inc(count)
-        self._copy_prefixes(role, step, admission)
-        if len(admission.compute) < len(step.spans):
-            step, body = _only(step, body, bytes_of_row, admission.compute)
-        if admission.refusals:
-            self._count_refusals(admission.refusals)
-            step = msgspec.structs.replace(step, refusals=[*step.refusals, *admission.refusals])
-        self._compute(role, step, body, arrived_at)
-
-    def _copy_prefixes(self, role: Role, step: Step, admission: Admission) -> None:
-        """Let sessions that begin with another's rows have them; one that can not is refused and not computed."""
-        for index in admission.copies:
-            span, prefix = step.spans[index], step.spans[index].prefix
-            assert prefix is not None  # noqa: S101  # it is why the span is among the copies
-            try:
-                tokens = prefix.token_count
-                role.model_slice.copy_rows(prefix.session_id, span.session_id, tokens, span.reserve_tokens)
-            except StepRefused as error:
-                self._sessions.failed([span])
-                role.model_slice.release(span.session_id)
-                admission.compute.remove(index)
-                admission.refusals.append(self._refusal(span, error.reason, str(error)))
-
-    def _with_room(self, role: Role, step: Step, body: memoryview) -> tuple[Step, memoryview]:
-        """The step with those spans that there is room for; one session that has none must not stop the others."""
-        fits: list[int] = []
-        refusals: list[SpanRefusal] = []
-        for index, span in enumerate(step.spans):
-            try:
-                end = span.first_position + span.token_count
-                role.model_slice.reserve(span.session_id, span.reserve_tokens, end)
-                fits.append(index)
-            except StepRefused as error:
-                self._sessions.failed([span])
-                role.model_slice.release(span.session_id)
-                refusals.append(self._refusal(span, error.reason, str(error)))
-        if not refusals:
-            return step, body
-        self._count_refusals(refusals)
-        bytes_of_row = row_bytes(step.dtype, role.plan.hidden_size if role.index else 1)
-        step, body = _only(step, body, bytes_of_row, fits)
-        return msgspec.structs.replace(step, refusals=[*step.refusals, *refusals]), body
-
-    def _compute(self, role: Role, step: Step, body: memoryview, arrived_at: float) -> None:
-        """Compute spans that are all in order, hand them on, then those that waited for them."""
-        step, body = self._with_room(role, step, body)
-        if not step.spans:
-            if step.refusals:
-                self._pass_on_refusals(role, step)
-            return
-        started = time.monotonic()
-        is_last = role.next_stage is None
-        try:
-            output = role.model_slice.forward(_packed(role, step, body, is_last))
-            results, failures = span_results(step, output.logits, role.model_slice) if is_last else ([], [])
-        except Exception as error:  # one step's fault must not end the stage for all others
-            known = isinstance(error, NoodleError)
-            if not known:
-                log.exception("step %d could not be computed", step.step_id)
-            for span in step.spans:
-                log.warning("step %d failed: %s", step.step_id, error, extra=about(span.session_id))
-            message = str(error) if known else f"{type(error).__name__}: {error}"
-            self._sessions.failed(step.spans)
-            self._release([span.session_id for span in step.spans])
-            reason = error.reason if isinstance(error, StepRefused) else "computation_failed"
-            self._refuse(role, step, step.spans, reason, message)
-            return
-        finished = time.monotonic()
-        timing = StageTiming(self._stage_id, started - arrived_at, finished - started, self._sent_seconds)
-        timings = [*step.timings, timing]
-        if failures:
-            step = self._without(step, failures)
-        if role.next_stage is None:
-            self._answer(step, results, step.refusals, timings)
-        elif output.hidden_states is not None:
-            hidden = recast(output.hidden_states, role.plan.stages[role.index].hands_on(total_tokens(step)))
-            onward = msgspec.structs.replace(step, dtype=hidden.dtype, shape=list(hidden.shape), timings=timings)
-            if not role.next_stage.send(onward, hidden.data):
-                self._metrics.dropped_spans.labels("next_stage_down").inc(len(step.spans))
-        self._sent_seconds = time.monotonic() - finished
-        self._metrics.computed.observe(finished - started)
-        self._metrics.steps.inc()
-        self._metrics.tokens.inc(total_tokens(step))
-        for early in self._sessions.computed(step.spans):
-            self._compute(role, early.step, early.body, time.monotonic())
-
-    def _without(self, step: Step, failures: list[tuple[StepSpan, GenerationFailed]]) -> Step:
-        """The step without spans that came to nothing; their rows are freed here, and told for the other stages."""
-        spans = [span for span, _ in failures]
-        self._sessions.failed(spans)
-        self._release([span.session_id for span in spans])
-        refusals = [self._refusal(span, "computation_failed", str(error)) for span, error in failures]
-        self._count_refusals(refusals)
-        for span, error in failures:
-            log.warning("step %d failed: %s", step.step_id, error, extra=about(span.session_id))
-        kept = [span for span in step.spans if span not in spans]
-        return msgspec.structs.replace(step, spans=kept, refusals=[*step.refusals, *refusals])
-
-    def _take_live_sessions(self, live: LiveSessions) -> None:
-        role = self._role
-        if role is None or not self._is_current(role, live.plan_version, live.coordinator_epoch):
-            return
-        unlisted = self._sessions.listed(live.sessions, self._heard_at)
-        self._release(unlisted)
-        for session_id in unlisted:
-            log.info("freed: the coordinator no longer lists it", extra=about(session_id))
-        self._sessions.release(live.released)
-        self._release(live.released)
-        if live.is_authoritative:
-            self._release(self._sessions.release_unlisted(live.sessions))
-        if role.next_stage is not None:
-            role.next_stage.send(live)
-
-    def _is_current(self, role: Role, plan_version: int, coordinator_epoch: int) -> bool:
-        """Whether a message belongs to this plan and the leading coordinator; a newer coordinator starts afresh."""
-        if plan_version != role.plan.version or coordinator_epoch < self._coordinator_epoch:
+            self._refuse(role, step, reason, str(error))
             return False
-        if coordinator_epoch > self._coordinator_epoch:
-            if self._coordinator_epoch:
-                log.info("coordinator epoch %d follows %d", coordinator_epoch, self._coordinator_epoch)
-            self._coordinator_epoch = coordinator_epoch
-            self._release(self._sessions.release_all())
         return True
 
-    def _check(self, role: Role, step: Step, body: memoryview) -> None:
-        """Distrust everything (design D5): dtype, shape, length, positions and token ids against the plan."""
-        if step.dtype not in role.expected_dtypes:
-            takes = " or ".join(role.expected_dtypes)
-            raise StepRefused(f"The step's dtype is {step.dtype}, this stage takes {takes}.", reason="wrong_dtype")
-        tokens = total_tokens(step)
-        expected = [tokens] if role.index == 0 else [tokens, role.plan.hidden_size]
-        if step.shape != expected or tokens > MAXIMUM_STEP_TOKENS:
-            raise StepRefused(
-                f"The step has shape {step.shape}, its spans ask for {expected}; {MAXIMUM_STEP_TOKENS} tokens at most.",
-                reason="wrong_shape",
-            )
-        tensor = checked_tensor(step.dtype, tuple(step.shape), body)
-        for span in step.spans:
+    def _put_in_order(self, role: Role, step: Step, body: memoryview, admission: Admission) -> tuple[Step, memoryview]:
+        """Return the step with the spans whose turn it is: early ones wait, outdated ones are dropped."""
+        for session_id in admission.restarted:
+            role.model_slice.release(session_id)
+        if admission.outdated:
+            self._metrics.dropped_spans.labels("old_session_epoch").inc(admission.outdated)
+        step, body = select_spans(step, body, admission.compute)
+        return self._with_refusals(step, admission.refusals), body
+
+    def _reuse_prefixes(
+        self, role: Role, step: Step, body: memoryview, copies: Iterable[StepSpan]
+    ) -> tuple[Step, memoryview]:
+        """Copy the rows of sessions that begin with those of another one."""
+
+        def copy(span: StepSpan) -> None:
+            prefix = span.prefix
+            assert prefix is not None  # noqa: S101  # it is why the span is among the copies
+            role.model_slice.copy_rows(prefix.session_id, span.session_id, prefix.token_count, span.reserve_tokens)
+
+        return self._for_each(step, body, copies, copy)
+
+    def _reserve_rows(self, role: Role, step: Step, body: memoryview) -> tuple[Step, memoryview]:
+        """Reserve KV rows for every span."""
+
+        def reserve(span: StepSpan) -> None:
             end = span.first_position + span.token_count
-            if span.reserve_tokens > role.plan.context_length or end > span.reserve_tokens:
-                raise StepRefused(
-                    f"A span ends at position {end} of a session of {span.reserve_tokens} tokens; "
-                    f"the context is {role.plan.context_length}.",
-                    reason="wrong_position",
-                )
-            scored = span.scored_token_ids
-            if len(scored) > span.token_count or (scored and max(scored) >= role.plan.vocab_size):
-                raise StepRefused(
-                    f"A span of {span.token_count} tokens asks for the scores of {len(scored)} tokens, each of which "
-                    f"must be in the vocabulary of {role.plan.vocab_size}.",
-                    reason="wrong_token",
-                )
-        if role.index == 0 and tokens:
-            token_ids = tensor.data.cast("i")  # a decode step has a few: numpy's reductions would cost more
-            if min(token_ids) < 0 or max(token_ids) >= role.plan.vocab_size:
-                raise StepRefused(
-                    f"A token id is outside the vocabulary of {role.plan.vocab_size}.", reason="wrong_token"
-                )
+            role.model_slice.reserve(span.session_id, span.reserve_tokens, end)
 
-    def _refuse(self, role: Role, step: Step, spans: list[StepSpan], reason: str, message: str) -> None:
-        """Send spans on as refused, so that the coordinator hears of it with the results."""
-        refusals = [self._refusal(span, reason, message) for span in spans]
-        self._count_refusals(refusals)
-        self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[*step.refusals, *refusals]))
+        return self._for_each(step, body, step.spans, reserve)
 
-    def _refusal(self, span: StepSpan, reason: str, message: str) -> SpanRefusal:
-        return SpanRefusal(
-            span.session_id, span.session_epoch, span.first_position, self._stage_id, reason, message[:1990]
+    def _for_each(
+        self, step: Step, body: memoryview, spans: Iterable[StepSpan], act: Callable[[StepSpan], None]
+    ) -> tuple[Step, memoryview]:
+        """Call `act` for spans and return the step without those it refuses: one must not stop the others."""
+        refusals: dict[int, SpanRefusal] = {}  # by the identity of the span
+        for span in spans:
+            try:
+                act(span)
+            except StepRefused as error:
+                refusals[id(span)] = self._fail(span, error.reason, str(error))
+        if not refusals:
+            return step, body
+        step, body = select_spans(step, body, [span for span in step.spans if id(span) not in refusals])
+        return self._with_refusals(step, refusals.values()), body
+
+    def _compute(
+        self, role: Role, step: Step, body: memoryview
+    ) -> tuple[Step, ActivationTensor | None, list[SpanResult]] | None:
+        """Compute a step; on the last stage, sample. Returns None for one that failed and is refused.
+
+        Spans whose logits are not finite are refused alone and leave the step.
+        """
+        is_last = role.next_stage is None
+        try:
+            output = role.model_slice.forward(packed_batch(step, body, is_first=role.index == 0, is_last=is_last))
+            results, failures = span_results(step, output.logits, role.model_slice) if is_last else ([], [])
+        except Exception as error:  # one step's fault must not end the stage for all others
+            is_known = isinstance(error, NoodleError)
+            if not is_known:
+                log.exception("step %d could not be computed", step.step_id)
+            reason = error.reason if isinstance(error, StepRefused) else "computation_failed"
+            message = str(error) if is_known else f"{type(error).__name__}: {error}"
+            failed = self._without(step, [(span, message) for span in step.spans], reason)
+            self._pass_on_refusals(role, failed)
+            return None
+        if failures:
+            step = self._without(step, [(span, str(error)) for span, error in failures], "computation_failed")
+        return step, output.hidden_states, results
+
+    def _hand_on(self, role: Role, next_stage: NextStage, step: Step, hidden: ActivationTensor) -> None:
+        hidden = recast(hidden, role.plan.stages[role.index].hands_on(total_tokens(step)))
+        onward = replace(step, dtype=hidden.dtype, shape=list(hidden.shape))
+        if not next_stage.send(onward, hidden.data):
+            self._metrics.dropped_spans.labels("next_stage_down").inc(len(step.spans))
+
+    def _answer(self, step: Step, results: list[SpanResult]) -> None:
+        result = StepResult(
+            step_id=step.step_id,
+            plan_version=step.plan_version,
+            coordinator_epoch=step.coordinator_epoch,
+            spans=results,
+            refusals=step.refusals,
+            timings=step.timings,
         )
-
-    def _pass_on_refusals(self, role: Role, step: Step) -> None:
-        if role.next_stage is None:
-            self._answer(step, [], step.refusals, step.timings)
-            return
-        dtype = role.plan.stages[role.index].hands_on(0)
-        empty = msgspec.structs.replace(step, spans=[], dtype=dtype, shape=[0, role.plan.hidden_size])
-        role.next_stage.send(empty)
-
-    def _answer(
-        self, step: Step, results: list[SpanResult], refusals: list[SpanRefusal], timings: list[StageTiming]
-    ) -> None:
-        result = StepResult(step.step_id, step.plan_version, step.coordinator_epoch, results, refusals, timings)
         if not self._results.put(result):
             self._metrics.dropped_spans.labels("no_reader_of_results").inc(len(results) or 1)
 
+    def _count(self, step: Step, computed_seconds: float) -> None:
+        self._metrics.computed.observe(computed_seconds)
+        self._metrics.steps.inc()
+        self._metrics.tokens.inc(total_tokens(step))
+
+    def _refuse(self, role: Role, step: Step, reason: str, message: str) -> None:
+        """Refuse a whole step; its sessions keep their rows."""
+        refusals = [refusal_of(span, self._stage_id, reason, message) for span in step.spans]
+        self._pass_on_refusals(role, self._with_refusals(step, refusals))
+
+    def _without(self, step: Step, failures: Collection[tuple[StepSpan, str]], reason: str) -> Step:
+        """Return the step without spans that failed, each with its message."""
+        for span, message in failures:
+            log.warning("step %d failed: %s", step.step_id, message, extra=about(span.session_id))
+        refusals = [self._fail(span, reason, message) for span, message in failures]
+        failed = {id(span) for span, _ in failures}
+        kept = [span for span in step.spans if id(span) not in failed]
+        return self._with_refusals(replace(step, spans=kept), refusals)
+
+    def _fail(self, span: StepSpan, reason: str, message: str) -> SpanRefusal:
+        """Forget a session and free its rows here; its refusal tells the other stages, by the coordinator."""
+        self._release_rows(self._sessions.release([span.session_id]))
+        return refusal_of(span, self._stage_id, reason, message)
+
+    def _with_refusals(self, step: Step, refusals: Collection[SpanRefusal]) -> Step:
+        """Count refusals and add them to the step, which carries them to the coordinator with the results."""
+        if not refusals:
+            return step
+        for refusal in refusals:
+            self._metrics.dropped_spans.labels(refusal.reason).inc()
+        return replace(step, refusals=[*step.refusals, *refusals])
+
+    def _pass_on_refusals(self, role: Role, step: Step) -> None:
+        """Send the step's refusals on without its spans."""
+        if not step.refusals:
+            return
+        if role.next_stage is None:
+            self._answer(step, [])
+            return
+        dtype = role.plan.stages[role.index].hands_on(0)
+        role.next_stage.send(replace(step, spans=[], dtype=dtype, shape=[0, role.plan.hidden_size]))
+
+    def _take_live_sessions(self, live: LiveSessions) -> None:
+        role = self._role
+        if role is None or not self._is_current(role, live):
+            return
+        unlisted = self._sessions.listed(live.sessions, self._heard_at)
+        self._release_rows(unlisted)
+        for session_id in unlisted:
+            log.info("freed: the coordinator no longer lists it", extra=about(session_id))
+        self._sessions.release(live.released)
+        self._release_rows(live.released)
+        if live.is_authoritative:
+            self._release_rows(self._sessions.release_unlisted(live.sessions))
+        if role.next_stage is not None:
+            role.next_stage.send(live)
+
     def _tick(self) -> None:
+        """Expire early spans and sessions of forwards by hand."""
         gaps = self._sessions.expire(self._heard_at)
         role = self._role
         if role is None:
             return
-        for name in role.forwards.expire(self._heard_at):
-            role.model_slice.release(name)
+        self._release_rows(role.forwards.expire(self._heard_at))
         for step, refusal in gaps:
             log.info("%s", refusal.message, extra=about(refusal.session_id))
-            self._count_refusals([refusal])
-            self._pass_on_refusals(role, msgspec.structs.replace(step, refusals=[refusal]))
+            self._pass_on_refusals(role, self._with_refusals(step, [refusal]))
 
-    def _release(self, session_ids: list[str]) -> None:
+    def _release_rows(self, session_ids: Iterable[str]) -> None:
         if self._role is not None:
             for session_id in session_ids:
                 self._role.model_slice.release(session_id)
-
-    def _count_refusals(self, refusals: list[SpanRefusal]) -> None:
-        for refusal in refusals:
-            self._metrics.dropped_spans.labels(refusal.reason).inc()
-
-
-def _packed(role: Role, step: Step, body: memoryview, is_last: bool) -> PackedBatch:
-    """The step as the slice takes it; logits are asked for the last row of each span that wants a token."""
-    spans, rows, end = [], [], 0
-    for span in step.spans:
-        spans.append(Span(span.session_id, span.first_position, span.token_count, span.reserve_tokens))
-        end += span.token_count
-        if is_last and span.sampling is not None:
-            rows.append(end - 1)
-    token_ids = np.frombuffer(body, np.int32).astype(np.int64) if role.index == 0 else None
-    hidden = None
-    if role.index:
-        hidden = ActivationTensor(step.dtype, tuple(step.shape), body)
-        if step.dtype == "int8":  # a format of hops alone: no slice computes with it
-            hidden = recast(hidden, "float32")
-    return PackedBatch(tuple(spans), np.array(rows, np.int64), token_ids, hidden)
-
-
-def _only(step: Step, body: memoryview, bytes_of_row: int, indexes: list[int]) -> tuple[Step, memoryview]:
-    """The step with only some of its spans, and their rows."""
-    parts, row, chosen = [], 0, set(indexes)
-    for index, span in enumerate(step.spans):
-        if index in chosen:
-            parts.append(body[row * bytes_of_row : (row + span.token_count) * bytes_of_row])
-        row += span.token_count
-    spans = [step.spans[index] for index in indexes]
-    shape = [sum(span.token_count for span in spans), *step.shape[1:]]
-    return msgspec.structs.replace(step, spans=spans, shape=shape), memoryview(b"".join(parts))
