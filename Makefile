@@ -12,6 +12,7 @@ KERNELS_STAMP := $(VENV)/.noodle-kernels
 # switches of ggml's own build, with semicolons between; another device than the CPU is one more, as -DGGML_VULKAN=ON.
 # RPC is for tests: a device whose memory is not this machine's, as a card's is not
 GGML_CMAKE_ARGS ?= -DGGML_NATIVE=ON;-DGGML_LLAMAFILE=ON;-DGGML_CPU_REPACK=ON;-DGGML_RPC=ON
+SLOWEST := --durations=10 --durations-min=1
 UV_VERSION := 0.13.9
 LOCK := $(VENV)/bin/uv pip compile pyproject.toml --extra control --extra stage --extra up --extra plots \
 	--universal --python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
@@ -24,7 +25,7 @@ IMAGE_LOCK := $(VENV)/bin/uv pip compile pyproject.toml --constraint requirement
 OF_TORCH := ^(torch|triton|(nvidia|cuda)-[a-z0-9-]+)==
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev ggml run test test-engine lint check measure lock clean
+.PHONY: help setup setup-dev ggml run test test-all test-engine lint check measure lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,11 +42,14 @@ ggml: $(RUNTIME_STAMP) ## build ggml anew for this machine (needs a C++ compiler
 run: setup ## set up, then start noodle on this machine (Ctrl-C stops it)
 	$(VENV)/bin/noodle up
 
-test: setup-dev ## run all tests but those that need Docker
-	$(VENV)/bin/python -m pytest
+test: setup-dev ## run the tests that need no Docker; of slow kinds a sample
+	$(VENV)/bin/python -m pytest $(SLOWEST)
+
+test-all: setup-dev ## run the same tests, slow kinds in full
+	$(VENV)/bin/python -m pytest $(SLOWEST) --all
 
 test-engine: setup-dev ## build the images and test them on a Docker engine
-	$(VENV)/bin/python -m pytest tests/engine
+	$(VENV)/bin/python -m pytest $(SLOWEST) tests/engine
 
 lint: setup-dev ## lint, format, types
 	$(VENV)/bin/ruff check .
