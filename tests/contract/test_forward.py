@@ -1,4 +1,4 @@
-"""POST /forward and POST /load_model on real stages: by hand as by the pipeline, and what must be refused."""
+"""POST /forward and POST /load_model on real stages: results as from the pipeline, and refusals."""
 
 import json
 import threading
@@ -170,7 +170,7 @@ GOOD = [0.1] * HIDDEN_SIZE
         (1, b" " * (9 << 20), 413, "8388608"),
     ],
 )
-def test_what_can_not_be_computed_is_refused_by_name_and_keeps_nothing(rig, forward, stage, body, status, word):
+def test_what_cannot_be_computed_is_refused_by_name_and_keeps_nothing(rig, forward, stage, body, status, word):
     before = rig.states()[stage]["kv_bytes_held"]
     refused(forward(stage, body), status, word)
     assert rig.states()[stage]["kv_bytes_held"] <= before
@@ -182,7 +182,7 @@ def test_a_body_that_is_not_declared_as_json_is_refused_with_the_cure(forward, c
     refused(forward(1, body, Content_Type=content_type), 415, "Content-Type: application/json")
 
 
-def test_a_stranger_computes_nothing_and_loads_nothing(rig):
+def test_an_anonymous_client_computes_nothing_and_loads_nothing(rig):
     port = int(rig.urls[0].rsplit(":", 1)[1])
     for path in ("/forward", "/load_model/0"):
         for token in ("", "wrong-token-of-some-length"):

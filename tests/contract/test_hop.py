@@ -1,4 +1,4 @@
-"""What a stage does with steps and frames that nobody should send, on every way; it serves the next step after each."""
+"""Malformed steps and frames over every transport; the stage serves the next step after each."""
 
 import random
 import socket
@@ -22,7 +22,7 @@ KV_BYTES = 600 << 10  # room for a few sessions
 
 @pytest.fixture(scope="module")
 def direct_rig(tiny_folder, tmp_path_factory):
-    """Two stage processes of the tiny model without a coordinator: the test is the one before and the one after."""
+    """Two stage processes of the tiny model without a coordinator: the test plays both ends."""
     folder = tmp_path_factory.mktemp("direct")
     with running_stages(
         folder, tiny_folder, layers=(3, 3), NOODLE_TRANSPORT="direct", NOODLE_KV_BYTES=str(KV_BYTES)
@@ -32,7 +32,7 @@ def direct_rig(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def queue_rig(tiny_folder, tmp_path_factory):
-    """The same by the queue, over a real Valkey."""
+    """The same over the queue, with a real Valkey."""
     folder = tmp_path_factory.mktemp("queue")
     with running_stages(folder, tiny_folder, layers=(3, 3), NOODLE_TRANSPORT="queue") as running:
         yield running
@@ -47,7 +47,7 @@ def memory_rig(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(params=["direct", "queue", "memory"])
 def caller(request):
-    """The coordinator's two ends, held by the test; afterwards the stages must still serve a step."""
+    """The coordinator's two ends; after each test the stages must still serve a step."""
     rig = request.getfixturevalue(f"{request.param}_rig")
     kind = DirectCaller if request.param == "direct" else QueueCaller
     yield from serving_afterwards(kind, rig)
@@ -129,7 +129,7 @@ def test_a_new_session_epoch_begins_the_session_anew(caller):
     caller.send(TOKENS)
     caller.send(TOKENS[:4], first=4)
     caller.send(TOKENS, session_epoch=2)
-    caller.send(TOKENS[:4], first=4, session_epoch=1)  # old by now: dropped
+    caller.send(TOKENS[:4], first=4, session_epoch=1)  # stale: dropped
     caller.send(TOKENS[:4], first=4, session_epoch=2)
     tokens = [caller.result(number).spans[0].token_id for number in (1, 2, 3, 4)]
     assert tokens[:2] == tokens[2:]
@@ -164,12 +164,12 @@ def test_sessions_that_are_not_on_a_list_that_frees_all_others_hold_no_bytes_for
 def test_a_session_without_room_is_refused_alone_and_its_room_is_there_when_another_ends(direct_caller):
     """Sessions of a step share its fate only where they must."""
     rows = direct_caller.rig.plan.context_length
-    room = 2 * KV_BYTES // direct_caller.rig.states()[0]["kv_bytes_per_token"]  # as much again is for forwards by hand
+    room = 2 * KV_BYTES // direct_caller.rig.states()[0]["kv_bytes_per_token"]  # the same for forwards by hand
     count, sampling = rows - 1, SamplingParameters()
     fits = [StepSpan(f"fits {index}", 1, 0, count, rows, sampling) for index in range(room // rows)]
     direct_caller.send(TOKENS[:4] * count * len(fits), spans=fits, count=count * len(fits))
     assert len(direct_caller.result(1).spans) == len(fits)
-    too_many = room - count * len(fits)  # but for the one row that follows
+    too_many = room - count * len(fits)  # except for the next row
     late = [StepSpan(f"late {index}", 1, 0, too_many, rows, sampling) for index in range(2)]
     goes_on = StepSpan("fits 0", 1, count, 1, rows, sampling)
     direct_caller.send(TOKENS[:4] * (2 * too_many + 1), spans=[goes_on, *late], count=2 * too_many + 1)
@@ -192,14 +192,14 @@ def test_a_hop_between_stages_that_is_cut_and_opened_in_one_breath_is_told(direc
         return chains[-1][0].losses
 
     before = number()
-    raw_hop(direct_caller.rig, stage=1).close()  # takes the place of stage 0's, which opens another
+    raw_hop(direct_caller.rig, stage=1).close()  # replaces stage 0's, which opens another
     wait_until(lambda: number() > before and direct_caller.chain_is_whole(), 15, "the loss is counted")
     direct_caller.send(TOKENS)
     assert direct_caller.result().spans[0].token_id is not None
 
 
 def raw_hop(rig, stage=0, token=None, version=None):
-    """A socket with an open POST /hop on it."""
+    """Return a socket with an open POST /hop."""
     port = int(rig.urls[stage].rsplit(":", 1)[1])
     connection = socket.create_connection(("127.0.0.1", port), 10)
     head = (
@@ -216,7 +216,7 @@ def chunk(data):
 
 
 def rest_of(connection):
-    """What the stage says until it closes."""
+    """Return what the stage sends until it closes."""
     connection.settimeout(15)
     received = b""
     try:
@@ -254,7 +254,7 @@ def test_a_hundred_megabytes_of_noise_leave_the_stage_up(direct_caller):
             for _ in range(100):
                 connection.sendall(chunk(noise))
         except OSError:
-            return  # the stage has had enough, as it should
+            return  # the stage has closed the connection, as it should
     raise AssertionError("a hundred megabytes of noise were taken in")
 
 

@@ -1,4 +1,4 @@
-"""What a stage measured reaches a real coordinator once: over a bad cable, and through restarts of both ends."""
+"""A stage's metrics reach a real coordinator exactly once, over a bad cable and across restarts of both ends."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ DELIVERED_SECONDS = 60.0
 
 
 class Coordinator:
-    """A process without Valkey and stages: that much of it needs neither."""
+    """A coordinator process without Valkey and stages; /log_metrics needs neither."""
 
     def __init__(self, folder, model):
         (self.port,) = free_ports(1)
@@ -54,7 +54,7 @@ class Coordinator:
         return [entry["metrics"]["number"] for entry in answer["entries"]]
 
     def end(self, *, in_order):
-        """By SIGTERM, or by SIGKILL to gunicorn's master and to its worker, which holds the port."""
+        """End it by SIGTERM, or by SIGKILL to gunicorn's master and to its worker, which holds the port."""
         if in_order:
             self.process.terminate()
         else:
@@ -74,7 +74,7 @@ def coordinator(tmp_path, tiny_folder):
 
 
 class Stage:
-    """Snapshots are numbers here; `restart` is the next process over the same folder."""
+    """A sender whose snapshots are numbers; `restart` makes the next process over the same folder."""
 
     def __init__(self, url, folder):
         self.options = {
@@ -103,15 +103,15 @@ def test_lost_answers_and_the_death_of_either_end_lose_nothing_and_double_nothin
     with Relay(coordinator.port) as relay:
         stage = Stage(relay.url, tmp_path)
         stage.measure(3)
-        relay.cut_after_bytes = 0  # what is sent arrives, and no answer comes back
+        relay.cut_after_bytes = 0  # requests arrive, answers are lost
         assert not stage.is_delivered()
         wait_until(lambda: coordinator.numbers() == [1, 2, 3], DELIVERED_SECONDS, "the coordinator has them")
         coordinator.end(in_order=False)
         stage.restart()
         stage.measure(2)
-        assert not stage.is_delivered()  # nobody is there
+        assert not stage.is_delivered()  # nothing listens
         coordinator.start()
-        assert not stage.is_delivered()  # and again no answer
+        assert not stage.is_delivered()  # answers are lost again
         relay.cut_after_bytes = None
         assert stage.is_delivered()
         assert coordinator.numbers() == [1, 2, 3, 4, 5]
@@ -124,7 +124,7 @@ def test_a_cable_that_is_cut_again_and_again_lets_everything_through_once(coordi
         stage = Stage(relay.url, tmp_path)
         for _ in range(30):
             stage.measure(3)
-            relay.cut_after_bytes = rng.choice([0, 5, 80, None])  # of the answer; 80 have its status, which is enough
+            relay.cut_after_bytes = rng.choice([0, 5, 80, None])  # 80 bytes hold the status, which is enough
             stage.sender.deliver()
         relay.cut_after_bytes = None
         assert stage.is_delivered()

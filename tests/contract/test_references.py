@@ -1,4 +1,4 @@
-"""References between two stages: what the one that keeps the bytes gives out, what the one that fetches them takes."""
+"""References between two stages: what the keeping stage serves, and what the fetching stage accepts."""
 
 import contextlib
 import http.client
@@ -25,7 +25,7 @@ STRANGER = "x" * 32
 BODY = np.linspace(-1, 1, 4 * HIDDEN_SIZE, dtype=np.float32).tobytes()
 
 
-# the stage that keeps the bytes: the test is the stage that fetches them
+# the keeping stage; the test plays the fetching stage
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def keeper(tiny_folder, tmp_path_factory):
 
 
 class OneLinked(QueueCaller):
-    """A caller of a pipeline of which only one stage is there."""
+    """A caller of a pipeline with only one stage present."""
 
     def __init__(self, rig, stage):
         super().__init__(rig)
@@ -50,7 +50,7 @@ class OneLinked(QueueCaller):
 
 @pytest.fixture
 def kept(keeper):
-    """A reference that stage 0 has just made."""
+    """Return a reference that stage 0 has just made."""
     seen = keeper.work_queue.newest(hop_stream(1))
     with OneLinked(keeper, 0) as caller:
         caller.send(TOKENS)
@@ -65,7 +65,7 @@ def port_of(url):
 
 
 def fetch(port, activation_id, token, *, confirm=True, chunked=True):
-    """One fetch as a stage does it; whole, with its last word or without."""
+    """Fetch as a stage does, with or without the final confirmation."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.putrequest("GET", f"/activations/{activation_id}")
@@ -75,7 +75,7 @@ def fetch(port, activation_id, token, *, confirm=True, chunked=True):
         connection.endheaders()
         answer = connection.getresponse()
         body = answer.read()
-        if confirm and chunked and connection.sock is not None:  # an error ends the connection
+        if confirm and chunked and connection.sock is not None:  # an error closes the connection
             connection.sock.sendall(CONFIRMATION)
         return answer.status, body
     finally:
@@ -104,12 +104,12 @@ def test_a_reference_says_what_it_leads_to_and_is_fetched_once(keeper, kept):
 def test_a_plain_fetch_counts_when_it_was_sent_whole(keeper, kept):
     port = port_of(kept.url)
     assert fetch(port, kept.activation_id, keeper.token, chunked=False)[0] == 200
-    # the stage knows that it sent all a moment after the last byte came
+    # the stage notes the end a moment after the last byte arrives
     wait_until(lambda: fetch(port, kept.activation_id, keeper.token, chunked=False)[0] == 410, 5, "it is gone")
     assert b"already fetched" in fetch(port, kept.activation_id, keeper.token, chunked=False)[1]
 
 
-def test_a_stranger_gets_nothing_and_takes_nothing(keeper, kept):
+def test_an_anonymous_client_gets_nothing_and_takes_nothing(keeper, kept):
     port = port_of(kept.url)
     assert fetch(port, kept.activation_id, STRANGER, chunked=False)[0] == 401
     assert fetch(port, "0" * 32, STRANGER, chunked=False)[0] == 401
@@ -140,7 +140,7 @@ def test_what_expired_is_told_from_what_was_fetched(tiny_folder, tmp_path):
         assert b"expired" in body
 
 
-# the stage that fetches: the test is the stage that keeps the bytes
+# the fetching stage; the test plays the keeping stage
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def fetcher(tiny_folder, tmp_path_factory):
 
 
 class Bytes(http.server.BaseHTTPRequestHandler):
-    """Stage 0's door, which gives what the test says."""
+    """The server of stage 0, which answers as the test sets it."""
 
     protocol_version = "HTTP/1.1"
 
@@ -171,7 +171,7 @@ class Bytes(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def door(rig, status=200, announced=None, body=BODY):
-    """Listens where the plan says that stage 0 is."""
+    """Serve at the address that the plan has for stage 0."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port_of(rig.plan.stages[0].url)), Bytes)
     server.asked, server.answer = [], (status, len(body) if announced is None else announced, body)
     server.daemon_threads = True
@@ -187,7 +187,7 @@ def door(rig, status=200, announced=None, body=BODY):
 
 @pytest.fixture
 def stage_1(fetcher):
-    """Sends references to stage 1; afterwards a right one must still be computed."""
+    """Sends references to stage 1; after each test a valid one must still be computed."""
     with OneLinked(fetcher, 1) as caller:
         yield caller
     with OneLinked(fetcher, 1) as caller, door(fetcher):
@@ -196,7 +196,7 @@ def stage_1(fetcher):
 
 
 def refer(caller, **changes):
-    """Put a reference on stage 1's stream; returns how often stage 1 has refused one for each reason before."""
+    """Put a reference on stage 1's stream."""
     step = caller.step(TOKENS, dtype="float32", shape=[4, HIDDEN_SIZE])
     fields = {"step": step, "url": caller.rig.plan.stages[0].url, "activation_id": "ab" * 16,
               "byte_count": len(BODY), "digest": body_digest(BODY)}  # fmt: skip
@@ -230,7 +230,7 @@ def test_bytes_that_are_not_those_of_the_reference_refuse_the_step(stage_1, answ
     assert result.spans == []
     assert refusals(stage_1.rig, reason) == before + 1
     if server is not None:
-        assert 0 < len(server.asked) <= tries  # one may be lost on a connection of before
+        assert 0 < len(server.asked) <= tries  # one may be lost on an earlier connection
 
 
 @pytest.mark.parametrize("changes", [{"byte_count": 1 << 30}, {"byte_count": len(BODY) - 4}, {"byte_count": 1}])
@@ -288,7 +288,7 @@ def test_references_of_another_plan_or_an_older_coordinator_are_dropped_unfetche
 
 
 def test_no_activations_are_in_the_streams(keeper, kept):
-    """What is in Valkey after a step has no room for hidden states."""
+    """The entries left in Valkey after a step are too small for hidden states."""
     for stream in (hop_stream(0), hop_stream(1), RESULTS_STREAM):
         for _, data in keeper.work_queue.read(stream, "0-0", 0.01):
             assert len(data) < kept.byte_count

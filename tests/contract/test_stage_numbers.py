@@ -1,4 +1,4 @@
-"""Two stages with one number: the second one takes no part, says so, and does once the first has gone."""
+"""Two stages with one id: the second stays out, reports why, and takes over once the first has gone."""
 
 import subprocess
 import sys
@@ -35,4 +35,4 @@ def test_a_second_stage_with_the_same_number_takes_no_part_until_the_first_has_g
         finally:
             second.terminate()
             second.wait(30)
-        assert rig.work_queue.stage_states()[1].machine == "test"  # its goodbye took away nothing of the other's
+        assert rig.work_queue.stage_states()[1].machine == "test"  # its departure removed nothing of the other stage

@@ -1,4 +1,4 @@
-"""A real Valkey with the ACL file that `noodle init` writes: all of the work queue passes, and nothing else does."""
+"""A real Valkey with the ACL file of `noodle init`: every work queue command passes, and nothing else."""
 
 import inspect
 import subprocess
@@ -17,7 +17,7 @@ PASSWORD = "the password of the cluster"
 URL_0, URL_1 = "http://127.0.0.1:8081", "http://127.0.0.1:8082"
 REPORT = MachineReport(0, "vm", URL_0, "boot", "0.1.0", "digest", "cpu", "cpu", "float32", 1, 1, 0.1, 0.1, 0.1)
 RECORD = RequestRecord("id", [1, 2], 3, 0.0, 1.0, 0, 0, [], False)
-# every method, in an order in which each has something to do
+# every method, in an order that gives each something to do
 TOKENS = [RecordedToken(4), RecordedToken(5), RecordedToken(6)]
 CALLS = {
     "server_id": lambda work: work.server_id(),

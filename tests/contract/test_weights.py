@@ -1,4 +1,4 @@
-"""Weights between two machines: the real routes and the real cache, over real connections that are cut on the way."""
+"""Weights between two machines: the real routes and the real cache, over connections that are cut."""
 
 import http.client
 import json
@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 
 @contextmanager
 def serving(folder, cache_dir):
-    """The coordinator's weight routes on a port of their own; gives URL and store."""
+    """Serve the coordinator's weight routes on their own port; yield URL and store."""
     store = WeightStore(cache_dir)
     store.serve(folder, "tiny")
     app = Flask("weights")
@@ -48,7 +48,7 @@ def serving(folder, cache_dir):
 
 @contextmanager
 def cutting(url, after_bytes):
-    """A relay that cuts each connection after so many bytes of its answer."""
+    """Run a relay that cuts each connection after a number of bytes of the answer."""
     port = int(url.rsplit(":", 1)[1])
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -119,7 +119,7 @@ def test_a_fetch_that_is_cut_goes_on_where_it_was(model, tmp_path):
         honest = cache_of(tmp_path / "b", url)
         honest.prepare()
         cache = cache_of(tmp_path / "b", cut)
-        cache._manifest = honest.manifest  # the manifest itself is longer than what the relay lets through
+        cache._manifest = honest.manifest  # the manifest itself is longer than the relay passes
         cache.ensure(entries, no_progress)
     total = sum(entry.byte_count for entry in entries.values())
     assert cache.fetched_bytes == total  # not a byte twice
@@ -167,7 +167,7 @@ def test_a_wrong_token_is_told_at_once_and_a_coordinator_that_is_away_is_waited_
     assert "can not be reached" in away.waits_for
 
 
-def test_a_disk_that_can_not_be_written_is_named_with_its_cure(model, tmp_path):
+def test_a_disk_that_cannot_be_written_is_named_with_its_cure(model, tmp_path):
     (tmp_path / "b").write_text("a file where a folder should be", encoding="utf-8")
     with serving(model, tmp_path / "a") as url, pytest.raises(StartError, match="NOODLE_CACHE_DIR"):
         cache_of(tmp_path / "b", url).prepare()

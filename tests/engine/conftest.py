@@ -10,7 +10,7 @@ from tests.support.models.real_model import real_model_folder
 
 @pytest.fixture(scope="session", autouse=True)
 def engine():
-    """An engine with the base images; these tests skip without one, and fail in CI."""
+    """Require an engine with the base images; skip these tests without one, fail in CI."""
     require_engine()
     require_base_images()
 
@@ -34,7 +34,7 @@ def images(engine):
 
 @pytest.fixture(scope="module")
 def project(images, tmp_path_factory):
-    """A whole noodle on one host, as the README says it: init, then up."""
+    """A complete noodle on one host, started as in the README: init, then up."""
     project = Project(tmp_path_factory.mktemp("single"))
     try:
         project.init()
@@ -48,5 +48,5 @@ def project(images, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model_folder():
-    """The unsplit model, on this host."""
+    """The folder of the unsplit model on this host."""
     return real_model_folder()

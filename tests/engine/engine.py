@@ -1,4 +1,4 @@
-"""The Docker engine that these tests use: whether there is one, its base images, and commands on it."""
+"""The Docker engine of these tests: detection, base images and commands."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Built:
 
 
 def run(arguments: Sequence[str], seconds: float = COMMAND_SECONDS, **options: object) -> subprocess.CompletedProcess:
-    """Run to its end, with its output as text; fails the test when it takes longer."""
+    """Run a command to its end with its output as text; fail if it takes longer."""
     return subprocess.run(list(arguments), capture_output=True, text=True, timeout=seconds, check=False, **options)  # type: ignore[call-overload]
 
 
 def docker(*arguments: str, seconds: float = COMMAND_SECONDS, environment: Mapping[str, str] | None = None) -> str:
-    """Standard output of a docker command that must succeed."""
+    """Return the standard output of a docker command; fail if it fails."""
     done = run(["docker", *arguments], seconds, env=environment)
     assert done.returncode == 0, f"docker {' '.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return str(done.stdout)
@@ -43,7 +43,7 @@ def docker(*arguments: str, seconds: float = COMMAND_SECONDS, environment: Mappi
 
 @functools.cache
 def missing_engine() -> str:
-    """Why no engine can be used here; empty when one can."""
+    """Return why no engine can be used, or an empty text."""
     if shutil.which("docker") is None:
         return "there is no docker command"
     info = run(["docker", "info", "--format", "{{.ServerVersion}}"])
@@ -51,7 +51,7 @@ def missing_engine() -> str:
 
 
 def require_engine() -> None:
-    """Skip where there is no engine, and fail in CI."""
+    """Skip the test without an engine; fail in CI."""
     if not (reason := missing_engine()):
         return
     if os.environ.get("CI"):
@@ -60,7 +60,7 @@ def require_engine() -> None:
 
 
 def require_base_images() -> None:
-    """Have the base images: here already, from a registry, or else made by base_images.sh."""
+    """Provide the base images: present already, from a registry, or made by base_images.sh."""
     missing = [image for image in BASE_IMAGES if run(["docker", "image", "inspect", image]).returncode]
     missing = [image for image in missing if run(["docker", "pull", "--quiet", image], PULL_SECONDS).returncode]
     has_plugins = all(run(["docker", plugin, "version"]).returncode == 0 for plugin in ("compose", "buildx"))
@@ -77,5 +77,5 @@ def build(dockerfile: str, target: str, tag: str, **arguments: str) -> None:
 
 
 def in_image(image: str, *command: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess:
-    """Run a command in a new container, which is gone afterwards."""
+    """Run a command in a new container and remove it."""
     return run(["docker", "run", "--rm", "--network", "none", *options, image, *command])

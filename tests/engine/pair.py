@@ -1,4 +1,4 @@
-"""Two machines on one engine: two projects with a core, a network and an address each, gone without a trace."""
+"""Two machines on one engine: two projects with a core, a network and an address each, removed at the end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.engine.engine import docker, run
 from tests.engine.project import Project
 from tests.support.processes.cluster import request
 
-FIRST_CUT = "15,15"  # of 30 layers; without it the cut is by what both measured, which differs from run to run
+FIRST_CUT = "15,15"  # of 30 layers; a measured cut would differ from run to run
 
 
 class Pair:
-    """Machine A and machine B; each is its own project, at an address of its own on this host."""
+    """Machines A and B: each is its own project with its own address on this host."""
 
     def __init__(self, folder: Path, networks: list[str]) -> None:
         self.networks = networks
@@ -27,27 +27,27 @@ class Pair:
         self.b = Project(folder / "b", core=1)
 
     def init(self) -> None:
-        """A's init, then B's with the line that A printed."""
+        """Run A's init, then B's with the line that A printed."""
         printed = self.a.init("--machine", "a", "--address", self.address_a, "--peer", self.address_b)
         join = printed.rsplit("--join ", 1)[1].split()[0]
         self.b.init("--machine", "b", "--join", join)
 
     @property
     def stage_1_port(self) -> int:
-        """Where B publishes its stage."""
+        """Return the port on which B publishes its stage."""
         return self.b.ports["STAGE_1"]
 
     def cut_power(self) -> None:
-        """As both machines end when nobody shuts them down."""
+        """Kill both machines, as a power failure does."""
         self.a.compose("kill")
         self.b.compose("kill")
 
     def layers(self) -> list[list[int]]:
-        """[start, end) of each stage by the coordinator's /health."""
+        """Return [start, end) of each stage from the coordinator's /health."""
         return [stage["layers"] for stage in self.a.health()["stages"]]
 
     def tensor_bytes(self, start: int, end: int) -> int:
-        """Bytes of the tensors that a stage with these layers needs, by the coordinator's manifest."""
+        """Return the bytes of the tensors for these layers, from the coordinator's manifest."""
         _, manifest = request(self.a.port, "GET", "/weights", token=self.a.token)
         tensors = {tensor["name"]: tensor["byte_count"] for tensor in manifest["tensors"]}
         layers = {f"model.layers.{layer}." for layer in range(start, end)}
@@ -66,11 +66,11 @@ def _gateway(network: str) -> str:
 
 @contextlib.contextmanager
 def two_machines(folder: Path) -> Iterator[Pair]:
-    """A pair with its .env and secrets; nothing is started yet."""
+    """Make a pair with its .env and secrets; nothing is started yet."""
     networks: list[str] = []
     pair = None
     try:
-        for name in ("a", "b"):  # only to have two addresses on this host
+        for name in ("a", "b"):  # gives two addresses on this host
             networks.append(f"noodle-test-lan-{name}-{secrets.token_hex(4)}")
             docker("network", "create", networks[-1])
         pair = Pair(folder, networks)

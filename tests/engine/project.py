@@ -1,4 +1,4 @@
-"""One machine's containers: a fresh copy of this repository with a name and ports of its own, gone without a trace."""
+"""One machine's containers: a fresh copy of this repository with its own name and ports, removed at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.processes.cluster import EXACT, free_ports, request, wait_unt
 READY_SECONDS = 240.0
 COMPOSE_SECONDS = 180.0
 TEST_FILE = "docker-compose.test.yml"
-# all that can be had where no registry is reached; nothing else in the set asks Grafana
+# all services available without a registry; nothing else needs Grafana
 WITHOUT_GRAFANA = {
     "single": ("valkey", "planner", "coordinator", "stage-0", "stage-1", "prometheus"),
     "a": ("valkey", "planner", "coordinator", "stage-0", "prometheus"),
@@ -48,26 +48,26 @@ class Project:
 
     @property
     def env_path(self) -> Path:
-        """The file that init goes on with."""
+        """Return the path of .env, which init continues."""
         return self.folder / ".env"
 
     @property
     def port(self) -> int:
-        """Where the coordinator is published on loopback."""
+        """Return the coordinator's published port."""
         return self.ports["COORDINATOR"]
 
     @property
     def token(self) -> str:
-        """The cluster token."""
+        """Return the cluster token."""
         return (self.folder / "secrets" / "cluster_token").read_text(encoding="utf-8").strip()
 
     @property
     def api_key(self) -> str:
-        """The key that clients send."""
+        """Return the API key of clients."""
         return (self.folder / "secrets" / "api_key").read_text(encoding="utf-8").strip()
 
     def init(self, *options: str) -> str:
-        """`docker compose run --rm init`, as the README says it; gives what it prints."""
+        """Run `docker compose run --rm init`, as in the README; return its output."""
         printed = self.compose("--progress", "quiet", "run", "--rm", "init", *options)
         self.kind = dict(line.split("=", 1) for line in self.env_path.read_text().splitlines() if "=" in line)[
             "COMPOSE_PROFILES"
@@ -75,48 +75,48 @@ class Project:
         return printed
 
     def compose(self, *arguments: str, seconds: float = COMPOSE_SECONDS) -> str:
-        """Standard output of `docker compose` in this folder, which must succeed."""
+        """Return the standard output of `docker compose` in this folder; fail if it fails."""
         done = self.tried(*arguments, seconds=seconds)
         assert done.returncode == 0, f"docker compose {' '.join(arguments)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
         return str(done.stdout)
 
     def tried(self, *arguments: str, seconds: float = COMPOSE_SECONDS) -> subprocess.CompletedProcess:
-        """The same, whatever becomes of it."""
+        """Run `docker compose` in this folder and return its result, failed or not."""
         return run(["docker", "compose", *arguments], seconds, cwd=self.folder, env=self.environment)
 
     def up(self, *services: str, options: tuple[str, ...] = ()) -> None:
-        """Start these services, or all that can be had here; images are those that the tests have built."""
+        """Start these services, or all that are available, with the images that the tests have built."""
         chosen = services or WITHOUT_GRAFANA[self.kind]
         self.compose("up", "--detach", "--no-build", "--no-deps", *options, *chosen)
 
     def down(self) -> None:
-        """Remove containers, networks and volumes, of every profile."""
+        """Remove containers, networks and volumes of every profile."""
         if self.kind:
             self.compose("down", "--volumes", "--remove-orphans", "--timeout", "20")
 
     def container(self, service: str) -> str:
-        """The id of a service's container."""
+        """Return the id of a service's container."""
         found = self.compose("ps", "--all", "--quiet", service).split()
         assert len(found) == 1, (service, found)
         return found[0]
 
     def inspect(self, service: str) -> dict[str, Any]:
-        """What the engine knows of a service's container."""
+        """Return the engine's description of a service's container."""
         return dict(json.loads(docker("inspect", self.container(service)))[0])
 
     def logs(self, service: str) -> str:
-        """All that a service has said since its container was made."""
+        """Return a service's log since its container was made."""
         return self.compose("logs", "--no-color", "--no-log-prefix", service)
 
     def health(self, port: int | None = None) -> dict[str, Any]:
-        """What a published /health says to the cluster; a status `silent` when nothing answers."""
+        """Return a published /health with the cluster token; the status is `silent` if nothing answers."""
         try:
             return dict(request(port or self.port, "GET", "/health", token=self.token)[1])
         except (OSError, TypeError, ValueError):
             return {"status": "silent"}
 
     def wait_ready(self, seconds: float = READY_SECONDS) -> float:
-        """Wait until the coordinator answers requests; gives the seconds it took."""
+        """Wait until the coordinator is ready; return the seconds it took."""
         began = time.monotonic()
 
         def ready() -> bool:
@@ -130,7 +130,7 @@ class Project:
         return time.monotonic() - began
 
     def generate(self, prompt: str, new_tokens: int) -> list[int]:
-        """Greedy token ids of /generate, through the published port."""
+        """Return greedy token ids from /generate, through the published port."""
         parameters = {"max_new_tokens": new_tokens, "details": True, "ignore_eos": True}
         body = {"inputs": prompt, "parameters": parameters}
         status, answer = request(self.port, "POST", "/generate", body, token=self.api_key)
@@ -138,12 +138,12 @@ class Project:
         return [int(token["id"]) for token in answer["details"]["tokens"]]
 
     def fetched_bytes(self, service: str) -> int:
-        """Bytes of weights that a stage's process has fetched, by its own last word about it."""
+        """Return the bytes of weights that a stage has fetched, from the newest line of its log."""
         said = re.findall(r"(\d+) bytes of weights were fetched since the start", self.logs(service))
         return int(said[-1])
 
     def left_behind(self) -> list[str]:
-        """What of this project the engine still has."""
+        """Return what the engine still has of this project."""
         label = f"label=com.docker.compose.project={self.name}"
         return [
             *docker("ps", "--all", "--quiet", "--filter", label).split(),
@@ -152,7 +152,7 @@ class Project:
         ]
 
     def _overrides(self, core: int | None) -> dict[str, Any]:
-        """The images of these tests, and this machine's one core."""
+        """Return the overrides: images of these tests, and this machine's one core."""
         services: dict[str, Any] = {"init": {"image": CONTROL}}
         for name in WITHOUT_GRAFANA["single"]:
             services[name] = {} if core is None else {"cpuset": str(core)}
@@ -164,7 +164,7 @@ class Project:
 
 
 def _clone(folder: Path) -> None:
-    """The files that a clone of this repository would have."""
+    """Copy the files that a clone of this repository would have."""
     listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
     assert listed.returncode == 0, listed.stderr
     for name in listed.stdout.splitlines():

@@ -1,5 +1,6 @@
-"""noodle deploy's part on machine B, against a real OpenSSH server in a container; docker there is a stand-in that
-writes down its calls. (test_deploy_both.py starts real containers by it.)
+"""What noodle deploy does on machine B, with a real OpenSSH server in a container.
+
+docker there is a stand-in that records its calls; test_deploy_both.py starts real containers.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ JOIN = Join(
 
 
 class SshServer:
-    """The container, and an ssh configuration that leads there."""
+    """The container and an ssh configuration for it."""
 
     def __init__(self, folder, name):
         self.folder, self.name = folder, name
@@ -47,7 +48,7 @@ class SshServer:
         self.host_key = self.read("/etc/ssh/ssh_host_ed25519_key.pub").split()[1]
 
     def config(self, *, port=None, key=None, host_key=None):
-        """An ssh configuration for HOST, right unless told otherwise."""
+        """Write an ssh configuration for HOST, correct unless changed."""
         path = self.folder / f"config-{secrets.token_hex(4)}"
         known = path.with_suffix(".known")
         where = port or self.port
@@ -77,7 +78,7 @@ class SshServer:
         )
 
     def calls(self):
-        """What docker was asked there, in order."""
+        """Return the docker calls made there, in order."""
         return [line.partition("> ")[2] for line in self.read("/tmp/docker-calls").splitlines()]
 
 
@@ -95,7 +96,7 @@ def server(image, tmp_path):
         wait_until(lambda: _greets(server.port), 20, "sshd answers")
         yield server
     finally:
-        with contextlib.suppress(AssertionError):  # it is gone already
+        with contextlib.suppress(AssertionError):  # it has ended already
             docker("rm", "--force", name)
 
 
@@ -220,7 +221,7 @@ def test_a_machine_that_drops_packets_is_not_waited_for(server):
         listener.listen(0)
         port = listener.getsockname()[1]
         with contextlib.ExitStack() as stack:
-            for _ in range(4):  # fill its queue: the kernel then drops what comes
+            for _ in range(4):  # fill its queue: the kernel then drops packets
                 waiting = stack.enter_context(contextlib.closing(socket.socket()))
                 waiting.setblocking(False)
                 waiting.connect_ex(("127.0.0.1", port))

@@ -1,6 +1,6 @@
-"""deploy/deploy-to-remote.sh from nothing to verified tokens: machine A here, machine B behind a real OpenSSH server.
+"""deploy/deploy-to-remote.sh from nothing to verified tokens: machine A here, machine B behind an OpenSSH server.
 
-B's docker is this engine: the two sets are two compose projects that meet at published ports.
+B's docker is this engine: the machines are two compose projects that reach each other at published ports.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def gateway(network):
 
 @pytest.fixture
 def addresses(tmp_path):
-    """Two addresses of this host, each of a network that exists only for that."""
+    """Two addresses of this host, each of a network made for it."""
     networks = [f"noodle-test-deploy-{name}-{secrets.token_hex(4)}" for name in ("a", "b")]
     try:
         for network in networks:
@@ -44,7 +44,7 @@ def addresses(tmp_path):
 
 @pytest.fixture
 def server_with_engine(images, tmp_path):
-    """Machine B, with a home at the same path inside and outside: the engine mounts folders of this host."""
+    """Machine B with a home at the same path inside and outside, because the engine mounts folders of this host."""
     home = tmp_path / "home-of-anna"
     home.mkdir()
     docker("build", "--quiet", "--tag", IMAGE, str(IMAGES / "ssh"), seconds=600)
@@ -64,7 +64,7 @@ def server_with_engine(images, tmp_path):
         server.run("sh", "-c", f"chown -R anna {home} && chmod 755 {home}")
         yield server
     finally:
-        with contextlib.suppress(AssertionError):  # it is gone already
+        with contextlib.suppress(AssertionError):  # it has ended already
             docker("rm", "--force", name)
 
 
@@ -124,7 +124,7 @@ def test_both_machines_from_one_script_again_and_down(server_with_engine, addres
 
 
 def in_order(folder, environment, told):
-    """noodle doctor in a machine's folder: no error, and these services say whom they reach."""
+    """Run noodle doctor in a machine's folder: no error, and these services report whom they reach."""
     command = [sys.executable, "-m", "services.cli", "doctor"]
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 60, "check": False}
     print(subprocess.run(command, **options).stdout)
@@ -137,7 +137,7 @@ def in_order(folder, environment, told):
 
 
 def with_test_images(folder, images):
-    """What only these tests need: images that are here already are built again from the cache, and no Grafana."""
+    """Write the overrides of these tests: images built from the cache, and no Grafana."""
     path = folder / "docker-compose.test.yml"
     overrides = json.loads(path.read_text())
     services = overrides["services"]
@@ -148,7 +148,7 @@ def with_test_images(folder, images):
 
 
 def prepare_b(folder, tmp_path, images):
-    """The folder of an earlier deploy, with the settings that only these tests need."""
+    """Prepare B's folder as after an earlier deploy, with the settings of these tests."""
     scratch = tmp_path / "scratch-b"
     scratch.mkdir()
     b = Project(scratch, core=1)

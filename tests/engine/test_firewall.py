@@ -1,7 +1,7 @@
-"""noodle firewall's rules on a real kernel: who gets to a published port, before, after, again after a boot, undone.
+"""noodle firewall's rules on a real kernel: access to published ports before, after, after a reboot, and undone.
 
-All of it happens in one container with rights over its own network alone: its namespaces are machine A, B and a
-stranger. The host's own chains are never touched.
+Everything happens in one container with rights over its own network only: its namespaces are machine A, machine B and
+another machine. The host's chains are never touched.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class MachineA:
         return self.run("env", "PYTHONPATH=/noodle:/noodle/shared", "python3", "-m", "services.cli", *arguments)
 
     def tried(self, who, *ports, address=A):
-        """What becomes of connections from there to ports of A, all at once."""
+        """Return the outcome of connections from a namespace to ports of A, made at once."""
         asked = [address, TRY_SECONDS, *map(str, ports)]
         done = self.run("ip", "netns", "exec", who, "python3", "-c", TRY, *asked)
         assert done.returncode == 0, done.stderr
@@ -98,20 +98,20 @@ def running(image):
         wait_until(lambda: machine.all_tried("b") == OPEN_TO_ALL, 30, "every port answers")
         yield machine
     finally:
-        with contextlib.suppress(AssertionError):  # it is gone already
+        with contextlib.suppress(AssertionError):  # it has ended already
             docker("rm", "--force", name)
 
 
 @pytest.fixture
 def machine(running):
-    """As Docker left it."""
+    """The container as Docker left it."""
     yield running
     running.noodle("firewall", "--undo")
     running.run("rm", "-rf", "/run/systemd", SYSTEMCTL_PATH)
 
 
 OPEN_TO_ALL = dict.fromkeys((*OURS, OTHERS, SSH), "open")
-OF_B = {**OPEN_TO_ALL, 3000: "dropped"}  # Grafana is for people
+OF_B = {**OPEN_TO_ALL, 3000: "dropped"}  # Grafana is open to users
 OF_A_STRANGER = {**dict.fromkeys(OURS, "dropped"), OTHERS: "open", SSH: "open"}
 
 
@@ -148,7 +148,7 @@ def test_undoing_leaves_no_rule_and_twice_is_as_once(machine):
 def test_people_may_come_to_grafana_and_the_coordinator_from_where_it_is_said(machine):
     assert machine.noodle("firewall", "--apply", "--clients", "10.77.0.3").returncode == 0
     assert machine.all_tried("stranger") == {**OF_A_STRANGER, 8080: "open", 3000: "open"}
-    assert machine.noodle("firewall", "--apply").returncode == 0  # what is said is what holds, not what was said before
+    assert machine.noodle("firewall", "--apply").returncode == 0  # the newest options replace the earlier ones
     assert machine.all_tried("stranger") == OF_A_STRANGER
 
 
@@ -178,7 +178,7 @@ def test_where_systemd_is_a_unit_runs_it_at_each_boot(machine):
 
 
 def test_a_rule_on_the_way_does_not_cut_what_answers_from_inside(machine):
-    """A container of A that opens a connection to B is answered: only what comes to a published port is looked at."""
+    """A container of A that connects to B gets its answer: only traffic to published ports is filtered."""
     assert machine.noodle("firewall", "--apply").returncode == 0
     server = (
         "import socket; s = socket.create_server(('10.77.0.2', 7000)); c, _ = s.accept(); c.recv(9); c.sendall(b'HTTP')"

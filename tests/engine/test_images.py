@@ -1,4 +1,4 @@
-"""The images as they are built: what is in them, what is not, and what a change costs."""
+"""The built images: their content, and the cost of a change."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from services.stage.executors.ggml.backend import processor_flags
 from tests.engine.engine import CONTROL, ROOT, STAGE, build, docker, in_image, run
 from tests.unit.project.test_images import GPU, locked, text_of
 
-CODE_CHANGE_SECONDS = 60.0  # of which a slow disk takes most; installing torch takes minutes
+CODE_CHANGE_SECONDS = 60.0  # a slow disk takes most of it; installing torch takes minutes
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "ld", "as", "make", "nvcc")
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("images")]
@@ -130,10 +130,10 @@ def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_the
 
 def test_the_look_for_a_cards_kernels_refuses_a_wheel_without_them():
     (look,) = re.findall(r'^RUN python -c "(import sys, torch; .+)" \$TORCH_KERNELS$', text_of(GPU), re.MULTILINE)
-    refused = in_image(STAGE, "python", "-c", look, "sm_60", "sm_61")  # this image's wheel is none for Pascal
+    refused = in_image(STAGE, "python", "-c", look, "sm_60", "sm_61")  # this image's wheel has no kernels for Pascal
     assert refused.returncode == 1
     assert re.search(r"AssertionError: \[('sm_75'.*)?\]", refused.stderr)  # a wheel for CPUs alone has none at all
 
 
 def test_the_file_for_a_card_is_read_by_this_engine():
-    build("Dockerfile.gpu", "base", "noodle-test-base")  # the stages after it need an index and gigabytes
+    build("Dockerfile.gpu", "base", "noodle-test-base")  # the later stages need an index and gigabytes

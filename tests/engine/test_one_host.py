@@ -1,4 +1,4 @@
-"""A whole noodle in containers on one host, by the README's commands, and what each part does when it is restarted."""
+"""A complete noodle in containers on one host, started by the README's commands, and restarts of each part."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ OF_NOODLE = ("valkey", "planner", "coordinator", "stage-0", "stage-1")
 
 
 def noodle(project, *arguments, seconds=600):
-    """A command of this host's noodle, through the published port and with the API key."""
+    """Run a noodle command of this host through the published port with the API key."""
     target = ("--url", f"http://127.0.0.1:{project.port}", "--key", project.api_key)
     command = [sys.executable, "-m", "services.cli", *arguments, *target]
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
@@ -84,7 +84,7 @@ def test_every_container_is_locked_down(project, service):
         assert {binding["HostIp"] for binding in bindings or []} <= {"127.0.0.1"}
 
 
-def test_a_stranger_on_the_published_ports_gets_health_and_nothing_else(project):
+def test_an_anonymous_client_on_the_published_ports_gets_health_and_nothing_else(project):
     for port in (project.port, project.ports["STAGE_0"], project.ports["STAGE_1"]):
         status, answer = request(port, "GET", "/health")
         assert (status, set(answer)) == (200, {"service", "status"})

@@ -1,4 +1,4 @@
-"""Two machines on one engine: two compose projects, a core and a network each, that meet at published ports alone."""
+"""Two machines on one engine: two compose projects, a core and a network each, connected by published ports."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from tests.support.processes.cluster import wait_until
 
 pytestmark = pytest.mark.timeout(900)
 
-# of every port that a machine publishes; what a stranger's connection gets
+# tries every published port as an anonymous client
 STRANGER = """
 import json, socket, sys, urllib.error, urllib.request
 found = {}
@@ -36,7 +36,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def pair(images, tmp_path_factory):
-    """Two machines that are ready, of which B was started first."""
+    """Two machines that are ready; B was started first."""
     with two_machines(tmp_path_factory.mktemp("pair")) as pair:
         pair.b.up()
         pair.a.up()
@@ -143,16 +143,16 @@ def _both(pair):
 
 
 def _says(pair, what):
-    """Wait until A's /health names what it waits for."""
+    """Wait until A's /health names `what` among the things it waits for."""
     wait_until(lambda: any(what in each for each in pair.a.health().get("waiting_for", [])), 120, f"waits for {what}")
 
 
 def _b_waits(pair):
-    wait_until(lambda: pair.b.health(pair.stage_1_port).get("detail"), 60, "B says what it waits for")
+    wait_until(lambda: pair.b.health(pair.stage_1_port).get("detail"), 60, "B reports what it waits for")
 
 
 def _last(pair, service, said):
-    """Everything but one part, then that one; what is there says meanwhile that it waits."""
+    """Start everything but one part, check that the others report waiting, then start that part."""
     containers = {
         name: pair.a.container(name) for name in ("valkey", "planner", "coordinator", "stage-0", "prometheus")
     }

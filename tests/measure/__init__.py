@@ -1,1 +1,1 @@
-"""The figures behind every claim: `make measure` runs them and writes docs/measurements.md."""
+"""The measurements behind docs/measurements.md; `make measure` runs all of them."""

@@ -1,8 +1,8 @@
 """`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
 
-`equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml` and `side-by-side=ggml` let ggml compute,
-`kills=ggml,3` with 3 deaths of each kind; `soak=3` soaks for 3 minutes instead of 15; `peers=FOLDER` names where
-llama.cpp's programs are, and is not among all.
+`equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml` and `side-by-side=ggml` compute with ggml; `kills=ggml,3`
+makes 3 kills of each kind; `soak=3` runs for 3 minutes instead of 15; `peers=FOLDER` names the folder of llama.cpp's
+programs, and runs only when named.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
 
 
 def main() -> int:
-    """Run those that are named, or all."""
+    """Run the named measurements, or all."""
     asked = [word.partition("=") for word in sys.argv[1:] or MEASUREMENTS]
     unknown = [name for name, _, _ in asked if name not in {*MEASUREMENTS, "peers"}]
     if unknown:

@@ -1,4 +1,4 @@
-"""Sections of docs/measurements.md: each is replaced as a whole by the newest run of its measurement."""
+"""Sections of docs/measurements.md; a measurement's newest run replaces its section."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TRANSFORMERS, GGML = "transformers", "ggml"  # what measurements of tokens compute with: float32 throughout
+TRANSFORMERS, GGML = "transformers", "ggml"  # measurements of tokens compute in float32
 PATH = Path(__file__).parents[2] / "docs" / "measurements.md"
 
 
 @dataclass
 class Section:
-    """One measurement: its name, what it must show, and what came out."""
+    """One measurement: name, heading and lines."""
 
     name: str
     title: str
     lines: list[str] = field(default_factory=list)
 
     def say(self, text: str = "") -> None:
-        """Add a line, and show it at once to whoever waits."""
+        """Add a line and print it."""
         self.lines.append(text)
         print(text, flush=True)
 
@@ -38,7 +38,7 @@ class Section:
         self.say()
 
     def write(self) -> None:
-        """Put the section into the document, in the place of its older self."""
+        """Write the section into the document in place of its older version."""
         when = datetime.datetime.now(datetime.UTC).date().isoformat()
         conditions = f"{when}, {machine()}, `python -m tests.measure {self.name}`"
         text = "\n".join([f"## {self.title}", "", conditions, "", *self.lines]).rstrip() + "\n"
@@ -54,17 +54,17 @@ class Section:
 
 
 def named(measurement: str, executor: str) -> str:
-    """What a measurement is called, for its section and on the command line, with this executor."""
+    """Return the name of a measurement with this executor, for its section and the command line."""
     return measurement if executor == TRANSFORMERS else f"{measurement}={executor}"
 
 
 def title_of(title: str, executor: str) -> str:
-    """A heading that no other section has."""
+    """Return the heading of a section for this executor."""
     return title if executor == TRANSFORMERS else f"{title} ({executor})"
 
 
 def machine() -> str:
-    """Cores and processor, for the conditions of a figure."""
+    """Return cores and processor, as conditions of a figure."""
     cpu = platform.processor() or "unknown processor"
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
@@ -74,5 +74,5 @@ def machine() -> str:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median and the two ends."""
+    """Return median and both extremes as text."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

@@ -1,4 +1,4 @@
-"""The public routes as their clients see them, on a real cluster of two stages."""
+"""The public routes on a real cluster of two stages."""
 
 import http.client
 import json
@@ -127,7 +127,7 @@ def test_a_prompt_over_the_context_is_told_the_three_numbers(cluster):
 
 
 @pytest.mark.parametrize("message", [{"role": "user", "content": ""}, {"role": "user", "content": "x" * 9000}])
-def test_a_conversation_that_can_not_fit_is_told_the_three_numbers_before_it_is_rendered(cluster, message):
+def test_a_conversation_that_cannot_fit_is_told_the_three_numbers_before_it_is_rendered(cluster, message):
     context = cluster.get("/health")[1]["context_length"]
     messages = [message] * (200_000 if not message["content"] else 500)
     status, answer = cluster.post("/v1/chat/completions", {"messages": messages, "max_tokens": 7})

@@ -1,4 +1,4 @@
-"""What clients of other makers expect: error classes, limits by key, ids, and the shapes that their tools send."""
+"""What third-party clients expect: error classes, limits by key, ids, and the requests of their tools."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.support.processes.cluster import running_cluster, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 ALICE, BOB = "alices-secret", "bobs-secret"
-KV_TOKENS = 220  # that fit on a stage, below the context of 256
+KV_TOKENS = 220  # room of a stage, below the context of 256
 CHAT = [{"role": "user", "content": "Say hello."}]
 
 
@@ -76,11 +76,11 @@ def test_a_request_that_is_refused_raises_the_clients_own_class(alice, model, ch
 
 
 def test_a_wrong_key_raises_its_class(cluster, model):
-    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="wrong", max_retries=0) as stranger:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="wrong", max_retries=0) as client:
         with pytest.raises(openai.AuthenticationError):
-            stranger.completions.create(**asked(model))
+            client.completions.create(**asked(model))
         with pytest.raises(openai.AuthenticationError):
-            stranger.models.list()
+            client.models.list()
 
 
 def test_a_key_over_its_limit_is_told_to_come_again_and_no_other_is(cluster, alice, bob, model):
@@ -91,7 +91,7 @@ def test_a_key_over_its_limit_is_told_to_come_again_and_no_other_is(cluster, ali
     assert int(caught.value.response.headers["Retry-After"]) >= 1
     assert ALICE not in str(caught.value)
     assert bob.completions.create(**asked(model)).usage.completion_tokens == 5
-    assert alice.models.list().data  # only what is computed counts
+    assert alice.models.list().data  # only generation counts
     stream.close()
     wait_until(lambda: is_free(alice, model), 10, "a stream that was left counts no more")
 
@@ -213,7 +213,7 @@ def test_the_request_shapes_of_vllm_bench_serve_are_answered_as_it_reads_them(cl
 
 
 def test_an_error_in_the_middle_of_a_stream_raises_in_the_client_and_then_503_does(cluster, alice, model):
-    """The last test here: open requests of this cluster wait for one second alone."""
+    """Runs last: this cluster lets open requests wait for one second only."""
     stream = alice.completions.create(**asked(model, max_tokens=200), stream=True)
     chunks = iter(stream)
     next(chunks)

@@ -1,4 +1,4 @@
-"""The user's own guide on a real cluster: its script, its routes, and what by-hand forwards must not do to others."""
+"""The user's guide on a real cluster: its script, its routes, and forwards by hand beside other requests."""
 
 import json
 import os
@@ -197,14 +197,14 @@ def test_metrics_are_kept_and_shown(cluster):
     ):
         status, answer = cluster.post("/log_metrics", body)
         assert (status, answer["success"]) == (200, True), answer
-    kept = cluster.get("/log_metrics?last=100")[1]["entries"]  # among what the stages send of themselves
+    kept = cluster.get("/log_metrics?last=100")[1]["entries"]  # among the stages' own entries
     entries = [entry for entry in kept if entry["node_id"] == "pc"]
     assert [entry["metrics"] for entry in entries] == [
         {"tokens_per_second": 3.5, "memory_mb": 900},
         {"cpu_percent": 12.5},
         *({"metric": "latency_ms", "value": index} for index in range(3)),
     ]
-    for answered in ((1, 0), (0, 1)):  # the second time it is known
+    for answered in ((1, 0), (0, 1)):  # the second time it is already stored
         body = {"node_id": "pc", "entry_id": "only once", "metrics": {"value": 1}}
         answer = cluster.post("/log_metrics", body)[1]
         assert (answer["stored"], answer["already_stored"]) == answered
@@ -235,7 +235,7 @@ def test_with_an_api_key_the_coordinators_routes_want_it_and_a_lost_stage_is_sai
             assert (status, answer["success"]) == (401, False)
         for token in ("a-key-that-clients-send", locked.token):
             assert request(locked.port, method, path, sent, token=token)[0] == 200
-    # the key of clients opens no stage
+    # a client's key gives no access to stages
     assert request(locked.stage_ports[0], "POST", "/forward", body, token="a-key-that-clients-send")[0] == 401
     os.kill(locked.worker_pid("stage-0"), signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Log-probabilities through the whole system are those of the unsplit model, chunked prompts and replays included."""
+"""Log-probabilities through the whole system equal those of the unsplit model, with chunked prompts and replays."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from tests.support.processes.cluster import running_cluster, wait_until
 pytestmark = pytest.mark.timeout(600)
 TOLERANCE = 1e-3
 STEP_TOKENS = 8
-UNSHOWN = ("bytes:", "token_id:", "<")  # tokens that are no characters of the text
-# as lm-eval's local-completions asks for the log-likelihood of a prompt's tokens
+UNSHOWN = ("bytes:", "token_id:", "<")  # tokens without characters in the text
+# as lm-eval's local-completions requests the log-likelihood of a prompt's tokens
 LOGLIKELIHOOD = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
 
 
@@ -29,7 +29,7 @@ def whole(tiny_folder):
 
 @pytest.fixture(scope="module")
 def cluster(tiny_folder, tmp_path_factory):
-    """Small steps, so that a prompt is computed in many chunks."""
+    """Two stages with small steps, so that a prompt is computed in many chunks."""
     state = tmp_path_factory.mktemp("logprobs") / "state"
     variables = {"NOODLE_STEP_TOKENS": str(STEP_TOKENS), "NOODLE_RECOVERY_SECONDS": "90"}
     with running_cluster(state, tiny_folder, 2, **variables) as running:
@@ -47,7 +47,7 @@ def a_prompt(length, seed=0):
 
 
 def check_scores(logprobs, prompt, expected, *, top=1):
-    """A choice's logprobs against a table [tokens, vocabulary] of the whole model's; one generated token follows."""
+    """Compare a choice's logprobs with the whole model's table [tokens, vocabulary]; one generated token follows."""
     got = logprobs["token_logprobs"]
     assert len(got) == len(prompt) + 1
     assert [got[0], logprobs["top_logprobs"][0]] == [None, None]
@@ -97,7 +97,7 @@ def test_scores_come_out_right_after_a_stage_died_in_the_middle_of_the_prompt(cl
     replays = replay_count(cluster)
     thread = threading.Thread(target=ask)
     frozen = cluster.worker_pid(f"stage-{stage}")
-    os.kill(frozen, signal.SIGSTOP)  # so that the prompt is surely under way, and not through, when it dies
+    os.kill(frozen, signal.SIGSTOP)  # so that the prompt is under way, not finished, when the stage dies
     try:
         thread.start()
         wait_until(lambda: running_requests(cluster) == 1, 10, "the request runs")
@@ -142,7 +142,7 @@ def test_an_echoed_prompt_stands_before_the_answer_and_offsets_point_into_it(cli
     assert "bytes:\\xc3" in logprobs.tokens
     before = ""
     for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
-        # this model is random: what follows a piece of no character begins behind its U+FFFD
+        # this model is random: text after an incomplete character begins behind its U+FFFD
         if not token.startswith(UNSHOWN) and not before.startswith(UNSHOWN):
             assert choice.text.startswith(token, offset)
         before = token

@@ -1,4 +1,4 @@
-"""Calls that schemathesis makes up from the OpenAPI document: no 500, and no answer that the document does not know."""
+"""Calls that schemathesis generates from the OpenAPI document: no 500, and no undocumented answer."""
 
 import pytest
 
@@ -11,7 +11,7 @@ SECONDS = 300.0
 
 
 def test_made_up_calls_get_documented_answers_and_leave_nothing_behind(tiny_folder, tmp_path):
-    # a short context: requests without a length are answered to its end
+    # a short context: requests without a length generate to its end
     with running_cluster(tmp_path / "state", tiny_folder, 2, NOODLE_CONTEXT_LENGTH="32") as cluster:
         run = run_schemathesis(cluster, tmp_path, examples=EXAMPLES, phases="fuzzing", seed=1, seconds=SECONDS)
         assert not run.failures, run.failures

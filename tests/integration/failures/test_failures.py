@@ -1,4 +1,4 @@
-"""What dies, and what must then not happen: nothing hangs, no token is lost, and the next request works."""
+"""When a process dies, no request hangs, no token is lost, and the next request works."""
 
 import http.client
 import json
@@ -14,20 +14,20 @@ from tests.support.processes.cluster import ANSWER_SECONDS, request, running_clu
 
 pytestmark = pytest.mark.timeout(300)
 KV_BYTES_PER_TOKEN = 768  # of the tiny model, on a stage with three of its layers
-OPEN_REQUEST_SECONDS = 30.0  # three times what an open request may take to end or go on
+OPEN_REQUEST_SECONDS = 30.0  # three times what an open request may take to end or continue
 
 
 @pytest.fixture(scope="module")
 def cluster(tiny_folder, tmp_path_factory):
     state = tmp_path_factory.mktemp("failures") / "state"
-    # no layers move here: the cut is made by hand
+    # a fixed split, so that no layers move
     variables = {"NOODLE_STEP_TOKENS": "16", "NOODLE_RECOVERY_SECONDS": "10", "NOODLE_SPLIT": "3,3"}
     with running_cluster(state, tiny_folder, 2, **variables) as running:
         yield running
 
 
 class OpenRequests:
-    """Requests that run while something dies."""
+    """Requests that run while a process dies."""
 
     def __init__(self, cluster, count=4, new_tokens=200, running=None):
         self.answers = {}
@@ -43,11 +43,11 @@ class OpenRequests:
         self.threads = [threading.Thread(target=ask, args=(index,)) for index in range(count)]
         for thread in self.threads:
             thread.start()
-        least = count if running is None else running  # all are taken in: what dies now dies under each of them
+        least = count if running is None else running  # all are admitted: the kill affects each of them
         wait_until(lambda: open_requests(cluster) >= least, 30, "the requests run")
 
     def ended(self, seconds=OPEN_REQUEST_SECONDS):
-        """Their answers; fails when one of them hangs."""
+        """Return the answers; fail if a request hangs."""
         end = time.monotonic() + seconds
         for thread in self.threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -63,7 +63,7 @@ def answers_again(cluster):
 
 
 def check_whole_or_told(answers, expected):
-    """Each request went on with exactly its own tokens, or ended with an error that says what happened."""
+    """Check that each request ended with its own tokens, or with an error message."""
     for index, (status, answer) in enumerate(answers):
         if status == 200:
             assert answer["generated_text"] == expected[index]
@@ -100,7 +100,7 @@ def test_a_stage_that_stops_moving_ends_open_requests_in_time_and_is_named(clust
 
 
 def test_a_cut_pipeline_with_little_room_leaves_no_request_without_its_rows(tiny_folder, tmp_path):
-    """The request that runs is cancelled while the pipeline is cut; those that wait for its rows must get them."""
+    """The running request is cancelled while the pipeline is cut; those that wait for its rows must get them."""
     little_room = {"NOODLE_SPLIT": "3,3", "NOODLE_KV_BYTES": str(220 * KV_BYTES_PER_TOKEN)}  # for one request
     with running_cluster(tmp_path / "state", tiny_folder, 2, **little_room) as cluster:
         asked = {"inputs": "a request", "parameters": {"max_new_tokens": 200, "ignore_eos": True}}
@@ -125,7 +125,7 @@ def test_a_cut_pipeline_with_little_room_leaves_no_request_without_its_rows(tiny
 
 
 def open_requests(cluster):
-    """How many sessions hold rows, by the coordinator's metrics."""
+    """Return the number of running requests, from the coordinator's metrics."""
     _, text = cluster.get("/metrics", cluster.token)
     line = next(line for line in text.decode().splitlines() if line.startswith("noodle_num_requests_running "))
     return float(line.split()[1])
@@ -158,7 +158,7 @@ def test_too_many_requests_are_told_to_come_again(tiny_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def movable(tiny_folder, tmp_path_factory):
-    """A cluster whose layers move away from a stage that is silent for three seconds more."""
+    """A cluster that moves layers away from a stage after three seconds of silence."""
     state = tmp_path_factory.mktemp("movable") / "state"
     with running_cluster(state, tiny_folder, 2, NOODLE_STAGE_RETURN_SECONDS="3") as running:
         yield running

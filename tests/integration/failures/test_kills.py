@@ -1,4 +1,4 @@
-"""Whatever dies, no request of the real model is lost, and its tokens are those of the undisturbed run (design D2)."""
+"""Any process may die: no request of the real model is lost or changes its tokens (design D2)."""
 
 import random
 
@@ -19,14 +19,14 @@ TIMES = 2
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A cluster, and what its streams say when nothing dies."""
+    """A cluster, and the tokens of its streams in an undisturbed run."""
     with running_cluster(tmp_path_factory.mktemp("kills") / "state", real_model_folder(), 2) as cluster:
         yield cluster, [stream.tokens for stream in run_streams(cluster, "undisturbed", None)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed_ggml(tmp_path_factory):
-    """The same, computed by ggml."""
+    """The same with ggml."""
     state = tmp_path_factory.mktemp("kills-ggml") / "state"
     with running_cluster(state, real_model_folder(), 2, **exactly("ggml")) as cluster:
         yield cluster, [stream.tokens for stream in run_streams(cluster, "undisturbed", None)]
@@ -34,7 +34,7 @@ def undisturbed_ggml(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def linked(tmp_path_factory):
-    """Two stages, with a cable that can be cut before the second."""
+    """Two stages, with a relay before the second that can be cut."""
     folder = tmp_path_factory.mktemp("link")
     with (
         running_stages(folder, real_model_folder(), LAYERS, relayed=(1,), NOODLE_TRANSPORT="auto") as rig,
@@ -49,14 +49,14 @@ def whole():
 
 
 def check_that_all_end_well(services, run, kill, expected, whole):
-    """Run all streams with a kill in between: each has the tokens of the undisturbed run, and no row is left."""
+    """Run all streams with a kill in between: each must have its undisturbed tokens, and no rows may be left."""
     wait_until(services.is_ready, 60, "it is whole again")
     streams = run_streams(services, run, kill, random_moment(random.Random(run)))
     assert [stream.failure for stream in streams] == [""] * len(streams)
     asked = [body for _, body in requests_of(run)]
     for stream, tokens, body in zip(streams, expected, asked, strict=True):
         parted_at = first_difference(tokens, stream.tokens)
-        if parted_at is not None:  # rounding may choose the other of two logits that are as good as equal
+        if parted_at is not None:  # rounding may choose the other of two tied logits
             before = [*whole.tokenizer(body["inputs"]).input_ids, *tokens[:parted_at]]
             assert "seed" not in body["parameters"], "a drawn text differs"
             assert whole.best_two_gap(before) < 1e-3

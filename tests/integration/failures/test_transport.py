@@ -1,4 +1,4 @@
-"""Steps by connections, by the queue and by both: the same tokens, whatever is cut, killed or full meanwhile."""
+"""Direct, queued and mixed transport give the same tokens while connections are cut and Valkey is killed or full."""
 
 import contextlib
 import threading
@@ -21,12 +21,12 @@ RECOVERY_SECONDS = 10
 
 @contextlib.contextmanager
 def pipeline(folder, model, transport, **variables):
-    """Two stages behind relays, and a coordinator; all that is sent to a stage goes through its relay."""
+    """Run two stages behind relays and a coordinator; everything sent to a stage passes its relay."""
     with (
         running_stages(folder, model, (3, 3), relayed=(0, 1), NOODLE_TRANSPORT=transport, **variables) as rig,
         running_coordinator(rig, folder, NOODLE_RECOVERY_SECONDS=str(RECOVERY_SECONDS)) as services,
     ):
-        if transport == "auto":  # ready by the queue alone, maybe before the hop stands
+        if transport == "auto":  # ready by the queue alone, perhaps before the hop is open
             wait_for_the_direct_way(services)
         yield services
 
@@ -65,12 +65,12 @@ def ids_of(services, prompt, new_tokens=NEW_TOKENS):
 
 @pytest.fixture(scope="module")
 def expected(direct):
-    """The tokens of each prompt over whole connections."""
+    """The tokens of each prompt over undisturbed connections."""
     return [ids_of(direct, prompt) for prompt in PROMPTS]
 
 
 def at_once(services, prompts=PROMPTS):
-    """The tokens of all prompts, asked for at the same time."""
+    """Return the tokens of all prompts, requested at the same time."""
     found = [None] * len(prompts)
 
     def ask(index):
@@ -86,7 +86,7 @@ def at_once(services, prompts=PROMPTS):
 
 
 def steps_by(services, transport):
-    """Steps that the coordinator and stage 0 have sent on this way."""
+    """Return the steps that the coordinator and stage 0 have sent over this transport."""
     name = f'noodle_hop_steps_total{{transport="{transport}"}}'
     return [services.metric(port, name) for port in (services.port, services.stage_ports[0])]
 
@@ -122,7 +122,7 @@ def test_while_no_connection_can_be_made_everything_goes_by_the_queue(auto, expe
         relay.stop()
     try:
         if 0 in stages:
-            relays[0].start()  # the bytes of references are fetched by it; hops are not opened by what cuts at once
+            relays[0].start()  # references are fetched through it; hops cannot open while it cuts
             with relays[0].cutting(0.3):
                 assert at_once(auto) == expected
         else:
@@ -168,7 +168,7 @@ def test_junk_in_a_stream_changes_nothing(queue, expected, stream):
 
 @contextlib.contextmanager
 def echoing(work_queue, stream):
-    """Everything that comes in a stream comes twice more: once soon, once late and in the wrong order."""
+    """Append each entry of a stream twice more: once soon, and once late in the wrong order."""
     over = threading.Event()
     echoed = []
 
@@ -208,7 +208,7 @@ def test_steps_and_results_that_come_again_late_and_out_of_order_change_no_token
 
 
 def during_a_stream(services, act, prompt=PROMPTS[0]):
-    """The status and answer of a request in whose middle something is done."""
+    """Call `act` in the middle of a request; return its status and answer."""
     answers = []
     parameters = {"max_new_tokens": NEW_TOKENS * 2, "ignore_eos": True, "details": True}
 
@@ -229,7 +229,7 @@ def test_a_valkey_that_is_killed_and_started_again_ends_no_stream(services, expe
 
     def kill_and_start():
         valkey.kill()
-        time.sleep(0.5)  # how long it is away
+        time.sleep(0.5)  # the duration of the outage
         valkey.start()
 
     status, answer = during_a_stream(services, kill_and_start)
@@ -267,7 +267,7 @@ def test_while_valkey_is_full_running_requests_go_on_and_new_ones_get_503(auto, 
 def test_by_the_queue_a_full_valkey_is_waited_for_and_then_named(queue, expected):
     def fill_for_a_while():
         memory_of(queue, 1)
-        time.sleep(1.5)  # how long it is full
+        time.sleep(1.5)  # the time it is full
         memory_of(queue, 256 << 20)
 
     try:
@@ -305,7 +305,7 @@ def test_large_steps_go_by_reference_and_leave_nothing(tmp_path, wide_folder):
 
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory):
-    """A model whose chunks of a prompt are large: 4,096 hidden states a token, which cost little to compute."""
+    """A model with large prompt chunks: 4,096 hidden states a token that are cheap to compute."""
     from tests.support.models.tiny_model import make_tiny_model
 
     folder = tmp_path_factory.mktemp("wide") / "wide"

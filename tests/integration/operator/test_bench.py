@@ -1,4 +1,4 @@
-"""`noodle bench` and `noodle profile` end to end, on a tiny model and a real cluster of two stages."""
+"""`noodle bench` and `noodle profile` end to end on a real cluster of a tiny model."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_profile_measures_layers_embedding_and_head_and_keeps_it(cluster: Cluste
     }
     assert all(point["layer_seconds"] > 0 for point in threads["decode"] + threads["prefill"])
     assert [point["tokens"] for point in threads["head"]] == [1, 4]
-    assert any("left out" in remark for remark in report["remarks"])  # rows that pass the tiny model's context
+    assert any("left out" in remark for remark in report["remarks"])  # rows beyond the tiny model's context
     listed = kept(cluster, "profile")
     assert listed[0]["headline"] == report["headline"]
     assert noodle(cluster, "profile", "--show", listed[0]["id"]).stdout == done.stdout

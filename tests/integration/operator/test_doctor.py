@@ -1,4 +1,4 @@
-"""noodle doctor against real services on loopback: what is in order, and what can be wrong between machines."""
+"""`noodle doctor` against real services on loopback."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ WHOLE_SECONDS = 30.0
 
 
 def doctor(environment, tmp_path, **variables):
-    """Exit code and report of the command, by hand with these variables alone or in a cluster's environment."""
+    """Run the command with these variables alone, or in a cluster's environment; return exit code and report."""
     kept = {name: value for name, value in environment.items() if not name.startswith("NOODLE_")}
     given = variables or {name: value for name, value in environment.items() if name.startswith("NOODLE_")}
     if variables:
@@ -42,7 +42,7 @@ def doctor(environment, tmp_path, **variables):
 
 
 def by_hand(cluster, tmp_path, **changes):
-    """What a machine beside the cluster finds: its own stage is stage 1, with the cluster's secrets unless changed."""
+    """Run doctor as the machine of stage 1, with the cluster's secrets unless changed."""
     variables = {
         "NOODLE_COORDINATOR_URL": cluster.url,
         "NOODLE_VALKEY_URL": f"redis://127.0.0.1:{cluster.valkey_port}",
@@ -122,7 +122,7 @@ def test_a_wrong_valkey_password_is_told(cluster, tmp_path):
 
 @contextlib.contextmanager
 def another_valkey(*options):
-    """A Valkey with these options; gives its port."""
+    """Run a Valkey with these options; yield its port."""
     (port,) = free_ports(1)
     command = [server_binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -238,7 +238,7 @@ def _connects(port):
 
 @contextlib.contextmanager
 def beating(work_queue: WorkQueue, report: MachineReport):
-    """A stage's report that stands for as long as the block runs, as one that beats."""
+    """Keep a stage's report alive for as long as the block runs."""
     over = threading.Event()
 
     def beat():
@@ -257,7 +257,7 @@ def beating(work_queue: WorkQueue, report: MachineReport):
 
 @contextlib.contextmanager
 def deaf_ports(count):
-    """Ports whose queue of connections is full, so that the kernel drops what comes, as a firewall does."""
+    """Yield ports whose accept queue is full, so that the kernel drops packets as a firewall does."""
     with contextlib.ExitStack() as stack:
         ports = []
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""A model that no machine here has the memory for, with the real services: what doctor, plan and /health say of it."""
+"""A model that exceeds the memory of every machine: what doctor, plan and /health report."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ MEASURED_SECONDS = 120.0
 
 @pytest.fixture
 def endless_folder(tmp_path):
-    """A llama whose weights are a file of holes: it says how large it is, and takes no room on the disk."""
+    """A llama whose weights are a sparse file: large, but without blocks on the disk."""
     folder = tmp_path / "endless"
     make_tiny_model(
         folder,
@@ -68,7 +68,7 @@ def test_a_model_that_does_not_fit_is_told_with_its_cures(endless_folder, tmp_pa
             "NOODLE_CACHE_DIR": str(tmp_path / "cache"),
             "NOODLE_STATE_DIR": str(tmp_path / "state"),
             "NOODLE_STAGES": "1",
-            "NOODLE_QUALITY": "exact",  # what a format does to forty gigabytes of holes would take long to find out
+            "NOODLE_QUALITY": "exact",  # measuring a format's error on forty gigabytes would take long
             "NOODLE_THREADS": "1",
             "NOODLE_MACHINE": "laptop",
             "NOODLE_COORDINATOR_BIND": f"127.0.0.1:{coordinator_port}",

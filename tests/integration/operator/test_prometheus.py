@@ -1,4 +1,4 @@
-"""A real Prometheus over the real services, by the committed configuration: every panel of every dashboard has data."""
+"""A real Prometheus with the committed configuration: every panel of every dashboard has data."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from tests.support.processes.prometheus import (
 )
 from tests.support.processes.two_machines import two_machines
 
-SHORTEST_RATE_INTERVAL = "20s"  # four scrapes of five seconds: what Grafana puts in at the shortest
+SHORTEST_RATE_INTERVAL = "20s"  # four scrapes of five seconds: the shortest that Grafana uses
 DATA_SECONDS = 60.0
 QUERIES = [
     pytest.param(target["expr"], id=f"{path.stem}: {panel['title']} {target['refId']}")
@@ -30,17 +30,17 @@ QUERIES = [
 
 @pytest.fixture(scope="module")
 def cluster(tiny_folder, tmp_path_factory):
-    programs()  # before services are started for nothing
+    programs()  # before services are started in vain
     with two_machines(tmp_path_factory.mktemp("machines") / "run", tiny_folder) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def prometheus(cluster, tmp_path_factory):
-    """One that has scraped every service while requests were computed."""
+    """A Prometheus that has scraped every service while requests were computed."""
     text = configuration(f"127.0.0.1:{cluster.port}", cluster.token_path)
     with running_prometheus(tmp_path_factory.mktemp("prometheus") / "run", text) as running:
-        wait_until(lambda: len(running.targets()) == 4, DATA_SECONDS, "Prometheus is told of every service")
+        wait_until(lambda: len(running.targets()) == 4, DATA_SECONDS, "Prometheus knows every service")
 
         def rates_are_seen():
             cluster.generate([5, 6, 7], max_new_tokens=30, ignore_eos=True)
@@ -82,7 +82,7 @@ def test_what_one_machine_measures_of_another_is_said_of_that_one(prometheus):
 
     assert machines("noodle_machine_memory_bytes") == {"machine-a", "machine-b"}
     for of_stage_1 in (
-        'noodle_token_stage_seconds_total{stage="1"}',  # these two are the coordinator's, which is on machine-a
+        'noodle_token_stage_seconds_total{stage="1"}',  # reported by the coordinator, which is on machine-a
         'noodle_plan_stage_layers{stage="1"}',
         'noodle_stage_kv_capacity_bytes{stage="1"}',
         'process_resident_memory_bytes{stage="1"}',

@@ -1,4 +1,4 @@
-"""`noodle up` with stand-ins for the services: what it starts, how it stops, what it leaves behind."""
+"""`noodle up` over stand-in services: what it starts, how it stops, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_workers_of_a_dead_master_are_ended_before_the_next_one_starts(runs: UpR
 
 
 def test_nothing_outlives_a_killed_up_and_the_next_one_clears_what_it_left(runs: UpRuns) -> None:
-    runs.order("stage-0.worker")  # which ignores SIGTERM, as a worker may that computes
+    runs.order("stage-0.worker")  # ignores SIGTERM, as a computing worker may
     process = runs.start_until_ready()
     worker = int(wait_for(lambda: runs.lines("workers"), "the worker")[0])
     process.kill()
@@ -219,7 +219,7 @@ def test_progress_of_the_start_is_shown_as_lines_without_a_terminal(runs: UpRuns
     wait_for(lambda: "noodle is ready: fake-model" in runs.output(), "the end of the start")
 
 
-def test_a_model_that_can_not_be_had_is_said_with_its_cure(runs: UpRuns) -> None:
+def test_a_model_that_cannot_be_had_is_said_with_its_cure(runs: UpRuns) -> None:
     runs.order("model.lines", json.dumps({"error": {"message": "There is no folder 'x'.", "cure": "Name one."}}) + "\n")
     up = runs.noodle("up", "--model", "x")
     assert up.returncode == 1
@@ -261,7 +261,7 @@ def test_a_port_in_use_is_refused_with_its_purpose_and_its_variable(runs: UpRuns
 
 @pytest.fixture
 def small_disk(runs: UpRuns) -> Iterator[Path]:
-    """The state folder on a disk of 256 kB of its own."""
+    """The state folder on its own disk of 256 kB."""
     runs.state_dir.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", runs.state_dir], check=False)
     if mounted.returncode:
@@ -272,7 +272,7 @@ def small_disk(runs: UpRuns) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Leave not a byte on a disk."""
+    """Fill a disk completely."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file:
         while shutil.disk_usage(disk).free:
@@ -290,7 +290,7 @@ def test_a_full_state_disk_and_a_death_are_said_and_end_nothing(runs: UpRuns, sm
     wait_for(lambda: runs.output().count("stage-1 was started again.") == 2, "that to be said")
     assert runs.output().count("run.json can not be written (No space left on device)") == 1
     assert "Free some space on that disk" in runs.output()
-    assert runs.service("stage-1")["restarts"] == 0  # what was written last, whole
+    assert runs.service("stage-1")["restarts"] == 0  # the last complete version
     assert (runs.run_dir / "logs" / "stage-1.log").exists()
     filler.unlink()
     wait_for(lambda: runs.service("stage-1")["restarts"] == 2, "the record to be written after all")

@@ -1,4 +1,4 @@
-"""The operator's command over the real services and a tiny model."""
+"""`noodle up` and commands beside it, over the real services with a tiny model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="`noodle up` is for Linux"),
     pytest.mark.timeout(300),
 ]
-GONE_SECONDS = 20.0  # gunicorn gives open requests 10
+GONE_SECONDS = 20.0  # gunicorn gives open requests 10 s
 
 
 def noodle(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +35,7 @@ def noodle(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def processes_with(state_dir: Path) -> list[int]:
-    """Every process that this `noodle up` started, itself included."""
+    """Return every process of this `noodle up`, itself included."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -101,7 +101,7 @@ def test_no_service_outlives_up(
         wait_until(lambda: not processes_with(state_dir), GONE_SECONDS, "every process gone")
         assert time.monotonic() - began_seconds < GONE_SECONDS
         noodle(cluster, "down")
-        left = {path.name for path in state_dir.glob("*")}  # a slow start is long enough for a first measurement
+        left = {path.name for path in state_dir.glob("*")}  # a slow start may produce a first measurement
         assert left <= {"metrics.jsonl", "unsent-metrics-stage-0.jsonl"}
 
 
@@ -109,6 +109,6 @@ def test_a_split_that_does_not_add_up_is_refused_at_the_start(tiny_folder: Path,
     cluster = Cluster(tmp_path / "state", tiny_folder, 2)
     up = noodle(cluster, "up", "--split", "3,4")
     assert up.returncode == 1
-    assert "6" in up.stderr  # layers the model has
+    assert "6" in up.stderr  # the model's layers
     assert "7" in up.stderr
     assert not (tmp_path / "state").exists()

@@ -1,4 +1,4 @@
-"""Stages of both executors in one pipeline, and hops in other formats than what is computed in (design D13)."""
+"""Stages of both executors in one pipeline, and activation dtypes other than the computing dtype (design D13)."""
 
 import importlib.util
 
@@ -23,7 +23,7 @@ def whole(tiny_folder):
 
 
 def answers(tiny_folder, folder, computed):
-    """Prompt and answer tokens of each prompt, and what /health says of the stages."""
+    """Return prompt and answer tokens of each prompt, and the stages of /health."""
     with (
         running_stages(folder, tiny_folder, (2, 2, 2), computed=computed) as rig,
         running_coordinator(rig, folder) as services,

@@ -1,4 +1,4 @@
-"""The heart: on the real model, through the whole system, the split changes nothing (design D3)."""
+"""The central claim: on the real model, through the whole system, the split changes nothing (design D3)."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.support.processes.cluster import running_cluster
 from tests.support.stages.executors import exactly
 
 NEW_TOKENS = 64
-PROMPTS_IN_CI = PROMPTS[::4]  # 5 of the 20; all of them in `make measure`
+PROMPTS_IN_CI = PROMPTS[::4]  # 5 of the 20; `make measure` has all of them
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
@@ -22,7 +22,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def drawn_texts():
-    """Texts with temperature and seed, by number of stages and executor; filled by the tests below."""
+    """Texts with temperature and seed, by number of stages and executor; filled by the test below."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""One stage, one layer a stage, and a split by hand: the same text; what can not be cut is refused at the start."""
+"""One stage, one layer a stage, and a given split give the same text; impossible splits are refused at the start."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def test_as_many_stages_as_layers_say_what_one_stage_says(tiny_folder, tmp_path)
 
 
 def refusal(tmp_path, model, stages=2, **variables):
-    """What `noodle up` says when it does not start."""
+    """Return what `noodle up` prints when it refuses to start."""
     cluster = Cluster(tmp_path / "state", model, stages, **variables)
     command = [sys.executable, "-m", "services.cli", "up"]
     done = subprocess.run(
@@ -49,7 +49,7 @@ def refusal(tmp_path, model, stages=2, **variables):
 
 
 def changed_config(folder, tmp_path, **changes):
-    """A copy of a model whose config says something else."""
+    """Return a copy of a model with a changed config."""
     copy = tmp_path / "changed"
     shutil.copytree(folder, copy)
     config = json.loads((copy / "config.json").read_text())

@@ -17,19 +17,19 @@ from tests.support.processes.cluster import running_cluster
 
 NEW_TOKENS = 64
 STAGES = (1, 2, 3, 5)
-AT_ONCE = 4  # so that steps hold tokens of several sessions, as in use
+AT_ONCE = 4  # so that steps hold tokens of several sessions, as in production
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "details": True}
 DRAWN: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "temperature": 0.8, "top_p": 0.95, "seed": 1234}
 
 
 def at_once(ask: Callable[[str], Any]) -> list[Any]:
-    """The answers for all prompts in their order, a few asked for at the same time."""
+    """Return the answers for all prompts in order, asking for a few at a time."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(ask, PROMPTS))
 
 
 def measure(executor: str = TRANSFORMERS) -> Section:
-    """Fails when a token differs where the two best logits are not tied."""
+    """Measure; fail if a token differs where the two best logits are not tied."""
     section = Section(named("equality", executor), title_of("Does the split change anything?", executor))
     folder = real_model_folder()
     whole = WholeModel(folder)

@@ -1,4 +1,4 @@
-"""Everything dies once, many times: every request ends with the tokens of the undisturbed run."""
+"""Kills every process many times: each request must end with the tokens of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ LAYERS = (15, 15)
 
 
 def measure(asked: str = TRANSFORMERS) -> Section:
-    """What fails is said in the section and not hidden: the claim is that nothing does.
+    """Measure; failures are reported in the section, though none is expected.
 
-    `asked` is an executor and perhaps, after a comma, how many times each kind of death comes.
+    `asked` is an executor, optionally followed by a comma and the number of kills of each kind.
     """
     executor, _, wanted_times = asked.partition(",")
     times = int(wanted_times or TIMES)
@@ -80,7 +80,7 @@ def measure(asked: str = TRANSFORMERS) -> Section:
 
 @dataclass
 class Run:
-    """One death: all streams, when it died, and what was left after it."""
+    """One kill: all streams, its time, and the KV bytes left after it."""
 
     streams: list[Stream]
     died_at: float
@@ -88,7 +88,7 @@ class Run:
 
 
 def one_run(services: Services, run: str, kill: Callable[[], None], chance: random.Random) -> Run:
-    """All streams while something dies."""
+    """Run all streams and call `kill` at a random moment."""
     died_at = 0.0
 
     def kill_now() -> None:
@@ -107,7 +107,7 @@ def one_run(services: Services, run: str, kill: Callable[[], None], chance: rand
 
 
 def is_ready(services: Services) -> bool:
-    """Whether the coordinator says so; false while it is away."""
+    """Return whether the coordinator reports ready; false while it is away."""
     try:
         return bool(services.get("/health")[1].get("status") == "ready")
     except (OSError, AttributeError):
@@ -115,7 +115,7 @@ def is_ready(services: Services) -> bool:
 
 
 def is_empty(services: Services) -> bool:
-    """Whether stages hold nothing but what is kept on purpose; false while one of them is away."""
+    """Return whether stages hold only rows kept for prefix reuse; false while one of them is away."""
     try:
         return services.kv_bytes_held() == 0
     except (OSError, AssertionError, KeyError):
@@ -123,7 +123,7 @@ def is_empty(services: Services) -> bool:
 
 
 def link_runs(chance: random.Random, executor: str, times: int) -> list[Run]:
-    """All connections into stage 1 are cut."""
+    """Cut all connections into stage 1 during each run."""
     with (
         tempfile.TemporaryDirectory() as scratch,
         running_stages(
@@ -140,12 +140,12 @@ def link_runs(chance: random.Random, executor: str, times: int) -> list[Run]:
 
 
 def computed_by(executor: str) -> tuple[dict[str, str], ...]:
-    """What a plan by hand says of each stage's computing: float32 throughout."""
+    """Return the computing of each stage for a plan: float32 throughout."""
     return ({"executor": executor, "weights": "f32", "kv_dtype": "f32"},) * len(LAYERS)
 
 
 def row_of(section: Section, kind: str, runs: list[Run], expected: list[list[int]], whole: WholeModel) -> list[object]:
-    """One line of the table; every request that did not end well is said."""
+    """Return one row of the table; report every request that failed or differs."""
     equal = tied = ended = count = 0
     silences = []
     for number, run in enumerate(runs):
@@ -172,6 +172,6 @@ def row_of(section: Section, kind: str, runs: list[Run], expected: list[list[int
 
 
 def is_tied(whole: WholeModel, stream: Stream, tokens: list[int], parted_at: int) -> bool:
-    """Whether rounding may choose either of the two best tokens where a stream parts from what was expected."""
+    """Return whether the two best logits are tied where a stream diverges from the expected tokens."""
     before = [*whole.tokenizer(stream.body["inputs"]).input_ids, *tokens[:parted_at]]
     return whole.best_two_gap(before) < TIE_GAP

@@ -1,4 +1,4 @@
-"""2,000 calls that schemathesis makes up from the OpenAPI document, against two stages of the real model."""
+"""2,000 calls that schemathesis generates from the OpenAPI document, against two stages of the real model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tests.support.models.real_model import real_model_folder
 from tests.support.processes.cluster import running_cluster, wait_until
 
 CALLS = 2000
-EXAMPLES = 60  # of each operation, beside those that its schema's limits suggest
+EXAMPLES = 60  # of each operation, in addition to boundary values
 AT_ONCE = 4
-CONTEXT_TOKENS = 48  # a request without a length is answered to its end
+CONTEXT_TOKENS = 48  # a request without a length generates to the end of the context
 LONGEST_SECONDS = 3600.0
 EMPTY_SECONDS = 30.0
 
 
 def measure() -> Section:
-    """Fails when a check is broken, or when fewer calls were made than it promises."""
+    """Measure; fail if a check fails or fewer than CALLS calls were made."""
     section = Section("schemathesis", "Made-up calls")
     with (
         tempfile.TemporaryDirectory() as scratch,

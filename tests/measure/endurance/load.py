@@ -1,4 +1,4 @@
-"""200 requests, 8 at a time, streaming, whole, and cancelled half-way: all end, nothing stays, nothing grows."""
+"""200 requests, 8 at a time: streamed, whole, and cancelled half-way; all must end, and memory must not grow."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.support.processes.cluster import Cluster, running_cluster, wait_until
 REQUESTS = 200
 AT_ONCE = 8
 KINDS = ("whole", "stream", "cancelled stream", "cancelled whole")
-PATIENCE_SECONDS = 0.1  # of a client that leaves before its whole answer comes
-REQUEST_SECONDS = 120.0  # a request that takes longer hangs
+PATIENCE_SECONDS = 0.1  # of a client that leaves before its whole answer arrives
+REQUEST_SECONDS = 120.0  # a request that takes longer counts as hanging
 ROUND_SECONDS = 1200.0
 EMPTY_SECONDS = 30.0  # from the last answer until no stage holds KV rows
-GROWTH_ALLOWED = 0.05  # of a process's memory from the first round to the second: what the allocator keeps
+GROWTH_ALLOWED = 0.05  # growth of a process from the first to the second round: kept by the allocator
 
 
 def measure() -> Section:
-    """Two rounds on two stages of the real model; fails when a request does not end or KV rows are left."""
+    """Run two rounds on two stages of the real model; fail if a request does not end or KV rows are left."""
     section = Section("load", "200 requests, 8 at a time")
     section.say(
         "Two stages, real model, prompts of 5 to 60 tokens, 8 to 40 new ones; a quarter each whole, streamed, "
@@ -58,7 +58,7 @@ def measure() -> Section:
 
 
 def one_round(cluster: Cluster, chance: random.Random) -> dict[str, int]:
-    """Run all requests; counts how many ended, by kind. A request that does not end fails the measurement."""
+    """Run all requests and count those that ended, by kind; fail if one does not end."""
     work: queue.SimpleQueue[tuple[str, int, int]] = queue.SimpleQueue()
     for index in range(REQUESTS):
         work.put((KINDS[index % len(KINDS)], chance.randrange(5, 60), chance.randrange(8, 40)))
@@ -93,7 +93,7 @@ def one_round(cluster: Cluster, chance: random.Random) -> dict[str, int]:
 
 
 def one_request(cluster: Cluster, kind: str, prompt: int, new: int) -> None:
-    """One request of a kind, on a connection of its own."""
+    """Send one request of a kind on its own connection."""
     path = "/generate_stream" if "stream" in kind else "/generate"
     body = {"inputs": list(range(300, 300 + prompt)), "parameters": {"max_new_tokens": new, "ignore_eos": True}}
     end = time.monotonic() + REQUEST_SECONDS

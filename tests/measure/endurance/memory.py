@@ -1,4 +1,4 @@
-"""Memory of each stage against its own weights: proportional set size without files, steady and at its highest."""
+"""Memory of each stage compared with its weights: anonymous proportional set size, steady and at its peak."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ sys.stdin.read()
 
 
 def proportional_bytes(process: int) -> int:
-    """Pss_Anon of a process, 0 when it is gone; pages of files (torch's libraries) are others' too."""
+    """Return Pss_Anon of a process, 0 if it is gone; file pages (torch's libraries) are shared and left out."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -40,7 +40,7 @@ def proportional_bytes(process: int) -> int:
 
 
 def empty_stage_bytes(executor: str) -> int:
-    """What a stage takes before it has any weights: Python, torch, transformers, perhaps ggml, and our own code."""
+    """Return the memory of a stage without weights: Python, torch, transformers, ggml if used, and our code."""
     with subprocess.Popen(
         [sys.executable, "-c", EMPTY_STAGE, executor], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -52,7 +52,7 @@ def empty_stage_bytes(executor: str) -> int:
 
 
 class Watch:
-    """Notes the highest Pss of the two stages' workers while they start and work."""
+    """Records the highest Pss of the two stages' workers while they start and work."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.highest, self.over = cluster, {0: 0, 1: 0}, threading.Event()
@@ -69,7 +69,7 @@ class Watch:
 
 
 def measure(executor: str = TRANSFORMERS) -> Section:
-    """Two stages, from their start through a long request."""
+    """Measure two stages from their start through a long request."""
     section = Section(named("memory", executor), title_of("Memory of a stage", executor))
     empty = empty_stage_bytes(executor)
     imported = "torch, transformers and noodle" if executor == TRANSFORMERS else "torch, transformers, ggml and noodle"
@@ -86,7 +86,7 @@ def measure(executor: str = TRANSFORMERS) -> Section:
 
 
 def of_format(executor: str, weights: str, share: float, empty: int) -> list[list[object]]:
-    """A line for each stage."""
+    """Return one row for each stage."""
     variables = {"NOODLE_EXECUTOR": executor, "NOODLE_WEIGHTS": weights}
     if weights != "f32":
         variables["NOODLE_QUALITY"] = "near-lossless"
@@ -115,5 +115,4 @@ def of_format(executor: str, weights: str, share: float, empty: int) -> list[lis
 
 
 def yes(value: bool) -> str:
-    """A word for a table."""
     return "yes" if value else "**no**"

@@ -1,4 +1,4 @@
-"""Hardly any room for KV rows, and far more requests at once than there is place for: all are served, or told so."""
+"""Little room for KV rows, and more requests than the limits admit: all are served or refused cleanly."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from tests.support.processes.cluster import Cluster, running_cluster, wait_until
 TIGHT_REQUESTS = 20
 TIGHT_PROMPT_TOKENS = 32
 TIGHT_NEW_TOKENS = 48
-TIGHT_SHARE = 10  # the room is this part of what all requests want together
+TIGHT_SHARE = 10  # the room, as a share of what all requests need together
 LAYERS = 15  # of each of the two stages
 FLOAT_BYTES = 4
 
 OVERLOAD_REQUESTS = 500
 OVERLOAD_NEW_TOKENS = 8
-OVERLOAD_SECONDS = 600.0  # a request that takes longer hangs
+OVERLOAD_SECONDS = 600.0  # a request that takes longer counts as hanging
 HEALTH_EVERY_SECONDS = 0.25
 
 
 def measure_tight() -> Section:
-    """The same requests with all the room they want and with a tenth of it, and each alone."""
+    """Measure the same requests with full KV room, with a tenth of it, and each alone."""
     section = Section("tight", "A tenth of the room for KV rows")
     folder = real_model_folder()
     wanted = TIGHT_REQUESTS * (TIGHT_PROMPT_TOKENS + TIGHT_NEW_TOKENS)
@@ -77,7 +77,7 @@ def measure_tight() -> Section:
 
 
 def tight_bodies() -> list[dict[str, Any]]:
-    """Prompts that begin alike in no two."""
+    """Return bodies whose prompts share no prefix."""
     return [
         {
             "inputs": [
@@ -95,21 +95,21 @@ def tight_bodies() -> list[dict[str, Any]]:
 
 
 def kv_bytes_per_token(folder: Path) -> int:
-    """Of one stage."""
+    """Return the KV bytes of one token on one stage."""
     config = read_config(folder)
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return int(LAYERS * 2 * config["num_key_value_heads"] * head_size * FLOAT_BYTES)
 
 
 def tokens_of(cluster: Cluster, body: dict[str, Any]) -> list[int]:
-    """Of a whole answer, which must come."""
+    """Return the token ids of a whole answer; fail if it is refused."""
     status, answer = cluster.post("/generate", body)
     assert status == 200, answer
     return [token["id"] for token in answer["details"]["tokens"]]
 
 
 def at_once(cluster: Cluster, asked: Sequence[dict[str, Any]]) -> tuple[list[list[int]], float, float]:
-    """All answers, how long they took, and how many sessions gave way meanwhile."""
+    """Return all answers, the seconds they took, and the number of preempted sessions."""
     answers: dict[int, list[int]] = {}
 
     def one(number: int, body: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def at_once(cluster: Cluster, asked: Sequence[dict[str, Any]]) -> tuple[list[lis
         thread.join(OVERLOAD_SECONDS)
         assert not thread.is_alive(), "a request hangs"
     seconds = time.monotonic() - began_at
-    time.sleep(0.5)  # metrics are counted at each tick
+    time.sleep(0.5)  # metrics are updated at each tick
     preemptions = cluster.metric(cluster.port, "noodle_preemptions_total") - before
     return [answers[number] for number in range(len(asked))], seconds, preemptions
 
@@ -140,7 +140,7 @@ class Ended:
 
 
 def measure_overload() -> Section:
-    """Everybody asks at the same moment."""
+    """Measure many requests sent at the same moment."""
     section = Section("overload", f"{OVERLOAD_REQUESTS} requests at once")
     section.say(
         f"SmolLM2-135M-Instruct, float32, two stages of one thread; {OVERLOAD_REQUESTS} clients at the same moment, "
@@ -171,7 +171,7 @@ def measure_overload() -> Section:
 
 
 def overload(cluster: Cluster, requests: int) -> tuple[list[Ended], list[float]]:
-    """All requests from threads that wait for each other, and the seconds of each look at /health meanwhile."""
+    """Send all requests at once; return how each ended, and the seconds of each /health request meanwhile."""
     ended: list[Ended] = []
     health: list[float] = []
     everybody = threading.Barrier(requests)

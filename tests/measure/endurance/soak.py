@@ -1,4 +1,4 @@
-"""Mixed load for a quarter of an hour; every half minute something dies: all is answered, nothing stays or grows."""
+"""Mixed load for 15 minutes with a kill every half minute: all requests must end, and nothing may leak."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.processes.cluster import Cluster, wait_until
 MINUTES = 15.0
 CLIENTS = 6
 KILL_EVERY_SECONDS = 30.0
-EARLY_SECONDS = 120.0  # when memory is looked at first; a quarter of a shorter run
+EARLY_SECONDS = 120.0  # first memory reading; a quarter of a shorter run
 WHOLE_AGAIN_SECONDS = 120.0
 FREEZE = "stage 1 stands still for 6 s"
 FREEZE_SECONDS = 6.0
@@ -33,7 +33,7 @@ SERVICES = ("coordinator", "planner", "valkey", "stage-0", "stage-1")
 
 
 def measure(minutes: float | str = MINUTES) -> Section:
-    """What fails is said in the section."""
+    """Measure; failures are reported in the section."""
     minutes = float(minutes)
     section = Section("soak", "A soak with deaths")
     section.say(
@@ -60,7 +60,7 @@ def measure(minutes: float | str = MINUTES) -> Section:
 
 
 class Soak:
-    """One run on a cluster that stands."""
+    """One run on a running cluster."""
 
     def __init__(self, cluster: Cluster, seconds: float) -> None:
         self.cluster, self.seconds = cluster, seconds
@@ -71,7 +71,7 @@ class Soak:
         self.load = Load(cluster, asked_undisturbed(cluster), self.coordinator_died_since, CLIENTS)
 
     def run(self) -> None:
-        """Load and deaths, and then a look at what is left."""
+        """Run load and kills, then examine what is left."""
         self.processes_before = len(processes_of(self.cluster))
         chance = random.Random(11)
         began_at = time.monotonic()
@@ -82,13 +82,13 @@ class Soak:
         while (now := time.monotonic()) < began_at + self.seconds:
             if now >= next_death_at:
                 next_death_at += KILL_EVERY_SECONDS
-                deaths = deaths or chance.sample(DEATHS, len(DEATHS))  # each comes as often as any other
+                deaths = deaths or chance.sample(DEATHS, len(DEATHS))  # each kind occurs equally often
                 self.kill(deaths.pop())
             if not self.memory and now >= early_at and is_ready(self.cluster):
                 self.memory.append(self.memory_now())
             time.sleep(0.2)
         wait_until(lambda: is_ready(self.cluster), WHOLE_AGAIN_SECONDS, "it is whole again")
-        time.sleep(5.0)  # whoever was started last works again too
+        time.sleep(5.0)  # the service started last works again too
         self.memory.append(self.memory_now())
         self.hanging = self.load.stop()
         try:
@@ -98,7 +98,7 @@ class Soak:
         self.processes_after = len(processes_of(self.cluster))
 
     def kill(self, kind: str) -> None:
-        """Let something die; what is away at this moment can not."""
+        """Let one kind of death happen; a service that is away at this moment is skipped."""
         print(f"{time.strftime('%X')} {kind}", flush=True)
         self.deaths[kind] += 1
         try:
@@ -112,20 +112,20 @@ class Soak:
             print(f"not there to be killed: {error!r}", flush=True)
 
     def coordinator_died_since(self, began_at: float) -> bool:
-        """Whether it died while a request was open that began then."""
+        """Return whether the coordinator died after this time."""
         return any(died_at > began_at - 1.0 for died_at in self.coordinator_died_at)
 
     def memory_now(self) -> dict[str, int]:
-        """Of each service, its master counted, and of `noodle up` itself; and what of the stages' is KV rows."""
+        """Return the memory of each service with its master, of `noodle up`, and the stages' KV bytes."""
         taken = {"noodle up": proportional_bytes(self.cluster.process.pid)}
         for name in SERVICES:
             taken[name] = sum(proportional_bytes(pid) for pid in pids_of(self.cluster, name))
-        for state in self.cluster.stage_states():  # rows of ended sessions are kept until their room is needed
+        for state in self.cluster.stage_states():  # rows of ended sessions are kept until the room is needed
             taken[f"KV rows of stage-{state['stage_id']}"] = int(state["kv_bytes_held"])
         return taken
 
     def tell(self, section: Section) -> None:
-        """The tables."""
+        """Write the tables."""
         ledger = self.load.ledger
         rows = []
         for kind in KINDS:
@@ -156,7 +156,7 @@ class Soak:
 
     @staticmethod
     def parted(ledger: Ledger) -> str:
-        """How many answers have other tokens than undisturbed, and of them those that part at a tie."""
+        """Return how many answers differ from the undisturbed run, and how many of these diverge at a tie."""
         compared = sum(outcomes["answered"] for outcomes in ledger.outcomes.values())
         if not ledger.parted:
             return f"Answers with the tokens of the undisturbed run: {compared} of {compared}."
@@ -171,7 +171,7 @@ class Soak:
 
 
 def freeze(pids: Sequence[int]) -> None:
-    """Stop processes, and let them go on later."""
+    """Stop processes, and continue them later."""
 
     def tell(number: int) -> None:
         for pid in pids:
@@ -185,7 +185,7 @@ def freeze(pids: Sequence[int]) -> None:
 
 
 def gap_at_parting(whole: WholeModel, asked: Asked, answered: object) -> float:
-    """Between the two best logits where an answer parts from the expected one; infinite where it was drawn."""
+    """Return the gap of the two best logits where an answer diverges; infinite if it was sampled."""
     if asked.is_chat:
         tokenizer = whole.tokenizer
         prompt = tokenizer.apply_chat_template(asked.body["messages"], add_generation_prompt=True, tokenize=False)

@@ -1,4 +1,4 @@
-"""Two machines in containers: how large, how soon ready, and their tokens per second beside plain processes."""
+"""Two machines in containers: image sizes, time to ready, and tokens per second compared with plain processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALLOWED_RATIO = 0.95
 
 
 def measure() -> Section:
-    """Fails when containers compute other tokens than processes."""
+    """Measure; fail if containers compute other tokens than processes."""
     section = Section("containers", "Containers")
     folder = real_model_folder()
     require_base_images()
@@ -32,7 +32,7 @@ def measure() -> Section:
     rows = []
     for target, tag in (("control", CONTROL), ("stage", STAGE)):
         seconds = []
-        for _ in range(2):  # the second one finds all of it in the engine's cache
+        for _ in range(2):  # the second build finds everything in the engine's cache
             began = time.monotonic()
             build("Dockerfile.cpu", target, tag, TORCH_INDEX_URL=index)
             seconds.append(time.monotonic() - began)
@@ -70,7 +70,7 @@ def _compare(section: Section, pair: Pair, processes: Cluster) -> None:
 
 
 def _generate(port: int, key: str) -> tuple[list[int], float]:
-    """Token ids, and tokens per second of the whole answer."""
+    """Return token ids, and tokens per second of the whole answer."""
     parameters = {"max_new_tokens": NEW_TOKENS, "details": True, "ignore_eos": True}
     began = time.monotonic()
     status, answer = request(port, "POST", "/generate", {"inputs": PROMPT, "parameters": parameters}, token=key)
@@ -80,7 +80,7 @@ def _generate(port: int, key: str) -> tuple[list[int], float]:
 
 
 def _pin(processes: Cluster) -> None:
-    """Every thread of machine A's services on its core, stage 1's on the other, as the containers are."""
+    """Pin machine A's services to one core and stage 1 to the other, as the containers are."""
     cores = {"stage-1": CORE_OF_B, **dict.fromkeys(("valkey", "planner", "coordinator", "stage-0"), CORE_OF_A)}
     for name, core in cores.items():
         pin(processes.service_pid(name) if name == "valkey" else processes.worker_pid(name), core)

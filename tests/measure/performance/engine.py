@@ -1,4 +1,4 @@
-"""Many streams over two stages of one core, against one stage of one core that holds all layers; prompts and gaps."""
+"""Many streams over two stages of one core each, compared with one stage of one core; prompts and gaps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.models.real_model import real_model_folder
 from tests.support.processes.cluster import Cluster, running_cluster
 
 PAIRS = 7
-PAIRS_OF_ONE_STREAM = 15  # each takes seconds, and what is compared differs by little
+PAIRS_OF_ONE_STREAM = 15  # each takes seconds, and the compared values differ little
 SESSIONS = (8, 16, 32)
 NEW_TOKENS = 40
 PROMPT_TOKENS = 16
@@ -29,7 +29,7 @@ TURN_TOKENS = 40
 
 
 def measure(executor: str = TRANSFORMERS) -> Section:
-    """Both clusters stand at the same time and compute in turn, in float32 by this executor."""
+    """Measure both clusters in turn, in float32 with this executor; both run at the same time."""
     section = Section(named("engine", executor), title_of("Many streams at once", executor))
     variables = {"NOODLE_EXECUTOR": executor}
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -48,7 +48,7 @@ def measure(executor: str = TRANSFORMERS) -> Section:
 
 
 def many_streams(section: Section, one: Cluster, two: Cluster) -> None:
-    """Tokens per second against the best that two such machines can do."""
+    """Measure tokens per second against the best that two such machines can do."""
     section.say(
         f"SmolLM2-135M-Instruct, float32; {NEW_TOKENS} new tokens after {PROMPT_TOKENS}, counted while all streams "
         f"decode; {PAIRS} rounds in turn. t(n): seconds of a decode step of n sessions on one stage of one core with "
@@ -57,7 +57,7 @@ def many_streams(section: Section, one: Cluster, two: Cluster) -> None:
     )
     rows = []
     for sessions in SESSIONS:
-        for cluster in (one, two):  # the costs of this many are learnt
+        for cluster in (one, two):  # the coordinator learns the costs of this many
             decode_rate(cluster, sessions)
         halves, wholes, rates, shares = [], [], [], []
         for _ in range(PAIRS):
@@ -79,7 +79,7 @@ def many_streams(section: Section, one: Cluster, two: Cluster) -> None:
 
 
 def long_prompts(section: Section, one: Cluster, two: Cluster) -> None:
-    """A prompt of 2,000 tokens, and what it does to streams that run."""
+    """Measure a prompt of 2,000 tokens and its effect on running streams."""
     ratios = []
     for number in range(PAIRS + 1):
         ids = prompt_ids(LONG_PROMPT_TOKENS, number)
@@ -102,12 +102,12 @@ def long_prompts(section: Section, one: Cluster, two: Cluster) -> None:
 
 
 def chat(section: Section, two: Cluster) -> None:
-    """Each turn's prompt is all that was said before."""
+    """Measure a chat in which each turn's prompt contains all previous turns."""
     seconds = {"with": [], "without": []}
     for way, times in seconds.items():
         ids = prompt_ids(100, 7 if way == "with" else 8)
         for turn in range(TURNS):
-            asked = ids if way == "with" else [ids[0] + 1 + turn, *ids[1:]]  # another beginning shares nothing
+            asked = ids if way == "with" else [ids[0] + 1 + turn, *ids[1:]]  # another beginning shares no prefix
             times.append(whole_seconds(two, asked, 1))
             ids = [*ids, *prompt_ids(TURN_TOKENS, 200 + turn)]
     section.say(
@@ -118,19 +118,19 @@ def chat(section: Section, two: Cluster) -> None:
 
 
 def prompt_ids(count: int, number: int) -> list[int]:
-    """Token ids that no other number's begin with."""
+    """Return token ids; the first differs for each `number`, so no prefix is shared."""
     return [1000 + number, *(1000 + (number * 7919 + index * 31) % 40_000 for index in range(count - 1))]
 
 
 def whole_seconds(cluster: Cluster, ids: list[int], new_tokens: int) -> float:
-    """Of one request."""
+    """Return the seconds of one whole request."""
     start = time.monotonic()
     cluster.generate(ids, max_new_tokens=new_tokens, ignore_eos=True)
     return time.monotonic() - start
 
 
 def chunk_seconds(cluster: Cluster, ids: list[int]) -> float:
-    """Of a step that has a chunk of this prompt in it, on its whole way; the mean of all of them."""
+    """Return the mean seconds of a step with a chunk of this prompt, from sending to result."""
     names = [f'noodle_step_seconds_{kind}{{kind="prefill"}}' for kind in ("sum", "count")]
     before = [cluster.metric(cluster.port, name) for name in names]
     whole_seconds(cluster, ids, 1)
@@ -139,19 +139,19 @@ def chunk_seconds(cluster: Cluster, ids: list[int]) -> float:
 
 
 def decode_rate(cluster: Cluster, streams: int, new_tokens: int = NEW_TOKENS) -> float:
-    """Tokens per second of all streams, from the last one's first token to the first one's last."""
+    """Return tokens per second of all streams while all of them run."""
     arrivals = streams_of(cluster, streams, new_tokens)
     begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     return sum(begin < at <= end for times in arrivals for at in times) / (end - begin)
 
 
 def streams_of(cluster: Cluster, streams: int, new_tokens: int) -> list[list[float]]:
-    """When each token of so many streams came; their prompts are the same each time."""
+    """Return the arrival times of the tokens of `streams` streams with fixed prompts."""
     return together(cluster, [prompt_ids(PROMPT_TOKENS, 300 + index) for index in range(streams)], new_tokens)
 
 
 def longest_gap(cluster: Cluster, meanwhile: Callable[[], object]) -> float:
-    """Between two tokens of a stream, of four that run while something else happens."""
+    """Return the longest gap between two tokens of any of four streams, while `meanwhile` runs."""
     thread = threading.Timer(1.5, meanwhile)
     thread.start()
     arrivals = streams_of(cluster, 4, 120)

@@ -1,4 +1,4 @@
-"""Products of weights and rows by noodle's own kernels against ggml's, in one graph each, in turn."""
+"""Matrix products of noodle's kernels compared with ggml's, one graph each, in turn."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.measure.report import Section, spread
 TYPES = ("f32", "f16", "bf16", "q8_0")
 SHAPE = (1536, 576)  # of the default model's feed-forward
 ROWS = (1, 2, 4, 8, 64, 256)
-WEIGHTS_BYTES = 94 << 20  # in a row, more than a processor's caches hold
+WEIGHTS_BYTES = 94 << 20  # contiguous, more than the processor's caches hold
 ROUNDS = 7
 
 
 def measure() -> Section:
-    """Every type of weights and number of rows, on one core."""
+    """Measure every weight type and row count on one core."""
     section = Section("kernels", "noodle's own kernels beside ggml's")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     library = load_ggml()
@@ -45,7 +45,7 @@ def measure() -> Section:
 
 
 def compare(device: GgmlDevice, kernels: PackedRows, kind: str, count: int) -> list[object]:
-    """One line of the table."""
+    """Return one row of the table."""
     outputs, length = SHAPE
     row_bytes = int(device.ggml.ggml_row_size(TYPE_NUMBERS[kind], length))
     copies = WEIGHTS_BYTES // (row_bytes * outputs)
@@ -72,7 +72,7 @@ def compare(device: GgmlDevice, kernels: PackedRows, kind: str, count: int) -> l
 
 
 def products(device: GgmlDevice, kernels: PackedRows | None, kind: str, count: int, copies: int) -> GraphMemory:
-    """A graph of the same rows times each of many weights."""
+    """Return a graph that multiplies the same rows with each of many weights."""
     ggml, (outputs, length) = device.ggml, SHAPE
     number = TYPE_NUMBERS[kind]
     byte_count = int(ggml.ggml_row_size(number, length)) * outputs
@@ -104,5 +104,5 @@ def products(device: GgmlDevice, kernels: PackedRows | None, kind: str, count: i
         ggml.ggml_build_forward_expand(graph.graph, product)
     graph.allocate()
     graph.input(given, (count, length), "<f4")[...] = random.standard_normal((count, length))
-    weakref.finalize(graph, len, weights)  # they live as long
+    weakref.finalize(graph, len, weights)  # keep the weights alive as long as the graph
     return graph

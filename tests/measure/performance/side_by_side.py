@@ -1,7 +1,7 @@
-"""Two slices on two cores, one at a time and both at once, with nothing of noodle between them.
+"""Two slices on two cores, one at a time and both at once, without the rest of noodle.
 
-Two machines share no memory. Two cores do, and what they lose by it is the most that two stages on this machine can
-make of the work of one: docs/measurements.md's shares of the best possible are to be read beside it.
+Two machines share no memory. Two cores do, and what they lose by it bounds what two stages on this machine can achieve:
+read the shares of the best possible in docs/measurements.md beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOAD_SECONDS = 120.0
 
 
 def measure(executor: str = TRANSFORMERS) -> Section:
-    """Steps of one token of each of some sessions, in float32 by this executor."""
+    """Measure steps of one token for several sessions, in float32 with this executor."""
     section = Section(named("side-by-side", executor), title_of("Two cores at once", executor))
     folder = real_model_folder()
     context = multiprocessing.get_context("spawn")
@@ -57,7 +57,7 @@ def measure(executor: str = TRANSFORMERS) -> Section:
 
 
 def line_of(ends: dict[str, Connection], sessions: int) -> list[object]:
-    """One line of the table."""
+    """Return one row of the table."""
     rounds = [[*(together(ends, [name], sessions)[0] for name in SLICES),
                *together(ends, ["first", "second"], sessions)] for _ in range(ROUNDS)]  # fmt: skip
     medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
@@ -66,14 +66,14 @@ def line_of(ends: dict[str, Connection], sessions: int) -> list[object]:
 
 
 def together(ends: dict[str, Connection], names: list[str], sessions: int) -> list[float]:
-    """Seconds of a step of each of these slices, which compute at the same time."""
+    """Return the seconds of a step of each slice while all compute at the same time."""
     for name in names:
         ends[name].send(sessions)
     return [ends[name].recv() for name in names]
 
 
 def serve(asked: Connection, executor: str, folder: Path, core: int, start: int, end: int) -> None:
-    """A slice in a process of its own: computes a round of steps of as many sessions as it is told; 0 ends it."""
+    """Serve a slice in its own process: compute rounds for the received number of sessions; 0 ends it."""
     os.sched_setaffinity(0, {core})
     import torch
 
@@ -96,7 +96,7 @@ def serve(asked: Connection, executor: str, folder: Path, core: int, start: int,
 
 
 def step(model_slice: ModelSlice, sessions: int, position: int) -> None:
-    """The token at this position of each session."""
+    """Return a batch with the token at this position of each session."""
     spans = tuple(Span(f"session {index}", position, 1, LONGEST + 1) for index in range(sessions))
     rows = np.arange(sessions if model_slice.is_last else 0)
     if model_slice.is_first:

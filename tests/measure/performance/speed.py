@@ -1,4 +1,4 @@
-"""One stream over two stages of one core each against transformers' generate() on one core, in turn."""
+"""One stream over two stages of one core each, compared in turn with generate() of transformers on one core."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ NEW_TOKENS = 96
 
 
 def pin(process: int, core: int) -> None:
-    """Keep a process with all its threads on one core."""
+    """Pin a process with all its threads to one core."""
     for task in os.listdir(f"/proc/{process}/task"):
         os.sched_setaffinity(int(task), {core})
 
 
 def pin_stages(cluster: Cluster, cores: Sequence[int]) -> None:
-    """Keep each stage of a cluster on a core of its own, in the order of both."""
+    """Pin each stage of a cluster to its own core, in order."""
     for index, core in enumerate(cores):
         pin(cluster.worker_pid(f"stage-{index}"), core)
 
 
 def measure() -> Section:
-    """Ratios of runs that follow one another; the machine drifts, so only pairs are compared."""
+    """Measure ratios of consecutive runs; the machine drifts, so only pairs are compared."""
     section = Section("speed", "One stream over two stages")
     folder = real_model_folder()
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -71,7 +71,7 @@ def measure() -> Section:
 
 
 def run_ours(cluster: Cluster, prompt_ids: list[int]) -> float:
-    """Seconds of one request."""
+    """Return the seconds of one request."""
     start = time.monotonic()
     answer = cluster.generate(prompt_ids, max_new_tokens=NEW_TOKENS, ignore_eos=True)
     assert answer["details"]["generated_tokens"] == NEW_TOKENS
@@ -79,7 +79,7 @@ def run_ours(cluster: Cluster, prompt_ids: list[int]) -> float:
 
 
 def run_theirs(whole: WholeModel, prompt_ids: list[int], core: int) -> float:
-    """Seconds of one generate() on one core."""
+    """Return the seconds of one generate() on one core."""
     everywhere = os.sched_getaffinity(0)
     pin(os.getpid(), core)
     try:
@@ -92,7 +92,7 @@ def run_theirs(whole: WholeModel, prompt_ids: list[int], core: int) -> float:
 
 
 def overhead_counts(cluster: Cluster) -> dict[float, float]:
-    """The coordinator's histogram of what a token costs beside computation: upper bound to count."""
+    """Return the coordinator's histogram of a token's overhead: upper bound to count."""
     _, text = cluster.get("/metrics", cluster.token)
     counts = {}
     for line in text.decode().splitlines():
@@ -102,7 +102,7 @@ def overhead_counts(cluster: Cluster) -> dict[float, float]:
 
 
 def median_of_histogram(cumulative: list[tuple[float, float]]) -> float:
-    """By linear interpolation in the bucket that holds it, as Prometheus does."""
+    """Return the median by linear interpolation in its bucket, as Prometheus does."""
     half = cumulative[-1][1] / 2
     lower, below = 0.0, 0.0
     for bound, count in cumulative:

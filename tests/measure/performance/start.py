@@ -1,4 +1,4 @@
-"""From nothing to the first token, and a second start to ready, with what each waits for."""
+"""From a fresh clone to the first token, and from a second start to ready, with the time of each part."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.support.models.real_model import real_model_folder
 from tests.support.processes.cluster import Cluster
 
 ROOT = Path(__file__).parents[3]
-# each from the one before it; what takes longer than this does not get there
+# each from the previous one; longer counts as failure
 INSTALL_SECONDS = 3600.0
 MODEL_SECONDS = 900.0
 READY_SECONDS = 600.0
 CLONE_SECONDS = 120.0
 DOWN_SECONDS = 90.0
-# what a person at a terminal does not have: settings of the tests, and of a make that runs this one
+# variables absent from a user's terminal: settings of tests, and of a make that runs this
 NOT_PASSED_ON = ("NOODLE_THREADS", "NOODLE_STAGES", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
 
 
 def measure() -> Section:
-    """A fresh clone through `make run` (packages, model, measurement, layers), then `noodle up` once more."""
+    """Measure a fresh clone through `make run` (packages, model, measurement, layers), then a second `noodle up`."""
     section = Section("start", "From nothing to the first token")
     section.say(
         "A clone in an empty folder with an empty cache of models and measurements; pip's own cache is as this "
@@ -54,7 +54,7 @@ def measure() -> Section:
 
 
 def fresh_clone(scratch: Path, section: Section) -> None:
-    """What `make run` in a clone of the newest commit waits for, up to the first token."""
+    """Run `make run` in a clone of the newest commit; return the seconds of each part up to the first token."""
     clone = scratch / "noodle"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True, timeout=CLONE_SECONDS)
     cluster = Cluster(scratch / "state", "SmolLM2-135M-Instruct", 2)
@@ -75,7 +75,7 @@ def fresh_clone(scratch: Path, section: Section) -> None:
         subprocess.run(down, env=cluster.environment, check=True, capture_output=True, timeout=DOWN_SECONDS)
         cluster.process.wait(DOWN_SECONDS)
     finally:
-        if cluster.process.poll() is None:  # make, pip or `noodle up`, whose children end with it
+        if cluster.process.poll() is None:  # make, pip or `noodle up`, whose children end with them
             os.killpg(cluster.process.pid, signal.SIGKILL)
             cluster.process.wait()
     section.table(["fresh clone: `make run`", "seconds since its start"], [[what, f"{at:.1f}"] for what, at in marks])
@@ -85,13 +85,13 @@ def fresh_clone(scratch: Path, section: Section) -> None:
 
 
 def disk_bytes(folder: Path) -> int:
-    """What a folder takes on disk."""
+    """Return the bytes that a folder takes on disk."""
     done = subprocess.run(["du", "-sk", folder], check=True, capture_output=True, text=True)
     return int(done.stdout.split()[0]) * 1024
 
 
 def watch(cluster: Cluster, clone: Path, started: float) -> list[tuple[str, float]]:
-    """When the packages, the model's files and the whole cluster were there; fails when one takes too long."""
+    """Return when packages, model files and cluster were there; fail if one takes too long."""
     marks: list[tuple[str, float]] = []
     signs: list[tuple[str, float, Callable[[], bool]]] = [
         ("packages installed", INSTALL_SECONDS, (clone / ".venv/.noodle-runtime").exists),
@@ -110,7 +110,7 @@ def watch(cluster: Cluster, clone: Path, started: float) -> list[tuple[str, floa
 
 
 def services(cluster: Cluster) -> set[str]:
-    """Names of the services that run by now."""
+    """Return the names of the services that run by now."""
     path = cluster.state_dir / "run" / "run.json"
     try:
         return {service["name"] for service in json.loads(path.read_bytes())["services"]}
@@ -119,7 +119,7 @@ def services(cluster: Cluster) -> set[str]:
 
 
 def ready(cluster: Cluster) -> bool:
-    """Whether the coordinator says so."""
+    """Return whether the coordinator reports ready."""
     try:
         return bool(cluster.get("/health")[1].get("status") == "ready")
     except OSError:

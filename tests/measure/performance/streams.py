@@ -1,4 +1,4 @@
-"""Many streams read by one thread that does as little as it can: the cores that it reads on also compute them."""
+"""Reads many streams in one thread with little work, because the same cores also compute."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dataclasses import dataclass, field
 from tests.support.clients.event_reader import READ_SECONDS
 from tests.support.processes.cluster import Cluster
 
-MARK = b"data:"  # what a token's event begins with
+MARK = b"data:"  # the beginning of a token's event
 READ_BYTES = 1 << 16
 
 
 @dataclass
 class Stream:
-    """One request, and when each of its tokens came."""
+    """One request and the arrival time of each token."""
 
     connection: socket.socket
     arrivals: list[float] = field(default_factory=list)
-    rest: bytes = b""  # of what came, as much as may be the beginning of a mark
-    head: bytes = b""  # what came first, for who asks why there are no tokens
+    rest: bytes = b""  # received bytes that may be the beginning of a mark
+    head: bytes = b""  # the first bytes, for the error message
 
 
 def together(cluster: Cluster, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[float]]:
-    """When each token of each stream came, of all these prompts at once."""
+    """Return the arrival times of each stream's tokens, for all prompts at once."""
     streams = [_begun(cluster.port, ids, new_tokens) for ids in prompts]
     with selectors.DefaultSelector() as selector:
         for stream in streams:
@@ -56,7 +56,7 @@ def _begun(port: int, ids: Sequence[int], new_tokens: int) -> Stream:
 
 
 def _read(stream: Stream) -> bool:
-    """Note the tokens in what came; False at the stream's end."""
+    """Record the tokens in the received bytes; return False at the end of the stream."""
     came = stream.connection.recv(READ_BYTES)
     now = time.monotonic()
     stream.head = stream.head or came

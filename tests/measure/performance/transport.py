@@ -1,4 +1,4 @@
-"""The 20 prompts by every way of a hop: equal tokens, and what each way costs a token; a large step by each way."""
+"""The 20 prompts over every transport: equal tokens, the cost of a token, and the cost of a large step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RESULT_SECONDS = 60.0
 
 
 def measure() -> Section:
-    """Fails when a token differs between two ways."""
+    """Measure; fail if a token differs between two transports."""
     section = Section("transport", "The ways of a hop")
     folder = real_model_folder()
     section.say(
@@ -74,7 +74,7 @@ def measure() -> Section:
 def one_way(
     scratch: Path, folder: Path, transport: str, relayed: tuple[int, ...], is_cut: bool
 ) -> tuple[list[list[int]], list[object]]:
-    """All tokens, and what they cost."""
+    """Return all tokens and their costs."""
     with (
         running_stages(scratch, folder, LAYERS, relayed=relayed, NOODLE_TRANSPORT=transport) as rig,
         running_coordinator(rig, scratch) as services,
@@ -106,7 +106,7 @@ def one_way(
 
 
 def large_steps() -> list[list[object]]:
-    """A stage that is the last of two, fed by this process both ways."""
+    """Measure the last of two stages, fed by this process over both transports."""
     rows: list[list[object]] = []
     with tempfile.TemporaryDirectory() as scratch:
         model = make_tiny_model(
@@ -133,7 +133,7 @@ def large_steps() -> list[list[object]]:
 
 
 class TimedCaller(LastStageCaller):
-    """Hears of a result at once."""
+    """Wakes up at once when a result arrives."""
 
     def __init__(self, rig: StageRig) -> None:
         super().__init__(rig)
@@ -141,13 +141,13 @@ class TimedCaller(LastStageCaller):
         self.heard = self  # type: ignore[assignment]  # all it takes of a list is append
 
     def append(self, message: HopMessage) -> None:
-        """Keep results, which are what is waited for."""
+        """Keep results and wake the waiter."""
         if isinstance(message, StepResult):
             self.arrived.put(message)
 
 
 def one_step(caller: TimedCaller, tokens: int, body: bytes, *, by_reference: bool) -> float:
-    """Seconds of one step beside its computation."""
+    """Return the seconds of one step without its computation."""
     step = caller.step(body, count=tokens, dtype="float32", shape=[tokens, HIDDEN_SIZE], reserve=max(STEP_TOKENS))
     start = time.monotonic()
     if by_reference:
@@ -161,13 +161,13 @@ def one_step(caller: TimedCaller, tokens: int, body: bytes, *, by_reference: boo
 
 
 class _Keeper(http.server.BaseHTTPRequestHandler):
-    """Stage 0's door."""
+    """The server of stage 0."""
 
     protocol_version = "HTTP/1.1"
     server: Any
 
     def do_GET(self) -> None:
-        """All of it, then the fetcher's last word."""
+        """Send the whole body, then read the fetcher's acknowledgement."""
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.server.kept.body)))
         self.end_headers()
@@ -175,7 +175,7 @@ class _Keeper(http.server.BaseHTTPRequestHandler):
         self.rfile.read(len(b"1\r\n1\r\n0\r\n\r\n"))
 
     def log_message(self, *_: object) -> None:
-        """Nothing to say."""
+        """Log nothing."""
 
 
 class _Kept:
@@ -184,7 +184,7 @@ class _Kept:
 
 @contextlib.contextmanager
 def keeping_bytes(url: str) -> Iterator[_Kept]:
-    """A server at stage 0's address that gives out one body."""
+    """Run a server at stage 0's address that serves one body."""
     kept = _Kept()
     server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", int(url.rsplit(":", 1)[1])), _Keeper)
     server.kept, server.daemon_threads = kept, True

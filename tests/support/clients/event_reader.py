@@ -1,4 +1,4 @@
-"""A reader of server-sent events on a socket of its own, which may leave at any moment."""
+"""Reads server-sent events on its own socket, and may disconnect at any moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ READ_SECONDS = 60.0
 
 
 class EventReader:
-    """One stream of events; iterate for (id, data) pairs. Leaving the `with` closes the connection."""
+    """One stream of events; iterating yields (id, data) pairs. Leaving the `with` block closes the connection."""
 
     def __init__(self, port: int, method: str, path: str, body: Any = None, **headers: str) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=READ_SECONDS)
@@ -42,7 +42,7 @@ class EventReader:
                 yield event_id, json.loads(line[6:])
 
     def take(self, count: int) -> list[tuple[str, Any]]:
-        """The next events, no more than so many."""
+        """Return the next events, at most `count`."""
         events = []
         for event in self:
             events.append(event)

@@ -1,11 +1,11 @@
-"""The guide's test_distributed.py and its benchmark loop, written anew: only addresses, key and hidden size are set.
+"""The guide's test_distributed.py and benchmark loop; only addresses, key and hidden size are set.
 
     python test_distributed.py --coordinator http://192.168.1.101:8080 --worker http://192.168.1.102:8081 \\
         --local http://192.168.1.101:8081 --key KEY --hidden-size 768
 
-Health of coordinator and worker, a plan for the nodes, both stages loaded, activations through stage 0 and stage 1,
-tokens per second over the network against this machine's stage alone, metrics to the coordinator. Knows HTTP and JSON
-and nothing of noodle; uses the standard library alone. Exit code 0 when every check held.
+It checks the health of coordinator and worker, a plan for the nodes, loading of both stages, activations through both
+stages, tokens per second over the network compared with this machine's stage, and metrics to the coordinator.
+It imports nothing but the standard library. The exit code is 0 when every check holds.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main():
 
 
 def check_health(options):
-    """Both answer, and the coordinator is ready."""
+    """Coordinator and workers answer /health."""
     for url in (options.coordinator, options.worker, options.local):
         status, answer = call(options, "GET", f"{url}/health")
         expect(status == 200, f"{url} is not well: {status} {answer}")
@@ -53,7 +53,7 @@ def check_health(options):
 
 
 def check_plan(options):
-    """The guide registers two nodes and asks for a plan; a bare list is taken as well as an object."""
+    """The guide registers two nodes and asks for a plan; a bare list is accepted as well as an object."""
     nodes = [
         {"node_id": "rtx1050_laptop", "device_type": "cuda", "vram_gb": 4},
         {"node_id": "remote_cpu", "device_type": "cpu", "ram_gb": 16},
@@ -78,7 +78,7 @@ def check_load(options):
 
 
 def check_activations(options):
-    """Random activations of one token go through both stages, and a token id comes out."""
+    """Random activations of one token pass through both stages and give a token id."""
     random.seed(0)
     activations = [[random.uniform(-1, 1) for _ in range(options.hidden_size)]]
     for stage_id in (0, 1):
@@ -89,7 +89,7 @@ def check_activations(options):
 
 
 def check_errors(options):
-    """The guide's own three numbers are refused with the right hidden size."""
+    """Three numbers, as in the guide, are refused, and the error names the right hidden size."""
     body = {"session_id": "wrong", "activations": [0.1, 0.2, 0.3], "token_index": 0, "stage_id": 0}
     status, answer = call(options, "POST", f"{options.coordinator}/stage/0/forward", body)
     expect(status == 422 and not answer["success"], f"three numbers were taken: {status} {answer}")
@@ -97,7 +97,7 @@ def check_errors(options):
 
 
 def benchmark(options):
-    """Tokens per second through both machines, against one stage of this machine asked directly; and their report."""
+    """Compare tokens per second over both machines with this machine's stage alone, and report both."""
     activations = [[0.01] * options.hidden_size]
     over_network = measure(
         lambda token: run_through(options, "distributed", activations, token),
@@ -110,7 +110,7 @@ def benchmark(options):
 
 
 def run_through(options, session_id, activations, token_index):
-    """One token through both stages."""
+    """Send one token through both stages."""
     first = f"{options.coordinator}/stage/0/forward"
     output = forward(options, first, session_id, activations, token_index, 0)
     second = f"{options.coordinator}/stage/1/forward"
@@ -118,7 +118,7 @@ def run_through(options, session_id, activations, token_index):
 
 
 def measure(run):
-    """Rounds per second."""
+    """Return rounds per second."""
     started = time.perf_counter()
     for token_index in range(ROUNDS):
         run(token_index)
@@ -126,7 +126,7 @@ def measure(run):
 
 
 def forward(options, url, session_id, activations, token_index, stage_id):
-    """The guide's body and its answer's output."""
+    """Send the guide's body and return the answer's `output`."""
     body = {"session_id": session_id, "activations": activations, "token_index": token_index, "stage_id": stage_id}
     status, answer = call(options, "POST", url, body)
     expect(status == 200 and answer["success"], f"{url}: {status} {answer}")
@@ -134,7 +134,7 @@ def forward(options, url, session_id, activations, token_index, stage_id):
 
 
 def call(options, method, url, body=None):
-    """Status and decoded answer."""
+    """Return status and decoded answer."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {options.key}"}
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers, method=method)
@@ -145,11 +145,11 @@ def call(options, method, url, body=None):
         with error:
             return error.code, json.load(error)
     except OSError as error:
-        raise Failed(f"{url} can not be reached: {error}") from error
+        raise Failed(f"{url} cannot be reached: {error}") from error
 
 
 def expect(holds, what):
-    """Fail with `what` unless it holds."""
+    """Fail with `what` unless the condition holds."""
     if not holds:
         raise Failed(what)
 

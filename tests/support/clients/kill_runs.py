@@ -1,4 +1,4 @@
-"""Requests that run while something is killed, and clients that come back for the rest of their streams."""
+"""Requests that run while a process is killed, and clients that reconnect for the rest of their streams."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.support.processes.cluster import Cluster, Services, wait_until
 STREAMS = 8
 NEW_TOKENS = 48
 RESUME_SECONDS = 120
-RUN_SECONDS = 240.0  # for all requests of one run to end, whatever was killed
-RETRY_SECONDS = 0.1  # between two tries of a client to come back
-SECOND_DEATH_SECONDS = 2.0  # from Valkey's death to the coordinator's, where both die
+RUN_SECONDS = 240.0  # for all requests of one run to end
+RETRY_SECONDS = 0.1  # between two reconnects of a client
+SECOND_DEATH_SECONDS = 2.0  # from Valkey's death to the coordinator's
 
 SERVICES_OF = {
     "stage 0": ("stage-0",),
@@ -37,7 +37,7 @@ KINDS = (*SERVICES_OF, "valkey, then the coordinator", "a link between stages")
 
 @dataclass
 class Stream:
-    """One request and its client: it notes each token and when it came, and comes back as often as it must."""
+    """One request and its client, which records each token with its time and reconnects as often as needed."""
 
     services: Services
     body: dict[str, Any]
@@ -47,23 +47,23 @@ class Stream:
     breaks: int = 0
     failure: str = ""
     is_accepted: bool = False
-    sent_again: int = 0  # it was accepted, gave no token yet, and then nobody knew it
+    sent_again: int = 0  # accepted, then lost before its first token
 
     def run(self) -> None:
-        """Read to the end; a token that comes twice or out of order fails."""
+        """Read the stream to its end; fail if a token is repeated or out of order."""
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
             try:
                 if self._read():
                     return
             except (OSError, http.client.HTTPException):
-                pass  # whoever it was connected to has died: it comes back below
+                pass  # the peer has died: reconnect below
             self.breaks += 1
             time.sleep(RETRY_SECONDS)
         self.failure = self.failure or "not finished in time"
 
     def _read(self) -> bool:
-        """True when the request has ended."""
+        """Read from one connection; return whether the request has ended."""
         if not self.is_accepted:
             reader = EventReader(
                 self.services.port, "POST", "/generate_stream", self.body,
@@ -93,7 +93,7 @@ class Stream:
 
 
 def requests_of(run: str) -> list[tuple[str, dict[str, Any]]]:
-    """Half greedy, half drawn with a seed."""
+    """Return ids and bodies: half are greedy, half sampled with a seed."""
     return [
         (
             f"{run}-{index}",
@@ -112,7 +112,7 @@ def requests_of(run: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def run_streams(services: Services, run: str, kill: Callable[[], None] | None, kill_after: int = 0) -> list[Stream]:
-    """All streams at once; when they have `kill_after` tokens together, something dies."""
+    """Run all streams at once; call `kill` when together they have `kill_after` tokens."""
     streams = [Stream(services, body, request_id) for request_id, body in requests_of(run)]
     threads = [threading.Thread(target=stream.run) for stream in streams]
     for thread in threads:
@@ -127,12 +127,12 @@ def run_streams(services: Services, run: str, kill: Callable[[], None] | None, k
 
 
 def random_moment(chance: random.Random) -> int:
-    """After how many tokens of all streams."""
+    """Choose the number of tokens, of all streams together, after which to kill."""
     return chance.randrange(STREAMS, STREAMS * NEW_TOKENS // 2)
 
 
 def killer(cluster: Cluster, kind: str) -> Callable[[], None]:
-    """What kills, without a warning, all processes of one kind of death."""
+    """Return a function that sends SIGKILL to all processes of this kind."""
 
     def kill_services(names: Sequence[str]) -> None:
         pids = [pid for name in names for pid in pids_of(cluster, name)]
@@ -140,7 +140,7 @@ def killer(cluster: Cluster, kind: str) -> Callable[[], None]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
-                continue  # a worker may go as soon as its master is gone
+                continue  # a worker may end as soon as its master is gone
 
     def kill() -> None:
         if kind == "valkey, then the coordinator":
@@ -154,7 +154,7 @@ def killer(cluster: Cluster, kind: str) -> Callable[[], None]:
 
 
 def pids_of(cluster: Cluster, name: str) -> list[int]:
-    """A service's process and those that it started."""
+    """Return the process ids of a service and its children."""
     master = cluster.service_pid(name)
     try:
         children = Path(f"/proc/{master}/task/{master}/children").read_text(encoding="ascii").split()
@@ -164,19 +164,19 @@ def pids_of(cluster: Cluster, name: str) -> list[int]:
 
 
 def processes_of(cluster: Cluster) -> list[int]:
-    """All processes that have this cluster's state folder in their environment or work in it, whoever started them."""
+    """Return every process whose environment or working directory names this cluster's state folder."""
     found = []
     mark = str(cluster.state_dir).encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "environ").read_bytes() + os.readlink(folder / "cwd").encode()
         except OSError:
-            continue  # it has just ended, or is not ours to read
+            continue  # it has just ended, or is not readable
         if mark in words:
             found.append(int(folder.name))
     return found
 
 
 def longest_silence(stream: Stream, died_at: float) -> float:
-    """Seconds from the death to the stream's next token; 0 when it had all."""
+    """Return the seconds from the kill to the stream's next token, 0 if it had all tokens."""
     return next((at - died_at for at in stream.arrived_at if at > died_at), 0.0)

@@ -1,7 +1,7 @@
-"""Clients of all kinds, each of which sends requests until it is told to stop and knows how each may end.
+"""Clients of all kinds that send requests until they are stopped, and check how each request ends.
 
-Not knowing who kills what: it only asks whether the coordinator died while a request was open, for then a request that
-can not be resumed may break.
+The load does not know what is killed: it only asks whether the coordinator died while a request was open, because then
+a request that cannot be resumed may break.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.clients.kill_runs import Stream
 from tests.support.models.prompts import PROMPTS
 from tests.support.processes.cluster import Services
 
-REQUEST_SECONDS = 240.0  # a request that takes longer hangs
+REQUEST_SECONDS = 240.0  # a request that takes longer counts as hanging
 RETRY_SECONDS = 0.2
 RESUME_SECONDS = 120
 DELETED_RESUME_SECONDS = 10  # if the coordinator died before it wrote down that a request was deleted
@@ -50,7 +50,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A body and what is answered when nothing is disturbed: token ids, or a chat's text."""
+    """A body and its answer in an undisturbed run: token ids, or a chat's text."""
 
     body: dict[str, Any]
     expected: Any
@@ -58,7 +58,7 @@ class Asked:
 
 
 def bodies() -> list[dict[str, Any]]:
-    """Short and long prompts, half greedy and half drawn with a seed."""
+    """Return bodies with short and long prompts, half greedy and half sampled with a seed."""
     prompts = [*PROMPTS[:10], *PROMPTS[17:], *LONG_PROMPTS]
     return [
         {
@@ -74,12 +74,12 @@ def bodies() -> list[dict[str, Any]]:
 
 
 def chat_bodies(model: str) -> list[dict[str, Any]]:
-    """Greedy chats of one and of two turns."""
+    """Return greedy chats of one and two turns."""
     return [{"model": model, "messages": turns, "max_tokens": 24, "temperature": 0} for turns in CHATS]
 
 
 def asked_undisturbed(services: Services) -> list[Asked]:
-    """All bodies with what is answered now."""
+    """Send all bodies now and return them with their answers."""
     model = services.get("/v1/models")[1]["data"][0]["id"]
     found = []
     for body in bodies():
@@ -95,25 +95,25 @@ def asked_undisturbed(services: Services) -> list[Asked]:
 
 @dataclass
 class Ledger:
-    """What was sent and how it ended; clients write at the same time."""
+    """What was sent and how it ended; written by all clients concurrently."""
 
     sent: Counter[str] = field(default_factory=Counter)
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
-    refusals: int = 0  # 429 and 503 with a Retry-After, after which the client came again
-    sent_again: int = 0  # streams that were accepted, and lost before their first token: their client sent them again
+    refusals: int = 0  # 429 and 503 with a Retry-After, after which the client retried
+    sent_again: int = 0  # streams lost before their first token, which the client sent again
     wrong: list[str] = field(default_factory=list)
-    parted: list[tuple[Asked, Any]] = field(default_factory=list)  # with what was answered instead
+    parted: list[tuple[Asked, Any]] = field(default_factory=list)  # with the answer received instead
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, kind: str, outcome: str) -> None:
-        """A request of this kind has ended."""
+        """Count a request of this kind that has ended."""
         with self.lock:
             self.outcomes.setdefault(kind, Counter())[outcome] += 1
             if outcome.startswith("wrong"):
                 self.wrong.append(f"{kind}: {outcome}")
 
     def compare(self, kind: str, asked: Asked, answered: Any) -> None:
-        """A request has ended with an answer."""
+        """Record an answer, and whether it differs from the expected one."""
         self.note(kind, "answered")
         if answered != asked.expected:
             with self.lock:
@@ -121,7 +121,7 @@ class Ledger:
 
 
 class Load:
-    """Clients, each a thread."""
+    """Clients, one thread each."""
 
     def __init__(
         self, services: Services, asked: list[Asked], coordinator_died_since: Callable[[float], bool], clients: int
@@ -132,12 +132,12 @@ class Load:
         self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(clients)]
 
     def start(self) -> None:
-        """Let all clients begin."""
+        """Start all clients."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> int:
-        """Let all clients end what they have begun; how many did not."""
+        """Let all clients finish their request; return how many did not in time."""
         self._over.set()
         end = time.monotonic() + REQUEST_SECONDS
         for thread in self._threads:
@@ -180,7 +180,7 @@ class Load:
             self.ledger.compare(kind, asked, stream.tokens)
 
     def _streamed(self, kind: str, asked: Asked, *, leaves: bool) -> None:
-        """One that can not be resumed; it breaks with the coordinator."""
+        """Read a stream that cannot be resumed; it may break only if the coordinator dies."""
         end = time.monotonic() + REQUEST_SECONDS
         while time.monotonic() < end:
             began_at = time.monotonic()
@@ -209,7 +209,7 @@ class Load:
         self.ledger.note(kind, "wrong: it could not be sent in time")
 
     def _whole(self, kind: str, asked: Asked, key: str) -> None:
-        """With a key it comes again until it is answered."""
+        """Ask for a whole answer; with an idempotency key, retry until it is answered."""
         path = "/v1/chat/completions" if asked.is_chat else "/generate"
         headers = {"Idempotency-Key": key} if key else {}
         end = time.monotonic() + REQUEST_SECONDS
@@ -238,7 +238,7 @@ class Load:
         self.ledger.note(kind, "wrong: not answered in time")
 
     def _deleted(self, kind: str, asked: Asked, name: str) -> None:
-        """Read half, then ended by name; it no longer runs a while later."""
+        """Read half of a stream, delete the request by its id, and wait until it no longer runs."""
         body = with_parameters(asked.body, resume_seconds=DELETED_RESUME_SECONDS)
         end = time.monotonic() + REQUEST_SECONDS
         while time.monotonic() < end:
@@ -267,12 +267,12 @@ class Load:
         raise AssertionError("it still runs though it was deleted")
 
     def _answers(self, method: str, name: str) -> tuple[int, str]:
-        """The status of the answer and of the request."""
+        """Return the HTTP status and the request's own status."""
         status, answer, _ = ask(self._services.port, f"/v1/requests/{name}", None, {}, method)
         return status, str(answer.get("status", ""))
 
     def _is_refused(self, status: int, retry_after: str) -> bool:
-        """Whether it is to come again; it waits for a moment."""
+        """Return whether the client must retry, after waiting for a moment."""
         if status not in (429, 503):
             return False
         assert retry_after.isdecimal(), f"{status} without a Retry-After"
@@ -287,12 +287,12 @@ class Load:
 
 
 def with_parameters(body: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A body of /generate that asks for more."""
+    """Return a /generate body with further parameters."""
     return {**body, "parameters": {**body["parameters"], **more}}
 
 
 def ask(port: int, path: str, body: Any, headers: dict[str, str], method: str = "POST") -> tuple[int, Any, str]:
-    """Status, decoded answer and Retry-After of one request."""
+    """Return status, decoded answer and Retry-After of one request."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=REQUEST_SECONDS)
     try:
         data = None if body is None else json.dumps(body).encode()

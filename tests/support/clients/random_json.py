@@ -1,4 +1,4 @@
-"""Random JSON for parsers that must never fail in another way than with a refusal."""
+"""Random JSON for parsers, which must refuse it cleanly or accept it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALARS: list[Any] = [
 
 
 def random_value(generator: random.Random, depth: int = 3) -> Any:
-    """Anything JSON can say; most often something a parser may take for what it wants."""
+    """Return any JSON value, most often one that resembles valid input."""
     choice = generator.random()
     if depth and choice < 0.15:
         return [random_value(generator, depth - 1) for _ in range(generator.randrange(4))]
@@ -29,7 +29,7 @@ def random_value(generator: random.Random, depth: int = 3) -> Any:
 
 
 def random_body(generator: random.Random, valid: dict[str, Any], names: Sequence[str]) -> bytes:
-    """A valid body with a few fields changed, added or lost; sometimes with broken bytes."""
+    """Return a valid body with a few fields changed, added or removed, sometimes with corrupted bytes."""
     body = dict(valid)
     for _ in range(generator.randrange(1, 4)):
         if generator.random() < 0.15 and body:

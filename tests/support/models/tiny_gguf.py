@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 
-Weights = dict[str, npt.NDArray[np.float32]]  # by transformers' names, in transformers' order
+Weights = dict[str, npt.NDArray[np.float32]]  # in the names and order of transformers
 
 GGUF_NAMES = {
     "input_layernorm": "attn_norm",
@@ -28,7 +28,7 @@ GGUF_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class TinyLlama:
-    """Sizes of the model; rows are multiples of 32, as the quantized formats want."""
+    """Sizes of the model; rows are multiples of 32, as the quantized formats require."""
 
     layers: int = 3
     hidden: int = 64
@@ -51,7 +51,7 @@ MERGES = ["Ġ t", "h e", "Ġt he", "Ġ Ġ"]
 
 
 def tiny_weights(shape: TinyLlama, seed: int = 0) -> Weights:
-    """Random weights by transformers' names."""
+    """Return random weights under the names of transformers."""
     generator = np.random.default_rng(seed)
 
     def drawn(*size: int) -> npt.NDArray[np.float32]:
@@ -76,7 +76,7 @@ def tiny_weights(shape: TinyLlama, seed: int = 0) -> Weights:
 
 
 def write_tiny_gguf(path: Path, shape: TinyLlama, weights: Weights | None = None) -> Path:
-    """Write the file; q and k in llama.cpp's order, matrices in the shape's dtype, norms in F32."""
+    """Write the file: q and k in llama.cpp's order, matrices in the shape's dtype, norms in F32."""
     writer = GGUFWriter(path, shape.architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(shape.hidden)
@@ -107,7 +107,7 @@ def write_tiny_gguf(path: Path, shape: TinyLlama, weights: Weights | None = None
 
 
 def add_tokenizer(writer: GGUFWriter, pre: str, add_bos: bool = False) -> None:
-    """A byte-level vocabulary with three added tokens in front."""
+    """Add a byte-level vocabulary that begins with three added tokens."""
     kinds = [TokenType.CONTROL, TokenType.CONTROL, TokenType.USER_DEFINED]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -121,7 +121,7 @@ def add_tokenizer(writer: GGUFWriter, pre: str, add_bos: bool = False) -> None:
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name for a tensor of transformers."""
+    """Return the name that llama.cpp gives a tensor of transformers."""
     whole = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
     if name in whole:
         return f"{whole[name]}.weight"
@@ -130,7 +130,7 @@ def gguf_name(name: str) -> str:
 
 
 def gguf_order(name: str, values: npt.NDArray[np.float32], shape: TinyLlama) -> npt.NDArray[np.float32]:
-    """q and k with the two rotated halves interleaved, head by head."""
+    """Interleave the two rotated halves of q or k, head by head."""
     heads = shape.heads if ".q_proj." in name else shape.kv_heads if ".k_proj." in name else 0
     if not heads:
         return values

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, saved as the folders a user would have; nothing is downloaded."""
+"""Tiny random models of every family, saved as model folders; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 VOCAB_SIZE = 199
 LAYER_COUNT = 6
 
-# under every name that a family may have for it; each takes those it knows
+# under every name that families use; each family takes those it knows
 TINY_CONFIG: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -45,7 +45,7 @@ FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     "minicpm3": {"num_key_value_heads": 4},
 }
 
-# with larger weights two of transformers' own attention implementations differ by more than 1e-4
+# with larger weights, two attention implementations of transformers differ by more than 1e-4
 WEIGHT_SCALES = {"deepseek_v2": 0.05}
 
 CHAT_TEMPLATE = (
@@ -55,7 +55,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
-    """The config of a tiny model of a family; `overrides` are config attributes."""
+    """Return the config of a tiny model of a family; `overrides` are config attributes."""
     from transformers import AutoConfig
 
     config_class = type(AutoConfig.for_model(model_type))
@@ -74,7 +74,7 @@ def make_tiny_model(
     dtype: str = "float32",
     **config_overrides: Any,
 ) -> Path:
-    """Save a tiny random model as config.json and safetensors into `folder`, which comes back.
+    """Save a tiny random model as config.json and safetensors into `folder`; return the folder.
 
     A small `max_shard_size` ("100KB") makes several shards and their index.
     """
@@ -99,12 +99,12 @@ def make_tiny_model(
 
 
 def tiny_llama_folder(folder: Path, **config_overrides: Any) -> Path:
-    """A tiny llama with a byte-level tokenizer and a chat template: any text goes in, any token comes out as text."""
+    """Save a tiny llama with a byte-level tokenizer and a chat template: it takes any text, and every token has one."""
     return make_tiny_model(folder, "llama", tokenizer=True, **{"vocab_size": 300, **config_overrides})
 
 
 def make_tiny_tokenizer(folder: Path, vocab_size: int) -> None:
-    """tokenizer.json with every byte, a few merges and the special tokens, and a chat template."""
+    """Write a tokenizer.json with every byte, a few merges and the special tokens, and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""The unsplit model on transformers' own path, as the reference for everything that noodle computes."""
+"""The unsplit model as transformers computes it: the reference for everything that noodle computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class WholeModel:
-    """transformers' generate() and logits, in float32 on one thread."""
+    """generate() and logits of transformers, in float32 on one thread."""
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         import torch
@@ -26,7 +26,7 @@ class WholeModel:
             setattr(self.model.generation_config, name, None)
 
     def generate(self, prompt_ids: Sequence[int], new_tokens: int, *, ignore_end: bool = False) -> list[int]:
-        """Greedy token ids after the prompt."""
+        """Return greedy token ids after the prompt."""
         torch = self._torch
         ids = torch.tensor([list(prompt_ids)])
         ends = {"eos_token_id": None} if ignore_end else {}
@@ -42,14 +42,14 @@ class WholeModel:
         return [int(token) for token in output[0, len(prompt_ids) :]]
 
     def generate_once(self, prompt_ids: tuple[int, ...], new_tokens: int) -> list[int]:
-        """As `generate`, computed once for each prompt."""
+        """Return what `generate` does, computed once for each prompt."""
         key = (prompt_ids, new_tokens)
         if key not in self._generated:
             self._generated[key] = self.generate(prompt_ids, new_tokens)
         return self._generated[key]
 
     def best_two_gap(self, token_ids: Sequence[int]) -> float:
-        """How far the two best logits after these tokens are apart."""
+        """Return the difference of the two largest logits after these tokens."""
         torch = self._torch
         with torch.inference_mode():
             logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0, -1]
@@ -57,7 +57,7 @@ class WholeModel:
         return float(best - second)
 
     def log_probabilities(self, token_ids: Sequence[int]) -> Any:
-        """[tokens, vocabulary]: row p holds those of the token after position p."""
+        """Return [tokens, vocabulary]: row p holds those of the token after position p."""
         torch = self._torch
         with torch.inference_mode():
             logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]

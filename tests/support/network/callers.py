@@ -1,4 +1,4 @@
-"""The coordinator's two ends of a pipeline, held by a test that sends what it likes: by connections or streams."""
+"""The coordinator's two ends of a pipeline, operated by a test, over connections or streams."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ TOKENS = (3).to_bytes(4, "little") * 4
 
 
 class Caller:
-    """What both kinds have."""
+    """What all callers share."""
 
     epochs = itertools.count(1)
 
     def __init__(self, rig: Any) -> None:
         self.rig = rig
-        self.epoch = next(self.epochs)  # each one leads by a newer epoch, so that all sessions begin anew
+        self.epoch = next(self.epochs)  # a newer epoch each time, so that all sessions start over
         self.heard: list[Any] = []
         self.lost = threading.Event()
 
     def send_message(self, message: Any, body: bytes = b"") -> None:
-        """Send anything to stage 0."""
+        """Send any message to stage 0."""
         raise NotImplementedError
 
     def step(
@@ -44,7 +44,7 @@ class Caller:
         reserve=100,
         **changes,
     ):
-        """A step of one span."""
+        """Return a step of one span."""
         count = len(body) // 4 if count is None else count
         span = StepSpan(session, session_epoch, first, count, reserve, SamplingParameters(), logprob)
         fields = {"step_id": 1, "plan_version": self.rig.plan.version, "coordinator_epoch": self.epoch,
@@ -56,7 +56,7 @@ class Caller:
         self.send_message(self.step(body, **changes), body)
 
     def result(self, number=1):
-        """The result that came as this one."""
+        """Return the result at this position."""
 
         def look():
             results = [message for message in self.heard if isinstance(message, StepResult)]
@@ -67,7 +67,7 @@ class Caller:
 
 
 class DirectCaller(Caller):
-    """By POST /hop and GET /results."""
+    """Uses POST /hop and GET /results."""
 
     def __enter__(self):
         token, version = self.rig.token, self.rig.plan.version
@@ -102,7 +102,7 @@ class DirectCaller(Caller):
 
 
 class QueueCaller(Caller):
-    """By the stream of stage 0 and that of the results; `rig.work_queue` is Valkey or streams in memory."""
+    """Uses the streams of stage 0 and of the results; `rig.work_queue` is Valkey or streams in memory."""
 
     def __enter__(self):
         self.end = QueueEnd(
@@ -126,7 +126,7 @@ class QueueCaller(Caller):
 
 
 class LastStageCaller(DirectCaller):
-    """By connections to the last stage alone."""
+    """Uses connections to the last stage alone."""
 
     def __enter__(self):
         token, version, url = self.rig.token, self.rig.plan.version, self.rig.urls[-1]

@@ -1,4 +1,4 @@
-"""An HTTP server that answers each path with bytes a test gives it, and remembers what it was asked."""
+"""An HTTP server that answers each path as a test sets it, and records the requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass
 class Asked:
-    """One request as it came."""
+    """One received request."""
 
     method: str
     path: str
@@ -23,25 +23,25 @@ class Asked:
 
 @dataclass
 class StandIn:
-    """Answers by path: (status, body, headers); a body that is a list is sent piece by piece, without a length."""
+    """Answers by path: (status, body, headers); a list as body is sent piece by piece, without a length."""
 
     url: str = ""
     answers: dict[str, tuple[int, Any, dict[str, str]]] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
 
     def answer(self, path: str, body: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """From now on; a dict becomes JSON."""
+        """Set the answer of a path; a dict is sent as JSON."""
         self.answers[path] = (status, body, headers or {})
 
     def stream(self, path: str, *events: Any, end: str = "data: [DONE]\n\n") -> None:
-        """Server-sent events, each a JSON value or text as it stands."""
+        """Set server-sent events as the answer; each is a JSON value, or text sent as it is."""
         parts = [event if isinstance(event, str) else f"data: {json.dumps(event)}\n\n" for event in events]
         self.answer(path, [*parts, end], headers={"Content-Type": "text/event-stream"})
 
 
 @contextmanager
 def http_stand_in() -> Iterator[StandIn]:
-    """A stand-in on a port of its own."""
+    """Serve a stand-in on its own port."""
     stand_in = StandIn()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The streams of WorkQueue in memory, which can be away, full, or lose what they had; the contract tests hold it."""
+"""WorkQueue's streams in memory, which can be unavailable, full, or lose entries; the contract tests cover it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from noodle.errors import QueueUnavailable
 
 
 class MemoryStreams:
-    """As many streams as are named; one clock gives the ids."""
+    """Any number of named streams; one clock gives the ids."""
 
     def __init__(self) -> None:
         self._entries: dict[str, list[tuple[int, bytes]]] = {}
@@ -19,7 +19,6 @@ class MemoryStreams:
         self.is_full = False
 
     def append(self, stream: str, entry: bytes) -> None:
-        """As WorkQueue's."""
         self._answer()
         if self.is_full:
             raise QueueUnavailable("The memory is full.", cure="Give it more memory (maxmemory).")
@@ -31,14 +30,12 @@ class MemoryStreams:
             self._changed.notify_all()
 
     def newest(self, stream: str) -> str:
-        """As WorkQueue's."""
         self._answer()
         with self._changed:
             entries = self._entries.get(stream)
             return f"{entries[-1][0]}-0" if entries else STREAM_BEGIN
 
     def read(self, stream: str, after: str, block_seconds: float) -> list[tuple[str, bytes]]:
-        """As WorkQueue's."""
         seen = int(after.partition("-")[0])
 
         def newer() -> list[tuple[int, bytes]]:
@@ -50,7 +47,7 @@ class MemoryStreams:
             return [(f"{number}-0", entry) for number, entry in newer()]
 
     def go_away(self, *, losing_all: bool = False) -> None:
-        """Answer nobody, until `come_back`."""
+        """Refuse every call until `come_back`."""
         with self._changed:
             self.is_away = True
             if losing_all:
@@ -59,7 +56,7 @@ class MemoryStreams:
             self._changed.notify_all()
 
     def come_back(self) -> None:
-        """Answer again."""
+        """Accept calls again."""
         self.is_away = False
 
     def _answer(self) -> None:

@@ -1,4 +1,4 @@
-"""A TCP relay on loopback that can delay, cut and refuse: a bad cable between two processes."""
+"""A TCP relay on loopback that can delay, cut and refuse connections, as a bad cable does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: closing says RST, as a cut does
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST, as a cut does
 PIECE_BYTES = 64 << 10
 
 
 class Relay:
-    """Listens on a free port and passes bytes to and from another; as a context it is gone afterwards."""
+    """Listens on a free port and passes bytes to and from another; as a context manager, stops at the end."""
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
@@ -22,7 +22,7 @@ class Relay:
         self._ways: set[socket.socket] = set()
         self._listener: socket.socket | None = None
         self.port = 0
-        self.delay_seconds = 0.0  # of each piece, each way
+        self.delay_seconds = 0.0  # of each piece, in each direction
         self.cut_after_bytes: int | None = None  # from the target, of each connection from now on
         self.connections = 0
 
@@ -35,11 +35,11 @@ class Relay:
 
     @property
     def url(self) -> str:
-        """Where the relay listens."""
+        """Return the address of the relay."""
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Take connections, on the same port as before if there was one."""
+        """Accept connections, on the same port as before if it had one."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
@@ -49,7 +49,7 @@ class Relay:
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def stop(self) -> None:
-        """Refuse new connections and cut those that stand."""
+        """Refuse new connections and cut open ones."""
         listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(OSError):
@@ -58,7 +58,7 @@ class Relay:
         self.cut()
 
     def cut(self) -> None:
-        """Cut every connection; what was on its way is lost. New ones are taken."""
+        """Cut every open connection, losing data in flight; new connections are accepted."""
         with self._lock:
             ways, self._ways = self._ways, set()
         for way in ways:
@@ -66,7 +66,7 @@ class Relay:
 
     @contextlib.contextmanager
     def cutting(self, seconds: float) -> Iterator[None]:
-        """Cut every so often, for as long as the block runs."""
+        """Cut at an interval for as long as the block runs."""
         over = threading.Event()
 
         def cut_again() -> None:
@@ -115,7 +115,7 @@ class Relay:
                 sink.shutdown(socket.SHUT_WR)
                 return
         except OSError:
-            pass  # cut by this relay or by an end: the other end hears of it below
+            pass  # cut by this relay or by one end: the other end is closed below
         for way in (source, sink):
             _reset(way)
 

@@ -1,4 +1,4 @@
-"""A whole noodle for a test: `noodle up` on free ports with a state folder of its own, taken down at the end."""
+"""A complete noodle for a test: `noodle up` on free ports with its own state folder, stopped at the end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any
 READY_SECONDS = 180.0
 DOWN_SECONDS = 60.0
 ANSWER_SECONDS = 120.0
-# what tests of equality stand on, and what every rig here has unless a test says otherwise
+# tests of equality need this; every rig has it unless a test overrides it
 EXACT = {"NOODLE_EXECUTOR": "transformers", "NOODLE_QUALITY": "exact"}
 
 
 def free_ports(count: int) -> list[int]:
-    """Consecutive ports that nobody listens on now, below the range that outgoing connections take."""
+    """Return consecutive unused ports below the range of outgoing connections."""
     start = 20_000 + (os.getpid() * 37 + time.monotonic_ns() // 1000) % 10_000
     for first in [*range(start, 31_000, count), *range(20_000, start, count)]:
         with contextlib.ExitStack() as stack:
@@ -38,41 +38,41 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Return what `condition` returns as soon as it is true; fails by name when it does not become true in time."""
+    """Return the value of `condition` once it is true; fail with `what` if it does not become true in time."""
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"in {seconds:.0f} seconds not: {what}"
-        time.sleep(0.05)  # the interval of looking, not a wait for something to be over
+        time.sleep(0.05)  # polling interval
     return value
 
 
 class Services:
-    """A coordinator and stages that run, and what one asks them."""
+    """A running coordinator with its stages, and requests to them."""
 
     port: int
     stage_ports: list[int]
 
     @property
     def token(self) -> str:
-        """The cluster token."""
+        """Return the cluster token."""
         raise NotImplementedError
 
     def get(self, path: str, token: str = "") -> tuple[int, Any]:
-        """Status and decoded answer of a GET on the coordinator."""
+        """Return status and decoded answer of a GET on the coordinator."""
         return request(self.port, "GET", path, token=token)
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
-        """Status and decoded answer of a POST on the coordinator; a body of bytes goes as it is."""
+        """Return status and decoded answer of a POST on the coordinator; a body of bytes is sent as it is."""
         return request(self.port, "POST", path, body, **headers)
 
     def generate(self, prompt: str | list[int], **parameters: Any) -> dict[str, Any]:
-        """A whole answer of /generate, which must succeed."""
+        """Return a whole answer of /generate; fail if it is refused."""
         status, answer = self.post("/generate", {"inputs": prompt, "parameters": parameters})
         assert status == 200, answer
         return dict(answer)
 
     def stage_states(self) -> list[dict[str, Any]]:
-        """What every stage itself says of itself now."""
+        """Return the state that each stage reports of itself."""
         states = []
         for port in self.stage_ports:
             status, answer = request(port, "GET", "/health", token=self.token)
@@ -81,7 +81,7 @@ class Services:
         return states
 
     def kv_bytes_held(self) -> int:
-        """Of all stages together, without what is kept of ended requests on purpose."""
+        """Return the KV bytes of all stages, without the rows kept for prefix reuse."""
         kept_tokens = self.get("/health", self.token)[1]["kept_kv_tokens"]
         return sum(
             int(state["kv_bytes_held"]) - kept_tokens * int(state["kv_bytes_per_token"])
@@ -89,7 +89,7 @@ class Services:
         )
 
     def metric(self, port: int, name: str) -> float:
-        """One sample of a service's metrics, 0 when there is none yet."""
+        """Return one sample of a service's metrics, 0 if it does not exist yet."""
         _, text = request(port, "GET", "/metrics", token=self.token)
         lines = [line for line in text.decode().splitlines() if line.startswith(name + " ")]
         return float(lines[0].rsplit(" ", 1)[1]) if lines else 0.0
@@ -139,7 +139,7 @@ class Cluster(Services):
         return self
 
     def is_ready(self) -> bool:
-        """Whether the coordinator says so; fails with its output when `noodle up` has ended."""
+        """Return whether the coordinator reports ready; fail with the output if `noodle up` has ended."""
         assert self.process.poll() is None, self.output_path.read_text(encoding="utf-8")
         try:
             return bool(self.get("/health")[1].get("status") == "ready")
@@ -147,7 +147,7 @@ class Cluster(Services):
             return False
 
     def stop(self) -> None:
-        """Take it down; fails when it does not go."""
+        """Stop it; fail if it does not stop in time."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -158,16 +158,16 @@ class Cluster(Services):
 
     @property
     def token(self) -> str:
-        """The cluster token."""
+        """Return the cluster token."""
         return (self.state_dir / "run" / "cluster_token").read_text(encoding="utf-8").strip()
 
     def service_pid(self, name: str) -> int:
-        """The process of a service as `noodle status` knows it: gunicorn's master, or Valkey itself."""
+        """Return the process id that `noodle status` shows: gunicorn's master, or Valkey itself."""
         record = json.loads((self.state_dir / "run" / "run.json").read_bytes())
         return int(next(s["process"]["pid"] for s in record["services"] if s["name"] == name))
 
     def worker_pid(self, name: str) -> int:
-        """The process of a service that computes: the only child of gunicorn's master."""
+        """Return the process id of a service's worker: the only child of gunicorn's master."""
         master = self.service_pid(name)
         children = Path(f"/proc/{master}/task/{master}/children").read_text(encoding="ascii").split()
         assert len(children) == 1, children
@@ -175,7 +175,7 @@ class Cluster(Services):
 
 
 def request(port: int, method: str, path: str, body: Any = None, *, token: str = "", **headers: str) -> tuple[int, Any]:
-    """One HTTP request on loopback; the answer is decoded when it is JSON."""
+    """Send one HTTP request on loopback; return status and answer, decoded if it is JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     if token:
@@ -195,7 +195,7 @@ def request(port: int, method: str, path: str, body: Any = None, *, token: str =
 
 @contextlib.contextmanager
 def running_cluster(state_dir: Path, model: Path | str, stages: int, **variables: str) -> Iterator[Cluster]:
-    """A cluster that is ready, and gone afterwards."""
+    """Run a cluster that is ready; stop it at the end."""
     cluster = Cluster(state_dir, model, stages, **variables).start()
     try:
         yield cluster

@@ -1,6 +1,6 @@
-"""A stand-in for a service: answers /health as it is told by files, and notes how it was started and stopped.
+"""A stand-in for a service: answers /health from files, and records its starts and stops.
 
-It reads its orders from the folder FAKE_ORDERS: <name>.health (the JSON to answer), <name>.exit (end at the start with
+It reads orders from the folder FAKE_ORDERS: <name>.health (the JSON to answer), <name>.exit (end at the start with
 these lines on stderr and the code of the first), <name>.stubborn (ignore SIGTERM), <name>.worker (fork a worker that
 outlives its master). It appends to `starts` and `stops` there.
 """
@@ -20,7 +20,6 @@ READY = {"status": "ready", "detail": "", "progress": None}
 
 
 def run(service: str) -> None:
-    """Serve until SIGTERM."""
     orders = Path(os.environ["FAKE_ORDERS"])
     name = f"stage-{os.environ['NOODLE_STAGE_ID']}" if service == "stage" else service
     _append(orders / "starts", f"{name} {os.getpid()}")
@@ -64,7 +63,7 @@ def run(service: str) -> None:
 
 
 def prepare_model() -> None:
-    """What the model store says on its standard output."""
+    """Print what the model store prints on its standard output."""
     orders = Path(os.environ["FAKE_ORDERS"])
     _append(orders / "starts", f"model {os.getpid()}")
     if (orders / "model.wait").exists():

@@ -1,6 +1,6 @@
-"""A real Prometheus on loopback that scrapes by the committed grafana/prometheus.yml, and what one asks it.
+"""A real Prometheus on loopback with the committed grafana/prometheus.yml, and queries to it.
 
-The program is the one on PATH, or that of Debian's package, unpacked into a folder of the cache.
+The program is the one on PATH, or the one of Debian's package, unpacked into a folder of the cache.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ READY_SECONDS = 30.0
 STOP_SECONDS = 30.0
 PACKAGE_SECONDS = 240.0
 ANSWER_SECONDS = 10.0
-# What only some machines have: a card, a container with a limit.
+# Present on some machines only: a GPU, a container with a limit.
 NOT_EVERYWHERE = ("noodle_gpu_", "noodle_container_")
 
 
 def without_data_here(expression: str) -> bool:
-    """Whether a query may be empty on a machine without a card and outside of a container."""
+    """Return whether a query may be empty on a machine without a GPU and outside a container."""
     return any(prefix in expression for prefix in NOT_EVERYWHERE)
 
 
 def programs() -> tuple[Path, Path]:
-    """prometheus and promtool; skips the test where they can not be had, fails in CI."""
+    """Return prometheus and promtool; skip the test if they are unavailable, fail in CI."""
     found = [shutil.which(name) for name in ("prometheus", "promtool")]
     if all(found):
         return Path(str(found[0])), Path(str(found[1]))
@@ -48,7 +48,7 @@ def programs() -> tuple[Path, Path]:
             _unpack_package(folder)
         except (OSError, subprocess.SubprocessError) as error:
             said = getattr(error, "stderr", None) or error
-            message = f"no prometheus on PATH, and Debian's package can not be had: {said}"
+            message = f"no prometheus on PATH, and Debian's package is unavailable: {said}"
             if os.environ.get("CI"):
                 pytest.fail(message)
             pytest.skip(message)
@@ -56,7 +56,7 @@ def programs() -> tuple[Path, Path]:
 
 
 def _unpack_package(folder: Path) -> None:
-    """Debian's package without installing it: its program needs the C library alone. Nothing outside changes."""
+    """Unpack Debian's package without installing it; its program needs only the C library."""
     work = folder.with_name("prometheus.download")
     shutil.rmtree(work, ignore_errors=True)
     (work / "lists" / "partial").mkdir(parents=True)
@@ -64,7 +64,7 @@ def _unpack_package(folder: Path) -> None:
     run = {"cwd": work, "check": True, "capture_output": True, "text": True, "timeout": PACKAGE_SECONDS}
     try:
         subprocess.run(["apt-get", "download", "prometheus"], **run)
-    except subprocess.CalledProcessError:  # this machine has no lists of packages, or old ones: by lists of our own
+    except subprocess.CalledProcessError:  # this machine has no package lists, or old ones: use separate lists
         own = ("-o", f"Dir::State::Lists={work / 'lists'}", "-o", f"Dir::Cache={work}", "-o", "APT::Sandbox::User=")
         subprocess.run(["apt-get", *own, "update"], **run)
         subprocess.run(["apt-get", *own, "download", "prometheus"], **run)
@@ -76,7 +76,7 @@ def _unpack_package(folder: Path) -> None:
 
 
 def configuration(coordinator_address: str, token_path: Path) -> str:
-    """The committed prometheus.yml with another address and token file, and nothing else changed."""
+    """Return the committed prometheus.yml with another address and token file."""
     text = (GRAFANA / "prometheus.yml").read_text(encoding="utf-8")
     for committed, here in (("coordinator:8080", coordinator_address), ("/run/secrets/cluster_token", str(token_path))):
         assert committed in text
@@ -85,23 +85,23 @@ def configuration(coordinator_address: str, token_path: Path) -> str:
 
 
 class Prometheus:
-    """One that runs."""
+    """A running Prometheus."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples of an instant query; fails with Prometheus' own words when it does not understand it."""
+        """Return the samples of an instant query; fail with the error of Prometheus if it refuses the query."""
         answer = self._get("/api/v1/query", query=expression)
         assert answer["status"] == "success", f"{expression}: {answer.get('error')}"
         return list(answer["data"]["result"])
 
     def targets(self) -> list[dict[str, Any]]:
-        """What it scrapes."""
+        """Return the active targets."""
         return list(self._get("/api/v1/targets")["data"]["activeTargets"])
 
     def is_ready(self) -> bool:
-        """Whether it answers queries."""
+        """Return whether it answers queries."""
         try:
             with urllib.request.urlopen(f"{self.url}/-/ready", timeout=ANSWER_SECONDS) as answer:
                 return bool(answer.status == 200)
@@ -119,7 +119,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def running_prometheus(folder: Path, configuration_text: str) -> Iterator[Prometheus]:
-    """A Prometheus that is ready, and gone afterwards."""
+    """Run a Prometheus that is ready; stop it at the end."""
     prometheus, _ = programs()
     folder.mkdir()
     (folder / "prometheus.yml").write_text(configuration_text, encoding="utf-8")

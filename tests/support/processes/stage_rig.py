@@ -1,4 +1,4 @@
-"""Stage processes with a real Valkey and a plan by the test; a coordinator or a bad cable where it is wanted."""
+"""Stage processes with a real Valkey and a plan from the test, optionally with a coordinator and relays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ READY_SECONDS = 120.0
 
 @dataclass
 class StageRig:
-    """Running stages and what one needs to talk to them."""
+    """Running stages and what is needed to talk to them."""
 
     urls: list[str]
     token: str
@@ -33,23 +33,23 @@ class StageRig:
     work_queue: WorkQueue
     valkey: RunningValkey
     environment: dict[str, str] = field(default_factory=dict)
-    relays: dict[int, Relay] = field(default_factory=dict)  # by stage: all that others send it goes through this
+    relays: dict[int, Relay] = field(default_factory=dict)  # by stage; everything sent to the stage passes its relay
 
     def states(self) -> list[dict[str, Any]]:
-        """What every stage says of itself."""
+        """Return the state that each stage reports of itself."""
         return [
             request(int(url.rsplit(":", 1)[1]), "GET", "/health", token=self.token)[1]["state"] for url in self.urls
         ]
 
     def metric(self, stage: int, name: str) -> float:
-        """One sample of a stage's metrics."""
+        """Return one sample of a stage's metrics."""
         _, text = request(int(self.urls[stage].rsplit(":", 1)[1]), "GET", "/metrics", token=self.token)
         line = next(line for line in text.decode().splitlines() if line.startswith(name + " "))
         return float(line.rsplit(" ", 1)[1])
 
 
 class RunningValkey:
-    """A Valkey as `noodle up` configures it, that can be killed and started again with what it kept."""
+    """A Valkey configured as by `noodle up`, which can be killed and restarted with its data."""
 
     def __init__(self, folder: Path, port: int) -> None:
         folder.mkdir()
@@ -63,14 +63,14 @@ class RunningValkey:
         wait_until(lambda: answers(self.port, self.password), 10, "Valkey answers")
 
     def kill(self) -> None:
-        """End it without a warning."""
+        """Kill it with SIGKILL."""
         self._process.kill()
         self._process.wait(30)
 
 
 @contextlib.contextmanager
 def running_valkey(folder: Path, port: int) -> Iterator[RunningValkey]:
-    """A Valkey that is gone afterwards."""
+    """Run a Valkey; kill it at the end."""
     valkey = RunningValkey(folder, port)
     try:
         yield valkey
@@ -89,9 +89,9 @@ def running_stages(
     computed: Sequence[dict[str, Any]] = (),
     **variables: str,
 ) -> Iterator[StageRig]:
-    """One stage process for each number of layers, ready for one plan; `absent` ones are played by the test.
+    """Run one stage process for each number of layers, ready for one plan; the test plays the `absent` ones.
 
-    `computed` says of each stage what the plan names beside float32: executor, weights, formats of KV rows and hops.
+    `computed` holds further fields of each stage's assignment: executor, weights, KV dtype and activation dtypes.
     """
     valkey_port, *ports = free_ports(1 + len(layers))
     token = secrets.token_hex(16)
@@ -146,7 +146,7 @@ def running_stages(
 
 
 def started(module: str, environment: dict[str, str], log_path: Path) -> subprocess.Popen[bytes]:
-    """A service's process, its log in a file."""
+    """Start a service's process with its log in a file."""
     with log_path.open("wb") as log:
         return subprocess.Popen([sys.executable, "-m", module], env=environment, stdout=log, stderr=log)
 
@@ -160,11 +160,11 @@ class RigServices(Services):
 
     @property
     def token(self) -> str:
-        """The cluster token."""
+        """Return the cluster token."""
         return self.rig.token
 
     def is_ready(self) -> bool:
-        """Whether the coordinator says so."""
+        """Return whether the coordinator reports ready."""
         try:
             return bool(self.get("/health")[1].get("status") == "ready")
         except OSError:
@@ -175,7 +175,7 @@ class RigServices(Services):
 def running_coordinator(
     rig: StageRig, folder: Path, *, until_ready: bool = True, **variables: str
 ) -> Iterator[RigServices]:
-    """A coordinator process for a rig's plan, ready unless it is not to be waited for."""
+    """Run a coordinator process for a rig's plan, ready unless `until_ready` is false."""
     (port,) = free_ports(1)
     environment = rig.environment | {"NOODLE_COORDINATOR_BIND": f"127.0.0.1:{port}", **variables}
     process = started("services.coordinator", environment, folder / "coordinator.log")

@@ -1,4 +1,4 @@
-"""Planner, coordinator and two stages as processes that are told to be on two machines, as an operator starts them."""
+"""Planner, coordinator and two stages as processes configured as if on two machines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STOP_SECONDS = 30.0
 
 
 class TwoMachines(Services):
-    """What runs; machine-a has all but stage 1."""
+    """The running processes; machine-a has all but stage 1."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -25,11 +25,11 @@ class TwoMachines(Services):
 
     @property
     def token(self) -> str:
-        """The cluster token."""
+        """Return the cluster token."""
         return self.token_path.read_text(encoding="utf-8")
 
     def is_ready(self) -> bool:
-        """Whether the coordinator says so."""
+        """Return whether the coordinator reports ready."""
         try:
             return bool(self.get("/health")[1].get("status") == "ready")
         except OSError:
@@ -38,7 +38,7 @@ class TwoMachines(Services):
 
 @contextlib.contextmanager
 def two_machines(folder: Path, model: Path) -> Iterator[TwoMachines]:
-    """Both ready, and gone afterwards."""
+    """Run both machines, ready; stop them at the end."""
     folder.mkdir()
     machines = TwoMachines(folder)
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Runs the real `noodle up` as a process over stand-in services, on ports of its own."""
+"""Runs the real `noodle up` as a process over stand-in services, on its own ports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT_SECONDS = 30.0
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """What the condition gives once it is true."""
+    """Return the value of `condition` once it is true."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {WAIT_SECONDS:.0f} s for {what}"
@@ -30,7 +30,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 
 
 class UpRuns:
-    """One state folder, its ports and orders; `close` ends whatever a test left running."""
+    """One state folder with its ports and orders; `close` ends everything that a test left running."""
 
     def __init__(self, folder: Path) -> None:
         self.orders = folder / "orders"
@@ -55,7 +55,7 @@ class UpRuns:
         self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """`noodle up` in the foreground, its output going to `output()`."""
+        """Start `noodle up` in the foreground; its output goes to `output()`."""
         with self._log_path.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "services.cli", "up", *arguments],
@@ -69,14 +69,14 @@ class UpRuns:
         return process
 
     def start_until_ready(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """`start`, and wait until it says that it is ready."""
+        """Start `noodle up` and wait until it reports ready."""
         process = self.start(*arguments)
         wait_for(lambda: "noodle is ready" in self.output() or process.poll() is not None, "noodle up to be ready")
         assert process.poll() is None, self.output()
         return process
 
     def noodle(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Another noodle command, to its end."""
+        """Run another noodle command to its end."""
         return subprocess.run(
             [sys.executable, "-P", "-m", "services.cli", *arguments],
             env=self.environment,
@@ -88,33 +88,33 @@ class UpRuns:
         )
 
     def output(self) -> str:
-        """What `noodle up` has printed so far."""
+        """Return what `noodle up` has printed so far."""
         return self._log_path.read_text() if self._log_path.exists() else ""
 
     def record(self) -> dict[str, Any]:
-        """run.json as it is now."""
+        """Return the current run.json."""
         value: dict[str, Any] = json.loads((self.run_dir / "run.json").read_text())
         return value
 
     def service(self, name: str) -> dict[str, Any]:
-        """One service's part of run.json."""
+        """Return one service's part of run.json."""
         return next(service for service in self.record()["services"] if service["name"] == name)
 
     def lines(self, file_name: str) -> list[str]:
-        """What the stand-ins noted."""
+        """Return the lines that the stand-ins wrote."""
         path = self.orders / file_name
         return path.read_text().splitlines() if path.exists() else []
 
     def starts(self, name: str) -> list[int]:
-        """The process ids a stand-in was started with, in order."""
+        """Return the process ids of a stand-in's starts, in order."""
         return [int(line.split()[1]) for line in self.lines("starts") if line.split()[0] == name]
 
     def order(self, file_name: str, text: str = "") -> None:
-        """Tell the stand-ins what to do."""
+        """Write an order for the stand-ins."""
         (self.orders / file_name).write_text(text)
 
     def living(self) -> list[int]:
-        """Every process that works for this state folder."""
+        """Return every process of this state folder."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -128,7 +128,7 @@ class UpRuns:
         return found
 
     def nothing_is_left(self) -> bool:
-        """No process, no port and no file of it."""
+        """Return whether no process, port or file of it is left."""
         for port in range(self.first_port, self.first_port + 6):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -136,7 +136,7 @@ class UpRuns:
         return not self.living() and not self.state_dir.exists()
 
     def close(self) -> None:
-        """End everything at once."""
+        """Kill everything."""
         for process_id in self.living():
             try:
                 os.kill(process_id, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Both executors behind one call, for tests that hold for any slice; a missing ggml skips, and fails in CI."""
+"""Both executors behind one call; a missing ggml skips the test, and fails it in CI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXECUTORS = ("transformers", "ggml")
 
 
 def need_ggml() -> None:
-    """Skip the test where ggml can not be loaded, and fail it in CI."""
+    """Skip the test if ggml cannot be loaded; fail it in CI."""
     try:
         load_ggml()
     except GgmlUnavailable as error:
@@ -28,14 +28,14 @@ def need_ggml() -> None:
 
 
 def exactly(executor: str) -> dict[str, str]:
-    """The variables with which a cluster computes in float32 by this executor; skips where it can not."""
+    """Return the variables for a cluster that computes in float32 with this executor; skip if it is missing."""
     if executor == "ggml":
         need_ggml()
     return {"NOODLE_EXECUTOR": executor, "NOODLE_QUALITY": "exact"}
 
 
 def load_exact(executor: str, folder: Path, start: int, end: int, **options: Any) -> ModelSlice:
-    """A slice in float32 weights with float32 KV rows, on one thread or as many as torch has."""
+    """Load a slice with float32 weights and float32 KV rows; ggml on one thread, torch on its default."""
     settings = {"context_length": 256, **options}
     if executor == "transformers":
         return load_slice(folder, start, end, **{"device": "cpu", "dtype": "float32", **settings})

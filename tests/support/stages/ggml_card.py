@@ -1,6 +1,6 @@
-"""A card for tests: ggml's device for another machine's ggml, over a connection to a process of the test's own.
+"""A card for tests: ggml's RPC device, served by a separate process.
 
-Its memory is not this process's, as a card's is not; its operations are those of ggml's CPU.
+Its memory is not this process's, as with a card; its operations are those of ggml's CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ rpc.ggml_backend_rpc_start_server(sys.argv[1].encode(), None, ctypes.c_size_t(1)
 
 @contextlib.contextmanager
 def a_card() -> Iterator[str]:
-    """ggml's name of the card, as long as its process runs; skips where ggml lacks it, and fails in CI."""
+    """Run the card's process and return ggml's name of the card; skip if ggml lacks RPC, fail in CI."""
     need_ggml()
     path = folder_of_libraries() / LIBRARY
     if not path.is_file():
@@ -52,7 +52,7 @@ def a_card() -> Iterator[str]:
 
 
 def added(endpoint: str, process: subprocess.Popen[bytes]) -> str:
-    """Let ggml here know the card; its name comes back."""
+    """Register the card with ggml in this process; return its name."""
     ggml = load_ggml().module
     rpc = ctypes.CDLL(str(folder_of_libraries() / LIBRARY))
     rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
@@ -60,7 +60,7 @@ def added(endpoint: str, process: subprocess.Popen[bytes]) -> str:
     while not (registry := rpc.ggml_backend_rpc_add_server(endpoint.encode())):
         assert process.poll() is None, "the card's process ended"
         assert time.monotonic() < end, f"no card in {START_SECONDS:.0f} seconds"
-        time.sleep(0.1)  # the interval of looking
+        time.sleep(0.1)  # polling interval
     before = set(load_ggml().devices)
     ggml.ggml_backend_register(registry)
     (name,) = set(load_ggml().devices) - before

@@ -1,4 +1,4 @@
-"""One operation of ggml over arrays, and what it and noodle's own kernels are given."""
+"""One operation of ggml over arrays, and the inputs of ggml's and noodle's kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Graph:
         self.given = []
 
     def stored(self, kind, stored, *sizes, strides=()):
-        """A tensor whose bytes are somewhere already; `strides` are those of its second and third axis."""
+        """Return a tensor over existing bytes; `strides` are those of its second and third axis."""
         ggml, memory = self.ggml, self.memory
         all_sizes = (ctypes.c_int64 * len(sizes))(*sizes)
         tensor = memory.outside(ggml.ggml_new_tensor(memory.context, TYPE_NUMBERS[kind], len(sizes), all_sizes))
@@ -60,13 +60,13 @@ class Graph:
 
 
 def ggml_calls():
-    """ggml, where it can be loaded."""
+    """Load ggml; skip the test if it is missing."""
     need_ggml()
     return GgmlCalls(load_ggml().module)
 
 
 def needed(make, flags):
-    """What `make` gives of noodle's own kernels; skips on a processor without these flags, and where none is built."""
+    """Return the kernels that `make` builds; skip if the processor lacks these flags or no kernels were built."""
     if not (processor_flags() or frozenset()) >= flags:
         pytest.skip(f"this processor has not all of {', '.join(sorted(flags))}")
     found = make()
@@ -78,7 +78,7 @@ def needed(make, flags):
 
 
 def stored_as(ggml, kind, values):
-    """The bytes that ggml has of float32 numbers in a type, and what these stand for in float64."""
+    """Return float32 numbers as ggml stores them in a type, and the float64 values that these bytes represent."""
     if kind == "f32":
         stored = meant = values
     elif kind == "f16":

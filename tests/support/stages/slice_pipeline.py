@@ -1,4 +1,4 @@
-"""A pipeline of real slices in one process, and the unsplit model on transformers' own path to compare it with."""
+"""A pipeline of real slices in one process, and the unsplit model of transformers to compare it with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = [[(0, 11)], [(0, 5), (1, 8)], [(1, 1), (0, 6), (2, 3)], [(2, 10), (0, 1)
 
 
 class SlicePipeline:
-    """Slices of one model, cut at `cuts` (0 and the layer count are its ends), each fed by the one before."""
+    """Slices of one model, cut at `cuts` (from 0 to the layer count), each fed by the previous one."""
 
     def __init__(
         self, folder: Path, cuts: Sequence[int], *, executor: str | Sequence[str] = "transformers", **options: Any
@@ -33,7 +33,7 @@ class SlicePipeline:
         ]
 
     def step(self, spans: Sequence[Span], token_ids: npt.NDArray[np.int64], logits_rows: Sequence[int]) -> Logits:
-        """One trip of one batch: logits `[rows, vocab_size]`."""
+        """Compute one batch; return logits `[rows, vocab_size]`."""
         rows = np.array(logits_rows, np.int64)
         batch = PackedBatch(tuple(spans), rows, token_ids=token_ids)
         for each in self.slices:
@@ -45,7 +45,7 @@ class SlicePipeline:
     def run(
         self, sessions: Sequence[npt.NDArray[np.int64]], steps: Sequence[Sequence[tuple[int, int]]]
     ) -> list[Logits]:
-        """All logits of every session, its tokens fed in the given steps."""
+        """Return all logits of every session, with tokens fed in the given steps."""
         lengths = [0] * len(sessions)
         parts: list[list[Logits]] = [[] for _ in sessions]
         for step in steps:
@@ -61,13 +61,13 @@ class SlicePipeline:
 
 
 def random_sessions(lengths: Sequence[int], vocab_size: int = 199, seed: int = 5) -> list[npt.NDArray[np.int64]]:
-    """Token ids of sessions of the given lengths."""
+    """Return random token ids for sessions of the given lengths."""
     random = np.random.default_rng(seed)
     return [random.integers(3, vocab_size, length) for length in lengths]
 
 
 def unsplit_logits(folder: Path, sessions: Sequence[npt.NDArray[np.int64]], attention: str = "eager") -> list[Logits]:
-    """All logits of every session, by transformers' own model and attention, one session at a time."""
+    """Return all logits of every session from the model of transformers, one session at a time."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -77,5 +77,5 @@ def unsplit_logits(folder: Path, sessions: Sequence[npt.NDArray[np.int64]], atte
 
 
 def relative_difference(got: Sequence[Logits], expected: Sequence[Logits]) -> float:
-    """The largest difference of logits, relative to the largest of those expected."""
+    """Return the largest difference of logits, relative to the largest expected one."""
     return max(float(np.abs(g - e).max() / np.abs(e).max()) for g, e in zip(got, expected, strict=True))

@@ -1,4 +1,4 @@
-"""Stages as threads of one process over streams in memory: the queued way without Valkey and without processes."""
+"""Stages as threads of one process over streams in memory: queued transport without Valkey and processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KV_BYTES = 16 << 20
 
 @dataclass
 class ThreadRig:
-    """What `StageRig` is for processes."""
+    """The counterpart of `StageRig` for threads."""
 
     urls: list[str]
     token: str
@@ -42,18 +42,18 @@ class ThreadRig:
     registries: list[CollectorRegistry]
 
     def states(self) -> list[dict[str, Any]]:
-        """What every stage says of itself."""
+        """Return the state that each stage reports of itself."""
         return [msgspec.to_builtins(lifecycle.state) for lifecycle in self.lifecycles]
 
     def metric(self, stage: int, name: str) -> float:
-        """One sample of a stage's metrics."""
+        """Return one sample of a stage's metrics."""
         lines = generate_latest(self.registries[stage]).decode().splitlines()
         return float(next(line for line in lines if line.startswith(name + " ")).rsplit(" ", 1)[1])
 
 
 @contextlib.contextmanager
 def stage_threads(folder: Path, model: Path, layers: tuple[int, ...]) -> Iterator[ThreadRig]:
-    """One stage for each number of layers, with a plan they are ready for and a server for their bytes."""
+    """Run one stage for each number of layers, ready for one plan, each with a server for its activations."""
     token = secrets.token_hex(16)
     config = read_config(model)
     ends = [sum(layers[: index + 1]) for index in range(len(layers))]

@@ -1,4 +1,4 @@
-"""What images and containers are made from: what they share and lock, and what old engines can not read."""
+"""The files that images and containers are made from: shared layers, locks, and syntax of old engines."""
 
 import re
 import tomllib
@@ -14,7 +14,7 @@ from services.cli.project.machine_settings import DEFAULT_PORTS, PORTS
 ROOT = Path(__file__).parents[3]
 CPU, GPU = (ROOT / f"Dockerfile.{kind}" for kind in ("cpu", "gpu"))
 COMPOSE_FILES = sorted(ROOT.glob("docker-compose*.yml"))
-# a card's libraries come from the wheel index of an image, never from a lock
+# CUDA libraries come from an image's wheel index, never from a lock
 OF_TORCH = re.compile(r"(torch|triton|(nvidia|cuda)-(?!ml-py)[a-z0-9-]+)")
 
 
@@ -23,13 +23,13 @@ def text_of(path):
 
 
 def locked(name):
-    """Lines of a lock by package, remarks left out; a package may have one for each platform."""
+    """Return a lock's lines by package without comments; a package may have one for each platform."""
     lines = [line for line in text_of(ROOT / name).splitlines() if line and not line.startswith("#")]
     return {(line.partition("==")[0], line) for line in lines}
 
 
 def instructions(path, target):
-    """The lines of one target, without remarks, and with lines that go on made one."""
+    """Return the instructions of one target, without comments and with continued lines joined."""
     text = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", text_of(path), flags=re.MULTILINE))
     (body,) = re.findall(rf"^FROM \S+ AS {target}\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL)
     return [line for line in body.splitlines() if line]
@@ -85,9 +85,9 @@ def test_ggml_is_built_alike_for_both_images_but_for_the_compiler_of_a_card():
     assert [one.split()[0] for one, _ in differences] == ["RUN", "ARG"]
     assert differences[1][1] == 'ARG GGML_CMAKE_ARGS="-DGGML_CUDA=ON;-DCMAKE_CUDA_ARCHITECTURES=61"'
     (build,) = [line for line in cpu if "cmake.args" in line]
-    assert "-DGGML_NATIVE=OFF" in build  # the machine that builds an image is not the one that runs it
+    assert "-DGGML_NATIVE=OFF" in build  # an image is built on one machine and runs on another
     assert "-DGGML_CPU_ALL_VARIANTS=ON" in build
-    # noodle's own kernels ask the processor at load, and a change of them leaves ggml's layer as it is
+    # noodle's kernels detect the processor at load; changing them leaves ggml's layer cached
     assert cpu[-1].startswith("RUN cc ")
     assert "-march" not in cpu[-1]
 

@@ -1,4 +1,4 @@
-"""Put before the real package on PYTHONPATH: its planner, stage and coordinator are stand-ins, the rest is real."""
+"""Comes before the real package on PYTHONPATH: planner, stage and coordinator are stand-ins, the rest is real."""
 
 from pkgutil import extend_path
 

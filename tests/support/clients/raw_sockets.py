@@ -1,4 +1,4 @@
-"""Clients that do not behave, as raw sockets: what they send is given, what they read is up to the test."""
+"""Misbehaving clients as raw sockets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = (b"", HALF_HEAD, UNSENT_BODY, SERVED_AND_STAYING)
 
 
 def connect(port: int, sent: bytes = b"", *, receive_buffer_bytes: int = 0) -> socket.socket:
-    """A connection on which `sent` has been sent."""
+    """Return a connection on which `sent` has been sent."""
     connection = socket.socket()
     if receive_buffer_bytes:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
@@ -35,14 +35,14 @@ def connect(port: int, sent: bytes = b"", *, receive_buffer_bytes: int = 0) -> s
 
 
 @contextlib.contextmanager
-def strangers(ports: list[int], count: int, kinds: tuple[bytes, ...] = KINDS) -> Iterator[list[socket.socket]]:
-    """So many connections to each port, of every kind in turn; all are closed at the end."""
+def anonymous_clients(ports: list[int], count: int, kinds: tuple[bytes, ...] = KINDS) -> Iterator[list[socket.socket]]:
+    """Open `count` connections to each port, alternating between kinds; close all at the end."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(connect(port, kinds[i % len(kinds)])) for i in range(count) for port in ports]
 
 
 def post(path: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
-    """A whole POST with a JSON body as it goes over the wire."""
+    """Return the bytes of a POST with a JSON body."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"POST {path} HTTP/{version}", "Host: 127.0.0.1", "Content-Type: application/json", *headers]
     if not any(header.startswith("Transfer-Encoding") for header in headers):
@@ -51,7 +51,7 @@ def post(path: str, body: Any, *headers: str, version: str = "1.1") -> bytes:
 
 
 def read_to_end(connection: socket.socket) -> bytes:
-    """All that comes until the other end closes."""
+    """Return everything received until the peer closes."""
     parts = []
     while part := connection.recv(1 << 16):
         parts.append(part)
@@ -59,7 +59,7 @@ def read_to_end(connection: socket.socket) -> bytes:
 
 
 def final_answer(raw: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Status, fields and body of the final answer, behind any "100 Continue"."""
+    """Return status, headers and body of the final answer, after any "100 Continue"."""
     head, _, body = raw.partition(b"\r\n\r\n")
     if head.startswith(b"HTTP/1.1 100 "):
         return final_answer(body)
@@ -69,7 +69,7 @@ def final_answer(raw: bytes) -> tuple[int, dict[str, str], bytes]:
 
 
 def health_seconds(port: int, token: str = "") -> float:
-    """How long /health takes on a new connection; it must answer."""
+    """Return the seconds /health takes on a new connection; it must answer 200."""
     started = time.monotonic()
     status, answer = request(port, "GET", "/health", token=token)
     assert status == 200, answer
@@ -77,10 +77,9 @@ def health_seconds(port: int, token: str = "") -> float:
 
 
 def thread_count(pid: int) -> int:
-    """Threads of a process."""
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
 def file_count(pid: int) -> int:
-    """Files and sockets that a process has open."""
+    """Return the number of files and sockets a process has open."""
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))

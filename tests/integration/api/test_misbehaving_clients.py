@@ -1,4 +1,4 @@
-"""What strangers and clients that do not behave can do to running services: nothing that others notice."""
+"""Anonymous and misbehaving clients must not affect others."""
 
 import contextlib
 import http.client
@@ -15,17 +15,17 @@ import pytest
 from noodle.web.connection import SEND_SECONDS
 from noodle.web.server import HEAD_SECONDS, LINGER_SECONDS, SLOW_BODIES
 from services.coordinator.text.answer import CLIENT_LOOK_SECONDS
-from tests.support.clients.strangers import (
+from tests.support.clients.raw_sockets import (
     HALF_HEAD,
     KINDS,
     UNSENT_BODY,
+    anonymous_clients,
     connect,
     file_count,
     final_answer,
     health_seconds,
     post,
     read_to_end,
-    strangers,
     thread_count,
 )
 from tests.support.models.tiny_model import tiny_llama_folder
@@ -35,17 +35,17 @@ pytestmark = pytest.mark.timeout(300)
 
 KEY = "key-of-the-test"
 BEARER = f"Authorization: Bearer {KEY}"
-MODEL = "a-model-whose-name-makes-every-event-long-" + "x" * 200  # so that few of them fill a socket's buffer
+MODEL = "a-model-whose-name-makes-every-event-long-" + "x" * 200  # so that few events fill a socket buffer
 HEALTH_SECONDS = 1.0
-SERVICES = {"coordinator": 240, "planner": 40, "stage-0": 40}  # more strangers than each has threads
+SERVICES = {"coordinator": 240, "planner": 40, "stage-0": 40}  # more connections than each service has threads
 POOL_THREADS = {"coordinator": 224, "planner": 16, "stage-0": 32}
 OWN_THREADS = 16
-OWN_FILES = 16  # connections that a service opens for itself meanwhile and keeps; 200 strangers would leave more
+OWN_FILES = 16  # connections that a service opens for itself and keeps; 200 leaked connections would exceed it
 
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory):
-    """Two stages behind an API key, with room for answers longer than any socket's buffer."""
+    """Two stages behind an API key, with room for answers longer than any socket buffer."""
     folder = tmp_path_factory.mktemp("doors")
     tiny_llama_folder(folder / MODEL, max_position_embeddings=8192)
     with running_cluster(folder / "state", folder / MODEL, 2, NOODLE_API_KEY=KEY) as running:
@@ -80,33 +80,33 @@ def frees_rows(cluster, seconds):
 
 @pytest.mark.parametrize("service", SERVICES)
 @pytest.mark.parametrize("kind", KINDS, ids=["silent", "half a head", "body unsent", "served and staying"])
-def test_strangers_who_do_not_finish_hold_nobody_up(locked, service, kind):
+def test_anonymous_clients_who_do_not_finish_hold_nobody_up(locked, service, kind):
     port = port_of(locked, service)
-    with strangers([port], SERVICES[service], (kind,)):
+    with anonymous_clients([port], SERVICES[service], (kind,)):
         assert health_seconds(port, locked.token) < HEALTH_SECONDS
         assert health_seconds(port) < HEALTH_SECONDS
     assert ask(locked, 3) == 3
 
 
-def test_strangers_without_a_whole_head_get_no_thread(locked):
+def test_anonymous_clients_without_a_whole_head_get_no_thread(locked):
     workers = [locked.worker_pid(service) for service in SERVICES]
     ports = [port_of(locked, service) for service in SERVICES]
     assert all(health_seconds(port, locked.token) < HEALTH_SECONDS for port in ports)
     before = [thread_count(pid) for pid in workers]
-    with strangers(ports, 200, (b"", HALF_HEAD)):
+    with anonymous_clients(ports, 200, (b"", HALF_HEAD)):
         assert all(health_seconds(port, locked.token) < HEALTH_SECONDS for port in ports)
         grown = [thread_count(pid) - old for pid, old in zip(workers, before, strict=True)]
-    assert max(grown) <= 3, grown  # of /health, and of a stage's own
+    assert max(grown) <= 3, grown  # for /health, and a stage's own
 
 
-def test_two_hundred_strangers_at_every_door_stop_no_generation_and_leave_nothing(locked):
+def test_two_hundred_anonymous_clients_at_every_door_stop_no_generation_and_leave_nothing(locked):
     ports = [port_of(locked, service) for service in SERVICES]
     workers = {service: locked.worker_pid(service) for service in SERVICES}
     assert ask(locked, 20) == 20
     files_before = {service: file_count(pid) for service, pid in workers.items()}
     with connect(locked.port, post("/generate_stream", generation(300), BEARER, "Connection: close")) as stream:
         stream.recv(1)
-        with strangers(ports, 200):
+        with anonymous_clients(ports, 200):
             for port in ports:
                 assert health_seconds(port, locked.token) < HEALTH_SECONDS
             assert ask(locked, 20) == 20
@@ -119,17 +119,17 @@ def test_two_hundred_strangers_at_every_door_stop_no_generation_and_leave_nothin
         assert thread_count(pid) <= POOL_THREADS[service] + OWN_THREADS
 
 
-def test_more_strangers_than_a_service_has_room_for_make_room_for_a_newcomer(locked):
+def test_more_anonymous_clients_than_a_service_has_room_for_make_room_for_a_newcomer(locked):
     port = port_of(locked, "planner")
-    with strangers([port], 600, (HALF_HEAD,)) as many:  # it has 16 threads and room for 512 beside them
+    with anonymous_clients([port], 600, (HALF_HEAD,)) as many:  # it has 16 threads and room for 512 beside them
         assert health_seconds(port, locked.token) < HEALTH_SECONDS
-        assert many[0].recv(1) == b""  # the longest waiting one went
+        assert many[0].recv(1) == b""  # the longest-waiting one was closed
 
 
 def test_a_head_that_comes_byte_by_byte_has_one_deadline(locked):
     begun = b"GET /health HTTP/1.1\r\nX-Slow: "
     started = time.monotonic()
-    with strangers([port_of(locked, service) for service in SERVICES], 1, (begun,)) as slow:
+    with anonymous_clients([port_of(locked, service) for service in SERVICES], 1, (begun,)) as slow:
         answered = set()
         while len(answered) < len(slow):
             for connection in answered.symmetric_difference(slow):
@@ -142,17 +142,17 @@ def test_a_head_that_comes_byte_by_byte_has_one_deadline(locked):
             assert json.loads(body)["error"]["code"] == "request_too_slow"
 
 
-def test_a_stranger_gets_one_answer_and_its_body_is_not_waited_for(locked):
+def test_an_anonymous_client_gets_one_answer_and_its_body_is_not_waited_for(locked):
     for service, path in (("coordinator", "/generate"), ("stage-0", "/hop"), ("planner", "/plan")):
-        with connect(port_of(locked, service), UNSENT_BODY.replace(b"/generate", path.encode())) as stranger:
+        with connect(port_of(locked, service), UNSENT_BODY.replace(b"/generate", path.encode())) as client:
             started = time.monotonic()
-            status, fields, body = final_answer(read_to_end(stranger))
+            status, fields, body = final_answer(read_to_end(client))
             assert time.monotonic() - started < HEALTH_SECONDS
         assert (status, fields["connection"]) == ((401, "close") if path != "/plan" else (405, "close"))
         assert json.loads(body)["error"]["type"] in ("authentication_error", "invalid_request_error")
     twice = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n" * 2
-    with connect(locked.port, twice) as stranger:
-        assert read_to_end(stranger).count(b"HTTP/1.1 200") == 1
+    with connect(locked.port, twice) as client:
+        assert read_to_end(client).count(b"HTTP/1.1 200") == 1
 
 
 def test_a_known_client_keeps_its_connection_and_may_send_requests_at_once(locked):
@@ -179,13 +179,13 @@ def test_a_known_clients_body_may_come_slowly(locked):
     with connect(locked.port, raw[: -len(body)]) as client:
         for start in range(0, len(body), 8):
             client.sendall(body[start : start + 8])
-            time.sleep(0.1)  # the slowness is what is tested
+            time.sleep(0.1)  # the slowness under test
         assert final_answer(read_to_end(client))[0] == 200
 
 
 def test_slow_bodies_have_places_of_their_own(locked):
     announced = post("/generate", b"", BEARER, "Content-Length: 100").replace(b"Content-Length: 0\r\n", b"")
-    with strangers([locked.port], 240, (announced,)) as slow:
+    with anonymous_clients([locked.port], 240, (announced,)) as slow:
         assert health_seconds(locked.port, locked.token) < HEALTH_SECONDS
         assert ask(locked, 5) == 5
         refused = wait_until(lambda: len(answered := readable(slow)) == 240 - SLOW_BODIES and answered, 5, "refused")
@@ -266,7 +266,7 @@ def test_a_body_over_the_limit_is_told_so_although_it_is_still_being_sent(locked
 @pytest.mark.parametrize(
     ("path", "version", "new_tokens"),
     [
-        ("/generate", "1.1", 400),  # long enough to be looked at more than once
+        ("/generate", "1.1", 400),  # long enough for more than one check of the client
         ("/generate", "1.0", 50),
         ("/generate_stream", "1.1", 50),
         ("/generate_stream", "1.0", 50),
@@ -285,12 +285,12 @@ def test_a_client_that_has_nothing_more_to_send_gets_its_answer(locked, path, ve
 def test_a_client_that_closed_is_not_computed_for(locked, path):
     with connect(locked.port, post(path, generation(8000), BEARER)):
         holds_rows(locked)
-    frees_rows(locked, 3 * (2 * CLIENT_LOOK_SECONDS + 2))  # a second look, and the stages say so each second
+    frees_rows(locked, 3 * (2 * CLIENT_LOOK_SECONDS + 2))  # a second check, and the stages report each second
 
 
-def test_strangers_do_not_hold_up_a_stop(locked):
+def test_anonymous_clients_do_not_hold_up_a_stop(locked):
     port, master, worker = port_of(locked, "planner"), locked.service_pid("planner"), locked.worker_pid("planner")
-    with strangers([port], 200):
+    with anonymous_clients([port], 200):
         assert health_seconds(port) < HEALTH_SECONDS
         os.kill(master, signal.SIGTERM)
         wait_until(lambda: not Path(f"/proc/{worker}").exists(), 3 * LINGER_SECONDS, "the planner stopped")

@@ -1,4 +1,4 @@
-"""Far more requests than there is place for, crowds of readers, a model that overflows: all are told, none hangs."""
+"""Too many requests, crowds of readers, a model that overflows: every request ends with an answer."""
 
 import http.client
 import json
@@ -20,12 +20,12 @@ from tests.support.stages.executors import EXECUTORS, exactly
 
 pytestmark = pytest.mark.timeout(300)
 OPEN, WAITING = 4, 8
-POISON = 150  # the token whose embedding is not a number
+POISON = 150  # the token whose embedding is NaN
 
 
 @pytest.fixture(scope="module")
 def small(tiny_folder, tmp_path_factory):
-    """A cluster with few places."""
+    """A cluster with low limits for requests."""
     state = tmp_path_factory.mktemp("small") / "state"
     limits = {"NOODLE_MAX_OPEN_REQUESTS": str(OPEN), "NOODLE_MAX_WAITING_REQUESTS": str(WAITING)}
     with running_cluster(state, tiny_folder, 2, **limits) as running:
@@ -34,7 +34,7 @@ def small(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=EXECUTORS)
 def poisoned(request, tmp_path_factory):
-    """A cluster of a model that computes no numbers once it reads a certain token."""
+    """A cluster whose model computes NaN once it reads a certain token."""
     folder = tmp_path_factory.mktemp("poisoned") / "model"
     tiny_llama_folder(folder)
     path = folder / "model.safetensors"
@@ -62,7 +62,7 @@ def test_of_many_requests_at_once_each_is_served_or_told_when_to_come_again(smal
 
 
 def test_a_crowd_of_readers_leaves_a_place_for_everybody_else(small):
-    threads = OPEN + WAITING + 32  # as services/coordinator/service.py counts them
+    threads = OPEN + WAITING + 32  # as services/coordinator/service.py computes them
     statuses, crowd = [], []
     everybody = threading.Event()
 
@@ -145,10 +145,10 @@ def test_a_stage_that_stood_still_keeps_the_rows_that_the_coordinator_counts_on(
     wait_until(lambda: small.kv_bytes_held() == 0, 15, "all but kept rows are freed")
     stage = small.worker_pid("stage-1")
     os.kill(stage, signal.SIGSTOP)
-    time.sleep(UNLISTED_SECONDS + 1)  # longer than a session may be unlisted
+    time.sleep(UNLISTED_SECONDS + 1)  # longer than a session may stay unlisted
     os.kill(stage, signal.SIGCONT)
     wait_until(small.is_ready, 30, "it is whole again")
-    time.sleep(1.0)  # two lists
+    time.sleep(1.0)  # two lists of sessions
     assert small.kv_bytes_held() == 0
 
 

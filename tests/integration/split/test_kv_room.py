@@ -1,4 +1,4 @@
-"""Many requests with hardly any room for their KV rows, and prompts that begin alike: the same tokens as alone."""
+"""Many requests with little room for KV rows, and prompts with a shared prefix, get the same tokens as alone."""
 
 import threading
 
@@ -17,7 +17,7 @@ PROMPT = "What a long beginning this is, which all of them share: "
 
 @pytest.fixture(scope="module", params=EXECUTORS)
 def pair(request, tiny_folder, tmp_path_factory):
-    """Two stages with room enough."""
+    """Two stages with enough room."""
     state = tmp_path_factory.mktemp("pair") / "state"
     with running_cluster(state, tiny_folder, 2, **exactly(request.param)) as running:
         yield running

@@ -1,4 +1,4 @@
-"""Clients that leave and come back, ask twice, change their mind, or find another coordinator than they left."""
+"""Clients that disconnect and resume, repeat a request, cancel it, or find a restarted coordinator."""
 
 import http.client
 import os
@@ -68,7 +68,7 @@ def test_a_client_that_comes_back_gets_the_rest_and_the_same_whenever_it_asks(cl
     assert status_of(cluster, first.request_id)[1]["status"] == "finished"
 
 
-def test_a_request_that_can_not_be_resumed_ends_with_its_client(cluster):
+def test_a_request_that_cannot_be_resumed_ends_with_its_client(cluster):
     with stream(cluster, asked("two", 230)) as first:
         first.take(3)
     wait_until(lambda: status_of(cluster, first.request_id)[0] == 404, 15, "it is gone")
@@ -134,7 +134,7 @@ def test_a_coordinator_that_dies_loses_no_request(cluster, death):
     prompts = [f"{death.name} {index}" for index in range(3)]
     expected = [whole(cluster, prompt) for prompt in prompts]
     had = {}
-    # one that is stopped in order may finish before it goes: then only what can be resumed is kept
+    # a graceful stop may finish requests first: then only resumable ones are kept
     resumable = {"resume_seconds": 60} if death == signal.SIGTERM else {}
     streams = [stream(cluster, asked(prompt, **resumable), X_Request_Id=f"{death.name}-{index}")
                for index, prompt in enumerate(prompts)]  # fmt: skip
