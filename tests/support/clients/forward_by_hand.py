@@ -16,7 +16,7 @@ ANSWER_SECONDS = 120.0
 
 
 def forward(url: str, credential: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """One forward to one address: the status, and the answer's JSON."""
+    """Send one forward to one address; return status and decoded answer."""
     where = urlsplit(url)
     connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=ANSWER_SECONDS)
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {credential}"}
@@ -31,7 +31,7 @@ def forward(url: str, credential: str, body: dict[str, Any]) -> tuple[int, Any]:
 def generate_by_hand(
     urls: Sequence[str], credential: str, prompt: Sequence[int], new_tokens: int, *, chunk_tokens: int = 200
 ) -> list[int]:
-    """Greedy token ids after the prompt, by the stages in their order; the prompt in chunks, then token by token."""
+    """Return greedy token ids after the prompt: the prompt goes through the stages in chunks, then each token alone."""
     session_id = uuid.uuid4().hex
     position = 0
     generated: list[int] = []
