@@ -1,0 +1,1 @@
+"""Decide which machine computes which layers, from measurements and the model's shape. Knows no requests."""

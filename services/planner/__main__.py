@@ -1,4 +1,4 @@
-"""Runs the planner: `python -m services.planner`, told everything by its environment."""
+"""Run the planner, configured by its environment: `python -m services.planner`."""
 
 from noodle.config.environment import planner_config, process_environment
 from noodle.web.service import run_service

@@ -1,15 +1,13 @@
-"""The planner's routes: health for everyone, the plan and what it rests on for whoever has the cluster token."""
+"""The planner's routes and service. Everyone may read a bare /health; all else needs the cluster token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from flask import Blueprint, Flask, Response
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
-from noodle.cluster.plan import MachineReport
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import PlannerConfig
 from noodle.errors import NotReady
@@ -29,7 +27,7 @@ from noodle.web.service import (
     require_token,
 )
 from services.planner.node_list import parse_plan_request
-from services.planner.planning import ASSUMED_HOP, Planning
+from services.planner.planning import Planning, activation_dtype_of
 from services.planner.prediction import planned_token_seconds
 from services.planner.preview import preview
 
@@ -38,14 +36,13 @@ PREVIEW_BODY_BYTES = 256 << 10
 
 
 def create_app(config: PlannerConfig, planning: Planning, registry: CollectorRegistry) -> Flask:
-    """The routes over an already wired planner."""
     app = Flask("noodle.planner")
     install_error_handlers(app)
     install_metrics_route(app, registry, config.cluster_token)
 
     @app.get("/health")
     def health() -> Response:
-        state = planning.told_state
+        state = planning.current_state
         status = {"planned": "ready"}.get(state.phase, state.phase)
         answer: dict[str, Any] = {"service": "planner", "status": status}
         if has_token(config.cluster_token):
@@ -63,36 +60,35 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
     @guide.post("/plan/preview")
     def plan_preview() -> Response:
         require_token(config.cluster_token)
-        request = parse_plan_request(bounded_body(PREVIEW_BODY_BYTES))
+        request, unused_fields = parse_plan_request(bounded_body(PREVIEW_BODY_BYTES))
         if planning.shape is None:
-            raise NotReady("The planner still reads the model's shape.", retry_after_seconds=1)
-        machines = planning.reports if request.nodes is not None else planning.reports[: config.stage_count]
+            raise NotReady("The planner is still reading the model's shape.", retry_after_seconds=1)
+        machines = planning.reports if request.available_nodes is not None else planning.reports[: config.stage_count]
         status, answer = preview(
             request,
             planning.shape,
             machines,
-            _split_for(machines, config),
-            planning.plan,
-            config.activation_dtype,
-            config.quality == "exact",
+            split=config.split if len(machines) == config.stage_count else None,  # it names every stage
+            active=planning.plan,
+            activation_dtype=activation_dtype_of(config),
         )
-        return json_response(answer, status)
+        return json_response({**answer, "not_used": unused_fields}, status)
 
     app.register_blueprint(guide)
-    asked = [Target("coordinator", config.coordinator_url), Target("valkey", config.valkey_url)]
+    targets = [Target("coordinator", config.coordinator_url), Target("valkey", config.valkey_url)]
     install_connectivity_routes(
         app,
-        config.cluster_token,
-        config.valkey_password,
-        "planner",
-        "",
-        lambda: (planning.shape.digest if planning.shape else "", asked),
+        token=config.cluster_token,
+        valkey_password=config.valkey_password,
+        name="planner",
+        machine="",
+        targets=lambda: (planning.shape.digest if planning.shape else "", targets),
     )
     return app
 
 
 def watch(planning: Planning, wanted_stages: int, metrics: PlannerMetrics) -> None:
-    """Let /metrics show what the planner sees."""
+    """Show the planner's machines and plan in /metrics."""
     metrics.wanted_stages.set(wanted_stages)
     metrics.stages.set_function(lambda: len(planning.reports))
     metrics.machines.set_function(lambda: len({report.machine for report in planning.reports}))
@@ -101,14 +97,9 @@ def watch(planning: Planning, wanted_stages: int, metrics: PlannerMetrics) -> No
         plan = planning.plan
         if plan is None:
             return PlanSeen(0, ())
-        return PlanSeen(plan.version, (), predicted_token_seconds=planned_token_seconds(plan, ASSUMED_HOP))
+        return PlanSeen(plan.version, (), predicted_token_seconds=planned_token_seconds(plan))
 
     PlanCollector(metrics.registry, seen)
-
-
-def _split_for(machines: Sequence[MachineReport], config: PlannerConfig) -> tuple[int, ...] | None:
-    """NOODLE_SPLIT, as long as every stage it names is there."""
-    return config.split if len(machines) == config.stage_count else None
 
 
 class PlannerService(Service):
@@ -123,19 +114,19 @@ class PlannerService(Service):
         self.log_format = config.log_format
 
     def create_app(self) -> Flask:
-        """Read the model's shape and wire the routes; raises StartError for a model that is not run here."""
+        """Read the model's shape and wire the routes; raises StartError if noodle does not run the model."""
         work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
         self._planning = Planning(self._config, work_queue)
-        if self._planning.has_folder:  # else it is asked for by the planner's own thread, and /health says so
+        if self._planning.has_folder:  # otherwise the planner's thread fetches its headers, and /health shows it
             self._planning.read_shape()
         registry, _ = service_registry(self.name, self._config.machine)
         watch(self._planning, self._config.stage_count, PlannerMetrics(registry))
         return create_app(self._config, self._planning, registry)
 
     def start(self) -> None:
-        """Start looking at the machines."""
+        """Start the planner's loop."""
         start_loop("planning", self._planning.run, self.name)
 
     def stop(self) -> None:
-        """Stop looking."""
+        """Stop the planner's loop."""
         self._planning.stopping.set()

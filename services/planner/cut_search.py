@@ -1,14 +1,14 @@
-"""Finds the best cut of a row of layers into one slice per stage; knows seconds and bytes, no machines, no model.
+"""Find the best cut of a row of layers into one slice per stage, given seconds and bytes of every slice.
 
-Best is: the slowest stage as fast as can be, since with every stage at work that one sets the pace; among such cuts
-the smallest sum, which is what a single session waits for. Dynamic programming over a matrix per stage,
-[start_layer, end_layer] -> seconds, infinite where the slice does not fit.
+The best cut makes the slowest stage as fast as possible, because that stage sets the pace when all have work; among
+such cuts it has the smallest sum, which is what a single session waits for. Dynamic programming over one matrix per
+stage, [start_layer, end_layer] -> seconds, infinite where the slice does not fit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,23 +18,23 @@ Matrix = npt.NDArray[np.float64]  # [layer_count + 1, layer_count + 1], indexed 
 
 # Partial cuts kept for each end layer while stages share memory. Layers of equal size never reach it, so the search is
 # exact for them; it bounds the time for layers of many sizes on stages that alternate between nearly full machines,
-# where an exact search grows beyond all measure.
-MOST_PARTIAL_CUTS = 128
+# where an exact search grows exponentially.
+MAXIMUM_PARTIAL_CUTS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class CutProblem:
-    """Per stage the seconds and bytes of every slice, and which stages share a memory of how many bytes."""
+    """Seconds and bytes of every slice for each stage, and the memories that stages share."""
 
     layer_count: int
     seconds: tuple[Matrix, ...]  # infinite where start >= end
     memory_bytes: tuple[Matrix, ...]
-    memories: tuple[tuple[int, ...], ...]  # indices of the stages that share one memory
-    usable_bytes: tuple[float, ...]  # of each of those
+    memories: tuple[tuple[int, ...], ...]  # indices of the stages that share each memory
+    usable_bytes: tuple[float, ...]  # of each memory
 
 
 def best_cut(problem: CutProblem, extra_bytes: float = 0.0) -> list[int] | None:
-    """The end layer of each stage in the best cut, or None; each memory is taken to be `extra_bytes` larger."""
+    """The end layer of each stage in the best cut, or None; every memory counts as `extra_bytes` larger."""
     allowed = _allowed_alone(problem, extra_bytes)
     slowest_seconds = _smallest_maximum(allowed)
     if math.isinf(slowest_seconds):
@@ -42,7 +42,7 @@ def best_cut(problem: CutProblem, extra_bytes: float = 0.0) -> list[int] | None:
     ends = _smallest_sum([np.where(matrix <= slowest_seconds, matrix, np.inf) for matrix in allowed])
     if ends is not None and cut_fits(problem, ends, extra_bytes):
         return ends
-    # stages that share a memory fit one by one, but not together: search with what each memory holds so far
+    # stages that share a memory fit one by one but not together: search with the bytes each memory holds so far
     candidates = np.unique(np.concatenate([matrix[np.isfinite(matrix)] for matrix in allowed]))
     candidates = candidates[candidates >= slowest_seconds]
     first, last = 0, len(candidates) - 1
@@ -59,21 +59,24 @@ def best_cut(problem: CutProblem, extra_bytes: float = 0.0) -> list[int] | None:
 
 
 def shortage_bytes(problem: CutProblem) -> int:
-    """Bytes that, added to every memory alike, make some cut fit; at most a ten-thousandth more than the least."""
-    all_bytes = sum(float(np.abs(matrix).max()) for matrix in problem.memory_bytes)
-    too_few, enough = 0, math.ceil(all_bytes)
-    step = max(1, math.floor(all_bytes / 10_000))
-    while enough - too_few > step:
-        middle = (enough + too_few) // 2
-        if some_cut_fits(problem, middle):
-            enough = middle
+    """Bytes that make some cut fit when added to every memory; at most a ten-thousandth more than the least."""
+    all_bytes = math.ceil(sum(float(np.abs(matrix).max()) for matrix in problem.memory_bytes))
+    return boundary(lambda extra: some_cut_fits(problem, extra), all_bytes, 0, step=max(1, all_bytes // 10_000))
+
+
+def boundary(fits: Callable[[int], bool], fitting: int, failing: int, *, step: int = 1) -> int:
+    """Bisect to a value that fits, within `step` of one that does not."""
+    while abs(failing - fitting) > step:
+        middle = (fitting + failing) // 2
+        if fits(middle):
+            fitting = middle
         else:
-            too_few = middle
-    return enough
+            failing = middle
+    return fitting
 
 
 def some_cut_fits(problem: CutProblem, extra_bytes: float = 0.0) -> bool:
-    """Whether there is a cut that every memory holds, each being `extra_bytes` larger; cheaper than the best one."""
+    """Whether any cut fits, every memory being `extra_bytes` larger; cheaper than finding the best cut."""
     allowed = _allowed_alone(problem, extra_bytes)
     ends = _smallest_sum(allowed)
     if ends is None or cut_fits(problem, ends, extra_bytes):
@@ -82,7 +85,7 @@ def some_cut_fits(problem: CutProblem, extra_bytes: float = 0.0) -> bool:
 
 
 def held_bytes(problem: CutProblem, ends: Sequence[int]) -> list[float]:
-    """What each memory holds with this cut."""
+    """Bytes each memory holds with this cut."""
     starts = [0, *ends[:-1]]
     return [
         sum(float(problem.memory_bytes[index][starts[index], ends[index]]) for index in indices)
@@ -91,14 +94,14 @@ def held_bytes(problem: CutProblem, ends: Sequence[int]) -> list[float]:
 
 
 def cut_fits(problem: CutProblem, ends: Sequence[int], extra_bytes: float = 0.0) -> bool:
-    """Whether every memory holds its stages' slices, each memory being `extra_bytes` larger."""
+    """Whether this cut fits, every memory being `extra_bytes` larger."""
     return all(
         held <= limit + extra_bytes for held, limit in zip(held_bytes(problem, ends), problem.usable_bytes, strict=True)
     )
 
 
 def _allowed_alone(problem: CutProblem, extra_bytes: float) -> list[Matrix]:
-    """Seconds of every slice, infinite where a stage could not hold it even if it had its memory for itself."""
+    """Seconds of every slice, infinite where the stage could not hold it even with its memory to itself."""
     usable = dict.fromkeys(range(len(problem.seconds)), 0.0)
     for indices, limit in zip(problem.memories, problem.usable_bytes, strict=True):
         usable.update(dict.fromkeys(indices, limit + extra_bytes))
@@ -134,16 +137,16 @@ def _smallest_sum(allowed: list[Matrix]) -> list[int] | None:
 
 @dataclass(frozen=True, slots=True)
 class _Partials:
-    """Partial cuts, one per row, of which none is better than another in all columns of `costs`."""
+    """Partial cuts, one per row; none is better than another in all columns of `costs`."""
 
-    costs: npt.NDArray[np.float64]  # [cuts, 1 + memories]: the sum of seconds, the bytes that each open memory holds
+    costs: npt.NDArray[np.float64]  # [cuts, 1 + memories]: sum of seconds, bytes held by each open memory
     ends: npt.NDArray[np.int64]  # [cuts, stages so far]
 
 
 def _smallest_sum_in_shared_memory(problem: CutProblem, allowed: list[Matrix], extra_bytes: float) -> list[int] | None:
-    """As _smallest_sum, with what the stages of one memory hold together in bounds.
+    """Like _smallest_sum, but also bounds the bytes that the stages of one memory hold together.
 
-    A memory whose last stage is placed no longer counts, so machines whose stages follow one another stay cheap.
+    A memory is closed once its last stage is placed, so machines with consecutive stages stay cheap.
     """
     column_of = {index: number + 1 for number, indices in enumerate(problem.memories) for index in indices}
     reached = _Partials(np.zeros((1, 1 + len(problem.memories))), np.zeros((1, 0), dtype=np.int64))
@@ -179,20 +182,20 @@ def _smallest_sum_in_shared_memory(problem: CutProblem, allowed: list[Matrix], e
 
 
 def _undominated(partials: _Partials) -> _Partials:
-    """Those of which none other is as good in every column, thinned out to MOST_PARTIAL_CUTS."""
-    # equal bytes in every memory: only the quickest counts, and sorting by seconds puts it first
+    """Drop partial cuts that another one matches or beats in every column; thin out to MAXIMUM_PARTIAL_CUTS."""
+    # among equal bytes in every memory only the fastest counts, and sorting by seconds puts it first
     order = np.argsort(partials.costs[:, 0], kind="stable")
     _, firsts = np.unique(partials.costs[order][:, 1:], axis=0, return_index=True)
-    order = _thinned(order[np.sort(firsts)], 4 * MOST_PARTIAL_CUTS)
+    order = _thinned(order[np.sort(firsts)], 4 * MAXIMUM_PARTIAL_CUTS)
     costs = partials.costs[order]
-    # [one, other]: the other, which comes before it, is as good in every column
+    # [one, other]: the other precedes it and is as good in every column
     as_good = (costs[None, :, :] <= costs[:, None, :]).all(axis=2) & np.tri(len(costs), k=-1, dtype=bool)
-    kept = _thinned(order[~as_good.any(axis=1)], MOST_PARTIAL_CUTS)
+    kept = _thinned(order[~as_good.any(axis=1)], MAXIMUM_PARTIAL_CUTS)
     return _Partials(partials.costs[kept], partials.ends[kept])
 
 
-def _thinned(order: npt.NDArray[np.intp], most: int) -> npt.NDArray[np.intp]:
-    """At most `most` of them, evenly spread from the quickest to the slowest, both kept."""
-    if len(order) <= most:
+def _thinned(order: npt.NDArray[np.intp], maximum: int) -> npt.NDArray[np.intp]:
+    """At most `maximum` items, evenly spread from the fastest to the slowest, both kept."""
+    if len(order) <= maximum:
         return order
-    return order[np.linspace(0, len(order) - 1, most).round().astype(np.intp)]
+    return order[np.linspace(0, len(order) - 1, maximum).round().astype(np.intp)]

@@ -1,7 +1,7 @@
-"""Who is there, who may come back and who is gone; pure, time is given.
+"""Track which stages are present, which may return and which are gone.
 
-A stage that falls silent keeps its layers for a while, for it may come back (design D14); one that says goodbye does
-not. Whoever joins while another may still come back waits: layers move once.
+A silent stage keeps its layers for a while because it may return; a stage that announces that it leaves does not. A
+stage that joins while another may still return waits, so that layers move once.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from dataclasses import dataclass
 from noodle.cluster.plan import MachineReport, Plan
 
 
-@dataclass(frozen=True)
-class Attendance:
-    """Of one look: the machines to plan for, and how they differ from those of the plan; by stage id."""
+@dataclass(frozen=True, kw_only=True)
+class Membership:
+    """The machines to plan for, and how they differ from the plan's; by stage id."""
 
-    machines: tuple[MachineReport, ...]  # that are there and stay
-    away: tuple[int, ...]  # of the plan, and may come back
-    gone: tuple[int, ...]  # of the plan, and do not
-    joined: tuple[int, ...]  # not of the plan
+    machines: tuple[MachineReport, ...]  # present, and not leaving
+    away: tuple[int, ...]  # in the plan, silent, may return
+    gone: tuple[int, ...]  # in the plan, leaving or silent for too long
+    joined: tuple[int, ...]  # not in the plan
 
     @property
     def is_settled(self) -> bool:
-        """Whether the plan's stages are those to plan for, as far as one can know now."""
+        """Whether the plan's stages are still the ones to plan for, as far as is known."""
         return bool(self.away) or not (self.gone or self.joined)
 
 
-class AttendanceBook:
-    """Remembers since when each stage is away."""
+class MembershipTracker:
+    """Remembers since when each stage has been away."""
 
     def __init__(self, return_seconds: float) -> None:
         self._return_seconds = return_seconds
         self._away_since: dict[int, float] = {}
 
-    def look(self, plan: Plan | None, reports: Sequence[MachineReport], stage_count: int, now: float) -> Attendance:
-        """Note who is there now; at most `stage_count` machines are planned for, those of the plan first."""
+    def update(self, plan: Plan | None, reports: Sequence[MachineReport], stage_count: int, now: float) -> Membership:
+        """Note who is present; at most `stage_count` machines are chosen, those in the plan first."""
         planned = [stage.stage_id for stage in plan.stages] if plan else []
         leaving = {report.stage_id for report in reports if report.leaving}
         staying = sorted(
@@ -43,8 +43,8 @@ class AttendanceBook:
             key=lambda report: (report.stage_id not in planned, report.stage_id),
         )
         machines = tuple(sorted(staying[:stage_count], key=lambda report: report.stage_id))
-        there = {report.stage_id for report in machines}
-        missing = [stage_id for stage_id in planned if stage_id not in there]
+        present = {report.stage_id for report in machines}
+        missing = [stage_id for stage_id in planned if stage_id not in present]
         self._away_since = {stage_id: self._away_since.get(stage_id, now) for stage_id in missing}
         gone = tuple(
             stage_id
@@ -52,5 +52,5 @@ class AttendanceBook:
             if stage_id in leaving or now - self._away_since[stage_id] >= self._return_seconds
         )
         away = tuple(stage_id for stage_id in missing if stage_id not in gone)
-        joined = tuple(sorted(there - set(planned))) if plan else ()
-        return Attendance(machines, away, gone, joined)
+        joined = tuple(sorted(present - set(planned))) if plan else ()
+        return Membership(machines=machines, away=away, gone=gone, joined=joined)

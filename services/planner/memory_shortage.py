@@ -1,4 +1,4 @@
-"""Why a model does not fit: how many bytes are short, on which machine, and what would cure it; pure."""
+"""Explain why a model does not fit: bytes missing on each machine, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import math
 from collections.abc import Callable, Sequence
 
 import msgspec
-import numpy as np
 
 from noodle.cluster.plan import MachineReport, ModelShape
-from services.planner.cut_search import best_cut, cut_fits, held_bytes, shortage_bytes, some_cut_fits
+from services.planner.cut_search import best_cut, boundary, cut_fits, held_bytes, shortage_bytes, some_cut_fits
 from services.planner.partition import USABLE_SHARE, cut_problem
 
-FEWER_BITS = {"cpu": "bfloat16", "cuda": "float16", "vulkan": "float16"}  # of a machine that computes in float32
-SMALLEST_USEFUL_TOKENS = 64  # a context below it cures nothing
-MOST_MACHINE_BYTES = 1 << 50
+FEWER_BITS = {"cpu": "bfloat16", "cuda": "float16", "vulkan": "float16"}  # instead of float32, by device
+MINIMUM_CONTEXT_TOKENS = 64  # a shorter context is no cure
+MAXIMUM_MACHINE_BYTES = 1 << 50
 
 
-class ShortMemory(msgspec.Struct, frozen=True):
-    """One memory that would hold too much; with the cut that comes closest, or the one that was asked for."""
+class ShortMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """One memory that would hold too much, with the requested cut or the one that comes closest."""
 
     machine: str
     device: str
@@ -31,7 +30,7 @@ class ShortMemory(msgspec.Struct, frozen=True):
 
 
 class Cure(msgspec.Struct, frozen=True):
-    """One thing that, done alone, makes it fit."""
+    """One change that makes the model fit by itself."""
 
     kind: str  # free_memory, fewer_bits, shorter_context, another_machine, smaller_model, no_split
     text: str
@@ -39,42 +38,40 @@ class Cure(msgspec.Struct, frozen=True):
 
 
 class Shortage(msgspec.Struct, frozen=True):
-    """All of it."""
+    """All memories that are too small, and all cures."""
 
-    short_bytes: int  # of all memories together
+    short_bytes: int  # sum over the memories
     memories: tuple[ShortMemory, ...]
     cures: tuple[Cure, ...]
 
 
-def shortage(
+def explain_shortage(
     shape: ModelShape, machines: Sequence[MachineReport], split: tuple[int, ...] | None, kv_tokens: int
 ) -> Shortage:
-    """For machines in stage order that `partition` refused with MemoryShort."""
+    """Explain a MemoryShort of `partition`; machines in stage order."""
     problem = cut_problem(shape, machines, kv_tokens)
-    if split is None:
-        extra_bytes = shortage_bytes(problem)
-        ends = best_cut(problem, extra_bytes)
-        assert ends is not None  # noqa: S101  # shortage_bytes gives as many as make some cut fit
-    else:
-        ends = [int(end) for end in np.cumsum(split)]
+    ends = best_cut(problem, shortage_bytes(problem)) if split is None else _ends_of(split)
+    assert ends is not None  # noqa: S101  # shortage_bytes makes some cut fit
     starts = [0, *ends[:-1]]
-    memories = []
-    for indices, held, usable in zip(problem.memories, held_bytes(problem, ends), problem.usable_bytes, strict=True):
-        if held > usable:
-            first = machines[indices[0]]
-            memories.append(
-                ShortMemory(
-                    first.machine,
-                    first.device,
-                    tuple(machines[index].stage_id for index in indices),
-                    tuple((starts[index], ends[index]) for index in indices),
-                    math.ceil(held),
-                    math.floor(usable),
-                    math.ceil(held) - math.floor(usable),
-                )
-            )
+    memories = [
+        ShortMemory(
+            machine=machines[indices[0]].machine,
+            device=machines[indices[0]].device,
+            stage_ids=tuple(machines[index].stage_id for index in indices),
+            layers=tuple((starts[index], ends[index]) for index in indices),
+            needed_bytes=math.ceil(held),
+            usable_bytes=math.floor(usable),
+            short_bytes=math.ceil(held) - math.floor(usable),
+        )
+        for indices, held, usable in zip(problem.memories, held_bytes(problem, ends), problem.usable_bytes, strict=True)
+        if held > usable
+    ]
     cures = _cures(shape, machines, split, kv_tokens, memories)
     return Shortage(sum(memory.short_bytes for memory in memories), tuple(memories), cures)
+
+
+def _ends_of(split: tuple[int, ...]) -> list[int]:
+    return list(itertools.accumulate(split))
 
 
 def _cures(
@@ -89,43 +86,37 @@ def _cures(
     ) -> bool:
         problem = cut_problem(shape, machines, kv_tokens)
         if split is not None and len(split) == len(machines):
-            ends = [int(end) for end in np.cumsum(split)]
-            return cut_fits(problem, ends)
+            return cut_fits(problem, _ends_of(split))
         return some_cut_fits(problem)
 
     cures = [_free_memory(memories)]
     if split is not None and some_cut_fits(cut_problem(shape, machines, kv_tokens)):
-        cures.append(Cure("no_split", "Leave the split out: cut by the planner, it fits."))
+        cures.append(Cure("no_split", "Remove the split: a cut by the planner fits."))
     lighter = [_with_fewer_bits(machine) for machine in machines]
     if lighter != list(machines) and fits(machines=lighter):
         changed = [one for one, other in zip(machines, lighter, strict=True) if one.dtype != other.dtype]
         dtypes = sorted({FEWER_BITS[machine.device] for machine in changed})
         names = ", ".join(dict.fromkeys(machine.machine for machine in changed))
         cures.append(Cure("fewer_bits", f"Fewer bits: NOODLE_DTYPE={' or '.join(dtypes)} on {names}."))
-    tokens = _most(lambda count: fits(kv_tokens=count), kv_tokens)
-    if tokens >= SMALLEST_USEFUL_TOKENS:
-        cures.append(
-            Cure("shorter_context", f"A shorter context: NOODLE_CONTEXT_LENGTH={tokens} or less fits.", tokens)
-        )
+    tokens = boundary(lambda count: fits(kv_tokens=count), 0, kv_tokens)
+    if tokens >= MINIMUM_CONTEXT_TOKENS:
+        cures.append(Cure("shorter_context", f"A shorter context: NOODLE_CONTEXT_LENGTH={tokens} or less.", tokens))
     if split is None and len(machines) < shape.layer_count:
         cures += _another_machine(machines, fits)
     stored_bytes = sum(shape.layer_bytes) + shape.embedding_bytes + shape.head_bytes
-    thousandths = _most(lambda count: fits(shape=_scaled(shape, count / 1000)), 1000)
+    thousandths = boundary(lambda count: fits(shape=_scaled(shape, count / 1000)), 0, 1000)
     if thousandths:
-        most_bytes = stored_bytes * thousandths // 1000
-        cures.append(
-            Cure(
-                "smaller_model",
-                f"A smaller model: of this shape, weight files of at most {_size(most_bytes)} fit "
-                f"({_size(stored_bytes)} now).",
-                most_bytes,
-            )
+        fitting_bytes = stored_bytes * thousandths // 1000
+        text = (
+            f"A smaller model: with this shape, weight files of at most {_size(fitting_bytes)} fit "
+            f"(now {_size(stored_bytes)})."
         )
+        cures.append(Cure("smaller_model", text, fitting_bytes))
     return tuple(cures)
 
 
 def _free_memory(memories: Sequence[ShortMemory]) -> Cure:
-    # more than is short, since not all of what is free is used
+    # more than is missing, because only USABLE_SHARE of free memory is used
     wanted = {memory.machine: math.ceil(memory.short_bytes / USABLE_SHARE) for memory in memories}
     named = " and ".join(f"{_size(count)} on {machine}" for machine, count in wanted.items())
     return Cure("free_memory", f"More memory, or less of it in use: {named}.", sum(wanted.values()))
@@ -140,20 +131,17 @@ def _with_fewer_bits(machine: MachineReport) -> MachineReport:
 
 
 def _another_machine(machines: Sequence[MachineReport], fits: Callable[..., bool]) -> list[Cure]:
-    """One more stage behind the others, computing as the last of them does."""
+    """One more stage at the end of the pipeline, as fast as the last one."""
     last = machines[-1]
 
     def fits_with(free_bytes: int) -> bool:
         more = msgspec.structs.replace(last, stage_id=last.stage_id + 1, machine="one more", free_bytes=free_bytes)
         return fits(machines=[*machines, more])
 
-    if not fits_with(MOST_MACHINE_BYTES):
+    if not fits_with(MAXIMUM_MACHINE_BYTES):
         return []
-    enough = next(1 << bits for bits in itertools.count(20) if fits_with(1 << bits))
-    too_few = enough // 2 if enough > 1 << 20 else 0
-    while enough - too_few > max(1, enough // 200):
-        middle = (enough + too_few) // 2
-        enough, too_few = (middle, too_few) if fits_with(middle) else (enough, middle)
+    power = next(1 << bits for bits in itertools.count(20) if fits_with(1 << bits))
+    enough = boundary(fits_with, power, power // 2 if power > 1 << 20 else 0, step=max(1, power // 400))
     text = f"One more machine with {_size(enough)} of free memory (in {last.dtype})."
     return [Cure("another_machine", text, enough)]
 
@@ -165,15 +153,6 @@ def _scaled(shape: ModelShape, factor: float) -> ModelShape:
         embedding_bytes=int(shape.embedding_bytes * factor),
         head_bytes=int(shape.head_bytes * factor),
     )
-
-
-def _most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest count from 1 to below `limit` that fits, 0 when none does; fitting gets easier with less."""
-    fitting, too_many = 0, limit
-    while too_many - fitting > 1:
-        middle = (fitting + too_many) // 2
-        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
-    return fitting
 
 
 def _size(byte_count: int) -> str:

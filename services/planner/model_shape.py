@@ -1,4 +1,4 @@
-"""Reads from a model's folder what a planner must know of it; knows config names and tensor names, reads no weights."""
+"""Read from a model's config and safetensors headers what the planner needs; reads no weights."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ from noodle.cluster.plan import ModelShape
 from noodle.errors import ConfigurationError, UnsupportedModel
 from noodle.model.files import TensorEntry, model_digest, read_config, read_tensor_entries
 
-# the same number under the names that different families give it
+# names that model families give to the same number
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 HEAD_COUNT_KEYS = ("num_attention_heads", "n_head")
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
-# far above any model there is; a number beyond is a broken file, and would be an allocation of that size
-MOST_LAYERS = 4096
-MOST_HIDDEN = 1 << 20
-MOST_VOCABULARY = 1 << 26
-MOST_CONTEXT = 1 << 30
-MOST_HEADS = 1 << 16
+# far above any known model; a larger number means a broken file, and would cause an allocation of that size
+MAXIMUM_LAYERS = 4096
+MAXIMUM_HIDDEN_SIZE = 1 << 20
+MAXIMUM_VOCABULARY = 1 << 26
+MAXIMUM_CONTEXT = 1 << 30
+MAXIMUM_HEADS = 1 << 16
 
 HEAD_SEGMENTS = frozenset({"lm_head", "embed_out"})
 POSITION_SEGMENTS = frozenset({"wpe", "embed_positions", "position_embeddings"})
-BROKEN_CURE = "Fetch or convert the model again; if it is whole, noodle does not know this family."
+BROKEN_CURE = "Fetch or convert the model again. If it is complete, noodle does not know this family."
 
 
 def read_model_shape(folder: Path, context_length: int | None = None, name: str = "") -> ModelShape:
-    """The shape of the model in `folder`; `context_length` None is the model's own, `name` empty the folder's.
+    """Read the shape of the model in `folder`; by default with its own context length and the folder's name.
 
-    Raises ModelNotFound, UnsupportedModel for absurd or missing fields and for layers that are not where the config
-    says, and ConfigurationError for more context than the model has. The digest is noodle.model_files.model_digest's,
-    and blind to what that one is blind to.
+    Raises ModelNotFound, UnsupportedModel for absurd or missing fields and for layers that contradict the config, and
+    ConfigurationError for a longer context than the model's.
     """
     config = read_config(folder)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UnsupportedModel(f"{folder / 'config.json'} names no model_type.", cure=BROKEN_CURE)
-    layer_count = _count(config, LAYER_COUNT_KEYS, MOST_LAYERS, folder)
+    layer_count = _count(config, LAYER_COUNT_KEYS, MAXIMUM_LAYERS, folder)
     entries = read_tensor_entries(folder)
     layer_bytes, others = _split_by_layer(entries, layer_count, folder)
     embedding_bytes, head_bytes = _ends(others, folder)
@@ -51,8 +50,8 @@ def read_model_shape(folder: Path, context_length: int | None = None, name: str 
         name=name or folder.resolve().name,
         model_type=model_type,
         layer_count=layer_count,
-        hidden_size=_count(config, HIDDEN_SIZE_KEYS, MOST_HIDDEN, folder),
-        vocab_size=_count(config, ("vocab_size",), MOST_VOCABULARY, folder),
+        hidden_size=_count(config, HIDDEN_SIZE_KEYS, MAXIMUM_HIDDEN_SIZE, folder),
+        vocab_size=_count(config, ("vocab_size",), MAXIMUM_VOCABULARY, folder),
         context_length=_context_length(config, context_length, folder),
         stored_item_bytes=stored_bytes / counted_items,
         layer_bytes=layer_bytes,
@@ -62,22 +61,22 @@ def read_model_shape(folder: Path, context_length: int | None = None, name: str 
     )
 
 
-def _count(config: Mapping[str, Any], keys: tuple[str, ...], most: int, folder: Path) -> int:
-    """The first of `keys` that is set, as a whole number from 1 to `most`."""
+def _count(config: Mapping[str, Any], keys: tuple[str, ...], maximum: int, folder: Path) -> int:
+    """The value of the first key that is set, an integer from 1 to `maximum`."""
     for key in keys:
         value = config.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
             raise UnsupportedModel(
-                f"{folder / 'config.json'}: {key} is {value!r}, not a number from 1 to {most}.", cure=BROKEN_CURE
+                f"{folder / 'config.json'}: {key} is {value!r}, not a number from 1 to {maximum}.", cure=BROKEN_CURE
             )
         return value
-    raise UnsupportedModel(f"{folder / 'config.json'} does not say {' or '.join(keys)}.", cure=BROKEN_CURE)
+    raise UnsupportedModel(f"{folder / 'config.json'} does not set {' or '.join(keys)}.", cure=BROKEN_CURE)
 
 
 def _context_length(config: Mapping[str, Any], asked: int | None, folder: Path) -> int:
-    own = _count(config, CONTEXT_KEYS, MOST_CONTEXT, folder)
+    own = _count(config, CONTEXT_KEYS, MAXIMUM_CONTEXT, folder)
     if asked is None:
         return own
     if not 1 <= asked <= own:
@@ -90,29 +89,31 @@ def _context_length(config: Mapping[str, Any], asked: int | None, folder: Path) 
 
 def _kv_items(config: Mapping[str, Any], folder: Path) -> int:
     """K and V items of one token in one layer."""
-    heads = _count(config, HEAD_COUNT_KEYS, MOST_HEADS, folder)
+    heads = _count(config, HEAD_COUNT_KEYS, MAXIMUM_HEADS, folder)
     if config.get("qk_rope_head_dim") is not None:
-        # latent attention (deepseek, minicpm3): the cache holds what attention reads, K and V of every head
-        key_dim = sum(_count(config, (key,), MOST_HIDDEN, folder) for key in ("qk_nope_head_dim", "qk_rope_head_dim"))
-        return heads * (key_dim + _count(config, ("v_head_dim",), MOST_HIDDEN, folder))
+        # latent attention (deepseek, minicpm3): the cache holds K and V of every head, as attention reads them
+        key_dim = sum(
+            _count(config, (key,), MAXIMUM_HIDDEN_SIZE, folder) for key in ("qk_nope_head_dim", "qk_rope_head_dim")
+        )
+        return heads * (key_dim + _count(config, ("v_head_dim",), MAXIMUM_HIDDEN_SIZE, folder))
     kv_heads = heads
     if config.get("num_key_value_heads") is not None:
-        kv_heads = _count(config, ("num_key_value_heads",), MOST_HEADS, folder)
+        kv_heads = _count(config, ("num_key_value_heads",), MAXIMUM_HEADS, folder)
     if config.get("head_dim") is not None:
-        head_dim = _count(config, ("head_dim",), MOST_HIDDEN, folder)
+        head_dim = _count(config, ("head_dim",), MAXIMUM_HIDDEN_SIZE, folder)
     else:
-        head_dim = math.ceil(_count(config, HIDDEN_SIZE_KEYS, MOST_HIDDEN, folder) / heads)
+        head_dim = math.ceil(_count(config, HIDDEN_SIZE_KEYS, MAXIMUM_HIDDEN_SIZE, folder) / heads)
     return 2 * kv_heads * head_dim
 
 
 def _split_by_layer(
     entries: Mapping[str, TensorEntry], layer_count: int, folder: Path
 ) -> tuple[tuple[int, ...], dict[str, TensorEntry]]:
-    """Bytes of each layer, and the tensors that belong to none.
+    """Bytes of each layer, and the tensors that belong to no layer.
 
-    The layers are found without knowing the family's names: a list of them is a prefix (`model.layers`, `h`) that
-    `layer_count` numbers from 0 follow; experts lie deeper, so the shortest prefix is the list. Numbers above are
-    layers that only training used (multi-token prediction); no stage loads them, nobody counts them.
+    Finds the layers without knowing the family's names: their list is the shortest prefix (`model.layers`, `h`) that
+    the numbers 0 to `layer_count` - 1 follow; experts lie deeper. Higher numbers are layers that only training used
+    (multi-token prediction); no stage loads them, so they are not counted.
     """
     numbers: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for name in entries:
@@ -123,9 +124,9 @@ def _split_by_layer(
     wanted = set(range(layer_count))
     prefixes = sorted((prefix for prefix, found in numbers.items() if wanted <= found), key=lambda it: (len(it), it))
     if not prefixes:
-        most = max((len(found) for found in numbers.values()), default=0)
+        longest = max((len(found) for found in numbers.values()), default=0)
         raise UnsupportedModel(
-            f"{folder}: config.json says {layer_count} layers, the weights hold no more than {most} in a row.",
+            f"{folder}: config.json says {layer_count} layers, but the weights hold at most {longest} in a row.",
             cure=BROKEN_CURE,
         )
     prefix = prefixes[0]
@@ -133,9 +134,8 @@ def _split_by_layer(
     others: dict[str, TensorEntry] = {}
     for name, entry in entries.items():
         segments = name.split(".")
-        number = (
-            segments[len(prefix)] if tuple(segments[: len(prefix)]) == prefix and len(segments) > len(prefix) else ""
-        )
+        is_inside = tuple(segments[: len(prefix)]) == prefix and len(segments) > len(prefix)
+        number = segments[len(prefix)] if is_inside else ""
         if not number.isdecimal():
             others[name] = entry
         elif int(number) < layer_count:
@@ -144,7 +144,7 @@ def _split_by_layer(
 
 
 def _ends(others: Mapping[str, TensorEntry], folder: Path) -> tuple[int, int]:
-    """Bytes of the embeddings, and of the final norm with the head; a tied head is the token embedding once more."""
+    """Bytes of the embeddings, and of the final norm with the head; a tied head counts the token embedding again."""
     embedding_bytes = token_embedding_bytes = head_bytes = 0
     has_own_head = False
     for name, entry in others.items():
@@ -159,5 +159,5 @@ def _ends(others: Mapping[str, TensorEntry], folder: Path) -> tuple[int, int]:
         else:
             head_bytes += entry.byte_count
     if not token_embedding_bytes:
-        raise UnsupportedModel(f"{folder} holds no token embedding that noodle can find.", cure=BROKEN_CURE)
+        raise UnsupportedModel(f"{folder} holds no token embedding that noodle recognises.", cure=BROKEN_CURE)
     return embedding_bytes, head_bytes if has_own_head else head_bytes + token_embedding_bytes

@@ -1,7 +1,4 @@
-"""Cuts a model's layers over machines: a pure function from measurements to a plan, which knows no network and no file.
-
-What makes one cut better than another, and how the best is found, stands in cut_search.py.
-"""
+"""Cut a model's layers over machines: a pure function from measurements to a plan."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from noodle.cluster.plan import MachineReport, ModelShape, Plan, StageAssignment
 from noodle.errors import ConfigurationError, MemoryShort, PlanDoesNotFit
 from noodle.model.formats import FORMAT_BY_DTYPE, KV_ITEM_BYTES, WEIGHT_ITEM_BYTES
 from services.planner.cut_search import CutProblem, Matrix, best_cut, cut_fits, held_bytes, shortage_bytes
-from services.planner.hop_format import choose_hops
-from services.planner.prediction import HopCost, in_words, predict, stage_decode_seconds, stage_work_seconds
+from services.planner.hop_format import Hop, choose_hops
+from services.planner.prediction import describe, predict, stage_decode_seconds, stage_work_seconds
 
-# of the free memory a machine reports; the rest is for activations, the allocator's waste, and what else runs there
+# of the free memory a machine reports; the rest is for activations, allocator waste and other programs
 USABLE_SHARE = 0.85
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -28,19 +25,14 @@ def partition(
     machines: Sequence[MachineReport],
     split: tuple[int, ...] | None,
     *,
-    version: int,
     kv_tokens: int,
-    hop: HopCost,
     activation_dtype: str = "auto",
-    is_exact: bool = False,
 ) -> Plan:
-    """The plan for `machines` in stage order; `kv_tokens` are the KV rows every stage must have room for.
+    """Plan for `machines`, with version 0; every stage must have room for `kv_tokens` KV rows.
 
-    `activation_dtype` is NOODLE_HOP_DTYPE, `is_exact` that hops must be float32 whatever it says.
-
-    `split` (layers per stage) is taken as it is, if it adds up and fits. Stages of one machine and device share its
-    memory, the smallest free_bytes that any of them reports. Raises PlanDoesNotFit (MemoryShort where that is why),
-    and ConfigurationError for a split that means nothing.
+    A `split` (layers per stage) is used unchanged if it adds up and fits. Stages of one machine and device share its
+    memory, the smallest free_bytes that any of them reports. `activation_dtype` is a value of NOODLE_HOP_DTYPE. Raises
+    PlanDoesNotFit (MemoryShort if memory is the reason), and ConfigurationError for an impossible split.
     """
     ordered = tuple(sorted(machines, key=lambda machine: machine.stage_id))
     _check_machines(shape, ordered)
@@ -50,24 +42,24 @@ def partition(
         ends = [int(end) for end in np.cumsum(split)]
         if not cut_fits(problem, ends):
             raise _does_not_fit(shape, ordered, problem, kv_tokens, ends)
-        why = f"Cut as NOODLE_SPLIT={','.join(map(str, split))} says"
+        why = f"Cut by {_written(split)}"
     else:
         found = best_cut(problem)
         if found is None:
             raise _does_not_fit(shape, ordered, problem, kv_tokens, None)
         ends = found
-        why = "Cut so that the slowest stage is as fast as can be"
-    stages = _assignments(shape, ordered, ends, activation_dtype, is_exact)
-    prediction = predict(stages, {machine.stage_id: machine for machine in ordered}, hop)
+        why = "Cut to make the slowest stage as fast as possible"
+    stages = _assignments(shape, ordered, ends, activation_dtype)
+    prediction = predict(stages, {machine.stage_id: machine for machine in ordered})
     return Plan(
-        version=version,
+        version=0,
         model_digest=shape.digest,
         layer_count=shape.layer_count,
         hidden_size=shape.hidden_size,
         vocab_size=shape.vocab_size,
         context_length=shape.context_length,
         stages=stages,
-        reason=f"{why}: {in_words(prediction)}.",
+        reason=f"{why}: {describe(prediction)}.",
     )
 
 
@@ -89,16 +81,16 @@ def _check_machines(shape: ModelShape, machines: tuple[MachineReport, ...]) -> N
         if machine.model_digest != shape.digest:
             raise PlanDoesNotFit(
                 f"{where} has other weights ({machine.model_digest[:12]}) than the planner ({shape.digest[:12]}).",
-                cure="Set NOODLE_MODEL to the same model on every machine, and fetch it again where it is older.",
+                cure="Set NOODLE_MODEL to the same model on every machine, and fetch outdated copies again.",
             )
         if machine.dtype not in DTYPE_BYTES:
             raise PlanDoesNotFit(
-                f"{where} computes in {machine.dtype!r}, whose size in memory is not known here.",
+                f"{where} computes in {machine.dtype!r}, whose size in memory is unknown.",
                 cure=f"Set its NOODLE_DTYPE to one of {', '.join(DTYPE_BYTES)}.",
             )
         if machine.weights and not machine.layer_weight_bytes > 0 and machine.weights not in WEIGHT_ITEM_BYTES:
             raise PlanDoesNotFit(
-                f"{where} keeps its weights as {machine.weights!r}, whose size in memory is not known here.",
+                f"{where} keeps its weights as {machine.weights!r}, whose size in memory is unknown.",
                 cure=f"Set its NOODLE_WEIGHTS to one of {', '.join(WEIGHT_ITEM_BYTES)}.",
             )
         numbers = (machine.decode_layer_seconds, machine.prefill_layer_seconds_per_token)
@@ -106,17 +98,17 @@ def _check_machines(shape: ModelShape, machines: tuple[MachineReport, ...]) -> N
         are_numbers = all(math.isfinite(it) and it >= 0 for it in (*numbers, *may_be_zero))
         if not are_numbers or min(numbers) == 0:
             raise PlanDoesNotFit(
-                f"{where} reports layer seconds that can not be ({', '.join(map(str, (*numbers, *may_be_zero)))}).",
+                f"{where} reports impossible layer seconds ({', '.join(map(str, (*numbers, *may_be_zero)))}).",
                 cure="Delete the measurements in its NOODLE_CACHE_DIR and start it again.",
             )
 
 
 def _check_split(split: tuple[int, ...], shape: ModelShape, machines: tuple[MachineReport, ...]) -> None:
-    written = f"NOODLE_SPLIT={','.join(map(str, split))}"
+    written = _written(split)
     if len(split) != len(machines):
         raise ConfigurationError(
             f"{written} is for {len(split)} stages, but there are {len(machines)}.",
-            cure="Name as many numbers as stages, or leave it unset.",
+            cure="Set one number for each stage, or leave it unset.",
         )
     if min(split) < 1:
         raise ConfigurationError(
@@ -129,8 +121,12 @@ def _check_split(split: tuple[int, ...], shape: ModelShape, machines: tuple[Mach
         )
 
 
+def _written(split: tuple[int, ...]) -> str:
+    return f"NOODLE_SPLIT={','.join(map(str, split))}"
+
+
 def _weight_ratio(shape: ModelShape, machine: MachineReport) -> float:
-    """Bytes in the machine's memory for each byte in the weight files; what was measured of its layers counts first."""
+    """Bytes in memory for each byte in the weight files; measured layer bytes take precedence."""
     stored_bytes = sum(shape.layer_bytes)
     if machine.layer_weight_bytes > 0 and stored_bytes:
         return machine.layer_weight_bytes * shape.layer_count / stored_bytes
@@ -138,20 +134,20 @@ def _weight_ratio(shape: ModelShape, machine: MachineReport) -> float:
 
 
 def kv_bytes_per_layer(shape: ModelShape, machine: MachineReport | StageAssignment, kv_tokens: int) -> int:
-    """K and V rows of so many tokens in one layer, as a machine keeps them."""
+    """Bytes of `kv_tokens` K and V rows in one layer, in the machine's KV format."""
     name = machine.kv_dtype or FORMAT_BY_DTYPE[machine.dtype]
     return round(kv_tokens * shape.kv_items_per_token_per_layer * KV_ITEM_BYTES[name])
 
 
 def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens: int) -> CutProblem:
-    """Seconds and bytes of every slice on every machine, in stage order, and which of them share a memory."""
+    """Seconds and bytes of every slice on every machine, in stage order, and which machines share a memory."""
     count = shape.layer_count
     prefix_bytes = np.concatenate([[0], np.cumsum(np.asarray(shape.layer_bytes, dtype=np.float64))])
     layers = np.arange(count + 1)[None, :] - np.arange(count + 1)[:, None]  # [start, end] -> layers between
     seconds: list[Matrix] = []
     memory_bytes: list[Matrix] = []
     groups: dict[tuple[str, str], list[int]] = {}
-    is_batched = all(machine.batched_layer_seconds > 0 for machine in machines)  # like is compared with like
+    is_batched = all(machine.batched_layer_seconds > 0 for machine in machines)  # compare like with like
     for index, machine in enumerate(machines):
         is_last = index == len(machines) - 1
         work = partial(stage_work_seconds, machine, is_last=is_last, is_batched=is_batched)
@@ -172,13 +168,15 @@ def _assignments(
     machines: Sequence[MachineReport],
     ends: Sequence[int],
     activation_dtype: str,
-    is_exact: bool,
 ) -> tuple[StageAssignment, ...]:
     counts = np.diff([0, *ends])
     slowest_seconds = max(
         float(machine.prefill_layer_seconds_per_token * count) for machine, count in zip(machines, counts, strict=True)
     )
-    hops = choose_hops(activation_dtype, is_exact, machines, shape.hidden_size, slowest_seconds)
+    hops = choose_hops(
+        activation_dtype, machines, hidden_size=shape.hidden_size, slowest_prefill_seconds=slowest_seconds
+    )
+    hops.append(Hop("", "", 0.0))  # the last stage sends no hidden states
     stages = []
     for index, (machine, start, end) in enumerate(zip(machines, [0, *ends[:-1]], ends, strict=True)):
         stored_bytes = sum(shape.layer_bytes[start:end])
@@ -198,9 +196,9 @@ def _assignments(
                 weights=machine.weights,
                 kv_dtype=machine.kv_dtype,
                 quality=machine.quality,
-                activation_dtype=hops[index].dtype if index < len(hops) else "",
-                prefill_activation_dtype=hops[index].prefill_dtype if index < len(hops) else "",
-                hop_token_seconds=hops[index].token_seconds if index < len(hops) else 0.0,
+                activation_dtype=hops[index].dtype,
+                prefill_activation_dtype=hops[index].prefill_dtype,
+                hop_token_seconds=hops[index].token_seconds,
             )
         )
     return tuple(stages)
@@ -213,7 +211,7 @@ def _does_not_fit(
     kv_tokens: int,
     ends: Sequence[int] | None,
 ) -> MemoryShort:
-    """Says what is short: of the given cut on its tightest memory, else the least that would have to be freed."""
+    """The bytes missing: on the tightest memory of the given cut, else the least that every machine must free."""
     if ends is not None:
         held = held_bytes(problem, ends)
         missing = [needed - limit for needed, limit in zip(held, problem.usable_bytes, strict=True)]

@@ -1,7 +1,4 @@
-"""The planner's loop: waits for the stages, cuts the model by what they measured, writes the plan.
-
-A stage that falls silent keeps its layers for a while: it may come back (attendance.py). Knows no request.
-"""
+"""The planner's loop: wait for the stages, cut the model by what they measured, publish the plan."""
 
 from __future__ import annotations
 
@@ -22,20 +19,18 @@ from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueU
 from noodle.model.families import check_supported
 from noodle.model.files import names_a_path, read_config
 from noodle.model.weight_cache import WeightCache
-from services.planner.membership import Attendance, AttendanceBook
+from services.planner.membership import Membership, MembershipTracker
 from services.planner.model_shape import read_model_shape
 from services.planner.partition import partition
-from services.planner.prediction import HopCost
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.3
-PLANNED_KV_TOKENS = 4096  # rows every stage must have room for, or the context where that is shorter
-ASSUMED_HOP = HopCost(0.001, "assumed")  # until links are measured
+PLANNED_KV_TOKENS = 4096  # KV rows every stage must have room for, or the context if that is shorter
 
 
 class Planning:
-    """`run` is its thread; `state` and `plan` are for the routes."""
+    """`run` is the planner's thread; the routes read `current_state`, `shape`, `plan` and `reports`."""
 
     def __init__(self, config: PlannerConfig, work_queue: WorkQueue) -> None:
         self._config, self._queue = config, work_queue
@@ -43,30 +38,30 @@ class Planning:
         self.shape: ModelShape | None = None
         self.plan: Plan | None = None
         self.reports: list[MachineReport] = []
-        self._attendance = AttendanceBook(config.stage_return_seconds)
-        self._weights: WeightCache | None = None  # None: the model's folder is here, or not yet asked for
+        self._membership = MembershipTracker(config.stage_return_seconds)
+        self._weights: WeightCache | None = None  # None: the model's folder is on this machine, or not requested yet
         self.stopping = threading.Event()
 
     @property
-    def told_state(self) -> PlannerState:
-        """What the planner does now, with what hinders it."""
+    def current_state(self) -> PlannerState:
+        """The state, with what it waits for while the model's headers are fetched."""
         waits_for = self._weights.waits_for if self._weights is not None else ""
         return msgspec.structs.replace(self.state, detail=waits_for) if waits_for else self.state
 
     @property
     def has_folder(self) -> bool:
-        """Whether the model's folder is on this machine; else its headers come from the coordinator."""
+        """Whether the model's folder is on this machine; otherwise its headers come from the coordinator."""
         if Path(self._config.model).is_dir():
             return True
         if names_a_path(self._config.model):
             raise ModelNotFound(
                 f"The planner finds no folder {self._config.model!r}.",
-                cure="Correct NOODLE_MODEL, or leave it out: then the model's shape comes from NOODLE_COORDINATOR_URL.",
+                cure="Correct NOODLE_MODEL, or unset it to get the model's shape from NOODLE_COORDINATOR_URL.",
             )
         return False
 
     def read_shape(self) -> None:
-        """Read the model's shape; raises StartError when noodle can not run it."""
+        """Read the model's shape; raises StartError if noodle does not run the model."""
         config = self._config
         if self.has_folder:
             folder = Path(config.model)
@@ -77,93 +72,101 @@ class Planning:
             )
             folder = self._weights.prepare()
         check_supported(read_config(folder))
-        shape = read_model_shape(folder, self._config.context_length)
-        check_wishes(shape, self._config)
+        shape = read_model_shape(folder, config.context_length)
+        check_settings(shape, config)
         self.shape = shape
 
     def run(self) -> None:
-        """Look at the machines again and again until `stopping`; goes on through Valkey's absences."""
+        """Plan whenever the machines change, until `stopping`; survives the absence of Valkey."""
         if self.shape is None:
             self.read_shape()
-        away = False
+        is_away = False
         while not self.stopping.is_set():
             try:
                 self._look()
                 self._queue.put_planner_state(self.state)
-                away = False
+                is_away = False
             except QueueUnavailable as error:
-                if not away:
-                    log.warning("can not look at the machines: %s", error)
-                away = True
+                if not is_away:
+                    log.warning("the machines cannot be read: %s", error)
+                is_away = True
                 if self.state.phase != "planned":  # a plan holds without Valkey too
                     self.state = PlannerState("waiting", str(error))
             self.stopping.wait(LOOK_SECONDS)
 
     def _look(self) -> None:
-        assert self.shape is not None  # noqa: S101  # read_shape comes first, or the process has ended
+        assert self.shape is not None  # noqa: S101  # `run` reads it first
         self.reports = self._queue.reports()
         self.plan = self._queue.plan()
-        there = self._attendance.look(self.plan, self.reports, self._config.stage_count, time.monotonic())
-        chosen = there.machines
-        if strange := strangers_among(chosen, self.shape) or self_pointing_among(chosen):
-            if self.state.detail != strange:
-                log.error("no plan is possible: %s", strange)
-            self.state = PlannerState("failed", strange)
+        stage_count = self._config.stage_count
+        membership = self._membership.update(self.plan, self.reports, stage_count, time.monotonic())
+        chosen = membership.machines
+        if mismatch := find_mismatch(chosen, self.shape) or find_self_pointing(chosen):
+            self._fail(mismatch)
             return
         holds = self.plan is not None and still_holds(self.plan, self.shape, chosen, self._config)
-        if self.plan is not None and holds and (there.is_settled or self._config.split is not None or not chosen):
-            self.state = PlannerState("planned", in_words(self.plan, there), self.plan.version)
-            return
-        if not holds and len(chosen) < self._config.stage_count:
+        must_stay = membership.is_settled or self._config.split is not None or not chosen
+        if self.plan is not None and holds and must_stay:
+            self.state = PlannerState("planned", describe(self.plan, membership), self.plan.version)
+        elif not holds and len(chosen) < stage_count:
             self.state = PlannerState("waiting", self._missing(chosen))
-            return
+        else:
+            self._replan(self.shape, membership, self.plan if holds else None)
+
+    def _replan(self, shape: ModelShape, membership: Membership, valid_plan: Plan | None) -> None:
+        """Publish a plan for the machines that are present; `valid_plan` stays if none is possible."""
         try:
             plan = partition(
-                self.shape,
-                chosen,
+                shape,
+                membership.machines,
                 self._config.split,
-                version=0,
-                kv_tokens=min(PLANNED_KV_TOKENS, self.shape.context_length),
-                hop=ASSUMED_HOP,
-                activation_dtype=self._config.activation_dtype,
-                is_exact=self._config.quality == "exact",
+                kv_tokens=min(PLANNED_KV_TOKENS, shape.context_length),
+                activation_dtype=activation_dtype_of(self._config),
             )
         except NoodleError as error:
-            if holds and self.plan is not None:  # nothing is better without those that are gone
-                detail = f"{in_words(self.plan, there)} No plan is possible without it: {error}"
-                if self.state.detail != detail:
-                    log.warning("%s", detail)
-                self.state = PlannerState("planned", detail, self.plan.version)
+            if valid_plan is None:
+                self._fail(str(error))
                 return
-            if self.state.phase != "failed":
-                log.error("no plan is possible: %s", error)
-            self.state = PlannerState("failed", str(error))
+            detail = f"{describe(valid_plan, membership)} No plan is possible without it: {error}"
+            if self.state.detail != detail:
+                log.warning("%s", detail)
+            self.state = PlannerState("planned", detail, valid_plan.version)
             return
-        if there.gone:
-            log.warning("layers move away from stage %s", ", ".join(map(str, there.gone)))
+        if membership.gone:
+            log.warning("layers move away from stage %s", ", ".join(map(str, membership.gone)))
         self.plan = msgspec.structs.replace(plan, version=self._queue.next_plan_version())
         self._queue.put_plan(self.plan)
         self.state = PlannerState("planned", self.plan.reason, self.plan.version)
         log.info("plan %d: %s", self.plan.version, self.plan.reason)
+
+    def _fail(self, detail: str) -> None:
+        if self.state.detail != detail:
+            log.error("no plan is possible: %s", detail)
+        self.state = PlannerState("failed", detail)
 
     def _missing(self, chosen: Sequence[MachineReport]) -> str:
         known = ", ".join(f"stage {report.stage_id} on {report.machine}" for report in chosen)
         return f"{len(chosen)} of {self._config.stage_count} stages have measured their machine ({known or 'none yet'})"
 
 
-def in_words(plan: Plan, there: Attendance) -> str:
-    """Why the plan is as it is, and who of it is not there."""
-    said = dict.fromkeys(there.away, "is away") | dict.fromkeys(there.gone, "does not come back, or leaves")
+def activation_dtype_of(config: PlannerConfig) -> str:
+    """NOODLE_HOP_DTYPE, except that exact quality needs float32."""
+    return "float32" if config.quality == "exact" else config.activation_dtype
+
+
+def describe(plan: Plan, membership: Membership) -> str:
+    """The plan's reason, after the stages that are not present."""
+    absent = dict.fromkeys(membership.away, "is away") | dict.fromkeys(membership.gone, "has left or does not return")
     missing = [
-        f"Stage {stage.stage_id} on {stage.machine} {said[stage.stage_id]}."
+        f"Stage {stage.stage_id} on {stage.machine} {absent[stage.stage_id]}."
         for stage in plan.stages
-        if stage.stage_id in said
+        if stage.stage_id in absent
     ]
     return " ".join([*missing, plan.reason])
 
 
-def check_wishes(shape: ModelShape, config: PlannerConfig) -> None:
-    """Raise ConfigurationError for wishes that no machine could fulfil, before any machine is measured."""
+def check_settings(shape: ModelShape, config: PlannerConfig) -> None:
+    """Raise ConfigurationError for settings that do not suit the model, before any machine is measured."""
     if config.stage_count > shape.layer_count:
         raise ConfigurationError(
             f"{config.stage_count} stages were asked for, but the model has {shape.layer_count} layers.",
@@ -177,36 +180,36 @@ def check_wishes(shape: ModelShape, config: PlannerConfig) -> None:
         )
 
 
-def strangers_among(reports: Sequence[MachineReport], shape: ModelShape) -> str:
-    """Which stages run another noodle or have another model than this planner, and the cure; empty when none does."""
+def find_mismatch(reports: Sequence[MachineReport], shape: ModelShape) -> str:
+    """The first stage with another noodle version or model than the planner, with the cure; empty if none."""
     for report in reports:
-        who = f"Stage {report.stage_id} on {report.machine}"
+        stage = f"Stage {report.stage_id} on {report.machine}"
         if report.noodle_version != __version__:
             return (
-                f"{who} runs noodle {report.noodle_version}, and the planner {__version__}. Bring every machine to the "
-                "same version, and start it again (with Docker: docker compose up --detach --build)."
+                f"{stage} runs noodle {report.noodle_version}, and the planner {__version__}. Bring every machine to "
+                "the same version, and start it again (with Docker: docker compose up --detach --build)."
             )
         if report.model_digest != shape.digest:
             return (
-                f"{who} has other weights ({report.model_digest[:12]}) than the coordinator's model {shape.name} "
-                f"({shape.digest[:12]}). Leave NOODLE_MODEL out there, so that its weights come from the coordinator, "
-                "or set the same one, and start it again."
+                f"{stage} has other weights ({report.model_digest[:12]}) than the coordinator's model {shape.name} "
+                f"({shape.digest[:12]}). Unset NOODLE_MODEL there so that its weights come from the coordinator, "
+                "or set the same model, and start it again."
             )
     return ""
 
 
-def self_pointing_among(reports: Sequence[MachineReport]) -> str:
-    """Which stage sends the others to themselves, and the cure; empty when none does.
+def find_self_pointing(reports: Sequence[MachineReport]) -> str:
+    """The first stage whose URL leads the other machines to themselves, with the cure; empty if none.
 
-    On one host all may be at 127.0.0.1. One that is there while another is at an address of the network is not.
+    On one host all stages may be at 127.0.0.1, but not one of them while another is at an address of the network.
     """
-    reasons = {report.stage_id: why_only_local(host_of(report.url)) for report in reports}
-    if all(reasons.values()):
+    reasons = [why_only_local(host_of(report.url)) for report in reports]
+    if all(reasons):
         return ""
-    for report in reports:
-        if reason := reasons[report.stage_id]:
+    for report, reason in zip(reports, reasons, strict=True):
+        if reason:
             return (
-                f"Stage {report.stage_id} on {report.machine} says that it is found at {report.url}, but {reason}. "
+                f"Stage {report.stage_id} on {report.machine} gives its URL as {report.url}, but {reason}. "
                 "Set NOODLE_ADVERTISE_URL there to its machine's address, as http://192.168.1.102:8081 (with Docker: "
                 "NOODLE_LAN_ADDRESS), and start it again."
             )
@@ -214,17 +217,17 @@ def self_pointing_among(reports: Sequence[MachineReport]) -> str:
 
 
 def still_holds(plan: Plan, shape: ModelShape, reports: Sequence[MachineReport], config: PlannerConfig) -> bool:
-    """Whether an existing plan suits these settings and no reporting stage contradicts it; absent ones do not."""
+    """Whether the plan suits these settings and no present stage contradicts it; absent stages do not."""
     if (plan.model_digest, plan.context_length) != (shape.digest, shape.context_length):
         return False
-    if len(plan.stages) > config.stage_count:  # fewer are those that are left of them
+    if len(plan.stages) > config.stage_count:  # a plan for fewer stages is what remains after some have left
         return False
     if config.split is not None and config.split != tuple(s.end_layer - s.start_layer for s in plan.stages):
         return False
-    places = {stage.stage_id: _place(stage) for stage in plan.stages}
-    return all(places.get(report.stage_id) == _place(report) for report in reports)
+    planned = {stage.stage_id: _assumptions(stage) for stage in plan.stages}
+    return all(planned.get(report.stage_id) == _assumptions(report) for report in reports)
 
 
-def _place(each: StageAssignment | MachineReport) -> tuple[str, ...]:
-    """What of a stage a plan rests on."""
-    return (each.url, each.machine, each.dtype, each.executor, each.weights, each.kv_dtype)
+def _assumptions(stage: StageAssignment | MachineReport) -> tuple[str, ...]:
+    """What a plan takes for granted about a stage."""
+    return (stage.url, stage.machine, stage.dtype, stage.executor, stage.weights, stage.kv_dtype)

@@ -1,4 +1,4 @@
-"""Predicts from measured layer seconds how fast a plan will be; knows numbers only, and where each comes from."""
+"""Predict from measured layer seconds how fast a plan will be; a prediction names the source of its numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from noodle.cluster.plan import MachineReport, Plan, Source, StageAssignment
 
-PROMPT_TOKENS_PER_NEW_ONE = 4.0  # of a usual request: chats carry what was said before, and some of it is kept
+PROMPT_TOKENS_PER_NEW_TOKEN = 4.0  # in a usual request: a chat repeats its history, and some of that is cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +18,22 @@ class HopCost:
     source: Source
 
 
+ASSUMED_HOP = HopCost(0.001, "assumed")  # until links are measured
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a plan should do; compared with what happens."""
+    """What a plan should achieve."""
 
-    stage_seconds: tuple[float, ...]  # of one decode token, in pipeline order
+    stage_seconds: tuple[float, ...]  # for one decode token, in pipeline order
     token_seconds: float  # one token of a single session: every stage and every hop, one after the other
-    steady_token_seconds: float  # between two tokens when every stage has work: the slowest stage
-    prefill_tokens_per_second: float  # of a long prompt in chunks, all stages at work: the slowest stage
-    source: Source  # of the weakest number in it
+    steady_token_seconds: float  # between two tokens while every stage has work: the slowest stage
+    prefill_tokens_per_second: float  # for a long prompt in chunks, all stages working: the slowest stage
+    source: Source  # of its weakest number
 
 
 def stage_decode_seconds(machine: MachineReport, layer_count: int, *, is_last: bool, is_batched: bool = False) -> float:
-    """Seconds one stage computes on one token, alone in its step or its share of one that some sessions share."""
+    """Seconds one stage computes on one token, alone in its step or (`is_batched`) in a step that sessions share."""
     layer, head = machine.decode_layer_seconds, machine.head_decode_seconds
     if is_batched:
         layer, head = machine.batched_layer_seconds, machine.batched_head_seconds
@@ -38,19 +41,21 @@ def stage_decode_seconds(machine: MachineReport, layer_count: int, *, is_last: b
 
 
 def stage_work_seconds(machine: MachineReport, layer_count: int, *, is_last: bool, is_batched: bool) -> float:
-    """What one new token costs a stage with its share of a prompt: what layers are dealt out by.
+    """Seconds a stage spends on one new token and its share of a prompt; layers are divided by this cost.
 
-    By decode alone the last stage would get few layers for its head's sake, which no token of a prompt needs. How they
-    are dealt out matters when all stages have work, and then sessions share a step: `is_batched` takes a token of such.
+    By decode alone, the last stage would get few layers because of its head, which prompt tokens do not need. The
+    division matters when all stages have work; sessions then share steps, which `is_batched` accounts for.
     """
     decode_seconds = stage_decode_seconds(machine, layer_count, is_last=is_last, is_batched=is_batched)
-    return decode_seconds + PROMPT_TOKENS_PER_NEW_ONE * layer_count * machine.prefill_layer_seconds_per_token
+    return decode_seconds + PROMPT_TOKENS_PER_NEW_TOKEN * layer_count * machine.prefill_layer_seconds_per_token
 
 
-def predict(stages: Sequence[StageAssignment], machines: Mapping[int, MachineReport], hop: HopCost) -> Prediction:
-    """The prediction for `stages` in pipeline order; `machines` by stage id.
+def predict(
+    stages: Sequence[StageAssignment], machines: Mapping[int, MachineReport], hop: HopCost = ASSUMED_HOP
+) -> Prediction:
+    """Predict for `stages` in pipeline order; `machines` by stage id.
 
-    A token makes one hop more than there are stages: into the first one, between them, and back to the coordinator.
+    A token makes one hop more than there are stages: to the first one, between them, and back to the coordinator.
     """
     layer_counts = [stage.end_layer - stage.start_layer for stage in stages]
     reports = [machines[stage.stage_id] for stage in stages]
@@ -71,19 +76,19 @@ def predict(stages: Sequence[StageAssignment], machines: Mapping[int, MachineRep
     )
 
 
-def planned_token_seconds(plan: Plan, hop: HopCost) -> float:
-    """`Prediction.token_seconds` of a plan that stands, by what it says of its stages itself: some may be silent."""
+def planned_token_seconds(plan: Plan, hop: HopCost = ASSUMED_HOP) -> float:
+    """`Prediction.token_seconds` from the plan alone, because stages may be silent."""
     computing = sum(stage.decode_seconds for stage in plan.stages)
     return computing + hop.seconds * (len(plan.stages) + 1) + _bytes_seconds(plan.stages)
 
 
 def _bytes_seconds(stages: Sequence[StageAssignment]) -> float:
-    """What one token's hidden states take on all links beside the way there."""
+    """Transfer time of one token's hidden states on all links, without latency."""
     return sum(stage.hop_token_seconds for stage in stages)
 
 
-def in_words(prediction: Prediction) -> str:
-    """The prediction as one clause for Plan.reason."""
+def describe(prediction: Prediction) -> str:
+    """The prediction as a clause for Plan.reason."""
     return (
         f"{1 / prediction.token_seconds:.1f} tokens/s for one session and "
         f"{prediction.prefill_tokens_per_second:.0f} of prompt predicted from {prediction.source} numbers, "

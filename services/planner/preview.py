@@ -1,6 +1,6 @@
-"""A plan that is only looked at: for the machines that are registered, or for a list of them (docs/adr/0014).
+"""Preview a plan without publishing it: for the registered machines, or for a list of machines (docs/adr/0014).
 
-The same partition and prediction as of plans that are followed; every number says where it comes from.
+It is cut and predicted like a published plan; every number names its source.
 """
 
 from __future__ import annotations
@@ -14,58 +14,47 @@ from noodle.errors import ConfigurationError, MemoryShort, NoodleError, NotReady
 from noodle.model.formats import FORMAT_BY_DTYPE
 from noodle.web.service import error_object
 from services.planner.cut_search import held_bytes
-from services.planner.memory_shortage import shortage
-from services.planner.node_list import SPEEDS, Given, PlanRequest, read_nodes
+from services.planner.memory_shortage import explain_shortage
+from services.planner.node_list import ListedMachine, PlanRequest, machines_of
 from services.planner.partition import cut_problem, kv_bytes_per_layer, partition
-from services.planner.planning import ASSUMED_HOP, PLANNED_KV_TOKENS
-from services.planner.prediction import HopCost, predict
+from services.planner.planning import PLANNED_KV_TOKENS
+from services.planner.prediction import ASSUMED_HOP, predict
 
 
 def preview(
     request: PlanRequest,
     shape: ModelShape,
     registered: Sequence[MachineReport],
-    split: tuple[int, ...] | None,
-    active: Plan | None,
+    *,
+    split: tuple[int, ...] | None = None,
+    active: Plan | None = None,
     activation_dtype: str = "auto",
-    is_exact: bool = False,
 ) -> tuple[int, dict[str, Any]]:
-    """HTTP status and answer: 200 with the plan, or 422 with what is short and what would cure it.
+    """HTTP status and answer: 200 with the plan, or 422 with the missing bytes and their cures.
 
-    `registered` are the machines that the planner would plan for, `split` as it would be cut; both count only for a
-    request without nodes. Raises RequestError for nodes that mean nothing, NotReady when there are no machines.
+    A request without nodes is planned for the `registered` machines, cut by `split` unless it has one of its own.
+    Raises RequestError for impossible nodes, NotReady if there are no machines.
     """
     context_length = _context_length(request, shape)
     kv_tokens = min(PLANNED_KV_TOKENS, context_length)
-    not_used = request.not_used
-    if request.nodes is not None:
-        given, more = read_nodes(request.nodes, shape, registered)
-        not_used = [*not_used, *more]
+    if request.available_nodes is not None:
+        listed = machines_of(request.available_nodes, shape, registered)
         split = request.split
-    else:
-        if not registered:
-            raise NotReady(
-                "No stage has measured its machine yet.",
-                cure="Wait for the stages, or list machines as available_nodes.",
-                retry_after_seconds=2,
-            )
-        given = [_measured(report) for report in registered]
-        split = request.split or split
-    machines = [each.report for each in given]
-    try:
-        plan = partition(
-            shape,
-            machines,
-            split,
-            version=0,
-            kv_tokens=kv_tokens,
-            hop=ASSUMED_HOP,
-            activation_dtype=activation_dtype,
-            is_exact=is_exact,
+    elif not registered:
+        raise NotReady(
+            "No stage has measured its machine yet.",
+            cure="Wait for the stages, or list machines as available_nodes.",
+            retry_after_seconds=2,
         )
+    else:
+        listed = [ListedMachine(report, memory_source="measured", dtype_source="measured") for report in registered]
+        split = request.split or split
+    machines = [each.report for each in listed]
+    try:
+        plan = partition(shape, machines, split, kv_tokens=kv_tokens, activation_dtype=activation_dtype)
     except MemoryShort as error:
-        short = shortage(shape, machines, split, kv_tokens)
-        return 422, {"success": False, "error": error_object(_as_refusal(error)), "short": short, "not_used": not_used}
+        shortage = explain_shortage(shape, machines, split, kv_tokens)
+        return 422, {"success": False, "error": error_object(_as_refusal(error)), "short": shortage}
     except (PlanDoesNotFit, ConfigurationError) as error:
         raise _as_refusal(error) from error
     return 200, {
@@ -80,10 +69,9 @@ def preview(
             "context_length": context_length,
             "kv_tokens": kv_tokens,
             "reason": plan.reason,
-            "stages": _stages(plan, shape, given, kv_tokens),
-            "prediction": _prediction(plan, machines, ASSUMED_HOP),
+            "stages": _stages(plan, shape, listed, kv_tokens),
+            "prediction": _prediction(plan, machines),
         },
-        "not_used": not_used,
     }
 
 
@@ -91,7 +79,7 @@ def _context_length(request: PlanRequest, shape: ModelShape) -> int:
     asked = request.context_length
     if asked is None:
         return shape.context_length
-    if not 1 <= asked <= shape.context_length:
+    if asked > shape.context_length:
         raise Unprocessable(
             f"A context of {asked} tokens was asked for; this model is planned with 1 to {shape.context_length}.",
             param="context_length",
@@ -99,12 +87,8 @@ def _context_length(request: PlanRequest, shape: ModelShape) -> int:
     return asked
 
 
-def _measured(report: MachineReport) -> Given:
-    return Given(report, {"free_bytes": "measured", "dtype": "measured", **dict.fromkeys(SPEEDS, report.source)})
-
-
 def _as_refusal(error: NoodleError) -> Unprocessable:
-    """A plan that is not possible is the request's fault here, and does not stop a start."""
+    """A start error as an error of the request."""
     refusal = Unprocessable(error.message, cure=error.cure)
     refusal.code = error.code
     return refusal
@@ -120,19 +104,20 @@ def _same_cut(plan: Plan, active: Plan) -> bool:
     return plan.model_digest == active.model_digest and cut(plan) == cut(active)
 
 
-def _stages(plan: Plan, shape: ModelShape, given: Sequence[Given], kv_tokens: int) -> list[dict[str, Any]]:
-    """One object a stage, in pipeline order; `sources` says of each number where it comes from.
+def _stages(plan: Plan, shape: ModelShape, listed: Sequence[ListedMachine], kv_tokens: int) -> list[dict[str, Any]]:
+    """One object for each stage, in pipeline order; `sources` names the source of each number.
 
-    Stages of one machine and device share its memory: `memory_left_bytes` is what all of them leave.
+    Stages of one machine and device share its memory: `memory_left_bytes` is what all of them together leave.
     """
-    problem = cut_problem(shape, [each.report for each in given], kv_tokens)
+    problem = cut_problem(shape, [each.report for each in listed], kv_tokens)
     held = held_bytes(problem, [stage.end_layer for stage in plan.stages])
     memory_of = {index: number for number, indices in enumerate(problem.memories) for index in indices}
     lines = []
-    for index, (stage, each) in enumerate(zip(plan.stages, given, strict=True)):
+    for index, (stage, each) in enumerate(zip(plan.stages, listed, strict=True)):
         report, memory = each.report, memory_of[index]
         layer_count = stage.end_layer - stage.start_layer
         usable_bytes = math.floor(problem.usable_bytes[memory])
+        is_last = index == len(plan.stages) - 1
         lines.append(
             {
                 "stage_id": stage.stage_id,
@@ -146,7 +131,7 @@ def _stages(plan: Plan, shape: ModelShape, given: Sequence[Given], kv_tokens: in
                 "kv_dtype": stage.kv_dtype or FORMAT_BY_DTYPE[stage.dtype],
                 "quality": stage.quality,
                 "choice": report.choice,
-                "hop_dtype": " and ".join(stage.may_hand_on) if index < len(plan.stages) - 1 else "",
+                "hop_dtype": "" if is_last else " and ".join(stage.may_hand_on),
                 "link_bytes_per_second": report.link_bytes_per_second,
                 "start_layer": stage.start_layer,
                 "end_layer": stage.end_layer,
@@ -157,25 +142,23 @@ def _stages(plan: Plan, shape: ModelShape, given: Sequence[Given], kv_tokens: in
                 "usable_bytes": usable_bytes,
                 "memory_left_bytes": usable_bytes - math.ceil(held[memory]),
                 "layer_seconds": report.decode_layer_seconds,
-                "head_seconds": report.head_decode_seconds if index == len(plan.stages) - 1 else 0.0,
+                "head_seconds": report.head_decode_seconds if is_last else 0.0,
                 "decode_seconds": stage.decode_seconds,
                 "sources": {
                     "weight_bytes": "computed",  # from the model's headers and the dtype
                     "kv_bytes": "computed",
-                    "free_bytes": each.sources["free_bytes"],
-                    "dtype": each.sources["dtype"],
-                    "layer_seconds": each.sources["decode_layer_seconds"],
-                    "head_seconds": each.sources["head_decode_seconds"],
-                    "decode_seconds": each.sources["decode_layer_seconds"],
+                    "free_bytes": each.memory_source,
+                    "dtype": each.dtype_source,
+                    **dict.fromkeys(("layer_seconds", "head_seconds", "decode_seconds"), report.source),
                 },
             }
         )
     return lines
 
 
-def _prediction(plan: Plan, machines: Sequence[MachineReport], hop: HopCost) -> dict[str, Any]:
-    predicted = predict(plan.stages, {machine.stage_id: machine for machine in machines}, hop)
-    slowest = max(range(len(predicted.stage_seconds)), key=lambda index: predicted.stage_seconds[index])
+def _prediction(plan: Plan, machines: Sequence[MachineReport]) -> dict[str, Any]:
+    predicted = predict(plan.stages, {machine.stage_id: machine for machine in machines})
+    slowest = max(range(len(predicted.stage_seconds)), key=predicted.stage_seconds.__getitem__)
     return {
         "token_seconds": predicted.token_seconds,
         "tokens_per_second": 1 / predicted.token_seconds,
@@ -183,7 +166,7 @@ def _prediction(plan: Plan, machines: Sequence[MachineReport], hop: HopCost) -> 
         "prefill_tokens_per_second": predicted.prefill_tokens_per_second,
         "slowest_stage_id": plan.stages[slowest].stage_id,
         "hops": len(plan.stages) + 1,
-        "hop_seconds": hop.seconds,
+        "hop_seconds": ASSUMED_HOP.seconds,
         "source": predicted.source,
-        "hop_source": hop.source,
+        "hop_source": ASSUMED_HOP.source,
     }

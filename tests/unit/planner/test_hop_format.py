@@ -1,10 +1,10 @@
-"""In what format hidden states go on, by made-up machines and links."""
+"""The dtype of hidden states on a hop, for made-up machines and links."""
 
 import pytest
 
 from noodle.cluster.plan import MachineReport
 from noodle.errors import PlanDoesNotFit
-from services.planner.hop_format import HOP_SHARE, choose_hop, choose_hops, link_bytes_per_second
+from services.planner.hop_format import HOP_SHARE, Hop, choose_hops, link_bytes_per_second
 from tests.unit.planner.test_partition import a_machine, a_shape, cut
 
 HIDDEN_SIZE = 1000
@@ -16,21 +16,29 @@ def machine(stage_id: int, link: float = 0.0, **changes: object) -> MachineRepor
     return a_machine(stage_id, link_bytes_per_second=link, **changes)
 
 
-def formats(wanted: str, *, link: float, is_exact: bool = False, dtype: str = "float32") -> tuple[str, str]:
-    hop = choose_hop(wanted, is_exact, machine(0, dtype=dtype), machine(1, link), HIDDEN_SIZE, PREFILL_SECONDS)
+def hop_of(
+    wanted: str, sender: MachineReport, receiver: MachineReport, prefill_seconds: float = PREFILL_SECONDS
+) -> Hop:
+    machines = [sender, receiver]
+    (hop,) = choose_hops(wanted, machines, hidden_size=HIDDEN_SIZE, slowest_prefill_seconds=prefill_seconds)
+    return hop
+
+
+def formats(wanted: str, *, link: float, dtype: str = "float32") -> tuple[str, str]:
+    hop = hop_of(wanted, machine(0, dtype=dtype), machine(1, link))
     return hop.dtype, hop.prefill_dtype
 
 
-def test_a_fast_link_a_machines_own_memory_and_one_that_nobody_measured_carry_what_was_computed() -> None:
+def test_a_fast_link_one_machine_and_an_unmeasured_link_carry_what_was_computed() -> None:
     for link in (FAST, 0.0):
         assert formats("auto", link=link) == ("float32", "")
         assert formats("auto", link=link, dtype="bfloat16") == ("bfloat16", "")
-    here = choose_hop("auto", False, machine(0, SLOW, machine="m"), machine(1, SLOW, machine="m"), HIDDEN_SIZE, 1e-9)
+    here = hop_of("auto", machine(0, SLOW, machine="m"), machine(1, SLOW, machine="m"), 1e-9)
     assert (here.dtype, here.token_seconds) == ("float32", 0.0)
 
 
-def test_a_slow_link_carries_16_bits_and_its_seconds_are_told() -> None:
-    hop = choose_hop("auto", False, machine(0, FAST), machine(1, SLOW), HIDDEN_SIZE, PREFILL_SECONDS)
+def test_a_slow_link_carries_16_bits_and_takes_the_seconds_of_these() -> None:
+    hop = hop_of("auto", machine(0, FAST), machine(1, SLOW))
     assert hop.dtype == "float16"
     assert hop.token_seconds == pytest.approx(2 * HIDDEN_SIZE / SLOW)
 
@@ -41,8 +49,8 @@ def test_the_share_of_a_prompts_time_decides() -> None:
     assert formats("auto", link=just_enough * 0.99) == ("float16", "")
 
 
-def test_exact_is_float32_over_any_link() -> None:
-    assert formats("auto", link=SLOW, is_exact=True) == ("float32", "")
+def test_float32_stays_float32_over_any_link() -> None:
+    assert formats("float32", link=SLOW) == ("float32", "")
 
 
 def test_what_was_asked_for_is_taken_and_int8_is_for_prompts_alone() -> None:
@@ -56,7 +64,7 @@ def test_the_slower_of_two_links_counts() -> None:
 
 
 def test_there_is_a_hop_less_than_stages_and_the_last_stage_hands_nothing_on() -> None:
-    assert choose_hops("auto", False, [machine(0)], HIDDEN_SIZE, PREFILL_SECONDS) == []
+    assert choose_hops("auto", [machine(0)], hidden_size=HIDDEN_SIZE, slowest_prefill_seconds=PREFILL_SECONDS) == []
     plan = cut(a_shape(hidden_size=HIDDEN_SIZE), [machine(0, FAST), machine(1, SLOW)])
     assert [stage.activation_dtype for stage in plan.stages] == ["float16", ""]
     assert "predicted" in plan.reason

@@ -1,14 +1,21 @@
-"""Machines as a user lists them, and what is said when they do not hold the model."""
+"""Machines as a user lists them, previews for them, and the explanation if they do not hold the model."""
 
 import json
 
+import msgspec
 import pytest
 
 from noodle.errors import InvalidRequest, MemoryShort, NotReady, Unprocessable
-from services.planner.memory_shortage import shortage
-from services.planner.node_list import BYTES_PER_GIGABYTE, MAXIMUM_NODES, parse_plan_request, read_nodes
+from services.planner.memory_shortage import explain_shortage
+from services.planner.node_list import (
+    BYTES_PER_GIGABYTE,
+    MAXIMUM_NODES,
+    Node,
+    PlanRequest,
+    machines_of,
+    parse_plan_request,
+)
 from services.planner.partition import USABLE_SHARE, partition
-from services.planner.planning import ASSUMED_HOP
 from services.planner.preview import preview
 from tests.unit.planner.test_partition import a_machine, a_shape
 
@@ -20,15 +27,24 @@ SHAPE = a_shape((40_000_000,) * 12, embedding_bytes=50_000_000, head_bytes=50_00
 
 
 def request_of(value):
-    return parse_plan_request(json.dumps(value).encode())
+    return parse_plan_request(json.dumps(value).encode())[0]
+
+
+def nodes_of(*nodes):
+    return request_of(list(nodes)).available_nodes
 
 
 def test_a_bare_list_an_object_and_nothing_are_taken():
-    assert request_of(GUIDE).nodes == request_of({"available_nodes": GUIDE}).nodes == GUIDE
-    assert parse_plan_request(b"").nodes is None
-    assert request_of({}).nodes is None
+    nodes = tuple(Node(**node) for node in GUIDE)
+    assert request_of(GUIDE) == request_of({"available_nodes": GUIDE}) == PlanRequest(available_nodes=nodes)
+    assert parse_plan_request(b"") == (PlanRequest(), [])
+    assert request_of({}) == PlanRequest()
     assert request_of({"available_nodes": GUIDE, "split": [10, 2], "model": "gpt2"}).split == (10, 2)
-    assert request_of({"available_nodes": GUIDE, "model": "gpt2"}).not_used == ["model"]
+
+
+def test_fields_that_are_not_used_are_named():
+    body = {"available_nodes": [{**GUIDE[0], "ip": "192.168.1.101"}, GUIDE[1]], "model": "gpt2"}
+    assert parse_plan_request(json.dumps(body).encode())[1] == ["model", "available_nodes[0].ip"]
 
 
 @pytest.mark.parametrize(
@@ -40,27 +56,27 @@ def test_a_body_that_means_nothing_is_refused(body):
 
 
 def test_memory_is_as_given_and_speed_is_assumed():
-    given, not_used = read_nodes([{**GUIDE[0], "ip": "192.168.1.101"}, GUIDE[1]], SHAPE, [])
-    card, pc = (each.report for each in given)
+    listed = machines_of(nodes_of(*GUIDE), SHAPE, [])
+    card, pc = (each.report for each in listed)
     assert (card.device, card.dtype, card.free_bytes) == ("cuda", "float16", 4 * BYTES_PER_GIGABYTE)
     assert (pc.device, pc.dtype, pc.free_bytes) == ("cpu", "float32", 16 * BYTES_PER_GIGABYTE)
     assert card.decode_layer_seconds < pc.decode_layer_seconds
-    assert all(each.report.source == each.sources["decode_layer_seconds"] == "assumed" for each in given)
-    assert all(each.sources["free_bytes"] == "configured" for each in given)
-    assert not_used == ["available_nodes[0].ip"]
+    assert all(each.report.source == "assumed" for each in listed)
+    assert all(each.memory_source == "configured" for each in listed)
 
 
 @pytest.mark.parametrize("name", ["machine-1", "1", 1, "stage-1"])
 def test_a_node_that_names_a_registered_machine_has_its_measured_speed(name):
     registered = [a_machine(0), a_machine(1, decode_layer_seconds=0.123, free_bytes=777)]
-    (given,), _ = read_nodes([{"node_id": name, "device_type": "cpu"}], SHAPE, registered)
-    assert (given.report.decode_layer_seconds, given.sources["decode_layer_seconds"]) == (0.123, "measured")
-    assert (given.report.free_bytes, given.sources["free_bytes"]) == (777, "measured")
-    # in another number format nothing of it is measured
-    (other,), _ = read_nodes([{"node_id": name, "device_type": "cpu", "dtype": "bfloat16"}], SHAPE, registered)
-    assert other.report.source == other.sources["decode_layer_seconds"] == "assumed"
-    # and what was measured on another device says nothing
-    (card,), _ = read_nodes([{"node_id": name, "device_type": "gpu", "vram_gb": 2}], SHAPE, registered)
+    (machine,) = machines_of(nodes_of({"node_id": name, "device_type": "cpu"}), SHAPE, registered)
+    assert (machine.report.decode_layer_seconds, machine.report.source) == (0.123, "measured")
+    assert (machine.report.free_bytes, machine.memory_source) == (777, "measured")
+    # no speed is measured in another number format
+    (other,) = machines_of(nodes_of({"node_id": name, "device_type": "cpu", "dtype": "bfloat16"}), SHAPE, registered)
+    assert other.report.source == "assumed"
+    assert other.report.decode_layer_seconds != 0.123
+    # or on another device
+    (card,) = machines_of(nodes_of({"node_id": name, "device_type": "gpu", "vram_gb": 2}), SHAPE, registered)
     assert card.report.source == "assumed"
 
 
@@ -80,12 +96,12 @@ def test_a_node_that_names_a_registered_machine_has_its_measured_speed(name):
 )
 def test_a_node_that_means_nothing_is_refused_by_name(node, kind):
     with pytest.raises(kind) as refusal:
-        read_nodes([node], SHAPE, [])
+        machines_of(nodes_of(node), SHAPE, [])
     assert refusal.value.param.startswith("available_nodes[0]")
 
 
 def test_a_preview_marks_every_number_and_adds_up():
-    status, answer = preview(request_of(GUIDE), SHAPE, [], None, None)
+    status, answer = preview(request_of(GUIDE), SHAPE, [])
     assert (status, answer["success"]) == (200, True)
     plan = answer["plan"]
     assert plan["stages"][0]["start_layer"] == 0
@@ -102,13 +118,13 @@ def test_a_preview_marks_every_number_and_adds_up():
 
 def test_a_preview_of_nothing_is_of_the_registered_machines_and_knows_the_active_plan():
     machines = [a_machine(0), a_machine(1)]
-    active = partition(SHAPE, machines, (5, 7), version=4, kv_tokens=2048, hop=ASSUMED_HOP)
-    _, answer = preview(parse_plan_request(b""), SHAPE, machines, (5, 7), active)
+    active = msgspec.structs.replace(partition(SHAPE, machines, (5, 7), kv_tokens=2048), version=4)
+    _, answer = preview(PlanRequest(), SHAPE, machines, split=(5, 7), active=active)
     assert (answer["plan"]["is_active"], answer["plan"]["active_version"]) == (True, 4)
-    _, answer = preview(parse_plan_request(b""), SHAPE, machines, None, active)
+    _, answer = preview(PlanRequest(), SHAPE, machines, active=active)
     assert answer["plan"]["is_active"] is False
     with pytest.raises(NotReady):
-        preview(parse_plan_request(b""), SHAPE, [], None, None)
+        preview(PlanRequest(), SHAPE, [])
 
 
 def short_machines(*usable_bytes):
@@ -119,15 +135,15 @@ def test_what_is_short_is_named_and_every_cure_cures():
     machines = short_machines(150_000_000, 120_000_000)
     kv_tokens = 2048
     with pytest.raises(MemoryShort):
-        partition(SHAPE, machines, None, version=0, kv_tokens=kv_tokens, hop=ASSUMED_HOP)
-    short = shortage(SHAPE, machines, None, kv_tokens)
+        partition(SHAPE, machines, None, kv_tokens=kv_tokens)
+    short = explain_shortage(SHAPE, machines, None, kv_tokens)
     assert short.short_bytes == sum(memory.short_bytes for memory in short.memories) > 0
     for memory in short.memories:
         assert memory.short_bytes == memory.needed_bytes - memory.usable_bytes > 0
     values = {cure.kind: cure.value for cure in short.cures}
 
     def fits(machines, shape=SHAPE, kv_tokens=kv_tokens):
-        return bool(partition(shape, machines, None, version=0, kv_tokens=kv_tokens, hop=ASSUMED_HOP).stages)
+        return bool(partition(shape, machines, None, kv_tokens=kv_tokens).stages)
 
     freed = {memory.machine: memory.short_bytes for memory in short.memories}
     assert fits(short_machines(*(150e6 + freed.get("machine-0", 0), 120e6 + freed.get("machine-1", 0))))
@@ -150,20 +166,20 @@ def test_fewer_bits_and_a_shorter_context_are_named_only_where_they_cure():
     machines = short_machines(310_000_000, 300_000_000)
     for kv_items, is_enough in ((3_000, True), (10_000, False)):
         shape = a_shape((40_000_000,) * 12, kv_items_per_token_per_layer=kv_items)
-        cures = {cure.kind: cure for cure in shortage(shape, machines, None, 4096).cures}
+        cures = {cure.kind: cure for cure in explain_shortage(shape, machines, None, 4096).cures}
         assert ("fewer_bits" in cures) == is_enough
         tokens = cures["shorter_context"].value
-        assert partition(shape, machines, None, version=0, kv_tokens=tokens, hop=ASSUMED_HOP)
+        assert partition(shape, machines, None, kv_tokens=tokens)
         with pytest.raises(MemoryShort):
-            partition(shape, machines, None, version=0, kv_tokens=tokens + 1, hop=ASSUMED_HOP)
+            partition(shape, machines, None, kv_tokens=tokens + 1)
         assert "NOODLE_DTYPE=bfloat16" in cures.get("fewer_bits", cures["shorter_context"]).text or not is_enough
 
 
 def test_a_split_that_does_not_fit_where_another_cut_would_says_so():
     machines = short_machines(560_000_000, 300_000_000)
     with pytest.raises(MemoryShort):
-        partition(SHAPE, machines, (2, 10), version=0, kv_tokens=0, hop=ASSUMED_HOP)
-    short = shortage(SHAPE, machines, (2, 10), 0)
+        partition(SHAPE, machines, (2, 10), kv_tokens=0)
+    short = explain_shortage(SHAPE, machines, (2, 10), 0)
     assert [memory.machine for memory in short.memories] == ["machine-1"]
     assert "no_split" in {cure.kind for cure in short.cures}
 
@@ -171,6 +187,6 @@ def test_a_split_that_does_not_fit_where_another_cut_would_says_so():
 def test_as_many_nodes_as_are_taken_are_planned_for_quickly():
     shape = a_shape((1000,) * 96)
     nodes = [{"node_id": number, "device_type": "cpu", "ram_gb": 1e-6} for number in range(MAXIMUM_NODES)]
-    status, answer = preview(request_of(nodes), shape, [], None, None)
+    status, answer = preview(request_of(nodes), shape, [])
     assert status == 422
     assert answer["short"].short_bytes > 0

@@ -8,9 +8,6 @@ import pytest
 from noodle.cluster.plan import MachineReport, ModelShape, Plan
 from noodle.errors import ConfigurationError, PlanDoesNotFit
 from services.planner.partition import USABLE_SHARE, partition
-from services.planner.prediction import HopCost
-
-HOP = HopCost(0.001, "assumed")
 
 
 def a_shape(layer_bytes: tuple[int, ...] = (100,) * 12, **changes: object) -> ModelShape:
@@ -54,11 +51,11 @@ def a_machine(stage_id: int, **changes: object) -> MachineReport:
 def cut(
     shape: ModelShape, machines: list[MachineReport], split: tuple[int, ...] | None = None, kv_tokens: int = 0
 ) -> Plan:
-    return partition(shape, machines, split, version=3, kv_tokens=kv_tokens, hop=HOP)
+    return partition(shape, machines, split, kv_tokens=kv_tokens)
 
 
 def usable(byte_count: int) -> int:
-    """Free bytes of which so many may be used."""
+    """Free bytes of which `byte_count` may be used."""
     return math.ceil(byte_count / USABLE_SHARE)
 
 
@@ -69,7 +66,7 @@ def layers(plan: Plan) -> list[int]:
 def test_two_equal_machines_share_the_layers_evenly() -> None:
     plan = cut(a_shape(), [a_machine(0), a_machine(1)])
     assert layers(plan) == [6, 6]
-    assert (plan.version, plan.model_digest, plan.context_length) == (3, "d" * 64, 2048)
+    assert (plan.version, plan.model_digest, plan.context_length) == (0, "d" * 64, 2048)
     assert [(stage.start_layer, stage.end_layer) for stage in plan.stages] == [(0, 6), (6, 12)]
 
 

@@ -8,7 +8,7 @@ from noodle.config.environment import planner_config
 from noodle.errors import ConfigurationError
 from noodle.metrics.counted import PlannerMetrics
 from services.planner.app import watch
-from services.planner.planning import Planning, check_wishes, self_pointing_among, still_holds, strangers_among
+from services.planner.planning import Planning, check_settings, find_mismatch, find_self_pointing, still_holds
 
 SHAPE = ModelShape("digest", "tiny", "llama", 6, 64, 300, 256, 4.0, (1,) * 6, 1, 1, 64)
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
@@ -46,16 +46,16 @@ def test_another_model_context_split_or_number_of_stages_ends_the_plan():
 
 
 def test_a_stage_of_another_noodle_or_with_other_weights_is_named_with_its_cure():
-    assert strangers_among([report(0), report(1)], SHAPE) == ""
-    older = strangers_among([report(0), report(1, machine="pc", noodle_version="0.0.9")], SHAPE)
+    assert find_mismatch([report(0), report(1)], SHAPE) == ""
+    older = find_mismatch([report(0), report(1, machine="pc", noodle_version="0.0.9")], SHAPE)
     assert older.startswith("Stage 1 on pc runs noodle 0.0.9, and the planner 0.1.0. Bring every machine to the same")
-    other = strangers_among([report(0, model_digest="another"), report(1)], SHAPE)
+    other = find_mismatch([report(0, model_digest="another"), report(1)], SHAPE)
     assert other.startswith("Stage 0 on vm has other weights (another) than the coordinator's model tiny (digest).")
     assert "NOODLE_MODEL" in other
 
 
 class OneQueue:
-    """Valkey with these reports; what is written there."""
+    """A Valkey with these reports that records the plans."""
 
     def __init__(self, reports):
         self._reports, self.plans = reports, []
@@ -73,13 +73,13 @@ class OneQueue:
         self.plans.append(plan)
 
 
-def test_no_plan_is_made_with_a_stranger_and_one_is_when_it_has_come_round():
+def test_no_plan_is_made_with_a_mismatch_and_one_is_when_it_is_gone():
     queue = OneQueue([report(0), report(1, noodle_version="0.0.9")])
     planning = Planning(config(), queue)
     planning.shape = SHAPE
     planning._look()
     assert planning.state.phase == "failed"
-    assert "0.0.9" in planning.told_state.detail
+    assert "0.0.9" in planning.current_state.detail
     assert not queue.plans
     queue._reports = [report(0), report(1)]
     planning._look()
@@ -87,18 +87,18 @@ def test_no_plan_is_made_with_a_stranger_and_one_is_when_it_has_come_round():
     assert len(queue.plans) == 1
 
 
-def test_wishes_that_nothing_can_fulfil_are_refused_with_the_numbers():
+def test_settings_that_do_not_suit_the_model_are_refused_with_the_numbers():
     with pytest.raises(ConfigurationError, match=r"adds up to 8 layers.*has 6"):
-        check_wishes(SHAPE, config(NOODLE_SPLIT="4,4"))
+        check_settings(SHAPE, config(NOODLE_SPLIT="4,4"))
     with pytest.raises(ConfigurationError, match=r"7 stages.*has 6 layers"):
-        check_wishes(SHAPE, config(NOODLE_STAGES="7"))
+        check_settings(SHAPE, config(NOODLE_STAGES="7"))
 
 
-# who is there
+# membership
 
 
 class Queue:
-    """The part of Valkey that the planner looks at; a test says who beats."""
+    """The part of Valkey that the planner reads; a test sets which stages are there."""
 
     def __init__(self, *reports):
         self.there, self.newest, self.version = list(reports), None, 0
@@ -176,7 +176,7 @@ def test_a_stage_that_leaves_is_not_waited_for(clock):
     assert layers_of(queue.newest) == {1: 6}
 
 
-def test_without_room_on_those_that_are_left_the_plan_stays_and_that_is_said(clock):
+def test_without_room_on_the_remaining_stages_the_plan_stays_and_says_so(clock):
     shape = msgspec.structs.replace(SHAPE, layer_bytes=(1 << 20,) * 6)
     queue = Queue(report(0, free_bytes=5 << 20), report(1, free_bytes=5 << 20, machine="b"))
     planning = Planning(config(NOODLE_STAGE_RETURN_SECONDS="20"), queue)
@@ -200,7 +200,7 @@ def test_layers_that_were_cut_by_hand_wait_for_their_stage(clock):
     assert queue.newest.version == 1
 
 
-def test_nobody_at_all_moves_no_layers(clock):
+def test_layers_stay_while_no_stage_is_there(clock):
     queue = Queue(report(0), report(1))
     planning = planning_of(queue)
     queue.there = []
@@ -210,7 +210,7 @@ def test_nobody_at_all_moves_no_layers(clock):
     assert queue.newest.version == 1
 
 
-def test_metrics_show_who_reports_and_what_the_plan_predicts():
+def test_metrics_show_the_reporting_stages_and_the_prediction():
     registry = CollectorRegistry()
     planning = Planning(config(), WorkQueue("redis://127.0.0.1:1", ""))
     watch(planning, 2, PlannerMetrics(registry))
@@ -230,13 +230,13 @@ def test_metrics_show_who_reports_and_what_the_plan_predicts():
 
 def test_a_stage_at_localhost_beside_one_on_the_network_is_refused_by_name():
     on_the_network = report(0, url="http://192.168.1.101:8081")
-    told = self_pointing_among([on_the_network, report(1, machine="pc", url="http://localhost:8081")])
-    assert "Stage 1 on pc" in told
-    assert "NOODLE_ADVERTISE_URL" in told
+    problem = find_self_pointing([on_the_network, report(1, machine="pc", url="http://localhost:8081")])
+    assert "Stage 1 on pc" in problem
+    assert "NOODLE_ADVERTISE_URL" in problem
 
 
 def test_stages_of_one_host_may_all_be_at_its_own_addresses():
-    assert self_pointing_among([]) == ""
-    assert self_pointing_among([report(0), report(1)]) == ""
-    assert self_pointing_among([report(0, url="http://stage-0:8081"), report(1, url="http://stage-1:8081")]) == ""
-    assert self_pointing_among([report(0, url="http://10.0.0.1:1"), report(1, url="http://10.0.0.2:1")]) == ""
+    assert find_self_pointing([]) == ""
+    assert find_self_pointing([report(0), report(1)]) == ""
+    assert find_self_pointing([report(0, url="http://stage-0:8081"), report(1, url="http://stage-1:8081")]) == ""
+    assert find_self_pointing([report(0, url="http://10.0.0.1:1"), report(1, url="http://10.0.0.2:1")]) == ""

@@ -2,7 +2,7 @@ import msgspec
 import pytest
 
 from noodle.cluster.plan import Plan, StageAssignment
-from services.planner.prediction import HopCost, in_words, planned_token_seconds, predict
+from services.planner.prediction import HopCost, describe, planned_token_seconds, predict
 from tests.unit.planner.test_partition import a_machine
 
 
@@ -30,11 +30,11 @@ def test_a_token_waits_for_every_stage_and_every_hop() -> None:
 def test_a_plan_that_stands_says_the_same_of_a_token_without_its_machines() -> None:
     hop = HopCost(0.0005, "measured")
     prediction = predict(stages(8, 4), MACHINES, hop)
-    told = [
+    known = [
         msgspec.structs.replace(stage, decode_seconds=seconds)
         for stage, seconds in zip(stages(8, 4), prediction.stage_seconds, strict=True)
     ]
-    plan = Plan(1, "digest", 12, 64, 300, 256, tuple(told))
+    plan = Plan(1, "digest", 12, 64, 300, 256, tuple(known))
     assert planned_token_seconds(plan, hop) == pytest.approx(prediction.token_seconds)
 
 
@@ -47,7 +47,7 @@ def test_one_assumed_number_makes_the_prediction_assumed() -> None:
     assert predict(stages(8, 4), MACHINES, HopCost(0.0, "assumed")).source == "assumed"
 
 
-def test_the_words_tell_what_the_slowest_stage_takes() -> None:
-    words = in_words(predict(stages(8, 4), MACHINES, HopCost(0.0, "measured")))
+def test_the_description_has_the_time_of_the_slowest_stage() -> None:
+    words = describe(predict(stages(8, 4), MACHINES, HopCost(0.0, "measured")))
     assert "slowest of 2 stages takes 13.0 ms" in words
     assert "measured" in words
