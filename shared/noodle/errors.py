@@ -1,37 +1,23 @@
-"""Every error noodle raises on purpose, in one tree; knows what each means over HTTP, not who raises it.
+"""Every error that noodle raises on purpose, in one tree, with its HTTP status and code.
 
 NoodleError
-├── StartError                 the process can not start: says what to change
-│   ├── ConfigurationError     a variable or option is wrong or unknown
-│   ├── ModelNotFound          NOODLE_MODEL names nothing that can be read
-│   ├── UnsupportedModel       the model is there, but noodle does not run it
-│   ├── PlanDoesNotFit         the model and these machines do not go together
-│   │   └── MemoryShort        because of their memory
-│   ├── GgmlUnavailable        ggml is missing, or can not compute on this machine
-│   ├── NotWritable            a folder that noodle keeps things in is full or not ours
-│   └── PortInUse              another program listens where we want to
-├── RequestError               the request is wrong; 4xx
-│   ├── InvalidRequest         400, names the parameter
-│   │   └── ContextTooLong     400, prompt + max_tokens over the context
-│   ├── NotAuthenticated       401
-│   ├── NotFound               404
-│   │   └── UnknownModel       404, names the models served
-│   ├── MethodNotAllowed       405
-│   ├── RequestTooSlow         408
-│   ├── Conflict               409
-│   ├── Gone                   410, was there: fetched already, or expired
-│   ├── BodyTooLarge           413
-│   ├── UnsupportedMediaType   415
-│   ├── Unprocessable          422, understood but not computable (a wrong hidden size)
-│   └── TooManyRequests        429, with Retry-After
-├── NotReady                   503, with Retry-After and what is being waited for
-├── GenerationFailed           500, a request that had begun could not be finished
-├── RequestTimedOut            504, a wait with a name ran out
-├── WireError                  bytes that are not a frame of ours
-│   └── FrameTooLarge          over the cap, refused before anything is allocated
-├── StepRefused                a frame of ours that this stage must not compute; carries a `reason` code
-│   └── PositionGap            earlier tokens of the session never came
-├── LinkLost                   the connection to the next process is gone
+├── StartError                 the process cannot start; the cure says what to change
+│   ├── ConfigurationError, ModelNotFound, UnsupportedModel, GgmlUnavailable, NotWritable, PortInUse
+│   └── PlanDoesNotFit         the model does not fit these machines
+│       └── MemoryShort
+├── RequestError               4xx: the client can correct the request
+│   ├── InvalidRequest         400
+│   │   └── ContextTooLong
+│   ├── NotAuthenticated 401, NotFound 404 (UnknownModel), MethodNotAllowed 405, RequestTooSlow 408, Conflict 409
+│   └── Gone 410, BodyTooLarge 413, UnsupportedMediaType 415, Unprocessable 422, TooManyRequests 429
+├── NotReady                   503, with Retry-After and what is missing
+├── GenerationFailed           500
+├── RequestTimedOut            504
+├── WireError                  malformed frames
+│   └── FrameTooLarge
+├── StepRefused                a stage must not compute this step; carries a `reason` code
+│   └── PositionGap
+├── LinkLost                   the connection to another process is gone
 └── QueueUnavailable           Valkey does not answer, or is full
 """
 
@@ -39,11 +25,20 @@ from __future__ import annotations
 
 
 class NoodleError(Exception):
-    """Base of all; `message` says what happened and where, `cure` what to do."""
+    """Base of the tree; `message` says what happened and where, `cure` what to do.
+
+    A subclass names its HTTP status, its code and its OpenAI error type in its class statement, or inherits them.
+    """
 
     http_status = 500
     code = "internal_error"
     error_type = "server_error"
+
+    def __init_subclass__(cls, status: int | None = None, code: str = "", error_type: str = "") -> None:
+        super().__init_subclass__()
+        cls.http_status = status or cls.http_status
+        cls.code = code or cls.code
+        cls.error_type = error_type or cls.error_type
 
     def __init__(
         self, message: str, *, cure: str = "", param: str | None = None, retry_after_seconds: int | None = None
@@ -58,193 +53,120 @@ class NoodleError(Exception):
         return f"{self.message} {self.cure}".strip()
 
 
-class StartError(NoodleError):
-    """Raised when a process can not start as it is configured."""
-
-    code = "start_error"
+class StartError(NoodleError, code="start_error"):
+    """The process cannot start with its configuration."""
 
 
-class ConfigurationError(StartError):
-    """Raised when a variable or option is unknown or has a value that means nothing."""
-
-    code = "configuration_error"
+class ConfigurationError(StartError, code="configuration_error"):
+    """A variable or option is unknown or has an invalid value."""
 
 
-class ModelNotFound(StartError):
-    """Raised when NOODLE_MODEL names no readable model."""
-
-    code = "model_not_found"
+class ModelNotFound(StartError, code="model_not_found"):
+    """NOODLE_MODEL names no readable model."""
 
 
-class UnsupportedModel(StartError):
-    """Raised when a model is readable but its type, scaling or format is not run here."""
-
-    code = "unsupported_model"
+class UnsupportedModel(StartError, code="unsupported_model"):
+    """The model is readable, but noodle does not run its type, scaling or format."""
 
 
-class PlanDoesNotFit(StartError):
-    """Raised when no assignment of layers to the machines is possible."""
-
-    code = "plan_does_not_fit"
+class PlanDoesNotFit(StartError, code="plan_does_not_fit"):
+    """No assignment of layers to the machines is possible."""
 
 
 class MemoryShort(PlanDoesNotFit):
-    """Raised when the machines' memory does not hold the model, however it is cut or as it was asked to be."""
+    """The machines do not have enough memory for the model, or for the split that was asked for."""
 
 
-class GgmlUnavailable(StartError):
-    """Raised when ggml is not installed, or not as this machine's processor needs it."""
-
-    code = "ggml_unavailable"
+class GgmlUnavailable(StartError, code="ggml_unavailable"):
+    """ggml is not installed, or not built for this machine's processor."""
 
 
-class NotWritable(StartError):
-    """Raised when the folder of the cache or of a run can not be written."""
-
-    code = "not_writable"
+class NotWritable(StartError, code="not_writable"):
+    """A folder that noodle writes to is full or not writable."""
 
 
-class PortInUse(StartError):
-    """Raised when another program listens on a port that a service needs."""
-
-    code = "port_in_use"
+class PortInUse(StartError, code="port_in_use"):
+    """Another program listens on a port that a service needs."""
 
 
-class RequestError(NoodleError):
-    """Base of all that the client can cure."""
-
-    http_status = 400
-    code = "invalid_request"
-    error_type = "invalid_request_error"
+class RequestError(NoodleError, status=400, code="invalid_request", error_type="invalid_request_error"):
+    """Base of the errors that the client can correct."""
 
 
 class InvalidRequest(RequestError):
-    """Raised when a request's body or a parameter is wrong."""
+    """The body or a parameter is invalid; `param` names it."""
 
 
-class ContextTooLong(InvalidRequest):
-    """Raised when prompt and max_tokens together pass the context length."""
-
-    code = "context_length_exceeded"
+class ContextTooLong(InvalidRequest, code="context_length_exceeded"):
+    """The prompt and max_tokens together exceed the context length."""
 
 
-class NotAuthenticated(RequestError):
-    """Raised when a key or token is missing or wrong."""
-
-    http_status = 401
-    code = "invalid_api_key"
-    error_type = "authentication_error"
+class NotAuthenticated(RequestError, status=401, code="invalid_api_key", error_type="authentication_error"):
+    """A key or token is missing or wrong."""
 
 
-class NotFound(RequestError):
-    """Raised when a route, model or request does not exist."""
-
-    http_status = 404
-    code = "not_found"
+class NotFound(RequestError, status=404, code="not_found"):
+    """A route, model or request does not exist."""
 
 
-class UnknownModel(NotFound):
-    """Raised when a request asks for a model that this cluster does not serve."""
-
-    code = "model_not_found"
+class UnknownModel(NotFound, code="model_not_found"):
+    """This cluster does not serve the requested model; names the models that it serves."""
 
 
-class MethodNotAllowed(RequestError):
-    """Raised when a route exists, but not for this method."""
-
-    http_status = 405
-    code = "method_not_allowed"
+class MethodNotAllowed(RequestError, status=405, code="method_not_allowed"):
+    """The route exists, but not for this method."""
 
 
-class RequestTooSlow(RequestError):
-    """Raised when the head or body of a request did not come in its time."""
-
-    http_status = 408
-    code = "request_too_slow"
+class RequestTooSlow(RequestError, status=408, code="request_too_slow"):
+    """The head or body of a request did not arrive in time."""
 
 
-class Conflict(RequestError):
-    """Raised when the request contradicts what is already there."""
-
-    http_status = 409
-    code = "conflict"
+class Conflict(RequestError, status=409, code="conflict"):
+    """The request contradicts the state on the server."""
 
 
-class Gone(RequestError):
-    """Raised when what is asked for was here, and will not come back."""
-
-    http_status = 410
-    code = "gone"
+class Gone(RequestError, status=410, code="gone"):
+    """The requested value existed, and has been fetched or has expired."""
 
 
-class BodyTooLarge(RequestError):
-    """Raised when a body passes the route's limit."""
-
-    http_status = 413
-    code = "body_too_large"
+class BodyTooLarge(RequestError, status=413, code="body_too_large"):
+    """The body exceeds the limit of its route."""
 
 
-class UnsupportedMediaType(RequestError):
-    """Raised when the body is not declared as what the route reads."""
-
-    http_status = 415
-    code = "unsupported_media_type"
+class UnsupportedMediaType(RequestError, status=415, code="unsupported_media_type"):
+    """The Content-Type is not one that the route reads."""
 
 
-class Unprocessable(RequestError):
-    """Raised when a well-formed request can not be computed."""
-
-    http_status = 422
-    code = "unprocessable"
+class Unprocessable(RequestError, status=422, code="unprocessable"):
+    """The request is well-formed but cannot be computed, for example with a wrong hidden size."""
 
 
-class TooManyRequests(RequestError):
-    """Raised when as many requests wait as may."""
-
-    http_status = 429
-    code = "rate_limit_exceeded"
-    error_type = "rate_limit_error"
+class TooManyRequests(RequestError, status=429, code="rate_limit_exceeded", error_type="rate_limit_error"):
+    """A limit on concurrent requests is reached; carries Retry-After."""
 
 
-class NotReady(NoodleError):
-    """Raised while the cluster can not answer yet."""
-
-    http_status = 503
-    code = "not_ready"
+class NotReady(NoodleError, status=503, code="not_ready"):
+    """The cluster cannot answer yet."""
 
 
-class GenerationFailed(NoodleError):
-    """Raised when a request that had begun can not be finished."""
-
-    code = "generation_failed"
+class GenerationFailed(NoodleError, code="generation_failed"):
+    """A request that had started cannot be finished."""
 
 
-class RequestTimedOut(NoodleError):
-    """Raised when a named wait ran out."""
-
-    http_status = 504
-    code = "timed_out"
+class RequestTimedOut(NoodleError, status=504, code="timed_out"):
+    """A named timeout expired."""
 
 
-class WireError(NoodleError):
-    """Raised when bytes from the wire are not a frame of ours."""
-
-    http_status = 400
-    code = "bad_frame"
+class WireError(NoodleError, status=400, code="bad_frame"):
+    """The received bytes are not a valid frame."""
 
 
-class FrameTooLarge(WireError):
-    """Raised when a frame says it is larger than its route allows."""
-
-    http_status = 413
-    code = "frame_too_large"
+class FrameTooLarge(WireError, status=413, code="frame_too_large"):
+    """A frame exceeds the limit of its route; nothing was allocated for it."""
 
 
-class StepRefused(NoodleError):
-    """Raised when a stage must not compute a step; `reason` is one short code that is also a metric label."""
-
-    http_status = 409
-    code = "step_refused"
+class StepRefused(NoodleError, status=409, code="step_refused"):
+    """A stage must not compute a step; `reason` is a short code that is also a metric label."""
 
     def __init__(self, message: str, *, reason: str, cure: str = "") -> None:
         super().__init__(message, cure=cure)
@@ -252,20 +174,15 @@ class StepRefused(NoodleError):
 
 
 class PositionGap(StepRefused):
-    """Raised when tokens before a step's first position never came in time."""
+    """The tokens before a step's first position did not arrive in time."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason="position_gap")
 
 
-class LinkLost(NoodleError):
-    """Raised when the connection to the next process is gone."""
-
-    code = "link_lost"
+class LinkLost(NoodleError, code="link_lost"):
+    """The connection to another process is gone."""
 
 
-class QueueUnavailable(NoodleError):
-    """Raised when Valkey does not answer or refuses to store."""
-
-    http_status = 503
-    code = "queue_unavailable"
+class QueueUnavailable(NoodleError, status=503, code="queue_unavailable"):
+    """Valkey does not answer, or refuses to store."""
