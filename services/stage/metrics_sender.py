@@ -6,7 +6,6 @@ is lost is sent again under the same id, which the coordinator knows. No fault h
 
 from __future__ import annotations
 
-import http.client
 import logging
 import os
 import threading
@@ -16,19 +15,20 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
 from noodle import __version__
 from noodle.config.settings import StageConfig
+from noodle.http_client import HTTP_ERRORS, message_of, reason_of, request
 
 log = logging.getLogger(__name__)
 
 SNAPSHOT_SECONDS = 30.0  # between two
 SEND_CONNECT_SECONDS = 3.0
 SEND_ANSWER_SECONDS = 10.0
+MAXIMUM_ANSWER_BYTES = 64 << 10  # of the coordinator to one request
 SEND_ENTRIES = 200  # in one request; the coordinator takes 1000 and 1 MB
 SEND_BYTES = 512 << 10
 REFUSED_STATUSES = (400, 413, 415, 422)  # sending the same entries again would not help
@@ -114,8 +114,8 @@ class MetricsSender:
         while chosen := self._unsent.oldest(SEND_ENTRIES, SEND_BYTES):
             try:
                 status, answer = self._post(b"[" + b",".join(chosen) + b"]")
-            except (OSError, http.client.HTTPException) as error:
-                self._log_failure(str(error) or type(error).__name__)
+            except HTTP_ERRORS as error:
+                self._log_failure(reason_of(error))
                 return
             if status in REFUSED_STATUSES:
                 log.warning("the coordinator refuses %d measurements: %d %s", len(chosen), status, answer)
@@ -126,17 +126,17 @@ class MetricsSender:
         self._log_failure("")
 
     def _post(self, body: bytes) -> tuple[int, str]:
-        parts = urlsplit(self._config.coordinator_url)
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=SEND_CONNECT_SECONDS)
-        try:
-            connection.connect()
-            connection.sock.settimeout(SEND_ANSWER_SECONDS)
-            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._config.cluster_token}"}
-            connection.request("POST", f"{parts.path}/log_metrics", body, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read(2000).decode("utf-8", "replace")
-        finally:
-            connection.close()
+        answer = request(
+            "POST",
+            f"{self._config.coordinator_url}/log_metrics",
+            token=self._config.cluster_token,
+            body=body,
+            headers={"Content-Type": "application/json"},
+            connect_seconds=SEND_CONNECT_SECONDS,
+            answer_seconds=SEND_ANSWER_SECONDS,
+            maximum_bytes=MAXIMUM_ANSWER_BYTES,
+        )
+        return answer.status, message_of(answer.body)
 
     def _log_failure(self, failure: str) -> None:
         """Log the first of a row of failures, and its end (an empty text)."""

@@ -162,9 +162,9 @@ def test_a_wrong_token_is_told_at_once_and_a_coordinator_that_is_away_is_waited_
     with serving(model, tmp_path / "a") as url, told:
         cache_of(tmp_path / "b", url, "another").prepare()
     away = cache_of(tmp_path / "b", "http://127.0.0.1:9", patient=False)
-    with pytest.raises(LinkLost, match="can not be reached"):
+    with pytest.raises(LinkLost, match="cannot be reached"):
         away.prepare()
-    assert "can not be reached" in away.waits_for
+    assert "cannot be reached" in away.waits_for
 
 
 def test_a_disk_that_cannot_be_written_is_named_with_its_cure(model, tmp_path):

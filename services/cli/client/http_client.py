@@ -6,14 +6,14 @@ Knows HTTP and OpenAI's error object, not what is asked for. No proxy is used: t
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from noodle.errors import LinkLost, NoodleError, NotAuthenticated, NotReady, RequestTimedOut
+from noodle.http_client import HTTP_ERRORS, AnswerTooLarge, HttpResponse, open_request, read_bounded, reason_of
 
 HEALTH_SECONDS = 2.0  # /health answers at once, or its process is in trouble
 ANSWER_SECONDS = 600.0  # for an answer that comes whole, after everything was computed
@@ -21,22 +21,17 @@ STREAM_SILENCE_SECONDS = 60.0  # a stream says something each second, if only a 
 MAXIMUM_ANSWER_BYTES = 64 << 20
 MAXIMUM_LINE_BYTES = 8 << 20
 
-# what reaches us when the other side is not there, went away, or answers something that is not HTTP
-TROUBLES = (OSError, http.client.HTTPException)
-
 
 def get_json(url: str, credential: str = "", timeout_seconds: float = HEALTH_SECONDS) -> tuple[int, dict[str, Any]]:
     """Status and JSON object of a GET, whatever the status; raises NoodleError when nothing (sensible) answers."""
-    connection, response = _request("GET", url, None, credential, timeout_seconds)
-    with contextlib.closing(connection), contextlib.closing(response):
-        return response.status, _json_object(url, _read(url, response))
+    with _request("GET", url, None, credential, timeout_seconds) as response:
+        return response.status, _json_object(url, _read(response))
 
 
 def post_json(url: str, body: object, credential: str = "", timeout_seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
     """JSON object that answers a POST; raises NoodleError in the server's own words when it refuses."""
-    connection, response = _request("POST", url, body, credential, timeout_seconds)
-    with contextlib.closing(connection), contextlib.closing(response):
-        content = _read(url, response)
+    with _request("POST", url, body, credential, timeout_seconds) as response:
+        content = _read(response)
         if response.status >= 400:
             _raise_refusal(url, response, content)
         return _json_object(url, content)
@@ -46,9 +41,8 @@ def post_for_answer(
     url: str, body: object, credential: str = "", timeout_seconds: float = ANSWER_SECONDS
 ) -> tuple[int, dict[str, Any]]:
     """As post_json, but a refusal as 422 comes back too: it carries more than its message."""
-    connection, response = _request("POST", url, body, credential, timeout_seconds)
-    with contextlib.closing(connection), contextlib.closing(response):
-        content = _read(url, response)
+    with _request("POST", url, body, credential, timeout_seconds) as response:
+        content = _read(response)
         if response.status >= 400 and response.status != 422:
             _raise_refusal(url, response, content)
         return response.status, _json_object(url, content)
@@ -59,10 +53,9 @@ def post_for_events(url: str, body: object, credential: str = "") -> Generator[s
 
     Raises NoodleError when the server refuses, falls silent or breaks off in the middle of an event.
     """
-    connection, response = _request("POST", url, body, credential, STREAM_SILENCE_SECONDS)
-    with contextlib.closing(connection), contextlib.closing(response):
+    with _request("POST", url, body, credential, STREAM_SILENCE_SECONDS) as response:
         if response.status >= 400:
-            _raise_refusal(url, response, _read(url, response))
+            _raise_refusal(url, response, _read(response))
         data: list[str] = []
         while line := _read_line(url, response):
             text = line.decode("utf-8", errors="replace").rstrip("\r\n")
@@ -75,46 +68,40 @@ def post_for_events(url: str, body: object, credential: str = "") -> Generator[s
             raise LinkLost(f"{url} broke off in the middle of an event.", cure="See `noodle status` and the logs.")
 
 
-def _request(
-    method: str, url: str, body: object, credential: str, timeout_seconds: float
-) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+@contextlib.contextmanager
+def _request(method: str, url: str, body: object, credential: str, timeout_seconds: float) -> Iterator[HttpResponse]:
+    """Send a request; a failure of the connection, also while the body is read, becomes an error in plain words."""
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname:
         raise NoodleError(f"{url!r} is not an http:// URL.", cure="Write it as http://192.168.1.101:8080.")
     headers = {"Accept": "application/json, text/event-stream"}
-    if credential:
-        headers["Authorization"] = f"Bearer {credential}"
     content = None
     if body is not None:
         content = json.dumps(body).encode()
         headers["Content-Type"] = "application/json"
-    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_seconds)
     try:
-        connection.request(method, parts.path or "/", content, headers)
-        return connection, connection.getresponse()
-    except TROUBLES as error:
-        connection.close()
+        with open_request(
+            method,
+            url,
+            token=credential,
+            body=content,
+            headers=headers,
+            connect_seconds=timeout_seconds,
+            answer_seconds=timeout_seconds,
+        ) as response:
+            yield response
+    except AnswerTooLarge as error:
+        raise NoodleError(f"{url} answered with {error}.") from error
+    except HTTP_ERRORS as error:
         _raise_trouble(url, error, timeout_seconds)
-    except BaseException:
-        connection.close()
-        raise
 
 
-def _read(url: str, response: http.client.HTTPResponse) -> bytes:
-    try:
-        content = response.read(MAXIMUM_ANSWER_BYTES + 1)
-    except TROUBLES as error:
-        _raise_trouble(url, error, ANSWER_SECONDS)
-    if len(content) > MAXIMUM_ANSWER_BYTES:
-        raise NoodleError(f"{url} answered with more than {MAXIMUM_ANSWER_BYTES} bytes.")
-    return content
+def _read(response: HttpResponse) -> bytes:
+    return read_bounded(response, MAXIMUM_ANSWER_BYTES)
 
 
-def _read_line(url: str, response: http.client.HTTPResponse) -> bytes:
-    try:
-        line = response.readline(MAXIMUM_LINE_BYTES + 1)
-    except TROUBLES as error:
-        _raise_trouble(url, error, STREAM_SILENCE_SECONDS)
+def _read_line(url: str, response: HttpResponse) -> bytes:
+    line = response.readline(MAXIMUM_LINE_BYTES + 1)
     if len(line) > MAXIMUM_LINE_BYTES:
         raise NoodleError(f"{url} sent a line of more than {MAXIMUM_LINE_BYTES} bytes.")
     return line
@@ -146,11 +133,12 @@ def _raise_trouble(url: str, error: Exception, timeout_seconds: float) -> NoRetu
         raise NoodleError(
             f"The name {parts.hostname!r} is not known here.", cure="Use the machine's IP address."
         ) from error
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    raise LinkLost(f"The connection to {where} broke: {reason}.", cure="See `noodle status` and the logs.") from error
+    raise LinkLost(
+        f"The connection to {where} broke: {reason_of(error)}.", cure="See `noodle status` and the logs."
+    ) from error
 
 
-def _raise_refusal(url: str, response: http.client.HTTPResponse, content: bytes) -> NoReturn:
+def _raise_refusal(url: str, response: HttpResponse, content: bytes) -> NoReturn:
     """Raise what the server's error object says."""
     try:
         message = str(json.loads(content)["error"]["message"])

@@ -10,8 +10,9 @@ from flask import Blueprint, Response, request
 
 from noodle.config.settings import CoordinatorConfig
 from noodle.errors import NotFound, NotReady, TooManyRequests
+from noodle.http_client import Answer
 from noodle.web.service import add_success_false, json_body
-from services.coordinator.api.relay import Relayed, relay
+from services.coordinator.api.relay import relay
 from services.coordinator.coordinator import Coordinator
 
 MAXIMUM_RELAYED_FORWARDS = 8  # in progress at once, each with a body in memory; more get 429
@@ -97,7 +98,7 @@ def _stage_url(engine: Coordinator, stage_id: str) -> str:
     )
 
 
-def _as_response(answer: Relayed) -> Response:
+def _as_response(answer: Answer) -> Response:
     """The other service's answer as it came, errors too; none of its other headers."""
     retry_after = answer.headers.get("Retry-After")
     headers = {"Retry-After": retry_after} if retry_after else {}

@@ -5,15 +5,13 @@ Knows streams, the outbox and how its bytes are fetched; not what a step compute
 
 from __future__ import annotations
 
-import http.client
 import logging
-import socket
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from noodle.cluster.plan import Plan
 from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
 from noodle.errors import LinkLost, QueueUnavailable, StepRefused, WireError
+from noodle.http_client import HTTP_ERRORS, HttpConnection, connect
 from noodle.metrics.counted import StageMetrics
 from noodle.wire.frames import ACTIVATION_DTYPES, MAXIMUM_STEP_TOKENS, body_digest, tensor_bytes
 from noodle.wire.messages import (
@@ -47,7 +45,7 @@ class Fetcher:
     def __init__(self, cluster_token: str) -> None:
         self._token = cluster_token
         self._url = ""
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection: HttpConnection | None = None
 
     def fetch(self, url: str, activation_id: str, byte_count: int) -> bytes:
         """Exactly so many bytes; raises LinkLost when they can not be had, StepRefused when they are others."""
@@ -55,7 +53,7 @@ class Fetcher:
         for _ in range(FETCH_TRIES):
             try:
                 return self._fetch_once(url, activation_id, byte_count)
-            except (OSError, http.client.HTTPException) as error:
+            except HTTP_ERRORS as error:
                 self.close()
                 failure = str(error) or type(error).__name__
         raise LinkLost(f"{url} does not give the activations of a step: {failure}.")
@@ -85,18 +83,14 @@ class Fetcher:
         self._confirm(connection)
         return body
 
-    def _connected(self, url: str) -> http.client.HTTPConnection:
+    def _connected(self, url: str) -> HttpConnection:
         if self._connection is None or self._url != url:
             self.close()
-            parts = urlsplit(url)
-            connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=FETCH_CONNECT_SECONDS)
-            self._connection, self._url = connection, url
-            connection.connect()
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.sock.settimeout(FETCH_SILENCE_SECONDS)
+            self._connection = connect(url, connect_seconds=FETCH_CONNECT_SECONDS, answer_seconds=FETCH_SILENCE_SECONDS)
+            self._url = url
         return self._connection
 
-    def _confirm(self, connection: http.client.HTTPConnection) -> None:
+    def _confirm(self, connection: HttpConnection) -> None:
         """Tell the stage that has the bytes that they are here; if it does not hear it, they expire there."""
         try:
             if connection.sock is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import http.client
 import logging
 import os
 import threading
@@ -18,11 +17,12 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import msgspec
 
 from noodle.errors import LinkLost, ModelNotFound, StartError
+from noodle.http_client import HTTP_ERRORS, HttpResponse, message_of, open_request, reason_of
 from noodle.model.files import DIGEST_NAME, digest_of_range
 from noodle.model.weight_manifest import (
     FILES_PATH,
@@ -43,6 +43,7 @@ LOCK_POLL_SECONDS = 0.2
 PIECE_BYTES = 1 << 20
 NOTE_BYTES = 16 << 20  # how much a fetch that is cut may have to fetch again
 COMPANION_BYTES_CAP = 64 << 20
+MAXIMUM_REFUSAL_BYTES = 64 << 10  # of the body of an answer that is an error
 FETCHED_NAME = "fetched.json"
 
 Progress = Callable[[int, int], None]  # bytes done and in all
@@ -207,25 +208,25 @@ class WeightCache:
             raise LinkLost(f"{self._url} ended after {got} of {end - first} bytes of {name}.")
 
     def _get(self, path: str, headers: dict[str, str], status: int, maximum_bytes: int) -> Iterator[bytes]:
-        parts = urlsplit(self._url)
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=CONNECT_TIMEOUT_SECONDS)
         try:
-            connection.connect()
-            connection.sock.settimeout(READ_TIMEOUT_SECONDS)
-            connection.request("GET", path, headers={"Authorization": f"Bearer {self._token}", **headers})
-            answer = connection.getresponse()
-            if answer.status != status:
-                raise _refusal(self._url, path, answer)
-            left = maximum_bytes
-            while piece := answer.read(PIECE_BYTES):
-                left -= len(piece)
-                if left < 0:
-                    raise StartError(f"{self._url}{path} sent more than the {maximum_bytes} bytes that were asked for.")
-                yield piece
-        except (OSError, http.client.HTTPException) as error:
-            raise LinkLost(f"{self._url} can not be reached: {error or type(error).__name__}.") from error
-        finally:
-            connection.close()
+            with open_request(
+                "GET",
+                f"{self._url}{path}",
+                token=self._token,
+                headers=headers,
+                connect_seconds=CONNECT_TIMEOUT_SECONDS,
+                answer_seconds=READ_TIMEOUT_SECONDS,
+            ) as answer:
+                if answer.status != status:
+                    raise _refusal(self._url, path, answer)
+                left = maximum_bytes
+                while piece := answer.read(PIECE_BYTES):
+                    left -= len(piece)
+                    if left < 0:
+                        raise StartError(f"{self._url}{path} sent more than the requested {maximum_bytes} bytes.")
+                    yield piece
+        except HTTP_ERRORS as error:
+            raise LinkLost(f"{self._url} cannot be reached: {reason_of(error)}.") from error
 
     def _retried(self, fetch: Callable[[], Value]) -> Value:
         """Try until it works: a coordinator that is not there, or not ready, will be; a refusal is raised."""
@@ -293,13 +294,9 @@ def _further(progress: Progress, before_bytes: int, total_bytes: int, more_bytes
     progress(before_bytes + more_bytes, total_bytes)
 
 
-def _refusal(url: str, path: str, answer: http.client.HTTPResponse) -> LinkLost | StartError:
+def _refusal(url: str, path: str, answer: HttpResponse) -> LinkLost | StartError:
     """What an answer means: one that is not ready may be asked again, one that refuses will do so again."""
-    text = answer.read(2000).decode("utf-8", "replace")
-    try:
-        text = str(msgspec.json.decode(text)["error"]["message"])
-    except (msgspec.MsgspecError, KeyError, TypeError):
-        text = text[:200]
+    text = message_of(answer.read(MAXIMUM_REFUSAL_BYTES))
     if answer.status == 401:
         return StartError(
             f"The coordinator at {url} refuses this machine's cluster token.",

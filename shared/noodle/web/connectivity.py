@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import http.client
 import json
 import queue
 import socket
@@ -19,6 +18,8 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from msgspec import Struct, field
+
+from noodle.http_client import HTTP_ERRORS, HttpConnection, connect, reason_of, send_request
 
 CONNECT_SECONDS = 3.0  # a packet that nobody answers is sent again twice in this time
 ANSWER_SECONDS = 3.0
@@ -107,17 +108,15 @@ def try_service(target: Target, token: str, *, measures: threading.Lock | None =
     parts = urlsplit(target.url)
     host, port = parts.hostname or "", parts.port or 80
     try:
-        connection = http.client.HTTPConnection(host, port, timeout=CONNECT_SECONDS)
-        with contextlib.closing(connection):
-            connection.connect()
-            connection.sock.settimeout(ANSWER_SECONDS)
+        opened = connect(target.url, connect_seconds=CONNECT_SECONDS, answer_seconds=ANSWER_SECONDS)
+        with contextlib.closing(opened) as connection:
             health, clock_ahead_seconds = _health(connection, token)
             if health is None:
                 return _failed(target, "foreign", "what answers there is no noodle")
             with measures or contextlib.nullcontext():  # what is timed has the way for itself
                 round_trip_seconds = _round_trip(host, port)
                 outcome, bytes_per_second = _bandwidth(connection, token, BANDWIDTH_BYTES if measures else 1)
-    except (OSError, http.client.HTTPException) as error:
+    except HTTP_ERRORS as error:
         return _failed(target, *trouble(error))
     details: dict[Outcome, str] = {
         "locked": "it does not take this cluster token",
@@ -166,8 +165,7 @@ def trouble(error: Exception) -> tuple[Outcome, str]:
         return "silent", f"no answer in {CONNECT_SECONDS:.0f} s"
     if isinstance(error, OSError) and error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EPERM):
         return "no_way", f"{error.strerror}"
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return "foreign", f"the connection broke: {reason}"
+    return "foreign", f"the connection broke: {reason_of(error)}"
 
 
 def _failed(target: Target, outcome: Outcome, detail: str) -> ConnectionResult:
@@ -192,10 +190,9 @@ def _round_trip(host: str, port: int) -> float:
     return min(seconds)
 
 
-def _health(connection: http.client.HTTPConnection, token: str) -> tuple[dict[str, Any] | None, float | None]:
+def _health(connection: HttpConnection, token: str) -> tuple[dict[str, Any] | None, float | None]:
     """What /health says, None when it is not noodle's; and how far that clock is ahead."""
-    connection.request("GET", "/health", headers={"Authorization": f"Bearer {token}"} if token else {})
-    response = connection.getresponse()
+    response = send_request(connection, "GET", "/health", token=token)
     content = response.read(HEALTH_BYTES)
     now = time.time()
     response.close()
@@ -212,11 +209,9 @@ def _health(connection: http.client.HTTPConnection, token: str) -> tuple[dict[st
     return answer if is_ours else None, ahead_seconds
 
 
-def _bandwidth(connection: http.client.HTTPConnection, token: str, byte_count: int) -> tuple[Outcome, float | None]:
+def _bandwidth(connection: HttpConnection, token: str, byte_count: int) -> tuple[Outcome, float | None]:
     """Whether the token opens the locked route, and how fast its bytes come."""
-    path = f"{BYTES_PATH}?count={byte_count}"
-    connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
-    response = connection.getresponse()
+    response = send_request(connection, "GET", f"{BYTES_PATH}?count={byte_count}", token=token)
     if response.status != 200:
         return ("locked" if response.status == 401 else "foreign"), None
     first = response.read1(READ_BYTES)

@@ -6,7 +6,6 @@ says nothing, is not. What it says stands in the engine's health log (`docker in
 
 from __future__ import annotations
 
-import http.client
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from noodle.config.environment import coordinator_config, planner_config, process_environment, stage_config
 from noodle.config.settings import ServiceConfig
 from noodle.errors import NoodleError
+from noodle.http_client import HTTP_ERRORS, reason_of, request
 
 ANSWER_SECONDS = 4.0  # the engine's own limit is five
 ANSWER_BYTES = 1 << 20
@@ -29,16 +29,20 @@ CONFIG_OF: dict[str, Callable[[Mapping[str, str]], ServiceConfig]] = {
 def probe(config: ServiceConfig) -> tuple[bool, str]:
     """Whether the service is alive and has not failed, and what it says of itself."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind.host, config.bind.host)
-    connection = http.client.HTTPConnection(host, config.bind.port, timeout=ANSWER_SECONDS)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{config.bind.port}/health"
     try:
-        connection.request("GET", "/health", headers={"Authorization": f"Bearer {config.cluster_token}"})
-        response = connection.getresponse()
-        said = json.loads(response.read(ANSWER_BYTES))
-        return response.status == 200, f"{said['status']}: {said.get('detail', '')}"
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-        return False, f"{config.bind} gives no answer: {error or type(error).__name__}"
-    finally:
-        connection.close()
+        answer = request(
+            "GET",
+            url,
+            token=config.cluster_token,
+            connect_seconds=ANSWER_SECONDS,
+            answer_seconds=ANSWER_SECONDS,
+            maximum_bytes=ANSWER_BYTES,
+        )
+        health = json.loads(answer.body)
+        return answer.status == 200, f"{health['status']}: {health.get('detail', '')}"
+    except (*HTTP_ERRORS, ValueError, KeyError, TypeError) as error:
+        return False, f"{config.bind} gives no answer: {reason_of(error)}"
 
 
 def main(arguments: Sequence[str]) -> int:

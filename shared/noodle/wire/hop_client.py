@@ -5,18 +5,15 @@ Knows frames and connections, not what is in a step. The server's end is `servic
 
 from __future__ import annotations
 
-import http.client
 import logging
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
-from urllib.parse import urlsplit
-
-import msgspec
 
 from noodle.errors import LinkLost, WireError
+from noodle.http_client import HTTP_ERRORS, HttpConnection, connect, message_of, reason_of
 from noodle.threads import start_loop
 from noodle.wire.chunked import ChunkStream
 from noodle.wire.frames import encode_frame, read_frame
@@ -55,17 +52,14 @@ class _FrameStream:
         self._lost = threading.Event()
         self._losing = threading.Lock()
         self._socket: socket.socket | None = None  # for writing: the same connection with a timeout of its own
-        parts = urlsplit(url)
-        self._connection = http.client.HTTPConnection(
-            parts.hostname or "", parts.port or 80, timeout=CONNECT_TIMEOUT_SECONDS
-        )
+        self._connection: HttpConnection | None = None
 
     def _open(self, method: str, path: str, headers: Mapping[str, str]) -> None:
         """Connect and read the answer's head; raises LinkLost with what the other end said."""
-        connection = self._connection
         try:
-            connection.connect()
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = self._connection = connect(
+                self.url, connect_seconds=CONNECT_TIMEOUT_SECONDS, answer_seconds=CONNECT_TIMEOUT_SECONDS
+            )
             self._socket = connection.sock.dup()
             self._socket.settimeout(SEND_TIMEOUT_SECONDS)
             connection.putrequest(method, path, skip_accept_encoding=True)
@@ -75,12 +69,12 @@ class _FrameStream:
             connection.endheaders()
             answer = connection.getresponse()
             if answer.status != 200:
-                refusal = answer.read(MAXIMUM_REFUSAL_BYTES).decode("utf-8", "replace")
-                raise LinkLost(f"{self.url} refused {path} with {answer.status}: {_message_of(refusal)}")
+                refusal = message_of(answer.read(MAXIMUM_REFUSAL_BYTES))
+                raise LinkLost(f"{self.url} refused {path} with {answer.status}: {refusal}")
             connection.sock.settimeout(SILENCE_SECONDS)
-        except (OSError, http.client.HTTPException) as error:
+        except HTTP_ERRORS as error:
             self.close()
-            raise LinkLost(f"{self.url} can not be reached: {_reason(error)}.") from error
+            raise LinkLost(f"{self.url} cannot be reached: {_reason(error)}.") from error
         except LinkLost:
             self.close()
             raise
@@ -93,7 +87,7 @@ class _FrameStream:
             while (frame := read_frame(chunks.read, MAXIMUM_ANSWER_BYTES)) is not None:
                 self._on_message(frame[0])
             self._lose("the other end closed it")
-        except (OSError, http.client.HTTPException, WireError, ValueError, AttributeError) as error:
+        except (*HTTP_ERRORS, WireError, ValueError, AttributeError) as error:
             # ValueError and AttributeError: http.client's file was closed under the read by close()
             self._lose(_reason(error))
         except Exception as error:  # whoever was told failed: the owner hears of it, and the connection begins anew
@@ -121,7 +115,8 @@ class _FrameStream:
             except OSError:
                 log.debug("%s was already closed", self.url)
             self._socket.close()
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()
 
 
 class HopConnection(_FrameStream):
@@ -290,13 +285,4 @@ class KeptOpen(Generic[Connection]):
 def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return f"silent for {SILENCE_SECONDS:.0f} seconds"
-    return str(error) or type(error).__name__
-
-
-def _message_of(body: str) -> str:
-    """The message of an error object, or the start of whatever came."""
-    try:
-        decoded = msgspec.json.decode(body)
-        return str(decoded["error"]["message"])
-    except (msgspec.MsgspecError, KeyError, TypeError):
-        return body[:200]
+    return reason_of(error)
