@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
+from msgspec.structs import replace
 
 from noodle.cluster.plan import MachineReport, Plan
 from noodle.cluster.valkey import WorkQueue
@@ -18,35 +19,24 @@ from noodle.logs import about
 from noodle.metrics.counted import CoordinatorMetrics
 from noodle.metrics.scraped import PlannedStage, PlanSeen
 from noodle.wire.queue_end import STREAM_TIMEOUT_SECONDS
-from services.coordinator.api.openai_request import ServedModel
-from services.coordinator.api.openai_stream import now_seconds
-from services.coordinator.api.sse import Started
 from services.coordinator.engine.loop import EngineLoop
-from services.coordinator.engine.parameters import (
-    GenerationParameters,
-    Scores,
-    fit_into_context,
-    refuse_what_can_not_fit,
-)
 from services.coordinator.engine.pipeline import Pipeline, PipelineEvent
 from services.coordinator.engine.recorder import Recorder
 from services.coordinator.engine.request import (
-    NOBODY,
-    Asker,
     Client,
-    GenerationReader,
-    GenerationRequest,
-    ended_generation,
-    sampling_of,
+    Request,
+    RequestStream,
+    ended_stream,
+    fit_into_context,
+    refuse_what_cannot_fit,
 )
-from services.coordinator.engine.resume import KeptRequest, KeptRequests
+from services.coordinator.engine.resume import KeptRequests
 from services.coordinator.engine.scheduler import Scheduler
 from services.coordinator.leadership import Leadership, progress_of, waiting_for
 from services.coordinator.models.progress import Progress
 from services.coordinator.models.store import prepare_model
 from services.coordinator.models.weight_server import WeightStore
 from services.coordinator.text.answer import Answer
-from services.coordinator.text.detokenizer import TextStream
 from services.coordinator.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -55,6 +45,15 @@ log = logging.getLogger(__name__)
 RESUME_BY_KEY_SECONDS = 60.0  # how long a request with an Idempotency-Key goes on without a reader, unless it says so
 RETURN_SECONDS = 30.0  # that the client of any request has to come back after the coordinator's restart
 TAKE_UP_RETRY_SECONDS = 1
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a request is checked against: the names this model answers to (the first is its own), and its size."""
+
+    names: tuple[str, ...]
+    vocabulary_size: int
+    created_seconds: int  # Unix time, for OpenAI's `created`
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Coordinator:
         except StartError as error:
             self.failure = str(error)
             raise
-        served = ServedModel((prepared.name,), tokenizer.vocabulary_size, now_seconds())
+        served = ServedModel((prepared.name,), tokenizer.vocabulary_size, int(time.time()))
         self.loaded = LoadedModel(prepared.folder, served, tokenizer)
         self.weights.serve(prepared.folder, prepared.name)
         self._is_loaded.set()
@@ -125,11 +124,11 @@ class Coordinator:
             return list(prompt)
         return self.ready_model().tokenizer.encode(prompt, add_special_tokens, self.context_length)
 
-    def chat_token_ids(self, messages: Sequence[Mapping[str, str]], parameters: GenerationParameters) -> list[int]:
+    def chat_token_ids(self, messages: Sequence[Mapping[str, str]], request: Request) -> list[int]:
         """A conversation as token ids; one that can not fit into the context is refused before it is rendered."""
         tokenizer = self.ready_model().tokenizer
-        refuse_what_can_not_fit(
-            parameters,
+        refuse_what_cannot_fit(
+            request,
             least_tokens=tokenizer.fewest_tokens(message["content"] for message in messages),
             context_length=self.context_length,
             prompt_name="messages",
@@ -176,59 +175,28 @@ class Coordinator:
         ]
         return PlanSeen(state.plan.version, stages, is_up=state.up)
 
-    def start(
-        self,
-        token_ids: list[int],
-        parameters: GenerationParameters,
-        prompt_name: str,
-        *,
-        goes_on: bool = True,
-        asker: Asker = NOBODY,
-        answer_id: str = "",
-    ) -> Started:
-        """Send a checked request on its way; raises what still refuses it before the first byte.
+    def start(self, request: Request, client: Client, *, prompt_name: str) -> Answer:
+        """Admit a checked request and return its answer; raises what still refuses it before the first byte.
 
-        `goes_on` says that the answer continues the prompt's own text, and does not begin one of its own as in a chat.
-        One that came before with the same idempotency key is read, and not computed again.
+        `prompt_name` is the body's field with the prompt. A request that came before with the same idempotency key is
+        read again instead of being computed twice.
         """
         model = self.ready_model()
-        parameters = fit_into_context(
-            parameters, prompt_tokens=len(token_ids), context_length=self.context_length, prompt_name=prompt_name
-        )
-        request = GenerationRequest(
-            token_ids,
-            parameters.max_new_tokens,
-            parameters.sampling,
-            frozenset() if parameters.ignore_eos else frozenset(model.tokenizer.eos_token_ids),
-            parameters.stop,
-            parameters.scores.wanted,
-            parameters.scores.top,
-            parameters.scores.of_prompt,
-            asker.client,
-            asker.request_id,
-            parameters.priority,
-            parameters.cache_salt,
-            goes_on,
-            parameters.resume_seconds or (RESUME_BY_KEY_SECONDS if asker.idempotency.key else 0.0),
-            parameters.timeout_seconds,
-            asker.idempotency,
-            answer_id,
-        )
-        if asker.idempotency.key:
+        request = fit_into_context(request, context_length=self.context_length, prompt_name=prompt_name)
+        if request.idempotency_key:
+            request = replace(request, resume_seconds=request.resume_seconds or RESUME_BY_KEY_SECONDS)
             self._refuse_until_records_are_known()  # it may be one of them
         with self.kept.lock:
-            if (kept := self.kept.joined(asker.client, asker.idempotency)) is None:
-                self.kept.refuse_a_crowd()
-                record, generation = self.loop.admission.submit(request)
-                kept = self.kept.add(record, generation)
-                self.metrics.prompt_tokens.inc(len(token_ids))
-                reader = kept.generation.open_reader()
-            else:
-                reader = self.kept.open_reader(kept)
-        return self._started(kept, reader, parameters, model)
+            stream = self.kept.find_same(request)
+            self.kept.require_reader_place()
+            if stream is None:
+                end_token_ids = frozenset(model.tokenizer.eos_token_ids)
+                stream = self.kept.add(self.loop.admission.submit(request, client, end_token_ids))
+                self.metrics.prompt_tokens.inc(len(request.prompt_token_ids))
+            return Answer(stream.request, stream.open_reader(), model.tokenizer)
 
-    def find(self, client: Client, name: str) -> KeptRequest:
-        """A request that this client made; raises NotFound, and NotReady while a coordinator before may have it."""
+    def find(self, client: Client, name: str) -> RequestStream:
+        """Return a request of this client. Raises NotFound, and NotReady while records may still have to be read."""
         try:
             return self.kept.find(client, name)
         except NotFound:
@@ -242,32 +210,9 @@ class Coordinator:
                 retry_after_seconds=TAKE_UP_RETRY_SECONDS,
             )
 
-    def take_up(self, kept: KeptRequest) -> Started:
-        """Read a request again from its beginning; its parameters are those it was recorded with."""
-        record = kept.record
-        parameters = GenerationParameters(
-            record.max_new_tokens,
-            sampling_of(record),
-            record.seed,
-            stop=tuple(record.stop),
-            ignore_eos=record.ignore_eos,
-            scores=Scores(record.want_logprob, record.top_logprobs, record.score_prompt),
-        )
-        return self._started(kept, self.kept.open_reader(kept), parameters, self._text_side())
-
-    def _started(
-        self, kept: KeptRequest, reader: GenerationReader, parameters: GenerationParameters, model: LoadedModel
-    ) -> Started:
-        record = kept.record
-        if parameters.sampling.seed != record.seed:  # one was drawn when the request came first
-            sampling = msgspec.structs.replace(parameters.sampling, seed=record.seed)
-            parameters = replace(parameters, sampling=sampling, seed=record.seed)
-        context_ids = record.prompt_token_ids if record.goes_on else ()
-        text_stream = TextStream(model.tokenizer.decode, tuple(record.stop), context_ids=context_ids)
-        answer = Answer(reader, text_stream)
-        return Started(
-            answer, parameters, record.prompt_token_ids, model.tokenizer, record.answer_id, record.created_unix_seconds
-        )
+    def take_up(self, stream: RequestStream) -> Answer:
+        """Read a request again from its beginning."""
+        return Answer(stream.request, self.kept.open_reader(stream), self._text_side().tokenizer)
 
     def _text_side(self) -> LoadedModel:
         """What makes text of tokens, whether or not the stages are there; raises NotReady until it is loaded."""
@@ -293,18 +238,12 @@ class Coordinator:
 
     def _take_up_all(self) -> None:
         end_token_ids = frozenset(self._text_side().tokenizer.eos_token_ids)
-        for record, tokens in self.recorder.recorded():
-            if record.outcome:
-                generation = ended_generation(record, tokens)
-            else:
-                taken = self.loop.admission.go_on(record, tokens, end_token_ids, RETURN_SECONDS)
-                if taken is None:
-                    continue
-                generation = taken
-                log.info("going on after %d tokens, recorded by a coordinator before", len(tokens),
-                         extra=about(record.request_id))  # fmt: skip
-            record = msgspec.structs.replace(record, resume_seconds=generation.resume_seconds)
-            self.kept.add(record, generation, was_taken_up=True)
+        for request, tokens in self.recorder.recorded():
+            if request.outcome:
+                self.kept.add(ended_stream(request, tokens))
+            elif (stream := self.loop.admission.resume(request, tokens, end_token_ids, RETURN_SECONDS)) is not None:
+                self.kept.add(stream)
+                log.info("continuing after %d recorded tokens", len(tokens), extra=about(request.request_id))
 
     def _pipeline_of(self, plan: Plan, coordinator_epoch: int, tell: Callable[[PipelineEvent], None]) -> Pipeline:
         return Pipeline(

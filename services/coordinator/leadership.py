@@ -151,13 +151,13 @@ def limits_of(plan: Plan, states: list[StageState]) -> PlanLimits:
     kv_tokens = min(room for room, _ in rooms)
     reserved = min((room for room, state in rooms if state.kv_counts_reservations), default=None)
     return PlanLimits(
-        plan.version,
-        len(plan.stages),
-        kv_tokens,
-        plan.context_length,
-        decode_seconds,
-        decode_seconds * ASSUMED_PREFILL_SHARE,
-        reserved,
+        plan_version=plan.version,
+        stage_count=len(plan.stages),
+        kv_tokens=kv_tokens,
+        context_length=plan.context_length,
+        decode_seconds=decode_seconds,
+        prefill_seconds_per_token=decode_seconds * ASSUMED_PREFILL_SHARE,
+        reserved_kv_tokens=reserved,
     )
 
 

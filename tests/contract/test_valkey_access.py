@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from noodle.cluster.plan import MachineReport, Plan, PlannerState, StageState
-from noodle.cluster.valkey import RecordedToken, RequestRecord, WorkQueue
+from noodle.cluster.valkey import WorkQueue
 from noodle.cluster.valkey_access import USER, acl_text
 from noodle.errors import QueueUnavailable
 from services.cli.local.valkey import server_binary
@@ -16,9 +16,9 @@ from tests.support.processes.cluster import free_ports, wait_until
 PASSWORD = "the password of the cluster"
 URL_0, URL_1 = "http://127.0.0.1:8081", "http://127.0.0.1:8082"
 REPORT = MachineReport(0, "vm", URL_0, "boot", "0.1.0", "digest", "cpu", "cpu", "float32", 1, 1, 0.1, 0.1, 0.1)
-RECORD = RequestRecord("id", [1, 2], 3, 0.0, 1.0, 0, 0, [], False)
+RECORD = b'{"request_id": "id"}'
 # every method, in an order that gives each something to do
-TOKENS = [RecordedToken(4), RecordedToken(5), RecordedToken(6)]
+TOKENS = [b"[4]", b"[5]", b"[6]"]
 CALLS = {
     "server_id": lambda work: work.server_id(),
     "next_plan_version": lambda work: work.next_plan_version() == 1,
@@ -39,10 +39,10 @@ CALLS = {
     "renew_lease": lambda work: work.renew_lease("me"),
     "leader": lambda work: work.leader() == "me",
     "end_lease": lambda work: work.end_lease("me") is None and work.leader() is None,
-    "record_request": lambda work: work.record_request(RECORD, [RecordedToken(4)]) is None,
-    "record_tokens": lambda work: work.record_tokens({"id": [RecordedToken(5), RecordedToken(6)]}) is None,
+    "record_request": lambda work: work.record_request("id", RECORD, TOKENS[:1]) is None,
+    "record_tokens": lambda work: work.record_tokens({"id": TOKENS[1:]}) is None,
     "recorded_request": lambda work: work.recorded_request("id") == (RECORD, TOKENS),
-    "recorded_requests": lambda work: work.recorded_requests() == [(RECORD, TOKENS)],
+    "recorded_requests": lambda work: work.recorded_requests() == {"id": (RECORD, TOKENS)},
     "forget_request": lambda work: work.forget_request("id") is None and work.recorded_request("id") is None,
     "append": lambda work: work.append("noodle:results", b"entry") is None,
     "newest": lambda work: work.newest("noodle:results") != "0-0",

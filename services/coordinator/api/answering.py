@@ -8,14 +8,14 @@ from typing import Any
 from flask import Response
 
 from noodle.web.service import client_has_gone, json_response
-from services.coordinator.api.sse import Started
+from services.coordinator.text.answer import Answer
 
 CLIENT_CLOSED_STATUS = 499  # nobody reads it; it is for the log
 
 
-def whole(started: Started, format_answer: Callable[[], Any]) -> Response:
+def whole(answer: Answer, format_answer: Callable[[], Any]) -> Response:
     """Wait for the whole answer; a client that leaves meanwhile is not computed for."""
-    if not started.answer.complete(client_has_gone):
+    if not answer.complete(client_has_gone):
         return Response(status=CLIENT_CLOSED_STATUS)
     return json_response(format_answer())
 

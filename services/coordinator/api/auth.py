@@ -10,11 +10,12 @@ import re
 import uuid
 
 from flask import g, request
+from msgspec.structs import replace
 
 from noodle.config.settings import CoordinatorConfig
 from noodle.errors import InvalidRequest, NotAuthenticated
 from noodle.web.service import authenticate, has_token
-from services.coordinator.engine.request import LOOPBACK, Asker, Client, Idempotency
+from services.coordinator.engine.request import LOOPBACK, Client, Request
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
@@ -62,18 +63,24 @@ class Clients:
         )
 
 
-def asker_of(client: Client, body: bytes) -> Asker:
-    """Who asks, by which words: the request's id, and its Idempotency-Key with what it asks."""
+def sent_by(client: Client, asked: Request, body: bytes) -> Request:
+    """Return the request with its client, the client's id for it, and its Idempotency-Key."""
     key = request.headers.get("Idempotency-Key", "")
     if not key:
-        return Asker(client, g.request_id)
+        return replace(asked, client_name=client.name, client_request_id=g.request_id)
     if not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidRequest(
             "The Idempotency-Key is not 1 to 255 visible ASCII characters.", cure="A UUID will do.",
             param="Idempotency-Key",
         )  # fmt: skip
     digest = hashlib.sha256(request.path.encode() + b"\0" + body).hexdigest()
-    return Asker(client, g.request_id, Idempotency(key, digest))
+    return replace(
+        asked,
+        client_name=client.name,
+        client_request_id=g.request_id,
+        idempotency_key=key,
+        body_digest=digest,
+    )
 
 
 def take_request_id() -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from flask import Blueprint, Response
+from msgspec.structs import replace
 
 from noodle.config.settings import CoordinatorConfig
 from noodle.web.service import json_body, json_response
 from services.coordinator.api import generate_format
 from services.coordinator.api.answering import event_stream, whole
-from services.coordinator.api.auth import Clients, asker_of
+from services.coordinator.api.auth import Clients, sent_by
 from services.coordinator.api.generate_schemas import (
     GENERATE_ANSWER,
     GENERATE_REQUEST,
@@ -70,12 +71,12 @@ def generate_routes(config: CoordinatorConfig, engine: Coordinator, clients: Cli
         model = engine.ready_model()
         body = json_body(config.maximum_body_bytes)
         asked = generate_format.parse_generate(body, vocabulary_size=model.served.vocabulary_size, stream=stream)
-        token_ids = engine.token_ids(asked.prompt)
         before = prompt_text(asked.prompt, model.tokenizer) if asked.return_full_text else ""
-        started = engine.start(token_ids, asked.parameters, "inputs", asker=asker_of(client, body))
+        request = replace(asked.request, prompt_token_ids=engine.token_ids(asked.prompt))
+        answer = engine.start(sent_by(client, request, body), client, prompt_name="inputs")
         if stream:
-            return event_stream(generate_events(started, before))
-        return whole(started, lambda: generate_answer(started, before))
+            return event_stream(generate_events(answer, before))
+        return whole(answer, lambda: generate_answer(answer, before))
 
     @routes.post("/tokenize")
     def tokenize() -> Response:

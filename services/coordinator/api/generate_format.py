@@ -25,14 +25,13 @@ from services.coordinator.api.request_body import (
     wrong_type,
 )
 from services.coordinator.engine.parameters import (
-    FinishReason,
-    GenerationParameters,
     ParameterLimits,
     Scores,
     read_generation_parameters,
     read_top_k,
     read_top_p,
 )
+from services.coordinator.engine.request import FinishReason, Request
 
 MAXIMUM_STOP_STRINGS = 16
 MAXIMUM_TEMPERATURE = 100.0
@@ -76,7 +75,7 @@ class GenerateRequest:
     """A checked body of /generate or /generate_stream; the prompt is a text or token ids."""
 
     prompt: str | tuple[int, ...]
-    parameters: GenerationParameters
+    request: Request
     return_full_text: bool
 
 
@@ -104,17 +103,17 @@ def parse_generate(body: bytes, *, vocabulary_size: int, stream: bool) -> Genera
     asked = read_object(fields, "parameters")
     refuse_what_is_not_honoured(asked, HONOURED, NEUTRAL, where="parameters.")
     limits = ParameterLimits(MAXIMUM_TEMPERATURE, default_temperature(asked), MAXIMUM_STOP_STRINGS, DEFAULT_NEW_TOKENS)
-    parameters = read_generation_parameters(
+    request = read_generation_parameters(
         asked,
         limits,
         length_names=("max_new_tokens",),
         stream=stream,
         scores=read_scores(asked, stream),
     )
-    check_do_sample(asked, parameters)
+    check_do_sample(asked, request)
     return GenerateRequest(
         prompt=read_inputs(fields, vocabulary_size),
-        parameters=parameters,
+        request=request,
         return_full_text=read_boolean(asked, "return_full_text"),
     )
 
@@ -146,12 +145,12 @@ def default_temperature(asked: Mapping[str, Any]) -> float:
     return SAMPLING_TEMPERATURE if samples else 0.0
 
 
-def check_do_sample(asked: Mapping[str, Any], parameters: GenerationParameters) -> None:
+def check_do_sample(asked: Mapping[str, Any], request: Request) -> None:
     """Raise InvalidRequest where `do_sample` says the contrary of the other parameters."""
     if asked.get("do_sample") is None:
         return
     do_sample = read_boolean(asked, "do_sample")
-    if do_sample != (parameters.sampling.temperature > 0):
+    if do_sample != (request.temperature > 0):
         others = "the temperature is 0" if do_sample else "a temperature, top_p or top_k asks for sampling"
         raise InvalidRequest(
             f"'parameters.do_sample' is {str(do_sample).lower()}, but {others}.",
@@ -177,7 +176,7 @@ def generate_answer(text: str, details: JsonObject, *, prompt_text: str = "") ->
 
 def generation_details(
     reason: FinishReason,
-    parameters: GenerationParameters,
+    request: Request,
     *,
     prompt_tokens: int,
     tokens: Sequence[GeneratedToken],
@@ -185,32 +184,32 @@ def generation_details(
 ) -> JsonObject:
     """How a whole answer came about, with its tokens; `prompt` is given when the request asked for its details."""
     details: JsonObject = {
-        **_counts(reason, parameters, prompt_tokens, len(tokens)),
-        "tokens": [token_object(token, parameters.scores.wanted) for token in tokens],
+        **_counts(reason, request, prompt_tokens, len(tokens)),
+        "tokens": [token_object(token, request.want_logprob) for token in tokens],
     }
-    if parameters.scores.wanted:
+    if request.want_logprob:
         details["prefill"] = [{"id": token.id, "text": token.text, "logprob": token.logprob} for token in prompt]
-    if parameters.scores.top:
+    if request.top_logprobs:
         details["top_tokens"] = [top_objects(token) for token in tokens]
     return details
 
 
-def token_event(index: int, token: GeneratedToken, parameters: GenerationParameters) -> JsonObject:
+def token_event(index: int, token: GeneratedToken, request: Request) -> JsonObject:
     """An event of the stream; `index` counts from 1."""
     event: JsonObject = {
         "index": index,
-        "token": token_object(token, parameters.scores.wanted),
+        "token": token_object(token, request.want_logprob),
         "generated_text": None,
         "details": None,
     }
-    return {**event, "top_tokens": top_objects(token)} if parameters.scores.top else event
+    return {**event, "top_tokens": top_objects(token)} if request.top_logprobs else event
 
 
 def last_token_event(
     token: GeneratedToken,
     text: str,
     reason: FinishReason,
-    parameters: GenerationParameters,
+    request: Request,
     *,
     prompt_tokens: int,
     generated_tokens: int,
@@ -218,9 +217,9 @@ def last_token_event(
 ) -> JsonObject:
     """The event of the last token, which also carries the whole text and the counts."""
     return {
-        **token_event(generated_tokens, token, parameters),
+        **token_event(generated_tokens, token, request),
         "generated_text": prompt_text + text,
-        "details": _counts(reason, parameters, prompt_tokens, generated_tokens),
+        "details": _counts(reason, request, prompt_tokens, generated_tokens),
     }
 
 
@@ -235,12 +234,10 @@ def top_objects(token: GeneratedToken) -> list[JsonObject]:
     return [token_object(each, logprobs=True) for each in token.top]
 
 
-def _counts(
-    reason: FinishReason, parameters: GenerationParameters, prompt_tokens: int, generated_tokens: int
-) -> JsonObject:
+def _counts(reason: FinishReason, request: Request, prompt_tokens: int, generated_tokens: int) -> JsonObject:
     return {
         "finish_reason": reason,
         "generated_tokens": generated_tokens,
         "prompt_tokens": prompt_tokens,
-        "seed": parameters.seed,
+        "seed": request.seed,
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from flask import Blueprint, Response
+from msgspec.structs import replace
 
 from noodle.config.settings import CoordinatorConfig
 from noodle.web.service import json_body, json_response
 from services.coordinator.api import openai_format
 from services.coordinator.api.answering import event_stream, whole
-from services.coordinator.api.auth import Clients, asker_of
+from services.coordinator.api.auth import Clients, sent_by
 from services.coordinator.api.openai_request import parse_chat, parse_completion
 from services.coordinator.api.openai_schemas import (
     CHAT_ANSWER,
@@ -23,8 +24,9 @@ from services.coordinator.api.openai_schemas import (
 from services.coordinator.api.openai_stream import CHAT, COMPLETION, OpenAIAnswer
 from services.coordinator.api.openapi import GENERATION_ERRORS, READY_ERRORS, Operation
 from services.coordinator.api.prompt_echo import prompt_text
-from services.coordinator.api.sse import Started
 from services.coordinator.coordinator import Coordinator, LoadedModel
+from services.coordinator.engine.request import Request
+from services.coordinator.text.answer import Answer
 
 OPERATIONS = (
     Operation("get", "/v1/models", "The models served here: one, under each of its names.", MODEL_LIST, READY_ERRORS),
@@ -70,11 +72,14 @@ def openai_routes(config: CoordinatorConfig, engine: Coordinator, clients: Clien
         loaded = engine.ready_model()
         body = json_body(config.maximum_body_bytes)
         asked = parse_chat(body, loaded.served, engine.context_length)
-        token_ids = engine.chat_token_ids(asked.messages, asked.parameters)
-        asker, answer_id = asker_of(client, body), openai_format.new_chat_id()
-        started = engine.start(token_ids, asked.parameters, "messages", goes_on=False, asker=asker, answer_id=answer_id)
-        head = answer_head(started, loaded)
-        return answered(OpenAIAnswer(CHAT, head, started))
+        request = replace(
+            asked.request,
+            prompt_token_ids=engine.chat_token_ids(asked.messages, asked.request),
+            continues_prompt=False,
+            answer_id=openai_format.new_chat_id(),
+        )
+        answer = engine.start(sent_by(client, request, body), client, prompt_name="messages")
+        return answered(OpenAIAnswer(CHAT, answer_head(answer, request, loaded), answer), request)
 
     @routes.post("/v1/completions")
     def completions() -> Response:
@@ -82,26 +87,29 @@ def openai_routes(config: CoordinatorConfig, engine: Coordinator, clients: Clien
         loaded = engine.ready_model()
         body = json_body(config.maximum_body_bytes)
         asked = parse_completion(body, loaded.served)
-        token_ids = engine.token_ids(asked.prompt)
         echo = prompt_text(asked.prompt, loaded.tokenizer) if asked.echo else None
-        asker, answer_id = asker_of(client, body), openai_format.new_completion_id()
-        started = engine.start(token_ids, asked.parameters, "prompt", asker=asker, answer_id=answer_id)
-        head = answer_head(started, loaded)
-        return answered(OpenAIAnswer(COMPLETION, head, started, echo))
+        token_ids, answer_id = engine.token_ids(asked.prompt), openai_format.new_completion_id()
+        request = replace(asked.request, prompt_token_ids=token_ids, answer_id=answer_id)
+        answer = engine.start(sent_by(client, request, body), client, prompt_name="prompt")
+        return answered(OpenAIAnswer(COMPLETION, answer_head(answer, request, loaded), answer, echo), request)
 
     return routes
 
 
-def answer_head(started: Started, loaded: LoadedModel) -> openai_format.AnswerHead:
+def answer_head(answer: Answer, asked: Request, loaded: LoadedModel) -> openai_format.AnswerHead:
     """What all parts of this answer share."""
-    parameters, name = started.parameters, loaded.served.names[0]
+    first = answer.request
     return openai_format.AnswerHead(
-        started.answer_id, name, started.created_seconds, parameters.seed, parameters.include_usage
+        id=first.answer_id,
+        model=loaded.served.names[0],
+        created_seconds=first.created_unix_seconds,
+        seed=first.seed,
+        include_usage=asked.include_usage,
     )
 
 
-def answered(answer: OpenAIAnswer) -> Response:
+def answered(answer: OpenAIAnswer, asked: Request) -> Response:
     """Whole or streamed, as the request asked."""
-    if answer.started.parameters.stream:
+    if asked.stream:
         return event_stream(answer.events())
-    return whole(answer.started, answer.whole)
+    return whole(answer.answer, answer.whole)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-from services.coordinator.api.openai_request import ServedModel, unknown_model
+from services.coordinator.api.openai_request import unknown_model
 from services.coordinator.api.request_body import JsonObject
-from services.coordinator.engine.parameters import FinishReason
+from services.coordinator.coordinator import ServedModel
+from services.coordinator.engine.request import FinishReason
 
 STREAM_END = "[DONE]"
 FINISH_REASONS: dict[FinishReason, str] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}

@@ -6,7 +6,7 @@ from typing import Any
 
 from noodle.errors import InvalidRequest
 from services.coordinator.api.request_body import JsonObject, refuse_what_is_not_honoured, shown, wrong_type
-from services.coordinator.engine.parameters import GenerationParameters, refuse_what_can_not_fit
+from services.coordinator.engine.request import Request, refuse_what_cannot_fit
 
 ROLES = ("system", "developer", "user", "assistant")
 MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -20,13 +20,11 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_more_messages_than_tokens(messages: Any, parameters: GenerationParameters, context_length: int) -> None:
+def refuse_more_messages_than_tokens(messages: Any, request: Request, context_length: int) -> None:
     """Raise for a conversation that can not fit by its mere number of pieces: reading and rendering takes seconds."""
     if not isinstance(messages, list) or not messages:
         return
-    refuse_what_can_not_fit(
-        parameters, least_tokens=len(messages), context_length=context_length, prompt_name="messages"
-    )
+    refuse_what_cannot_fit(request, least_tokens=len(messages), context_length=context_length, prompt_name="messages")
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = sum(len(content) for content in contents if isinstance(content, list))
     if parts > context_length:

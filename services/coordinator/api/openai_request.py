@@ -29,13 +29,14 @@ from services.coordinator.api.request_body import (
     shown,
     wrong_type,
 )
+from services.coordinator.coordinator import ServedModel
 from services.coordinator.engine.parameters import (
     MAXIMUM_NEW_TOKENS,
-    GenerationParameters,
     ParameterLimits,
     Scores,
     read_generation_parameters,
 )
+from services.coordinator.engine.request import Request
 
 MAXIMUM_STOP_STRINGS = 4
 MAXIMUM_TEMPERATURE = 2.0
@@ -49,20 +50,11 @@ COMPLETION_LIMITS = ParameterLimits(
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """What a request is checked against: the names this model answers to (the first is its own), and its size."""
-
-    names: tuple[str, ...]
-    vocabulary_size: int
-    created_seconds: int  # Unix time, for OpenAI's `created`
-
-
-@dataclass(frozen=True)
 class ChatRequest:
     """A checked body of /v1/chat/completions; `messages` are ready for the chat template."""
 
     messages: tuple[dict[str, str], ...]
-    parameters: GenerationParameters
+    request: Request
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,7 @@ class CompletionRequest:
     """A checked body of /v1/completions; the prompt is a text or token ids."""
 
     prompt: str | tuple[int, ...]
-    parameters: GenerationParameters
+    request: Request
     echo: bool = False  # the prompt's text stands before the answer's
 
 
@@ -82,11 +74,9 @@ def parse_chat(body: bytes, served: ServedModel, context_length: int) -> ChatReq
     fields = decode_object(body)
     refuse_what_is_not_honoured(fields, CHAT_HONOURED | HARMLESS, CHAT_NEUTRAL)
     check_model(fields, served)
-    parameters = _read_parameters(
-        fields, CHAT_LIMITS, ("max_completion_tokens", "max_tokens"), read_chat_scores(fields)
-    )
-    refuse_more_messages_than_tokens(fields.get("messages"), parameters, context_length)
-    return ChatRequest(messages=read_messages(fields), parameters=parameters)
+    request = _read_parameters(fields, CHAT_LIMITS, ("max_completion_tokens", "max_tokens"), read_chat_scores(fields))
+    refuse_more_messages_than_tokens(fields.get("messages"), request, context_length)
+    return ChatRequest(messages=read_messages(fields), request=request)
 
 
 def parse_completion(body: bytes, served: ServedModel) -> CompletionRequest:
@@ -106,7 +96,7 @@ def parse_completion(body: bytes, served: ServedModel) -> CompletionRequest:
     return CompletionRequest(
         prompt=read_prompt(fields, served.vocabulary_size),
         echo=echo,
-        parameters=_read_parameters(fields, COMPLETION_LIMITS, ("max_tokens",), scores, minimum_tokens=0),
+        request=_read_parameters(fields, COMPLETION_LIMITS, ("max_tokens",), scores, minimum_tokens=0),
     )
 
 
@@ -127,7 +117,7 @@ def _read_parameters(
     length_names: tuple[str, ...],
     scores: Scores,
     minimum_tokens: int = 1,
-) -> GenerationParameters:
+) -> Request:
     stream = read_boolean(fields, "stream")
     options = read_object(fields, "stream_options")
     if options and not stream:

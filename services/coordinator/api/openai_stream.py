@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ from services.coordinator.api.logprobs_format import LogprobsShape, ScoredToken,
 from services.coordinator.api.openai_format import AnswerHead
 from services.coordinator.api.prompt_echo import scored_prompt
 from services.coordinator.api.request_body import JsonObject
-from services.coordinator.api.sse import COMMENT, COMMENT_SECONDS, Started, with_errors
-from services.coordinator.engine.parameters import FinishReason
-from services.coordinator.text.answer import Part, kept_alive
+from services.coordinator.api.sse import COMMENT, COMMENT_SECONDS, with_errors
+from services.coordinator.engine.request import FinishReason
+from services.coordinator.text.answer import Answer, Part, kept_alive
 
 
 @dataclass(frozen=True)
@@ -47,29 +46,24 @@ COMPLETION = OpenAIShape(
 )
 
 
-def now_seconds() -> int:
-    """Unix time, for OpenAI's `created`."""
-    return int(time.time())
-
-
 @dataclass(frozen=True)
 class OpenAIAnswer:
     """One request's answer; `echo` is the prompt's text where it is to stand before the answer's."""
 
     shape: OpenAIShape
     head: AnswerHead
-    started: Started
+    answer: Answer
     echo: str | None = None
 
     def whole(self) -> JsonObject:
         """All of it, once it is complete."""
-        logprobs = self._logprobs([*self._prompt(), *self._tokens(self.started.answer.parts)])
-        text = (self.echo or "") + self.started.answer.text
-        return self.shape.answer(self.head, text, self.started.finish_reason, self._usage(), logprobs)
+        logprobs = self._logprobs([*self._prompt(), *self._tokens(self.answer.parts)])
+        text = (self.echo or "") + self.answer.text
+        return self.shape.answer(self.head, text, self.answer.finish_reason, self._usage(), logprobs)
 
     def events(self) -> Iterator[bytes]:
         """Chunks as they come, usage if asked for, and [DONE]."""
-        return with_errors(self.started, self._events())
+        return with_errors(self.answer, self._events())
 
     def _events(self) -> Iterator[bytes]:
         echoed = self.echo is None
@@ -78,16 +72,16 @@ class OpenAIAnswer:
             nonlocal echoed
             chunks = [] if echoed else [self._echo_chunk()]  # its scores are here by now
             echoed = True
-            if part.text or self.started.parameters.scores.wanted:
+            if part.text or self.answer.request.want_logprob:
                 chunks.append(self._text_chunk(part.text, self._tokens([part])))
             return chunks
 
         if self.shape.first_chunk is not None:
             yield server_sent_event(self.shape.first_chunk(self.head))
-        yield from kept_alive(self.started.answer, events, COMMENT, COMMENT_SECONDS)
+        yield from kept_alive(self.answer, events, COMMENT, COMMENT_SECONDS)
         if not echoed:
             yield self._echo_chunk()
-        yield server_sent_event(self.shape.last_chunk(self.head, self.started.finish_reason))
+        yield server_sent_event(self.shape.last_chunk(self.head, self.answer.finish_reason))
         if self.head.include_usage:
             yield server_sent_event(self.shape.usage_chunk(self.head, self._usage()))
         yield server_sent_event(openai_format.STREAM_END)
@@ -99,15 +93,15 @@ class OpenAIAnswer:
         return server_sent_event(self.shape.text_chunk(self.head, text, self._logprobs(tokens)))
 
     def _logprobs(self, tokens: Sequence[ScoredToken]) -> JsonObject | None:
-        if not self.started.parameters.scores.wanted:
+        if not self.answer.request.want_logprob:
             return None
-        return self.shape.logprobs(tokens, self.started.tokenizer.texts)
+        return self.shape.logprobs(tokens, self.answer.tokenizer.texts)
 
     def _prompt(self) -> list[ScoredToken]:
-        started = self.started
-        if self.echo is None or not started.parameters.scores.of_prompt:
+        answer, request = self.answer, self.answer.request
+        if self.echo is None or not request.score_prompt:
             return []
-        return scored_prompt(started.prompt_token_ids, self.echo, started.answer.prompt_scores, started.tokenizer)
+        return scored_prompt(request.prompt_token_ids, self.echo, answer.prompt_scores, answer.tokenizer)
 
     def _tokens(self, parts: Sequence[Part]) -> list[ScoredToken]:
         before = len(self.echo or "")
@@ -115,4 +109,4 @@ class OpenAIAnswer:
 
     def _usage(self) -> dict[str, int]:
         """Tokens of the prompt and of the answer so far; the end-of-text token counts, it was computed."""
-        return openai_format.usage(self.started.prompt_tokens, len(self.started.answer.parts))
+        return openai_format.usage(self.answer.prompt_tokens, len(self.answer.parts))

@@ -15,7 +15,7 @@ from services.coordinator.api.openapi import ERROR, READY_ERRORS, Operation
 from services.coordinator.api.request_body import JsonObject
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.engine.parameters import MAXIMUM_NEW_TOKENS
-from services.coordinator.engine.resume import KeptRequest
+from services.coordinator.engine.request import RequestStream
 
 STATUS = always(
     {
@@ -51,38 +51,38 @@ def request_routes(engine: Coordinator, clients: Clients) -> Blueprint:
 
     @routes.get("/v1/requests/<name>/events")
     def events(name: str) -> Response:
-        kept = engine.find(clients.require(), name)
-        after = _after(kept)
-        return event_stream(generate_events(engine.take_up(kept), "", after))
+        stream = engine.find(clients.require(), name)
+        after = _after(stream)
+        return event_stream(generate_events(engine.take_up(stream), "", after))
 
     @routes.delete("/v1/requests/<name>")
     def end(name: str) -> Response:
-        kept = engine.find(clients.require(), name)
-        engine.loop.admission.leave(kept.record.request_id)
-        return json_response(status_of(kept))
+        stream = engine.find(clients.require(), name)
+        engine.loop.admission.end_early(stream.request_id, "cancelled")
+        return json_response(status_of(stream))
 
     return routes
 
 
-def status_of(kept: KeptRequest) -> JsonObject:
+def status_of(stream: RequestStream) -> JsonObject:
     """A request as its client sees it."""
-    generation, failure = kept.generation, kept.generation.failure
+    request, failure = stream.request, stream.failure
     ended = "finished" if failure is None else "failed"
     return {
-        "id": kept.record.client_request_id or kept.record.request_id,
-        "status": ended if generation.has_ended else "running",
-        "tokens": generation.token_count,
-        "resume_seconds": generation.resume_seconds,
+        "id": request.client_request_id or request.request_id,
+        "status": ended if stream.has_ended else "running",
+        "tokens": stream.token_count,
+        "resume_seconds": request.resume_seconds,
         "error": error_object(failure) if failure else None,
     }
 
 
-def _after(kept: KeptRequest) -> int:
+def _after(stream: RequestStream) -> int:
     """The query's `after`; raises InvalidRequest for what is no position, or one that is not reached yet."""
     text = request.args.get("after", "0")
     if not text.isdecimal() or len(text) > len(str(MAXIMUM_NEW_TOKENS)):
         raise InvalidRequest(f"after is {text[:40]!r}, not a number of tokens.", param="after")
-    most = kept.record.max_new_tokens if kept.was_taken_up else 0  # those after what was recorded come again
-    if int(text) > max(most, count := kept.generation.token_count):
+    most = stream.request.max_new_tokens if stream.was_resumed else 0  # those after what was recorded come again
+    if int(text) > max(most, count := stream.token_count):
         raise InvalidRequest(f"after is {text}, but the request has {count} tokens so far.", param="after")
     return int(text)

@@ -1,41 +1,40 @@
-"""How many KV rows each session holds on the stages, and what is kept of ended ones for those to come; pure.
+"""Counts the KV rows that each session holds on the stages, and keeps rows of ended ones for equal prefixes.
 
-The coordinator alone allocates: stages hold what steps tell them to, and free what steps tell them to (design D14).
-Rows are counted as they are computed; stages that hold a session's whole reservation from its start (the memory of a
-card can not be had page by page) are counted beside that.
+The coordinator alone allocates: stages hold and free what steps say (design D14). Rows are counted as they are
+computed. Stages that reserve all rows of a session at its start (memory of a graphics card cannot be had page by page)
+are counted separately.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from noodle.wire.messages import PrefixCopy, ReleasedSession
-from services.coordinator.engine.sequence import PlanLimits, Session
+from services.coordinator.engine.sequence import PlanLimits, Sequence
 
-MINIMUM_PREFIX_TOKENS = 16  # fewer rows than this are as soon computed as looked for and copied
+MINIMUM_PREFIX_TOKENS = 16  # computing fewer rows than this is as fast as finding and copying them
 MAXIMUM_KEPT_SESSIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class KeptSession:
-    """An ended session whose rows still stand on every stage: `token_ids` are those of its rows."""
+    """An ended session whose rows are still on every stage. `token_ids` are the tokens of these rows."""
 
     session_id: str
     epoch: int
     token_ids: list[int]
-    reserve_tokens: int
     cache_salt: str
 
 
 class KvAccounting:
-    """Rows of running sessions, and of ended ones until their room is wanted."""
+    """Rows of running sessions, and of ended ones until their room is needed."""
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
-        self.rows = 0  # of all sessions, kept ones too
+        self.rows = 0  # of all sessions, kept ones included
         self._reserved_rows = 0
         self._kept: OrderedDict[str, KeptSession] = OrderedDict()  # the longest unused first
         self._released: list[ReleasedSession] = []
@@ -50,58 +49,57 @@ class KvAccounting:
         """Ended sessions that stages still hold rows of."""
         return list(self._kept)
 
-    def fits(self, session: Session, end: int, limits: PlanLimits) -> bool:
-        """Whether the session's rows up to `end` have room beside all others'."""
-        more = max(0, end - self._rows.get(session.session_id, 0))
+    def fits(self, sequence: Sequence, end: int, limits: PlanLimits) -> bool:
+        """Whether there is room for the sequence's rows up to `end`."""
+        more = max(0, end - self._rows.get(sequence.session_id, 0))
         if self.rows + more > limits.kv_tokens:
             return False
-        if limits.reserved_kv_tokens is None or session.session_id in self._reserved:
+        if limits.reserved_kv_tokens is None or sequence.session_id in self._reserved:
             return True
-        return self._reserved_rows + session.reserve_tokens <= limits.reserved_kv_tokens
+        return self._reserved_rows + sequence.reserve_tokens <= limits.reserved_kv_tokens
 
-    def hold(self, session: Session, end: int) -> None:
-        """The session's rows up to `end` are computed by a step that is on its way."""
-        name = session.session_id
-        before = self._rows.get(name, 0)
-        self._rows[name] = max(end, before)
-        self.rows += self._rows[name] - before
-        if name not in self._reserved:
-            self._reserved[name] = session.reserve_tokens
-            self._reserved_rows += session.reserve_tokens
+    def hold(self, sequence: Sequence, end: int) -> None:
+        """Count the sequence's rows up to `end`: a step computes them."""
+        session_id = sequence.session_id
+        before = self._rows.get(session_id, 0)
+        self._rows[session_id] = max(end, before)
+        self.rows += self._rows[session_id] - before
+        if session_id not in self._reserved:
+            self._reserved[session_id] = sequence.reserve_tokens
+            self._reserved_rows += sequence.reserve_tokens
 
     def forget(self, session_id: str) -> None:
-        """The stages free it by another word, or begin it anew."""
+        """Stop counting a session that the stages free by another message, or restart."""
         self.rows -= self._rows.pop(session_id, 0)
         self._reserved_rows -= self._reserved.pop(session_id, 0)
         self._kept.pop(session_id, None)
 
     def release(self, session_id: str, epoch: int) -> None:
-        """Have the stages free it with the next step."""
+        """Make the stages free a session with the next step."""
         if session_id in self._rows:
             self._released.append(ReleasedSession(session_id, epoch))
         self.forget(session_id)
 
     def take_released(self) -> list[ReleasedSession]:
-        """What the next step tells the stages to free."""
+        """Return the sessions to free with the next step, once."""
         released, self._released = self._released, []
         return released
 
-    # what is kept
+    # rows of ended sessions
 
-    def keep(self, session: Session) -> list[str]:
-        """Keep the rows of a session that has ended; gives kept ones that are no longer needed beside it."""
-        token_ids = session.token_ids[: self._rows.get(session.session_id, 0)]
+    def keep(self, sequence: Sequence) -> list[str]:
+        """Keep the rows of a sequence that has ended. Returns kept sessions that are no longer needed beside it."""
+        salt, token_ids = sequence.request.cache_salt, sequence.token_ids[: self._rows.get(sequence.session_id, 0)]
         redundant = [
             kept.session_id
             for kept in self._kept.values()
-            if kept.cache_salt == session.cache_salt
+            if kept.cache_salt == salt
             and len(kept.token_ids) <= len(token_ids)
             and token_ids[: len(kept.token_ids)] == kept.token_ids
         ]
         for session_id in redundant:
             self.forget(session_id)
-        kept = KeptSession(session.session_id, session.epoch, token_ids, session.reserve_tokens, session.cache_salt)
-        self._kept[session.session_id] = kept
+        self._kept[sequence.session_id] = KeptSession(sequence.session_id, sequence.epoch, token_ids, salt)
         while len(self._kept) > MAXIMUM_KEPT_SESSIONS:
             oldest = next(iter(self._kept))
             self.forget(oldest)
@@ -109,32 +107,32 @@ class KvAccounting:
         return redundant
 
     def give_up(self, session_id: str) -> None:
-        """Free a kept session; harmless when it is none."""
+        """Free a session if its rows are kept."""
         kept = self._kept.get(session_id)
         if kept is not None:
             self.release(session_id, kept.epoch)
 
-    def give_up_kept(self, wanted: Collection[str]) -> bool:
-        """Free the kept session that was unused for longest, but none that is wanted; False when there is none."""
+    def give_up_kept(self, donors: Collection[str]) -> bool:
+        """Free the longest-unused kept session that is not among `donors`. Returns False if there is none."""
         for session_id, kept in self._kept.items():
-            if session_id not in wanted:
+            if session_id not in donors:
                 self.release(session_id, kept.epoch)
                 return True
         return False
 
     def forget_kept(self) -> None:
-        """The rows of ended sessions are gone on some stage."""
+        """Stop counting all kept sessions: some stage has lost their rows."""
         for session_id in list(self._kept):
             self.forget(session_id)
 
-    def prefix_for(self, session: Session, running: Iterable[Session]) -> PrefixCopy | None:
-        """The longest beginning of the session's tokens whose rows stand on every stage; its last token is computed.
+    def prefix_for(self, sequence: Sequence, running: Iterable[Sequence]) -> PrefixCopy | None:
+        """Return the longest prefix of the sequence whose rows are on every stage; its last token is computed anyway.
 
-        Also of sessions that run: their steps so far reach every stage before the next one does.
+        Running sequences count too: their steps so far reach every stage before the next one does.
         """
-        most = len(session.token_ids) - 1
+        most = len(sequence.token_ids) - 1
         best: PrefixCopy | None = None
-        salt = session.cache_salt
+        salt = sequence.request.cache_salt
         donors = [
             (kept.session_id, kept.epoch, kept.token_ids, len(kept.token_ids))
             for kept in self._kept.values()
@@ -143,13 +141,13 @@ class KvAccounting:
         donors += [
             (other.session_id, other.epoch, other.token_ids, other.sent)
             for other in running
-            if other.cache_salt == salt
+            if other.request.cache_salt == salt
         ]
         for session_id, epoch, token_ids, rows in donors:
             least = best.token_count + 1 if best else MINIMUM_PREFIX_TOKENS
-            if session_id == session.session_id or min(rows, most) < least:
+            if session_id == sequence.session_id or min(rows, most) < least:
                 continue
-            count = common_prefix_length(session.token_ids, token_ids, min(rows, most), least)
+            count = common_prefix_length(sequence.token_ids, token_ids, min(rows, most), least)
             if count >= least:
                 best = PrefixCopy(session_id, epoch, count)
         if best is not None and best.session_id in self._kept:
@@ -157,8 +155,8 @@ class KvAccounting:
         return best
 
 
-def common_prefix_length(left: Sequence[int], right: Sequence[int], most: int, least: int = 1) -> int:
-    """How many of the first `most` items are equal; 0 when that is fewer than `least`. Compares slices, not items."""
+def common_prefix_length(left: list[int], right: list[int], most: int, least: int = 1) -> int:
+    """Count how many of the first `most` items are equal; 0 if fewer than `least`. Compares slices, not items."""
     if left[:least] != right[:least]:
         return 0
     low, high = least, most

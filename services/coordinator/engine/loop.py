@@ -1,10 +1,13 @@
-"""THE loop: a request becomes a session, sessions become steps, results become tokens. Start reading here.
+"""THE loop: a request becomes a sequence, sequences become steps, results become tokens. Start reading at `run`.
 
-    HTTP thread: admission.submit() -> Generation  loop thread: next_step() -> pipeline.send()
-    HTTP thread: its reader.next()  <-  token   loop thread: result -> scheduler.apply() -> Generation
+    HTTP thread   admission.submit()                  a Sequence waits in the scheduler
+    loop thread   scheduler.next_step()               a Step takes tokens of some sequences
+    loop thread   pipeline.send()                     stage 0 gets the step, each stage hands it on
+    loop thread   scheduler.apply()                   the last stage's result becomes a Token for each sequence
+    loop thread   RequestStream.put()
+    HTTP thread   RequestReader.next()                text/answer.py makes text of the token
 
-The other loop is services/stage/worker/worker.py. This one knows sessions, steps and the two connections of the
-pipeline, but neither text nor routes.
+The other loop is services/stage/worker/worker.py.
 """
 
 from __future__ import annotations
@@ -16,34 +19,35 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from noodle.cluster.plan import Plan
-from noodle.cluster.valkey import RecordedToken
 from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, RequestTimedOut
 from noodle.logs import about
 from noodle.metrics.counted import CoordinatorMetrics
-from noodle.wire.messages import LiveSessions, StepResult
-from services.coordinator.engine.admission import Admission
-from services.coordinator.engine.loop_events import (
+from noodle.wire.messages import LiveSessions, SpanRefusal, StepResult
+from services.coordinator.engine.admission import (
     Activate,
+    Admission,
     Ended,
     LimitsChanged,
     LoopEvent,
     LoopState,
+    OpenRequests,
     StandBy,
+    Stop,
     Submitted,
 )
-from services.coordinator.engine.open_requests import OpenRequests
 from services.coordinator.engine.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
 from services.coordinator.engine.recorder import Recorder
 from services.coordinator.engine.recovery import Recovery
 from services.coordinator.engine.request import FINISHED, PromptComputed, Token
 from services.coordinator.engine.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Counts, Scheduler
-from services.coordinator.engine.sequence import NewToken, PlanLimits
+from services.coordinator.engine.sequence import InFlightStep, PlanLimits, Sequence
 
 log = logging.getLogger(__name__)
 
-LIVE_SESSIONS_SECONDS = 1.0  # how often every stage is told which sessions live
+LIVE_SESSIONS_SECONDS = 1.0  # between two lists of live sessions for every stage
 TICK_SECONDS = 0.25  # how late a deadline may be noticed
-# Stages free what they hear no list of for 5 s, and a break is noticed up to 3 s late: after so long they may have
+# Stages free sessions that no list has named for 5 s, and a break is noticed up to 3 s late: after a longer break than
+# this, rows that are kept for later requests may be gone.
 KEPT_OVER_BREAK_SECONDS = 1.0
 
 
@@ -64,19 +68,23 @@ class EngineLoop:
         self._scheduler, self._recorder, self._metrics = scheduler, recorder, metrics
         self._make_pipeline = make_pipeline
         self._recovery = Recovery(recovery_seconds)
-        self._keeps_rows = keeps_rows  # of ended sessions, for others that begin alike
-        # Unbounded by itself; its writers are bounded: open requests, and results of at most the steps in flight.
-        self._events: queue.SimpleQueue[LoopEvent | None] = queue.SimpleQueue()
+        self._keeps_rows = keeps_rows  # of ended requests, for others with the same prefix
+        # Unbounded, but its writers are bounded: by open requests, and by results of the steps in flight.
+        self._events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
         self._open = OpenRequests(maximum_open)
         self._pipeline: Pipeline | None = None
         self._pending: Activate | None = None
         self._next_live = 0.0
         self._next_tick = 0.0
         self._broke_at = 0.0
-        self._counted = Counts()  # of the scheduler's counts, what the metrics have
+        self._counted = Counts()  # the scheduler's counts that the metrics have
         self.state = LoopState()
         self.admission = Admission(
-            self._open, recorder, self._events.put, lambda: self._scheduler.limits, lambda: self.state
+            self._open,
+            recorder,
+            self._events.put,
+            limits=lambda: self._scheduler.limits,
+            state=lambda: self.state,
         )
 
     @property
@@ -91,11 +99,11 @@ class EngineLoop:
         self._events.put(Activate(plan, limits, coordinator_epoch))
 
     def limits_changed(self, limits: PlanLimits) -> None:
-        """A stage came back with more or less room for KV rows under the same plan."""
+        """Take new limits of the active plan: a stage came back with more or less room for KV rows."""
         self._events.put(LimitsChanged(limits))
 
     def stand_by(self, error: NoodleError) -> None:
-        """Another coordinator leads: end every open request with this error and compute nothing."""
+        """End every open request with this error and compute nothing: another coordinator leads."""
         self._events.put(StandBy(error))
 
     def drain(self, seconds: float) -> None:
@@ -105,33 +113,47 @@ class EngineLoop:
 
     def stop(self) -> None:
         """End the loop; open requests end with an error."""
-        self._events.put(None)
+        self._events.put(Stop())
 
     # the loop
 
     def run(self) -> None:
-        """Take events and send steps until `stop`."""
-        while True:
-            try:
-                event = self._events.get(timeout=TICK_SECONDS)
-            except queue.Empty:
-                event = _NOTHING
-            if event is None:
-                self._hand_over(NotReady("The coordinator is stopping.", retry_after_seconds=5))
-                self._close_pipeline()
-                return
-            self._handle(event)
-            self._send_steps()
+        """Compute all requests until `stop`. This is a token's life in this process, in the order it happens."""
+        while not isinstance(event := self._next_event(), Stop):
             now = time.monotonic()
-            if now >= self._next_tick:
-                self._next_tick = now + TICK_SECONDS
+            if isinstance(event, ResultArrived):
+                # A step is back from the last stage (pipeline.py): the scheduler appends its tokens to their sequences.
+                result = event.result
+                flight, tokens, refusals = self._scheduler.apply(result)
+                if flight is not None:
+                    self._note_computed(result, now)
+                    # The next steps go first: the stages compute them while tokens are delivered and counted.
+                    self._send_steps()
+                    # Each token goes to its request's stream, where an HTTP thread makes text of it (text/answer.py).
+                    computed_seconds = sum(timing.computed_seconds for timing in result.timings)
+                    since_last = [self._deliver(*each, now, computed_seconds) for each in tokens]
+                    self._end_answered(tokens, refusals)
+                    self._count_step(flight, result, now, since_last)
+            elif event is not None:
+                # A request came in (admission.py) and now waits in the scheduler, or anything but a token happened.
+                self._handle(event)
+            # The scheduler forms steps of what waits and runs (scheduler.py), and the pipeline sends them to stage 0.
+            self._send_steps()
+            if (now := time.monotonic()) >= self._next_tick:
                 self._tick(now)
+        self._hand_over(NotReady("The coordinator is stopping.", retry_after_seconds=5))
+        self._close_pipeline()
+
+    def _next_event(self) -> LoopEvent | None:
+        """Return the next event, None if none comes within a tick."""
+        try:
+            return self._events.get(timeout=TICK_SECONDS)
+        except queue.Empty:
+            return None
 
     def _handle(self, event: LoopEvent) -> None:
-        if isinstance(event, ResultArrived):
-            self._take_result(event.result)
-        elif isinstance(event, Submitted):
-            self._scheduler.add(event.session)
+        if isinstance(event, Submitted):
+            self._scheduler.add(event.sequence)
         elif isinstance(event, Ended):
             self._end(event.request_id, event.outcome, event.error)
         elif isinstance(event, PipelineUp):
@@ -147,7 +169,7 @@ class EngineLoop:
             self._stand_by(event.error)
 
     def _send_steps(self) -> None:
-        """Hand every step that can be formed to the pipeline."""
+        """Send every step that can be formed."""
         if self._pending is not None and (self._scheduler.steps_in_flight == 0 or not self.state.up):
             self._switch(self._pending)
         if not self.state.up or self._pending is not None or self._pipeline is None:
@@ -161,80 +183,74 @@ class EngineLoop:
                 self._pipeline_is_down(flight.step.plan_version, str(error))
                 return
 
-    def _take_result(self, result: StepResult) -> None:
-        """Hand new tokens to their requests, and count where the step's time went."""
-        now = time.monotonic()
-        flight, tokens, fatal = self._scheduler.apply(result)
-        if flight is None:
-            return
-        waiting = () if self._recovery.is_whole else (session.session_id for session in self._scheduler.waiting)
+    def _note_computed(self, result: StepResult, now: float) -> None:
+        """Give requests that something was computed for their full recovery time, and act on a lack of KV room."""
+        waiting = () if self._recovery.is_whole else (each.session_id for each in self._scheduler.waiting)
         self._recovery.computed(now, (*(span.session_id for span in result.spans), *waiting))
         if any(refusal.reason == ROOM_REASON for refusal in result.refusals):
-            self._tell_live_sessions(is_authoritative=True)  # whatever takes the room, it is none of ours
-        self._send_steps()  # the stages first: text, books and counts have time while they compute
-        computed_seconds = sum(timing.computed_seconds for timing in result.timings)
-        ended: list[str] = []
-        since_last: list[float] = []
-        for token in tokens:
-            waited_seconds = self._deliver(token, now, computed_seconds)
-            if waited_seconds is not None:
-                since_last.append(waited_seconds)
-            if token.finish_reason is not None:
-                ended.append(token.session.session_id)
-        for request_id in ended:
-            self._end(request_id, "finished", None)
-        for session, refusal in fatal:
+            self._send_live_sessions(is_authoritative=True)  # the rows that take the room are none of ours
+
+    def _deliver(self, sequence: Sequence, token: Token | None, now: float, computed_seconds: float) -> float | None:
+        """Put one token into its request's stream. Returns the seconds since the previous one, None for the first."""
+        stream = self._open.get(sequence.session_id)
+        if stream is None:
+            return None
+        previous_at = stream.last_token_at
+        if previous_at is None and (sequence.scores is not None or token is None):
+            scores = tuple(score for score in sequence.scores or () if score is not None)
+            stream.put(PromptComputed(scores, is_all=token is None))
+        if token is None:
+            return None
+        stream.put(token)
+        stream.last_token_at = now
+        self._recorder.token(sequence.session_id, token)
+        self._metrics.generated_tokens.inc()
+        if previous_at is None:
+            self._metrics.time_to_first_token.observe(now - stream.arrived_at)
+            return None
+        self._metrics.inter_token.observe(now - previous_at)
+        self._metrics.token_overhead.observe(max(0.0, now - previous_at - computed_seconds))
+        return now - previous_at
+
+    def _end_answered(
+        self, tokens: list[tuple[Sequence, Token | None]], refusals: list[tuple[Sequence, SpanRefusal]]
+    ) -> None:
+        """End the requests that have their last token, or that a stage refused."""
+        for sequence, _ in tokens:
+            if sequence.finished:
+                self._end(sequence.session_id, "finished", None)
+        for sequence, refusal in refusals:
             message = f"Stage {refusal.stage_id} refused a step of this request: {refusal.message} ({refusal.reason})."
-            self._end(session.session_id, "failed", GenerationFailed(message))
+            self._end(sequence.session_id, "failed", GenerationFailed(message))
+
+    def _count_step(self, flight: InFlightStep, result: StepResult, now: float, since_last: list[float | None]) -> None:
+        """Count where the time of a step and its tokens went."""
+        waited = [seconds for seconds in since_last if seconds is not None]
         self._metrics.steps.came_back(
             result.timings,
             now - flight.sent_at,
             is_decode=flight.is_decode,
-            tokens=len(since_last),
-            since_last_seconds=sum(since_last),
+            tokens=len(waited),
+            since_last_seconds=sum(waited),
         )
 
-    def _deliver(self, new: NewToken, now: float, computed_seconds: float) -> float | None:
-        """Hand one token to its request; gives the seconds since the one before it, None for a first one."""
-        books = self._open.get(new.session.session_id)
-        if books is None:
-            return None
-        if books.last_token_at is None and (new.session.scores is not None or new.token_id is None):
-            scores = tuple(score for score in new.session.scores or () if score is not None)
-            books.generation.put(PromptComputed(scores, is_all=new.token_id is None))
-        if new.token_id is None:
-            return None
-        books.generation.put(Token(new.token_id, new.logprob, new.finish_reason, new.top))
-        recorded = RecordedToken(new.token_id, new.logprob, new.finish_reason or "", list(new.top))
-        self._recorder.token(new.session.session_id, recorded)
-        self._metrics.generated_tokens.inc()
-        since_last_seconds = None
-        if books.last_token_at is None:
-            self._metrics.time_to_first_token.observe(now - books.arrived_at)
-        else:
-            since_last_seconds = now - books.last_token_at
-            self._metrics.inter_token.observe(since_last_seconds)
-            self._metrics.token_overhead.observe(max(0.0, since_last_seconds - computed_seconds))
-        books.last_token_at = now
-        books.tokens += 1
-        return since_last_seconds
-
     def _end(self, request_id: str, outcome: str, error: NoodleError | None) -> None:
-        """Close a request's books and free its KV rows everywhere; harmless when it has ended."""
-        books = self._open.pop(request_id)
-        if books is None:
+        """Close a request's stream and free its KV rows everywhere. Does nothing if it has ended."""
+        stream = self._open.pop(request_id)
+        if stream is None:
             return
-        books.generation.end(error or FINISHED)
-        seconds = time.monotonic() - books.arrived_at
-        self._metrics.requests.labels(outcome, books.client_name).inc()
+        stream.end(error or FINISHED)
+        seconds = time.monotonic() - stream.arrived_at
+        client_name = stream.request.client_name
+        self._metrics.requests.labels(outcome, client_name).inc()
         if outcome == "finished":
             self._metrics.request_seconds.observe(seconds)
         log.info(
             "%s after %d new tokens and %.2f s, for %s%s",
             outcome,
-            books.tokens,
+            stream.token_count,
             seconds,
-            books.client_name,
+            client_name,
             f": {error}" if error is not None else "",
             extra=about(request_id),
         )
@@ -242,29 +258,29 @@ class EngineLoop:
         self._recovery.forget(request_id)
         freed = self._scheduler.remove(request_id, keep_rows=self._keeps_rows and outcome == "finished")
         if freed:
-            self._tell_live_sessions(released=freed)
+            self._send_live_sessions(released=freed)
 
     def _hand_over(self, error: NoodleError) -> None:
-        """Let go of every open request; the coordinator that leads next goes on with what is recorded of it."""
-        for request_id, _ in self._open.all():
-            self._recorder.hand_over(request_id)
-            self._end(request_id, "handed_over", error)
+        """End every open request here; the coordinator that leads next continues it from its record."""
+        for stream in self._open.all():
+            self._recorder.hand_over(stream.request_id)
+            self._end(stream.request_id, "handed_over", error)
 
-    def _tell_live_sessions(self, *, released: list[str] | None = None, is_authoritative: bool = False) -> None:
-        """Tell every stage which sessions live; one that is away now is told when the pipeline stands again."""
+    def _send_live_sessions(self, *, released: list[str] | None = None, is_authoritative: bool = False) -> None:
+        """Tell every stage which sessions live. While the pipeline is down nothing is sent; `_pipeline_is_up` does."""
         if self._pipeline is None or self._scheduler.limits is None or not self.state.up:
             return
         live = LiveSessions(
-            self._scheduler.limits.plan_version,
-            self._scheduler.coordinator_epoch,
-            self._scheduler.held_ids,
-            released or [],
-            is_authoritative,
+            plan_version=self._scheduler.limits.plan_version,
+            coordinator_epoch=self._scheduler.coordinator_epoch,
+            sessions=self._scheduler.held_ids,
+            released=released or [],
+            is_authoritative=is_authoritative,
         )
         try:
             self._pipeline.send(live)
         except LinkLost as error:
-            self._pipeline_is_down(self._scheduler.limits.plan_version, str(error))
+            self._pipeline_is_down(live.plan_version, str(error))
 
     # the pipeline comes and goes (design D2)
 
@@ -274,13 +290,13 @@ class EngineLoop:
             return
         was_up, same_caches = state.up, state.boot_ids == event.boot_ids
         state.up, state.detail, state.boot_ids = True, "ready", event.boot_ids
-        log.info("the pipeline stands: %d stages, plan %d", len(event.boot_ids), event.plan_version)
+        log.info("the pipeline is up: %d stages, plan %d", len(event.boot_ids), event.plan_version)
         if not same_caches:
             self._replay("stage_restarted")
         elif not was_up and time.monotonic() - self._broke_at > KEPT_OVER_BREAK_SECONDS:
             self._scheduler.forget_kept()
-        # before any step: sessions that ended while the pipeline was down still hold their room on some stage
-        self._tell_live_sessions(is_authoritative=True)
+        # Before any step: sessions that ended while the pipeline was down still take room on some stage.
+        self._send_live_sessions(is_authoritative=True)
         for flight in self._scheduler.to_send_again(time.monotonic()):
             if self._pipeline is not None:
                 try:
@@ -296,11 +312,11 @@ class EngineLoop:
         now = self._broke_at = time.monotonic()
         state.up, state.detail = False, reason
         log.warning("the pipeline is broken: %s", reason)
-        self._end_out_of_time(now)  # now and not at a tick: a pipeline that comes and goes may be up at each of them
+        self._end_out_of_time(now)  # not at the next tick: a pipeline that comes and goes may be up at every tick
 
     def _end_out_of_time(self, now: float) -> None:
-        """The pipeline is down: note it for every open request, and end those that have waited for too long."""
-        arrived_at = {request_id: books.arrived_at for request_id, books in self._open.all()}
+        """Note a break for every open request, and end those that have waited too long since one."""
+        arrived_at = {stream.request_id: stream.arrived_at for stream in self._open.all()}
         is_busy = self._scheduler.steps_in_flight > 0
         self._recovery.broke(self.state.detail, now, arrived_at, is_busy=is_busy)
         for request_id, error in self._recovery.out_of_time(now).items():
@@ -310,15 +326,15 @@ class EngineLoop:
         replayed = self._scheduler.replay_all()
         if replayed:
             self._metrics.replays.labels(reason).inc(len(replayed))
-            log.info("%d sessions are prefilled again: %s", len(replayed), reason)
-            for session in replayed:
-                log.info("prefilled again: %s", reason, extra=about(session.session_id))
-        for session in replayed:
-            if session.replays > MAXIMUM_REPLAYS:  # it is begun again and again and gets no token in between
-                self._end(session.session_id, "failed", _lost_too_often())
+            log.info("%d requests are prefilled again: %s", len(replayed), reason)
+            for sequence in replayed:
+                log.info("prefilled again: %s", reason, extra=about(sequence.session_id))
+        for sequence in replayed:
+            if sequence.replays > MAXIMUM_REPLAYS:  # it restarts again and again without a token in between
+                self._end(sequence.session_id, "failed", _lost_too_often())
 
     def _switch(self, activate: Activate) -> None:
-        """Let the new plan take over; every session begins anew in it."""
+        """Make a new plan the active one; every sequence restarts in it."""
         self._pending = None
         self._close_pipeline()
         self.state = LoopState(activate.plan, False, f"connecting to the stages of plan {activate.plan.version}")
@@ -341,40 +357,45 @@ class EngineLoop:
             self._pipeline.close()
             self._pipeline = None
 
+    # every TICK_SECONDS
+
     def _tick(self, now: float) -> None:
-        self._metrics.running.set(len(self._scheduler.running))
-        self._metrics.waiting.set(self._scheduler.waiting_count)
-        self._count()
-        self._end_left_and_late(now)
-        self._metrics.kv_use.set(self._scheduler.used_share)
+        self._next_tick = now + TICK_SECONDS
+        self._update_metrics()
+        self._end_abandoned_and_late(now)
         if self.state.up:
-            # what a pipeline that stands again was given may come late; only a step that is lost is not tried again
+            # Replayed steps may be late without being lost, so a request out of time ends only if its step is overdue.
             late = self._recovery.out_of_time(now)
-            for session in self._scheduler.overdue(now, late.keys()):
-                error = late.get(session.session_id) or _lost_too_often()
-                self._end(session.session_id, "failed", error)
+            for sequence in self._scheduler.overdue(now, late.keys()):
+                error = late.get(sequence.session_id) or _lost_too_often()
+                self._end(sequence.session_id, "failed", error)
             if now >= self._next_live:
                 self._next_live = now + LIVE_SESSIONS_SECONDS
-                self._tell_live_sessions()
+                self._send_live_sessions()
         elif self.state.plan is not None:
             self._end_out_of_time(now)
 
-    def _end_left_and_late(self, now: float) -> None:
-        """End requests whose client did not come back, and those that took longer than they may."""
-        for request_id, books in self._open.all():
-            if books.generation.is_left(now):
-                self._end(request_id, "cancelled", GenerationFailed("The request's client did not come back in time."))
-            elif books.deadline is not None and now >= books.deadline:
+    def _end_abandoned_and_late(self, now: float) -> None:
+        """End requests whose client did not come back, and those past their deadline."""
+        for stream in self._open.all():
+            if stream.is_abandoned(now):
+                abandoned = GenerationFailed("The request's client did not come back in time.")
+                self._end(stream.request_id, "cancelled", abandoned)
+            elif stream.deadline is not None and now >= stream.deadline:
                 late = RequestTimedOut(
-                    f"The request was not finished in the time that it gave; it has {books.tokens} tokens.",
+                    f"The request was not finished in the time that it gave; it has {stream.token_count} tokens.",
                     cure="Ask for fewer tokens, or raise timeout_seconds.",
                 )
-                self._end(request_id, "failed", late)
+                self._end(stream.request_id, "failed", late)
 
-    def _count(self) -> None:
-        """Let the metrics have what the scheduler counted since the last tick."""
-        counts, counted, metrics = self._scheduler.counts, self._counted, self._metrics
-        metrics.kept_tokens.set(self._scheduler.kept_rows)
+    def _update_metrics(self) -> None:
+        """Give the metrics the scheduler's state, and what it counted since the last tick."""
+        scheduler, metrics = self._scheduler, self._metrics
+        metrics.running.set(len(scheduler.running))
+        metrics.waiting.set(len(scheduler.waiting))
+        metrics.kv_use.set(scheduler.used_share)
+        metrics.kept_tokens.set(scheduler.kept_rows)
+        counts, counted = scheduler.counts, self._counted
         metrics.preemptions.inc(counts.preemptions - counted.preemptions)
         metrics.prefix_queries.inc(counts.prompt_tokens - counted.prompt_tokens)
         metrics.prefix_hits.inc(counts.reused_tokens - counted.reused_tokens)
@@ -383,6 +404,3 @@ class EngineLoop:
 
 def _lost_too_often() -> NoodleError:
     return GenerationFailed("The request's steps were lost too often.", cure="See the stages' logs.")
-
-
-_NOTHING = Ended("", "", None)  # a tick: nothing happened

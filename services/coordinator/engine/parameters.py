@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from noodle.errors import ContextTooLong, InvalidRequest
-from noodle.wire.messages import SamplingParameters
+from noodle.errors import InvalidRequest
 from services.coordinator.api.request_body import read_boolean, read_integer, read_number, wrong_type, wrong_value
-
-FinishReason = Literal["length", "eos_token", "stop_sequence"]
+from services.coordinator.engine.request import Request
 
 MAXIMUM_NEW_TOKENS = (1 << 31) - 1  # the context is the true limit; this one keeps absurd numbers off the wire
 MAXIMUM_TOP_K = (1 << 31) - 1
@@ -20,7 +18,6 @@ MAXIMUM_SALT_CHARACTERS = 256
 MAXIMUM_RESUME_SECONDS = 300
 MAXIMUM_TIMEOUT_SECONDS = 86_400
 MAXIMUM_STOP_CHARACTERS = 1000  # each of the stop strings
-SEED_BITS_ON_THE_WIRE = 63
 DRAWN_SEED_BITS = 53  # what a client that reads numbers as doubles can send back exactly
 
 
@@ -35,29 +32,6 @@ class Scores:
 
 
 NO_SCORES = Scores()
-
-
-@dataclass(frozen=True)
-class GenerationParameters:
-    """What a request asks of the generation; `seed` is the client's own number, or the one drawn for it.
-
-    `length_name` is the field that asked for `max_new_tokens`; without one, the number is a default that
-    `fit_into_context` cuts to what is left. After that call it is what will be generated at most.
-    """
-
-    max_new_tokens: int
-    sampling: SamplingParameters
-    seed: int
-    length_name: str | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    stream: bool = False
-    include_usage: bool = False
-    scores: Scores = NO_SCORES
-    priority: int = 0  # lower ones are served first
-    cache_salt: str = ""  # only requests with the same one share what is computed of their beginnings
-    resume_seconds: float = 0.0  # how long the request goes on without a reader
-    timeout_seconds: float = 0.0  # from its arrival; 0 is none
 
 
 @dataclass(frozen=True)
@@ -79,31 +53,28 @@ def read_generation_parameters(
     include_usage: bool = False,
     scores: Scores = NO_SCORES,
     minimum_tokens: int = 1,
-) -> GenerationParameters:
+) -> Request:
     """Check the fields that all forms share: `length_names`, those of sampling, stop, ignore_eos and priority.
 
     Raises InvalidRequest naming the field. A seed is drawn when none is given, so that every answer can be repeated.
     """
     length_name, new_tokens = read_length(fields, length_names, minimum_tokens)
-    seed = read_seed(fields)
-    sampling = SamplingParameters(
+    return Request(
+        max_new_tokens=limits.default_new_tokens if new_tokens is None else new_tokens,
+        length_name=length_name,
         temperature=read_number(
             fields, "temperature", limits.default_temperature, minimum=0, maximum=limits.maximum_temperature
         ),
         top_p=read_top_p(fields),
         top_k=read_top_k(fields),
-        seed=seed & ((1 << SEED_BITS_ON_THE_WIRE) - 1),
-    )
-    return GenerationParameters(
-        max_new_tokens=limits.default_new_tokens if new_tokens is None else new_tokens,
-        length_name=length_name,
-        sampling=sampling,
-        seed=seed,
+        seed=read_seed(fields),
         stop=read_stop(fields, limits.maximum_stop_strings),
         ignore_eos=read_boolean(fields, "ignore_eos"),
         stream=stream,
         include_usage=include_usage,
-        scores=scores,
+        want_logprob=scores.wanted,
+        top_logprobs=scores.top,
+        score_prompt=scores.of_prompt,
         cache_salt=read_cache_salt(fields),
         resume_seconds=read_number(fields, "resume_seconds", 0.0, minimum=0, maximum=MAXIMUM_RESUME_SECONDS),
         timeout_seconds=read_timeout(fields),
@@ -187,44 +158,3 @@ def read_stop(fields: Mapping[str, Any], maximum_stop_strings: int) -> tuple[str
                 param="stop",
             )
     return tuple(dict.fromkeys(texts))
-
-
-def fit_into_context(
-    parameters: GenerationParameters, *, prompt_tokens: int, context_length: int, prompt_name: str
-) -> GenerationParameters:
-    """The parameters with a `max_new_tokens` that fits behind the prompt, which the request calls `prompt_name`.
-
-    Raises ContextTooLong with the three numbers, and InvalidRequest for a prompt without tokens.
-    """
-    if prompt_tokens < 1:
-        raise InvalidRequest(f"'{prompt_name}' is empty.", cure="Give at least one token.", param=prompt_name)
-    left_tokens = context_length - prompt_tokens
-    asked_tokens = parameters.max_new_tokens if parameters.length_name else 1
-    if asked_tokens > left_tokens:
-        cure = "Shorten the prompt" + (f", or ask for at most {left_tokens}." if left_tokens > 0 else ".")
-        param = parameters.length_name if left_tokens > 0 else prompt_name
-        raise ContextTooLong(_three_numbers(context_length, str(prompt_tokens), asked_tokens), cure=cure, param=param)
-    return replace(parameters, max_new_tokens=min(parameters.max_new_tokens, left_tokens))
-
-
-def refuse_what_can_not_fit(
-    parameters: GenerationParameters, *, least_tokens: int, context_length: int, prompt_name: str
-) -> None:
-    """Raise ContextTooLong for a prompt that fills the context with the fewest tokens it can have.
-
-    For what is cheap to count where tokenising it all would hold up everybody; `fit_into_context` decides later.
-    """
-    if least_tokens >= context_length:
-        asked_tokens = parameters.max_new_tokens if parameters.length_name else 1
-        raise ContextTooLong(
-            _three_numbers(context_length, f"at least {least_tokens}", asked_tokens),
-            cure="Shorten the prompt.",
-            param=prompt_name,
-        )
-
-
-def _three_numbers(context_length: int, prompt_tokens: str, asked_tokens: int) -> str:
-    return (
-        f"This model's context is {context_length} tokens, but the prompt has {prompt_tokens} and "
-        f"{asked_tokens} more {'is' if asked_tokens == 1 else 'are'} asked for."
-    )

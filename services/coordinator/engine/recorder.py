@@ -1,22 +1,26 @@
-"""Keeps every open request in Valkey, tokens in batches by a thread of its own, never in a token's way.
+"""Keeps every open request in Valkey. A thread writes tokens in batches, so that none waits for Valkey.
 
-What is not written yet is at most what the open requests may generate. After Valkey was away, or came back as another
-process in between, all open requests are written anew: it may have lost its last second.
+Unwritten tokens are bounded by what the open requests may generate. After Valkey was away or restarted, all open
+requests are written again: it may have lost its last second.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
 
 import msgspec
 
-from noodle.cluster.valkey import RecordedToken, RequestRecord, WorkQueue
+from noodle.cluster.valkey import WorkQueue
 from noodle.errors import QueueUnavailable
+from services.coordinator.engine.request import Request, Token
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 0.25
+
+Record = tuple[Request, list[Token]]
 
 
 class Recorder:
@@ -25,26 +29,26 @@ class Recorder:
     def __init__(self, work_queue: WorkQueue) -> None:
         self._queue = work_queue
         self._lock = threading.Lock()
-        self._live: dict[str, tuple[RequestRecord, list[RecordedToken]]] = {}
-        self._unwritten: dict[str, int] = {}  # by request, how many of its tokens Valkey has not been told
+        self._live: dict[str, Record] = {}
+        self._unwritten: dict[str, int] = {}  # tokens that Valkey does not have, by request
         self._ended: list[str] = []
-        self._kept: list[tuple[RequestRecord, list[RecordedToken]]] = []  # ended, and to be read for a while
+        self._kept: list[Record] = []  # ended, and readable for a while
         self._handed_over: list[str] = []  # written once more, and then no longer ours
-        self._server_id = ""  # of the Valkey that has all of it
+        self._server_id = ""  # of the Valkey that has everything
         self._wake = threading.Event()
         self._stopping = False
 
-    def begin(self, record: RequestRecord) -> None:
-        """Record a request before it is computed; raises QueueUnavailable, and then it must not be."""
-        self._queue.record_request(record)
-        self.go_on(record, [])
+    def begin(self, request: Request) -> None:
+        """Record a request before it is computed. Raises QueueUnavailable; then it must not be computed."""
+        self._write(request, [])
+        self.resume(request, [])
 
-    def go_on(self, record: RequestRecord, tokens: list[RecordedToken]) -> None:
-        """Record a request that was recorded by a coordinator before this one."""
+    def resume(self, request: Request, tokens: list[Token]) -> None:
+        """Continue the record of an earlier coordinator."""
         with self._lock:
-            self._live[record.request_id] = (record, tokens)
+            self._live[request.request_id] = (request, tokens)
 
-    def token(self, request_id: str, token: RecordedToken) -> None:
+    def token(self, request_id: str, token: Token) -> None:
         """Note one more token; returns at once."""
         with self._lock:
             if request_id in self._live:
@@ -52,31 +56,41 @@ class Recorder:
                 self._unwritten[request_id] = self._unwritten.get(request_id, 0) + 1
 
     def end(self, request_id: str, outcome: str) -> None:
-        """Note that a request has ended; its record goes, or is kept for a while if its client may come back."""
+        """Drop the record of a request that has ended, or keep it for a while if its client may come back."""
         with self._lock:
             if request_id in self._handed_over:
                 return
             found = self._live.pop(request_id, None)
             self._unwritten.pop(request_id, None)
             if found is not None and found[0].resume_seconds > 0:
-                record, tokens = found
-                self._kept.append((msgspec.structs.replace(record, outcome=outcome), tokens))
+                request, tokens = found
+                self._kept.append((msgspec.structs.replace(request, outcome=outcome), tokens))
             elif found is not None:
                 self._ended.append(request_id)
         self._wake.set()
 
     def hand_over(self, request_id: str) -> None:
-        """What is recorded of a request stays, for the coordinator that goes on with it."""
+        """Leave the record of a request in Valkey for the coordinator that continues it."""
         with self._lock:
             self._handed_over.append(request_id)
         self._wake.set()
 
-    def recorded(self) -> list[tuple[RequestRecord, list[RecordedToken]]]:
-        """All that is kept in Valkey; raises QueueUnavailable."""
-        return self._queue.recorded_requests()
+    def recorded(self) -> Iterator[Record]:
+        """All requests in Valkey, for a coordinator that takes the lead. Raises QueueUnavailable.
+
+        A record that this version cannot read is logged and left out: it must not keep the others from continuing.
+        """
+        for request_id, (record, tokens) in self._queue.recorded_requests().items():
+            try:
+                request = msgspec.json.decode(record, type=Request)
+                if request.request_id != request_id or not request.prompt_token_ids:
+                    raise msgspec.ValidationError("it has another id or no prompt")
+                yield request, [msgspec.json.decode(token, type=Token) for token in tokens]
+            except msgspec.MsgspecError as error:
+                log.warning("the record of request %s cannot be read and is left out: %s", request_id, error)
 
     def run(self) -> None:
-        """Write what is new until `stop`; through Valkey's absences it keeps all and writes all when it is back."""
+        """Write what is new until `stop`. While Valkey is away everything is kept, and written when it is back."""
         away = False
         while True:
             self._wake.wait(FLUSH_SECONDS)
@@ -89,7 +103,7 @@ class Recorder:
                 away = False
             except QueueUnavailable as error:
                 if not away:
-                    log.warning("requests go on unrecorded: %s", error)
+                    log.warning("requests continue unrecorded: %s", error)
                 away = True
             if stopping:
                 return
@@ -106,8 +120,7 @@ class Recorder:
             ended, self._ended = self._ended, []
             kept, self._kept = self._kept, []
             handed_over = list(self._handed_over)
-            nothing = not (batches or ended or kept or handed_over)
-        if nothing:
+        if not (batches or ended or kept or handed_over):
             return
         try:
             server_id = self._queue.server_id()
@@ -115,19 +128,19 @@ class Recorder:
                 self._write_all()
                 self._server_id = server_id
             elif batches:
-                self._queue.record_tokens(batches)
+                self._queue.record_tokens({name: _encoded(tokens) for name, tokens in batches.items()})
             while ended:
                 self._queue.forget_request(ended[-1])
                 ended.pop()
             while kept:
-                self._queue.record_request(*kept[-1])
+                self._write(*kept[-1])
                 kept.pop()
             with self._lock:
                 for request_id in handed_over:
                     self._handed_over.remove(request_id)
                     self._live.pop(request_id, None)
         except QueueUnavailable:
-            self._server_id = ""  # so that all is written when it is back
+            self._server_id = ""  # write everything when it is back
             with self._lock:
                 self._ended = ended + self._ended
                 self._kept = kept + self._kept
@@ -136,7 +149,14 @@ class Recorder:
 
     def _write_all(self) -> None:
         with self._lock:
-            live = [(record, list(tokens)) for record, tokens in self._live.values()]
+            live = [(request, list(tokens)) for request, tokens in self._live.values()]
             self._unwritten.clear()
-        for record, tokens in live:
-            self._queue.record_request(record, tokens)
+        for request, tokens in live:
+            self._write(request, tokens)
+
+    def _write(self, request: Request, tokens: list[Token]) -> None:
+        self._queue.record_request(request.request_id, msgspec.json.encode(request), _encoded(tokens))
+
+
+def _encoded(tokens: list[Token]) -> list[bytes]:
+    return [msgspec.json.encode(token) for token in tokens]

@@ -1,8 +1,8 @@
-"""Forms steps out of the sessions that want tokens, and takes in what comes back; pure, time is given.
+"""Forms steps out of the sequences that want tokens, and takes in their results. Time is passed in.
 
-Each step takes the decode tokens of running sessions that are not in flight and chunks of prompts, within a token
-budget. Room for KV rows is taken as they are computed: when it runs out, first what is kept of ended sessions gives
-way, then the youngest session, which is prefilled again later (design D2).
+Each step takes the decode tokens of running sequences that are not in flight and chunks of prompts, within a token
+budget. Room for KV rows is taken as they are computed: when it runs out, first the rows kept of ended sequences are
+freed, then the youngest sequence is preempted, and prefilled again later (design D2).
 """
 
 from __future__ import annotations
@@ -11,50 +11,59 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from noodle.wire.messages import SpanRefusal, SpanResult, Step, StepResult, StepSpan
-from services.coordinator.engine.in_flight import InFlightSteps
 from services.coordinator.engine.kv_accounting import KvAccounting
-from services.coordinator.engine.sequence import FinishReason, InFlightStep, NewToken, PlanLimits, Session
+from services.coordinator.engine.request import Token
+from services.coordinator.engine.sequence import InFlightStep, InFlightSteps, PlanLimits, Sequence, WaitingQueue
 from services.coordinator.engine.step_costs import StepCosts
-from services.coordinator.engine.waiting_queue import WaitingQueue
 
-GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that the gap is told first
-MAXIMUM_REPLAYS = 8  # of one session without a new token in between: then it is the request that is at fault
-# refusals that a replay cures
-PREFIX_REASON = "prefix_lost"  # a stage does not have the rows that a session was to begin with
-REPLAYED_REASONS = frozenset({"position_gap", "too_many_early", "activations_lost", PREFIX_REASON})
-CHUNKS_AHEAD = 1  # of prompts, while no session decodes
-HEADROOM_TOKENS = 16  # kept free for each running session when another is admitted: it will go on for a while
-# A stage that has no room for KV rows that it should have: the books of the two differ (it came back with less, or was
-# not told of an end). The session waits again for its place, and nobody is admitted for a moment.
+GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that a gap is reported first
+MAXIMUM_REPLAYS = 8  # of one sequence without a new token in between: after that the request itself is at fault
+PREFIX_REASON = "prefix_lost"  # a stage does not have the rows that a session was to copy
+REPLAYED_REASONS = frozenset({"position_gap", "too_many_early", "activations_lost", PREFIX_REASON})  # a replay helps
+# A stage has no room for KV rows that it should have: its accounting differs from ours (it came back with less, or
+# missed an end). The sequence waits for its place again, and for a moment nothing is admitted.
 ROOM_REASON = "kv_budget"
 ROOM_RETRY_SECONDS = 1.0
+CHUNKS_AHEAD = 1  # of prompts, while no sequence decodes
+HEADROOM_TOKENS = 16  # kept free for each running sequence when another is admitted: it will generate more
 
 
 @dataclass(slots=True)
 class Counts:
-    """What the scheduler has done since it began."""
+    """Totals since the scheduler was made."""
 
     preemptions: int = 0
-    prompt_tokens: int = 0  # of sessions that began, replays included
-    reused_tokens: int = 0  # of them, those whose rows were copied
+    prompt_tokens: int = 0  # of sequences that began, replays included
+    reused_tokens: int = 0  # of these, tokens whose rows were copied
+
+
+@dataclass(slots=True)
+class _Choice:
+    """The step that is being formed."""
+
+    limits: PlanLimits
+    costs: StepCosts
+    others_decode: bool
+    token_counts: dict[str, int] = field(default_factory=dict)  # by session id
+    donors: set[str] = field(default_factory=set)  # sessions whose rows others copy in this step
 
 
 class Scheduler:
-    """Sessions waiting and running, steps in flight."""
+    """Sequences waiting and running, and steps in flight."""
 
     def __init__(self, step_tokens: int, maximum_running: int) -> None:
         self._step_tokens, self._maximum_running = step_tokens, maximum_running
         self._waiting = WaitingQueue()
-        self._running: dict[str, Session] = {}  # whoever was served last stands last
+        self._running: dict[str, Sequence] = {}  # the last served is last
         self._in_flight = InFlightSteps()
         self._next_step_id = 1
         self._admissions = 0
-        self._books = KvAccounting()
+        self._kv = KvAccounting()
         self._room_is_short = False
-        self._admit_at = 0.0  # nobody is admitted before
+        self._admit_at = 0.0  # nothing is admitted before
         self._limits: PlanLimits | None = None
         self._costs: StepCosts | None = None
         self.coordinator_epoch = 0
@@ -62,79 +71,70 @@ class Scheduler:
 
     @property
     def limits(self) -> PlanLimits | None:
-        """What the active plan allows, None while none is active."""
+        """What the active plan allows, None while no plan is active."""
         return self._limits
 
     @limits.setter
     def limits(self, limits: PlanLimits | None) -> None:
         if limits is not None and (self._limits is None or self._limits.plan_version != limits.plan_version):
-            self._costs = StepCosts(limits)  # of other stages than before
+            self._costs = StepCosts(limits)  # other stages have other costs
         self._limits = limits
 
     @property
-    def running(self) -> list[Session]:
-        """Sessions that are computed."""
+    def running(self) -> list[Sequence]:
         return list(self._running.values())
+
+    @property
+    def waiting(self) -> WaitingQueue:
+        return self._waiting
 
     @property
     def held_ids(self) -> list[str]:
         """Sessions that stages may hold KV rows of: running ones, and ended ones whose rows are kept."""
-        return [*self._running, *self._books.kept_ids]
-
-    @property
-    def waiting(self) -> list[Session]:
-        """Sessions without a place, by priority and arrival."""
-        return list(self._waiting)
-
-    @property
-    def waiting_count(self) -> int:
-        """Sessions without a place yet."""
-        return len(self._waiting)
+        return [*self._running, *self._kv.kept_ids]
 
     @property
     def steps_in_flight(self) -> int:
-        """Steps that are not wholly answered."""
         return len(self._in_flight)
 
     @property
     def used_share(self) -> float:
-        """Of the tightest stage's room for KV rows, what running and kept sessions hold."""
+        """Share of the tightest stage's KV room that running and kept sessions hold."""
         limits = self._limits
-        return self._books.rows / limits.kv_tokens if limits and limits.kv_tokens else 0.0
+        return self._kv.rows / limits.kv_tokens if limits and limits.kv_tokens else 0.0
 
     @property
     def kept_rows(self) -> int:
-        """KV rows of ended sessions, which give way to whoever needs room."""
-        return self._books.kept_rows
+        """KV rows kept of ended sequences; they are freed when their room is needed."""
+        return self._kv.kept_rows
 
-    def add(self, session: Session) -> None:
-        """Put a session in line."""
-        self._waiting.add(session)
+    def add(self, sequence: Sequence) -> None:
+        self._waiting.add(sequence)
 
     def remove(self, session_id: str, *, keep_rows: bool = False) -> list[str]:
-        """Forget a session wherever it is; gives sessions that stages may still hold rows of and are to free.
+        """Drop a sequence. Returns the session ids whose KV rows the stages must free.
 
-        With `keep_rows` the stages keep those of a session that has ended, for others that begin with the same tokens.
+        With `keep_rows` the stages keep the rows of a sequence that has ended, for others with the same prefix.
         """
-        session = self._running.pop(session_id, None)
-        if session is None:
+        sequence = self._running.pop(session_id, None)
+        if sequence is None:
             self._waiting.remove(session_id)
             return []
-        is_whole = session.in_flight == 0 and session.sent > 0
-        self._in_flight.forget_session(session.session_id)
+        is_whole = sequence.in_flight == 0 and sequence.sent > 0
+        self._in_flight.forget_sequence(session_id)
         if keep_rows and is_whole:
-            return self._books.keep(session)
-        self._books.forget(session_id)
+            return self._kv.keep(sequence)
+        self._kv.forget(session_id)
         return [session_id]
 
     def next_step(self, now: float) -> InFlightStep | None:
-        """The next step to send, None when nothing wants to be computed or enough is on its way."""
+        """Return the next step to send, None if nothing is to be computed or enough steps are in flight."""
         limits, costs = self._limits, self._costs
         if limits is None or costs is None:
             return None
-        # a chunk more than there are stages, so that none waits for a result's way back; not in a token's way
+        # One chunk more than there are stages, so that none waits for a result to return; never in a token's way.
         ahead = len(self._in_flight) - limits.stage_count
-        if ahead >= CHUNKS_AHEAD or (ahead >= 0 and any(session.decodes for session in self._running.values())):
+        if ahead >= CHUNKS_AHEAD or (ahead >= 0 and any(each.decodes for each in self._running.values())):
             return None
         self._admit(limits, now)
         chosen = self._choose(limits, costs)
@@ -142,51 +142,55 @@ class Scheduler:
             return None
         spans: list[StepSpan] = []
         token_ids = array("i")
-        for session, count in chosen:
-            first, end = session.sent, session.sent + count
-            token_ids.extend(session.token_ids[first:end])
-            asks = end == len(session.token_ids) and session.maximum_new_tokens > 0
-            spans.append(
-                StepSpan(
-                    session.session_id,
-                    session.epoch,
-                    first,
-                    count,
-                    session.reserve_tokens,
-                    session.sampling if asks else None,
-                    session.want_logprob and asks,
-                    session.tokens_to_score(first, end),
-                    session.top_logprobs,
-                    session.prefix,
-                )
-            )
-            session.prefix = None
-            session.sent = end
-            session.in_flight += 1
+        for sequence, count in chosen:
+            token_ids.extend(sequence.token_ids[sequence.sent : sequence.sent + count])
+            spans.append(self._take_span(sequence, count))
         step = Step(
-            self._next_step_id,
-            limits.plan_version,
-            self.coordinator_epoch,
-            "int32",
-            [len(token_ids)],
-            spans,
-            GAP_SECONDS,
-            released=self._books.take_released(),
+            step_id=self._next_step_id,
+            plan_version=limits.plan_version,
+            coordinator_epoch=self.coordinator_epoch,
+            dtype="int32",
+            shape=[len(token_ids)],
+            spans=spans,
+            gap_seconds=GAP_SECONDS,
+            released=self._kv.take_released(),
         )
         self._next_step_id += 1
         deadline = now + self._in_flight.deadline_seconds(len(token_ids), limits)
         flight = InFlightStep(step, token_ids.tobytes(), now, deadline)
-        flight.decodes = any(session.decodes for session, _ in chosen)
-        flight.sessions = {span.session_id: span.session_epoch for span in spans}
+        flight.decodes = any(sequence.decodes for sequence, _ in chosen)
+        flight.epochs = {span.session_id: span.session_epoch for span in spans}
         self._in_flight.add(flight)
         return flight
 
+    def _take_span(self, sequence: Sequence, count: int) -> StepSpan:
+        """Make the span of a sequence's next `count` tokens, and note that they are sent."""
+        request, first, end = sequence.request, sequence.sent, sequence.sent + count
+        asks = end == len(sequence.token_ids) and request.max_new_tokens > 0
+        span = StepSpan(
+            session_id=sequence.session_id,
+            session_epoch=sequence.epoch,
+            first_position=first,
+            token_count=count,
+            reserve_tokens=sequence.reserve_tokens,
+            sampling=sequence.sampling if asks else None,
+            logprob=request.want_logprob and asks,
+            scored_token_ids=sequence.tokens_to_score(first, end),
+            top_logprobs=request.top_logprobs,
+            prefix=sequence.prefix,
+        )
+        sequence.prefix = None
+        sequence.sent = end
+        sequence.in_flight += 1
+        return span
+
     def apply(
         self, result: StepResult
-    ) -> tuple[InFlightStep | None, list[NewToken], list[tuple[Session, SpanRefusal]]]:
-        """Take what came back: the step, new tokens, and refusals that no replay cures. Old news is ignored.
+    ) -> tuple[InFlightStep | None, list[tuple[Sequence, Token | None]], list[tuple[Sequence, SpanRefusal]]]:
+        """Take in a result. Returns its step, new tokens, and refusals that no replay can help; ignores old results.
 
-        Sessions that were refused for want of room no longer run, though some stages may hold rows of them.
+        A token is None if the prompt is computed and no token was asked for. Sequences that were refused for lack of
+        room no longer run, though some stages may hold rows of them.
         """
         flight = self._in_flight.get(result.step_id)
         if flight is None or result.coordinator_epoch != self.coordinator_epoch:
@@ -196,239 +200,229 @@ class Scheduler:
                 self._costs.add_decode(flight.step.shape[0], result.timings)
             else:
                 self._costs.add_chunks(flight.step.shape[0], flight.mean_rows, result.timings)
-        tokens: list[NewToken] = []
-        fatal: list[tuple[Session, SpanRefusal]] = []
-        without_room: list[Session] = []
+        tokens: list[tuple[Sequence, Token | None]] = []
+        fatal: list[tuple[Sequence, SpanRefusal]] = []
+        without_room: list[Sequence] = []
         for span in result.spans:
-            session = self._settle(flight, span.session_id, span.session_epoch)
-            if session is None:
+            sequence = self._settle(flight, span.session_id, span.session_epoch)
+            if sequence is None:
                 continue
-            session.in_flight -= 1
-            self._keep_scores(session, span)
-            if span.first_position + span.token_count != len(session.token_ids):
+            sequence.in_flight -= 1
+            self._keep_scores(sequence, span)
+            if span.first_position + span.token_count != len(sequence.token_ids):
                 continue
-            if not session.scores_are_complete:  # a result before this one was lost
-                if session.replays < MAXIMUM_REPLAYS:
-                    self._replay(session)
+            if not sequence.scores_are_complete:  # an earlier result was lost
+                if sequence.replays < MAXIMUM_REPLAYS:
+                    self._replay(sequence)
                 else:
-                    fatal.append((session, self._scores_lost(span)))
-            elif session.maximum_new_tokens == 0:
-                session.finished = True
-                tokens.append(NewToken(session, None, None, "length"))
+                    fatal.append((sequence, self._scores_lost(span)))
+            elif sequence.request.max_new_tokens == 0:
+                sequence.finished = True
+                tokens.append((sequence, None))
             elif span.token_id is not None:
-                tokens.append(self._append(session, span.token_id, span))
+                tokens.append((sequence, self._append(sequence, span.token_id, span)))
         for refusal in result.refusals:
-            session = self._settle(flight, refusal.session_id, refusal.session_epoch)
-            if session is None:
+            sequence = self._settle(flight, refusal.session_id, refusal.session_epoch)
+            if sequence is None:
                 continue
-            if session.replays >= MAXIMUM_REPLAYS:
-                fatal.append((session, refusal))
+            if sequence.replays >= MAXIMUM_REPLAYS:
+                fatal.append((sequence, refusal))
             elif refusal.reason == ROOM_REASON:
-                self._replay(session)
-                without_room.append(session)
+                self._replay(sequence)
+                without_room.append(sequence)
             elif refusal.reason in REPLAYED_REASONS:
                 if refusal.reason == PREFIX_REASON:
-                    self._forget_donor(flight.step, session)
-                self._replay(session)
+                    self._forget_donor(flight.step, sequence)
+                self._replay(sequence)
             else:
-                fatal.append((session, refusal))
-        self._step_back(without_room)
+                fatal.append((sequence, refusal))
+        for sequence in without_room:
+            self._lose_place(sequence)
+            self._room_is_short = True
         self._in_flight.close(flight)
         return flight, tokens, fatal
 
     def to_send_again(self, now: float) -> list[InFlightStep]:
-        """All steps in flight in their order, with their time begun anew: the connection was cut, the caches stand."""
+        """Return all steps in flight in order and restart their deadlines: a connection was lost, the caches remain."""
         return self._in_flight.to_send_again(now)
 
     def forget_kept(self) -> None:
-        """What is kept of ended sessions may be gone on some stage."""
-        self._books.forget_kept()
+        """Drop the rows kept of ended sequences: some stage may have freed them."""
+        self._kv.forget_kept()
 
-    def replay_all(self) -> list[Session]:
-        """Begin every running session anew in its next epoch: some KV cache is gone. Returns them."""
+    def replay_all(self) -> list[Sequence]:
+        """Restart every running sequence in its next epoch, because some KV cache is gone. Returns them."""
         self._in_flight.clear()
-        self._books.forget_kept()
-        for session in self._running.values():
-            self._replay(session)
+        self._kv.forget_kept()
+        for sequence in self._running.values():
+            self._replay(sequence)
         return self.running
 
-    def overdue(self, now: float, given_up: Collection[str] = ()) -> list[Session]:
-        """Sessions whose step did not come back in time; each begins anew.
+    def overdue(self, now: float, given_up: Collection[str] = ()) -> list[Sequence]:
+        """Replay sequences whose step is overdue.
 
-        Returned instead are those that did so too often, and those of `given_up`.
+        Returns, without replaying them, those of `given_up` and those that were replayed too often.
         """
-        hopeless: list[Session] = []
+        hopeless: list[Sequence] = []
         for flight in self._in_flight.take_overdue(now):
-            for session_id, epoch in flight.sessions.items():
-                session = self._running.get(session_id)
-                if session is None or session.epoch != epoch:
+            for session_id, epoch in flight.epochs.items():
+                sequence = self._running.get(session_id)
+                if sequence is None or sequence.epoch != epoch:
                     continue
-                if session.replays >= MAXIMUM_REPLAYS or session_id in given_up:
-                    hopeless.append(session)
+                if sequence.replays >= MAXIMUM_REPLAYS or session_id in given_up:
+                    hopeless.append(sequence)
                 else:
-                    self._replay(session)
+                    self._replay(sequence)
         return hopeless
 
-    def _settle(self, flight: InFlightStep, session_id: str, epoch: int) -> Session | None:
-        """The session of a span that came back for the first time and in its newest epoch."""
-        if flight.sessions.get(session_id) != epoch:
+    def _settle(self, flight: InFlightStep, session_id: str, epoch: int) -> Sequence | None:
+        """Return the sequence of a span that is back for the first time and in its newest epoch."""
+        if flight.epochs.get(session_id) != epoch:
             return None
-        del flight.sessions[session_id]
-        session = self._running.get(session_id)
-        return session if session is not None and session.epoch == epoch else None
+        del flight.epochs[session_id]
+        sequence = self._running.get(session_id)
+        return sequence if sequence is not None and sequence.epoch == epoch else None
 
-    def _keep_scores(self, session: Session, span: SpanResult) -> None:
-        """Note the prompt's log-probabilities; those that came before a replay stay as they were."""
-        if session.scores is not None:
-            for place, score in enumerate(
-                span.scores[: len(session.scores) - span.first_position], span.first_position
-            ):
-                session.scores[place] = session.scores[place] or score
+    def _keep_scores(self, sequence: Sequence, span: SpanResult) -> None:
+        """Note the prompt's log-probabilities; those known before a replay stay as they are."""
+        if sequence.scores is not None:
+            first = span.first_position
+            for place, score in enumerate(span.scores[: len(sequence.scores) - first], first):
+                sequence.scores[place] = sequence.scores[place] or score
 
     def _scores_lost(self, span: SpanResult) -> SpanRefusal:
         last_stage = self.limits.stage_count - 1 if self.limits else 0
         message = "The prompt's log-probabilities did not come back; does every machine run the same version?"
-        return SpanRefusal(span.session_id, span.session_epoch, span.first_position, last_stage, "scores_lost", message)
+        return SpanRefusal(
+            session_id=span.session_id,
+            session_epoch=span.session_epoch,
+            first_position=span.first_position,
+            stage_id=last_stage,
+            reason="scores_lost",
+            message=message,
+        )
 
-    def _append(self, session: Session, token_id: int, span: SpanResult) -> NewToken:
-        session.token_ids.append(token_id)
-        session.replays = 0
-        reason: FinishReason | None = None
-        if token_id in session.end_token_ids:
-            reason = "eos"
-        elif len(session.token_ids) - session.prompt_length >= session.maximum_new_tokens:
-            reason = "length"
-        session.finished = reason is not None
-        return NewToken(session, token_id, span.logprob, reason, tuple(span.top))
+    def _append(self, sequence: Sequence, token_id: int, span: SpanResult) -> Token:
+        sequence.token_ids.append(token_id)
+        sequence.replays = 0
+        if token_id in sequence.end_token_ids:
+            sequence.finished = True
+            return Token(token_id, span.logprob, "eos", tuple(span.top))
+        sequence.finished = len(sequence.token_ids) >= sequence.reserve_tokens
+        return Token(token_id, span.logprob, "length" if sequence.finished else "", tuple(span.top))
 
-    def _replay(self, session: Session) -> None:
-        """Something of the session was lost: it begins anew."""
-        session.replays += 1
-        self._begin_anew(session)
+    def _replay(self, sequence: Sequence) -> None:
+        sequence.replays += 1
+        self._restart(sequence)
 
-    def _begin_anew(self, session: Session) -> None:
-        """In the next epoch, without any rows; those of this one are freed before others take their room."""
-        self._books.release(session.session_id, session.epoch)
-        session.epoch += 1
-        session.sent = 0
-        session.in_flight = 0
-        session.prefix = None
+    def _restart(self, sequence: Sequence) -> None:
+        """Begin the next epoch without any rows; those of this epoch are freed before others take their room."""
+        self._kv.release(sequence.session_id, sequence.epoch)
+        sequence.epoch += 1
+        sequence.sent = 0
+        sequence.in_flight = 0
+        sequence.prefix = None
 
-    def _forget_donor(self, step: Step, session: Session) -> None:
-        """A stage does not have what the session was to copy: it computes all itself, and nobody copies that again."""
-        session.copies_rows = False
+    def _forget_donor(self, step: Step, sequence: Sequence) -> None:
+        """A stage lacks the rows to copy: the sequence computes all itself, and the donor's rows are freed."""
+        sequence.reuses_prefix = False
         for span in step.spans:
-            if span.session_id == session.session_id and span.prefix is not None:
-                self._books.give_up(span.prefix.session_id)
+            if span.session_id == sequence.session_id and span.prefix is not None:
+                self._kv.give_up(span.prefix.session_id)
 
-    def _step_back(self, sessions: list[Session]) -> None:
-        """Sessions that a stage had no room for wait again, and so do all others for a moment."""
-        for session in sessions:
-            self._lose_place(session)
-            self._room_is_short = True
-
-    def _lose_place(self, session: Session) -> None:
-        del self._running[session.session_id]
-        self._in_flight.forget_session(session.session_id)
-        self._waiting.put_back(session)
+    def _lose_place(self, sequence: Sequence) -> None:
+        del self._running[sequence.session_id]
+        self._in_flight.forget_sequence(sequence.session_id)
+        self._waiting.put_back(sequence)
 
     def _admit(self, limits: PlanLimits, now: float) -> None:
-        """Give places to those whose turn it is, as long as there is room for what is known of them."""
+        """Admit waiting sequences in turn while there is room for their known tokens."""
         if self._room_is_short:
             self._room_is_short, self._admit_at = False, now + ROOM_RETRY_SECONDS
         if now < self._admit_at or not len(self._waiting):
             return
-        by_client = Counter(session.client_name for session in self._running.values())
-        wanted = sum(len(session.token_ids) + HEADROOM_TOKENS for session in self._running.values())
-        reserved = sum(session.reserve_tokens for session in self._running.values())
-        while len(self._running) < self._maximum_running and (session := self._waiting.next(by_client)) is not None:
-            wanted += len(session.token_ids)
-            reserved += session.reserve_tokens
+        by_client = Counter(each.request.client_name for each in self._running.values())
+        wanted = sum(len(each.token_ids) + HEADROOM_TOKENS for each in self._running.values())
+        reserved = sum(each.reserve_tokens for each in self._running.values())
+        while len(self._running) < self._maximum_running and (sequence := self._waiting.next(by_client)) is not None:
+            wanted += len(sequence.token_ids)
+            reserved += sequence.reserve_tokens
             is_too_much = wanted > limits.kv_tokens or reserved > (limits.reserved_kv_tokens or reserved)
             if self._running and is_too_much:
                 return
             wanted += HEADROOM_TOKENS
-            self._waiting.take(session)
+            self._waiting.remove(sequence.session_id)
             self._admissions += 1
-            session.admitted = self._admissions
-            by_client[session.client_name] += 1
-            self._running[session.session_id] = session
+            sequence.admitted = self._admissions
+            by_client[sequence.request.client_name] += 1
+            self._running[sequence.session_id] = sequence
 
-    def _choose(self, limits: PlanLimits, costs: StepCosts) -> list[tuple[Session, int]]:
-        """Sessions and how many of their tokens: decode first, in as many steps as pay, then prompts in order."""
+    def _choose(self, limits: PlanLimits, costs: StepCosts) -> list[tuple[Sequence, int]]:
+        """Choose sequences and token counts: decode first, in as many steps as are worth it, then prompts in order."""
         budget = self._step_tokens
-        decoding = sum(session.decodes for session in self._running.values())
+        decoding = sum(each.decodes for each in self._running.values())
+        choice = _Choice(limits, costs, others_decode=decoding > 0)
         most_decodes = 0
         if decoding:
             steps = costs.micro_batches(decoding)
-            if self._in_flight.decode_steps < steps:  # else they gather for a larger one
+            if self._in_flight.decode_steps < steps:  # otherwise they gather for a larger step
                 most_decodes = min(budget, math.ceil(decoding / steps))
-        chosen: dict[str, int] = {}
-        wanted: set[str] = set()  # whose rows others copy in this step
-        for session in self.running:
-            if len(chosen) >= most_decodes:
+        counts = choice.token_counts
+        for sequence in self.running:
+            if len(counts) >= most_decodes:
                 break
-            if session.wants_decode and self._make_room(session, session.sent + 1, limits, chosen, wanted):
-                chosen[session.session_id] = 1
-        budget -= len(chosen)
-        for session in self.running:
+            if sequence.wants_decode and self._make_room(sequence, sequence.sent + 1, choice):
+                counts[sequence.session_id] = 1
+        budget -= len(counts)
+        for sequence in self.running:
             if budget <= 0:
                 break
-            if session.wants_prefill and session.session_id in self._running:
-                count = self._choose_chunk(session, budget, limits, costs, chosen, wanted, decoding > 0)
+            if sequence.wants_prefill and sequence.session_id in self._running:
+                count = self._choose_chunk(sequence, budget, choice)
                 if count:
-                    chosen[session.session_id] = count
+                    counts[sequence.session_id] = count
                     budget -= count
-        found = [(self._running[session_id], count) for session_id, count in chosen.items()]
-        for session, _ in found:  # whoever was served goes to the end of the line
-            self._running[session.session_id] = self._running.pop(session.session_id)
-        return found
+        chosen = [(self._running[session_id], count) for session_id, count in counts.items()]
+        for sequence, _ in chosen:  # the served go to the end of the line
+            self._running[sequence.session_id] = self._running.pop(sequence.session_id)
+        return chosen
 
-    def _choose_chunk(
-        self,
-        session: Session,
-        budget: int,
-        limits: PlanLimits,
-        costs: StepCosts,
-        chosen: dict[str, int],
-        wanted: set[str],
-        others_decode: bool,
-    ) -> int:
-        """How many of a prompt's next tokens go now; a session that begins takes over what others have computed."""
-        first, prefix = session.sent, None
-        if first == 0 and session.copies_rows and session.scores is None:  # a copied row has no logits, and so no score
-            prefix = self._books.prefix_for(session, self._running.values())
+    def _choose_chunk(self, sequence: Sequence, budget: int, choice: _Choice) -> int:
+        """Return how many of a prompt's next tokens go now. A sequence that begins may copy rows of another."""
+        first, prefix = sequence.sent, None
+        if first == 0 and sequence.reuses_prefix and sequence.scores is None:  # copied rows have no logits to score
+            prefix = self._kv.prefix_for(sequence, self._running.values())
             first = prefix.token_count if prefix else 0
-        ends = session.chunk_ends if session.sent else costs.chunk_ends(first, len(session.token_ids))
-        count = min(budget, costs.chunk_tokens(first, ends, others_decode=others_decode))
+        ends = sequence.chunk_ends if sequence.sent else choice.costs.chunk_ends(first, len(sequence.token_ids))
+        count = min(budget, choice.costs.chunk_tokens(first, ends, others_decode=choice.others_decode))
         if prefix:
-            wanted.add(prefix.session_id)
-        if not self._make_room(session, first + count, limits, chosen, wanted):
+            choice.donors.add(prefix.session_id)
+        if not self._make_room(sequence, first + count, choice):
             return 0
-        if session.sent == 0:
-            self.counts.prompt_tokens += len(session.token_ids)
+        if sequence.sent == 0:
+            self.counts.prompt_tokens += len(sequence.token_ids)
             self.counts.reused_tokens += first
-            session.chunk_ends = ends
-        session.sent, session.prefix = first, prefix
+            sequence.chunk_ends = ends
+        sequence.sent, sequence.prefix = first, prefix
         return count
 
-    def _make_room(
-        self, session: Session, end: int, limits: PlanLimits, chosen: dict[str, int], wanted: set[str]
-    ) -> bool:
-        """Take the room for a session's rows up to `end`; False when only older sessions could give way."""
-        while not self._books.fits(session, end, limits):
-            if self._books.give_up_kept(wanted):
+    def _make_room(self, sequence: Sequence, end: int, choice: _Choice) -> bool:
+        """Take room for the sequence's rows up to `end`. Returns False if only older sequences could be preempted."""
+        while not self._kv.fits(sequence, end, choice.limits):
+            if self._kv.give_up_kept(choice.donors):
                 continue
             younger = [
                 other
                 for other in self._running.values()
-                if other.is_younger_than(session) and other.session_id not in chosen and other.session_id not in wanted
+                if other.is_younger_than(sequence)
+                and other.session_id not in choice.token_counts
+                and other.session_id not in choice.donors
             ]
             if not younger:
                 return False
-            victim = max(younger, key=lambda other: (other.priority, other.admitted))
+            victim = max(younger, key=lambda other: (other.request.priority, other.admitted))
             self.counts.preemptions += 1
-            self._begin_anew(victim)
+            self._restart(victim)
             self._lose_place(victim)
-        self._books.hold(session, end)
+        self._kv.hold(sequence, end)
         return True

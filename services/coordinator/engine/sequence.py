@@ -1,54 +1,62 @@
-"""What the scheduler knows: a session, a step on its way, and what the active plan allows; values only."""
+"""What the scheduler works on: sequences, those that wait, steps in flight and the limits of the active plan."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-from noodle.wire.messages import PrefixCopy, SamplingParameters, Step, TokenLogprob, TokenScore
+from noodle.wire.messages import PrefixCopy, SamplingParameters, Step, TokenScore
+from services.coordinator.engine.request import Request
 
-FinishReason = Literal["eos", "length"]
+# A step that takes DEADLINE_FACTOR times its prediction, and never less than the floor, counts as lost.
+DEADLINE_FACTOR = 20.0
+DEADLINE_FLOOR_SECONDS = 8.0
 
 
 @dataclass(slots=True, eq=False)
-class Session:
-    """One sequence being generated. `token_ids` are the prompt and everything generated, and are never lost."""
+class Sequence:
+    """A request as the scheduler computes it. `token_ids` are the prompt and all generated tokens, never lost.
 
-    session_id: str
-    token_ids: list[int]
-    prompt_length: int
-    maximum_new_tokens: int
-    sampling: SamplingParameters
-    end_token_ids: frozenset[int]  # empty when the end of text is ignored
-    want_logprob: bool = False
-    top_logprobs: int = 0
-    scores: list[TokenScore | None] | None = None  # of the prompt's tokens from its second on, where they are wanted
+    Stages know it as the session `session_id`. Each replay raises `epoch`, and results of older epochs are ignored.
+    """
+
+    request: Request
+    end_token_ids: frozenset[int] = frozenset()  # of the model; ignored if the request ignores the end of text
+    token_ids: list[int] = field(init=False)
+    session_id: str = field(init=False)
+    prompt_length: int = field(init=False)
+    reserve_tokens: int = field(init=False)  # KV rows that it needs at most
+    sampling: SamplingParameters = field(init=False)
+    scores: list[TokenScore | None] | None = field(init=False)  # of the prompt from its second token on, if wanted
     epoch: int = 1
-    sent: int = 0  # tokens that steps of this epoch have taken, or that were there before
+    sent: int = 0  # tokens that steps of this epoch have taken, or whose rows were there before
     chunk_ends: tuple[int, ...] = ()  # where this epoch's prompt is cut, chosen when its first chunk goes
-    in_flight: int = 0  # spans of this epoch that have not come back
+    in_flight: int = 0  # spans of this epoch that are not back
     replays: int = 0  # since the last new token
-    finished: bool = False  # it has its last token and only waits to be removed
-    client_name: str = ""
-    priority: int = 0  # lower ones are served first
-    arrival: int = 0  # when it came, in the order of all
-    admitted: int = 0  # when it got its place, in the order of all
-    cache_salt: str = ""  # only sessions with the same one copy rows of one another
-    copies_rows: bool = True  # of others that begin alike; not again once a stage did not have them
+    finished: bool = False  # it has its last token and waits to be removed
+    arrived: int = 0  # its place in the order of arrival
+    admitted: int = 0  # its place in the order of admission
+    reuses_prefix: bool = True  # False once a stage did not have the rows to copy
     prefix: PrefixCopy | None = None  # rows that stages copy instead of computing them, until they are sent
 
-    @property
-    def reserve_tokens(self) -> int:
-        """KV rows it will need at most."""
-        return self.prompt_length + self.maximum_new_tokens
+    def __post_init__(self) -> None:
+        request = self.request
+        self.token_ids = list(request.prompt_token_ids)
+        self.session_id = request.request_id
+        self.prompt_length = len(self.token_ids)
+        self.reserve_tokens = self.prompt_length + request.max_new_tokens
+        self.sampling = request.sampling
+        self.scores = [None] * (self.prompt_length - 1) if request.score_prompt else None
+        if request.ignore_eos:
+            self.end_token_ids = frozenset()
 
     @property
     def scores_are_complete(self) -> bool:
-        """Whether every log-probability of the prompt that is wanted has come."""
+        """Whether all wanted log-probabilities of the prompt are known."""
         return self.scores is None or None not in self.scores
 
     def tokens_to_score(self, first: int, end: int) -> list[int]:
-        """The known tokens after rows [first, end), where the log-probability of one of them is still wanted.
+        """Return the known tokens after rows [first, end) if the log-probability of one of them is still wanted.
 
         A row scores the token after it: the last row of a chunk scores the first token of the next one.
         """
@@ -61,9 +69,9 @@ class Session:
         """Whether its prompt is computed, or on its way to be."""
         return not self.finished and 0 < len(self.token_ids) - 1 <= self.sent
 
-    def is_younger_than(self, other: Session) -> bool:
-        """Whether it gives way to the other when room runs out."""
-        return (self.priority, self.admitted) > (other.priority, other.admitted)
+    def is_younger_than(self, other: Sequence) -> bool:
+        """Whether it is preempted before the other when room runs out."""
+        return (self.request.priority, self.admitted) > (other.request.priority, other.admitted)
 
     @property
     def wants_decode(self) -> bool:
@@ -72,49 +80,53 @@ class Session:
 
     @property
     def wants_prefill(self) -> bool:
-        """Whether known tokens are still to be computed; a lone last token of a replay counts too."""
+        """Whether known tokens are still to be computed, including a single last token of a replay."""
         left = len(self.token_ids) - self.sent
         return not self.finished and left > 0 and not (self.sent > 0 and left == 1)
 
 
-@dataclass(slots=True)
-class InFlightStep:
-    """A step on its way: kept whole, so that it can be sent again after a cut connection."""
+class WaitingQueue:
+    """Sequences without a place: by priority, then the client with the fewest running, then by arrival."""
 
-    step: Step
-    body: bytes
-    sent_at: float
-    deadline: float
-    decodes: bool = False  # some of its spans are the newest token of a session
-    sessions: dict[str, int] = field(default_factory=dict)  # session id to epoch, of spans that are not back
+    def __init__(self) -> None:
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
 
-    @property
-    def is_decode(self) -> bool:
-        """Whether it has one token of each of its sessions, and no chunk of a prompt."""
-        return len(self.step.spans) == self.step.shape[0]
+    def __len__(self) -> int:
+        return len(self._sequences)
 
-    @property
-    def mean_rows(self) -> float:
-        """KV rows that a token of the step attends to, as a mean over them."""
-        rows = sum((span.first_position + span.token_count / 2) * span.token_count for span in self.step.spans)
-        return rows / self.step.shape[0]
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(sorted(self._sequences.values(), key=lambda each: (each.request.priority, each.arrived)))
+
+    def add(self, sequence: Sequence) -> None:
+        """Add a new sequence, behind its client's others of the same priority."""
+        self._arrivals += 1
+        sequence.arrived = self._arrivals
+        self.put_back(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Add a sequence that lost its place, where it stood by its arrival."""
+        self._sequences[sequence.session_id] = sequence
+
+    def remove(self, session_id: str) -> bool:
+        """Remove a sequence. Returns False if it did not wait."""
+        return self._sequences.pop(session_id, None) is not None
+
+    def next(self, running_by_client: Mapping[str, int]) -> Sequence | None:
+        """Return the sequence whose turn it is. One that needs less room never overtakes a long one.
+
+        Clients take turns by what they have running, so that one with many requests does not keep the others waiting.
+        """
+        return min(
+            self._sequences.values(),
+            key=lambda each: (
+                each.request.priority, running_by_client.get(each.request.client_name, 0), each.arrived
+            ),
+            default=None,
+        )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class NewToken:
-    """One more token of a session, and whether it was the last.
-
-    A session that asks for no new token ends with one NewToken whose `token_id` is None: its prompt is computed.
-    """
-
-    session: Session
-    token_id: int | None
-    logprob: float | None
-    finish_reason: FinishReason | None
-    top: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanLimits:
     """What the active plan allows."""
 
@@ -124,4 +136,84 @@ class PlanLimits:
     context_length: int
     decode_seconds: float  # predicted for one token through the pipeline
     prefill_seconds_per_token: float
-    reserved_kv_tokens: int | None = None  # that fit on stages which hold a session's whole reservation from its start
+    reserved_kv_tokens: int | None = None  # the same, on stages that reserve all rows of a session at its start
+
+
+@dataclass(slots=True)
+class InFlightStep:
+    """A step on its way, kept whole so that it can be sent again after a lost connection."""
+
+    step: Step
+    body: bytes
+    sent_at: float
+    deadline: float
+    decodes: bool = False  # some of its spans are the newest token of a sequence
+    epochs: dict[str, int] = field(default_factory=dict)  # by session id, of spans that are not back
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each of its spans is one token, without a chunk of a prompt."""
+        return len(self.step.spans) == self.step.shape[0]
+
+    @property
+    def mean_rows(self) -> float:
+        """Mean number of KV rows that a token of the step attends to."""
+        rows = sum((span.first_position + span.token_count / 2) * span.token_count for span in self.step.spans)
+        return rows / self.step.shape[0]
+
+
+class InFlightSteps:
+    """All steps in flight, by step id."""
+
+    def __init__(self) -> None:
+        self._by_step_id: dict[int, InFlightStep] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_step_id)
+
+    @property
+    def decode_steps(self) -> int:
+        """How many of them have the newest token of some sequence."""
+        return sum(flight.decodes for flight in self._by_step_id.values())
+
+    def add(self, flight: InFlightStep) -> None:
+        self._by_step_id[flight.step.step_id] = flight
+
+    def get(self, step_id: int) -> InFlightStep | None:
+        """Return a step that is not wholly back."""
+        return self._by_step_id.get(step_id)
+
+    def close(self, flight: InFlightStep) -> None:
+        """Drop a step if all of its spans are back."""
+        if not flight.epochs:
+            self._by_step_id.pop(flight.step.step_id, None)
+
+    def clear(self) -> None:
+        """Drop all steps: their results belong to an older epoch."""
+        self._by_step_id.clear()
+
+    def forget_sequence(self, session_id: str) -> None:
+        """Stop waiting for the spans of a sequence."""
+        for flight in list(self._by_step_id.values()):
+            flight.epochs.pop(session_id, None)
+            self.close(flight)
+
+    def to_send_again(self, now: float) -> list[InFlightStep]:
+        """Return all steps in order and restart their deadlines."""
+        flights = [self._by_step_id[step_id] for step_id in sorted(self._by_step_id)]
+        for flight in flights:
+            flight.deadline += now - flight.sent_at
+            flight.sent_at = now
+        return flights
+
+    def take_overdue(self, now: float) -> list[InFlightStep]:
+        """Drop and return the steps whose deadline has passed."""
+        overdue = [flight for flight in self._by_step_id.values() if flight.deadline <= now]
+        for flight in overdue:
+            del self._by_step_id[flight.step.step_id]
+        return overdue
+
+    def deadline_seconds(self, tokens: int, limits: PlanLimits) -> float:
+        """Return how long a step of `tokens` tokens may take if it is sent now, behind the steps in flight."""
+        predicted = limits.decode_seconds + tokens * limits.prefill_seconds_per_token
+        return max(DEADLINE_FLOOR_SECONDS, DEADLINE_FACTOR * predicted * (len(self) + 1))

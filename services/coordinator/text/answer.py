@@ -1,21 +1,19 @@
-"""From tokens to text for one request, on its HTTP thread: detokenises, stops at stop strings.
-
-Knows one reader of a generation and one TextStream, no routes and no wire format.
-"""
+"""The answer to a request as it grows: its tokens become text on the request's HTTP thread."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from noodle.errors import GenerationFailed
 from noodle.wire.messages import TokenLogprob, TokenScore
-from services.coordinator.engine.parameters import FinishReason
-from services.coordinator.engine.request import GenerationReader, PromptComputed
+from services.coordinator.engine.request import FinishReason, PromptComputed, Request, RequestReader
 from services.coordinator.text.detokenizer import TextStream
+from services.coordinator.text.tokenizer import Tokenizer
 
 CLIENT_LOOK_SECONDS = 0.5  # how late a client that left is noticed while no token comes
-REASONS: dict[str, FinishReason] = {"eos": "eos_token", "length": "length"}
+REASONS: dict[str, FinishReason | None] = {"": None, "eos": "eos_token", "length": "length"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,52 +31,58 @@ class Part:
     text_offset: int = 0
 
 
-@dataclass
 class Answer:
-    """An answer as it grows; iterate over it to let it."""
+    """An answer in progress; iterate over it to let it grow. `request` is as it was admitted first."""
 
-    generation: GenerationReader
-    text_stream: TextStream
-    parts: list[Part] = field(default_factory=list)
-    prompt_scores: tuple[TokenScore, ...] = ()  # of the prompt's tokens from its second on; here before the first part
-    finish_reason: FinishReason | None = None
+    def __init__(self, request: Request, reader: RequestReader, tokenizer: Tokenizer) -> None:
+        self.request, self.tokenizer = request, tokenizer
+        self.parts: list[Part] = []
+        self.prompt_scores: tuple[TokenScore, ...] = ()  # from the prompt's second token on; set before the first part
+        self._finish_reason: FinishReason | None = None
+        self._reader = reader
+        context_ids = request.prompt_token_ids if request.continues_prompt else ()
+        self._text_stream = TextStream(tokenizer.decode, request.stop, context_ids=context_ids)
 
     def __iter__(self) -> Iterator[Part | None]:
-        """Parts as they come, None whenever none came for CLIENT_LOOK_SECONDS; raises what ended the request early.
+        """Yield parts as they come, None when none came for CLIENT_LOOK_SECONDS. Raises what ended the request early.
 
-        The request is cancelled on every stage when the iteration is left before its end.
+        Leaving the iteration before its end cancels the request on every stage.
         """
         try:
-            while self.finish_reason is None:
-                token = self.generation.next(CLIENT_LOOK_SECONDS)
+            while self._finish_reason is None:
+                token = self._reader.next(CLIENT_LOOK_SECONDS)
                 if token is None:
                     yield None
                     continue
                 if isinstance(token, PromptComputed):
                     self.prompt_scores = token.scores
-                    self.finish_reason = "length" if token.is_all else None
+                    self._finish_reason = "length" if token.is_all else None
                     continue
-                text_offset = self.text_stream.characters
-                delta = self.text_stream.push(token.token_id)
+                text_offset = self._text_stream.characters
+                delta = self._text_stream.push(token.token_id)
                 text = delta.text
-                reason = REASONS[token.finish_reason] if token.finish_reason else None
+                reason = REASONS[token.finish_reason]
                 if delta.finished:
                     reason = "stop_sequence"
                 elif reason is not None:
-                    last = self.text_stream.finish()
+                    last = self._text_stream.finish()
                     text += last.text
                     reason = "stop_sequence" if last.finished else reason
-                part = Part(token.token_id, text, token.logprob, reason, token.top, text_offset)
+                part = Part(token.token_id, text, token.logprob, reason, top=token.top, text_offset=text_offset)
                 self.parts.append(part)
-                self.finish_reason = reason
+                self._finish_reason = reason
                 if reason == "stop_sequence":
-                    self.generation.finish()  # more tokens would come, and nobody needs them
+                    self._reader.finish()  # otherwise the stages would compute tokens that nobody needs
                 yield part
         finally:
-            self.generation.cancel()  # harmless when it has ended by itself
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Stop reading; does nothing after the end."""
+        self._reader.cancel()
 
     def complete(self, client_has_gone: Callable[[], bool]) -> bool:
-        """Let the answer grow to its end; False, and cancelled, when the client left before."""
+        """Let the answer grow to its end. Returns False, and cancels it, if the client left before."""
         looked_at = time.monotonic()
         for part in self:
             now = time.monotonic()
@@ -93,12 +97,26 @@ class Answer:
         """All text so far."""
         return "".join(part.text for part in self.parts)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the complete answer ended."""
+        if self._finish_reason is None:
+            raise GenerationFailed("The answer was formatted before its end.")
+        return self._finish_reason
+
 
 def kept_alive(
     answer: Answer, events: Callable[[Part], Sequence[bytes]], comment: bytes, comment_seconds: float
 ) -> Iterator[bytes]:
-    """The events of a stream, with a comment line while it waits: it tells the client that all is well, and us that
-    the client is still there, for only a write shows that it left."""
+    """Yield the events of a stream, and a comment line at intervals while it waits.
+
+    The comment tells the client that all is well. Writing it shows whether the client is still there.
+    """
     written_at = time.monotonic()
     for part in answer:
         if part is None:

@@ -8,7 +8,7 @@ noodle:stage:<id>:owner         string, URL of the stage that has this number, e
 noodle:stage:<id>:state         string, StageState, expires: the stage's heartbeat
 noodle:coordinator:leader       string, name of the coordinator that leads, expires: a lease by the server's clock
 noodle:coordinator:epoch        counter, raised by each coordinator that takes the lead
-noodle:request:<id>             string, RequestRecord as JSON, expires some time after its last change
+noodle:request:<id>             string, the coordinator's Request as JSON, expires some time after its last change
 noodle:request:<id>:tokens      list of tokens generated so far, expires with it
 noodle:hop:<stage id>           stream, what that stage is to compute: token ids or references; bounded, expires
 noodle:results                  stream, what the last stage made of it; bounded, expires
@@ -17,7 +17,7 @@ noodle:results                  stream, what the last stage made of it; bounded,
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,7 +26,6 @@ import redis
 
 from noodle.cluster.plan import MachineReport, Plan, PlannerState, StageState
 from noodle.errors import QueueUnavailable
-from noodle.wire.messages import TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -58,44 +57,6 @@ Value = TypeVar("Value", bound=msgspec.Struct)
 
 class NotOurs(QueueUnavailable):
     """Raised for an entry that can not be decoded."""
-
-
-class RequestRecord(msgspec.Struct, frozen=True):
-    """What is needed to compute a request again from the start, and to give it to whoever asks for it (design D2)."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    stop: list[str]
-    ignore_eos: bool
-    client_request_id: str = ""  # what the client calls it
-    client_name: str = ""  # of the key that it came with; nobody else may read it
-    priority: int = 0
-    cache_salt: str = ""
-    want_logprob: bool = False
-    top_logprobs: int = 0
-    score_prompt: bool = False
-    goes_on: bool = True  # whether the answer continues the prompt's own text
-    resume_seconds: float = 0.0  # how long it goes on without a reader
-    idempotency_key: str = ""
-    body_digest: str = ""
-    answer_id: str = ""  # in OpenAI's shapes, with when it was created
-    created_unix_seconds: int = 0
-    deadline_unix_seconds: float = 0.0  # 0 is none
-    outcome: str = ""  # empty while it is open, "finished", or why it ended early
-
-
-class RecordedToken(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """One generated token of a recorded request."""
-
-    token_id: int
-    logprob: float | None = None
-    finish_reason: str = ""
-    top: list[TokenLogprob] = []
 
 
 def hop_stream(stage_id: int) -> str:
@@ -233,57 +194,47 @@ class WorkQueue:
 
     # requests in progress
 
-    def record_request(self, record: RequestRecord, tokens: Sequence[RecordedToken] = ()) -> None:
-        """Keep a request; what was kept of it before is replaced."""
-        key = f"noodle:request:{record.request_id}"
+    def record_request(self, request_id: str, record: bytes, tokens: Sequence[bytes] = ()) -> None:
+        """Keep a request's record and tokens, as its coordinator encodes them. Replaces what was kept of it before."""
+        key = f"noodle:request:{request_id}"
         with self._told():
             pipeline = self._redis.pipeline(transaction=True)
-            pipeline.set(key, msgspec.json.encode(record), ex=RECORD_EXPIRES_SECONDS)
+            pipeline.set(key, record, ex=RECORD_EXPIRES_SECONDS)
             pipeline.delete(f"{key}:tokens")
             if tokens:
-                pipeline.rpush(f"{key}:tokens", *map(msgspec.json.encode, tokens))
+                pipeline.rpush(f"{key}:tokens", *tokens)
                 pipeline.expire(f"{key}:tokens", RECORD_EXPIRES_SECONDS)
             pipeline.execute()
 
-    def record_tokens(self, batches: dict[str, list[RecordedToken]]) -> None:
+    def record_tokens(self, batches: Mapping[str, Sequence[bytes]]) -> None:
         """Append generated tokens to their requests, in one trip."""
         with self._told():
             pipeline = self._redis.pipeline(transaction=False)
             for request_id, tokens in batches.items():
                 key = f"noodle:request:{request_id}"
-                pipeline.rpush(f"{key}:tokens", *map(msgspec.json.encode, tokens))
+                pipeline.rpush(f"{key}:tokens", *tokens)
                 pipeline.expire(f"{key}:tokens", RECORD_EXPIRES_SECONDS)
                 pipeline.expire(key, RECORD_EXPIRES_SECONDS)
             pipeline.execute()
 
     def forget_request(self, request_id: str) -> None:
-        """Drop the record of a request that has ended."""
+        """Delete the record of a request that has ended."""
         with self._told():
             self._redis.delete(f"noodle:request:{request_id}", f"noodle:request:{request_id}:tokens")
 
-    def recorded_request(self, request_id: str) -> tuple[RequestRecord, list[RecordedToken]] | None:
-        """A request, in progress or ended, with its tokens so far."""
-        record = self._get(f"noodle:request:{request_id}", RequestRecord)
-        if record is None:
-            return None
-        key = f"noodle:request:{request_id}:tokens"
+    def recorded_request(self, request_id: str) -> tuple[bytes, list[bytes]] | None:
+        """Return the record and tokens of a request, in progress or ended."""
         with self._told():
-            tokens: Any = self._redis.lrange(key, 0, -1)
-        decoded = [self._decoded(key, token, RecordedToken) for token in tokens]
-        return record, [token for token in decoded if token is not None]
+            record: Any = self._redis.get(f"noodle:request:{request_id}")
+            tokens: Any = self._redis.lrange(f"noodle:request:{request_id}:tokens", 0, -1)
+        return None if record is None else (record, tokens)
 
-    def recorded_requests(self) -> list[tuple[RequestRecord, list[RecordedToken]]]:
-        """All requests that are kept, for a coordinator that takes the lead."""
+    def recorded_requests(self) -> dict[str, tuple[bytes, list[bytes]]]:
+        """Return all requests that are kept, for a coordinator that takes the lead."""
         with self._told():
             keys = [key.decode() for key in self._redis.scan_iter(match="noodle:request:*", count=1000)]
         names = sorted(key.removeprefix("noodle:request:") for key in keys if not key.endswith(":tokens"))
-        found = []
-        for name in names:
-            try:
-                found.append(self.recorded_request(name))
-            except NotOurs as error:  # of another version: one such record must not keep the others from going on
-                log.warning("the record of request %s is left out: %s", name, error)
-        return [each for each in found if each is not None]
+        return {name: found for name in names if (found := self.recorded_request(name)) is not None}
 
     # the queued way of a hop
 

@@ -37,11 +37,11 @@ def refusal(inputs: Any = "hi", **parameters: Any) -> InvalidRequest:
 def test_inputs_alone_are_enough_and_greedy() -> None:
     request = parse_generate(b'{"inputs": "hi"}', vocabulary_size=1000, stream=True)
     assert request.prompt == "hi"
-    assert request.parameters.max_new_tokens == 100
-    assert request.parameters.length_name is None
-    assert request.parameters.sampling.temperature == 0
-    assert request.parameters.stream
-    assert not request.parameters.scores.wanted
+    assert request.request.max_new_tokens == 100
+    assert request.request.length_name is None
+    assert request.request.temperature == 0
+    assert request.request.stream
+    assert not request.request.want_logprob
     assert not request.return_full_text
 
 
@@ -59,14 +59,14 @@ def test_everything_that_is_honoured() -> None:
         details=True,
         return_full_text=True,
     )
-    parameters = request.parameters
+    parameters = request.request
     assert request.prompt == (1, 2)
     assert request.return_full_text
     assert (parameters.max_new_tokens, parameters.length_name, parameters.seed) == (5, "max_new_tokens", 7)
-    assert (parameters.sampling.temperature, parameters.sampling.top_p, parameters.sampling.top_k) == (50, 0.9, 3)
+    assert (parameters.temperature, parameters.top_p, parameters.top_k) == (50, 0.9, 3)
     assert len(parameters.stop) == 16
     assert parameters.ignore_eos
-    assert parameters.scores.wanted
+    assert parameters.want_logprob
     assert not parameters.stream
 
 
@@ -86,7 +86,7 @@ def test_everything_that_is_honoured() -> None:
     ],
 )
 def test_when_it_samples(asked: dict[str, Any], temperature: float) -> None:
-    assert parse(**asked).parameters.sampling.temperature == temperature
+    assert parse(**asked).request.temperature == temperature
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ TOKENS = [GeneratedToken(5, "he", False, -0.5), GeneratedToken(2, "", True, -1.5
 
 
 def test_an_answer_tells_how_it_came_about() -> None:
-    parameters = parse(seed=-3).parameters
+    parameters = parse(seed=-3).request
     details = generation_details("eos_token", parameters, prompt_tokens=4, tokens=TOKENS)
     assert generate_answer("he", details) == {
         "generated_text": "he",
@@ -185,14 +185,14 @@ def test_an_answer_tells_how_it_came_about() -> None:
 
 
 def test_details_add_the_log_probabilities() -> None:
-    parameters = parse(details=True).parameters
+    parameters = parse(details=True).request
     details = generation_details("length", parameters, prompt_tokens=4, tokens=TOKENS)
     assert [token["logprob"] for token in details["tokens"]] == [-0.5, -1.5]
     assert token_event(1, TOKENS[0], parameters)["token"]["logprob"] == -0.5
 
 
 def test_a_stream_has_an_event_for_each_token_and_the_last_one_has_it_all() -> None:
-    parameters = parse(seed=1).parameters
+    parameters = parse(seed=1).request
     assert token_event(1, TOKENS[0], parameters) == {
         "index": 1,
         "token": {"id": 5, "text": "he", "special": False},

@@ -14,7 +14,7 @@ from noodle.web.service import server_sent_event
 from services.coordinator.api import openai_format
 from services.coordinator.api.openai_format import AnswerHead
 from services.coordinator.api.openai_request import ServedModel
-from services.coordinator.engine.parameters import FinishReason
+from services.coordinator.engine.request import FinishReason
 
 HEAD = AnswerHead(id="chatcmpl-1", model="m", created_seconds=5, seed=-7)
 HEAD_WITH_USAGE = AnswerHead(id="chatcmpl-1", model="m", created_seconds=5, seed=-7, include_usage=True)

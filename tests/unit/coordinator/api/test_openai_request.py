@@ -25,11 +25,11 @@ from services.coordinator.api.openai_messages import MESSAGE_NEUTRAL
 from services.coordinator.api.openai_request import (
     ChatRequest,
     CompletionRequest,
-    ServedModel,
     parse_chat,
     parse_completion,
 )
-from services.coordinator.engine.parameters import MAXIMUM_NEW_TOKENS, Scores
+from services.coordinator.coordinator import ServedModel
+from services.coordinator.engine.parameters import MAXIMUM_NEW_TOKENS
 from tests.support.clients.random_json import random_body, random_value
 
 SERVED = ServedModel(names=("SmolLM2-135M-Instruct", "noodle"), vocabulary_size=1000, created_seconds=1)
@@ -112,19 +112,24 @@ def test_the_usual_wishes_that_are_not_honoured_are_refused(kind: str, name: str
     assert refusal(kind, **{name: value}).param == name
 
 
+def scores_of(parsed: ChatRequest | CompletionRequest) -> tuple[bool, int, bool]:
+    request = parsed.request
+    return request.want_logprob, request.top_logprobs, request.score_prompt
+
+
 def test_log_probabilities_are_asked_for_in_each_routes_own_way() -> None:
-    assert completion().parameters.scores == Scores()
-    assert completion(logprobs=None).parameters.scores == Scores()
-    assert completion(logprobs=0).parameters.scores == Scores(wanted=True)
-    assert completion(logprobs=20).parameters.scores == Scores(wanted=True, top=20)
+    assert scores_of(completion()) == (False, 0, False)
+    assert scores_of(completion(logprobs=None)) == (False, 0, False)
+    assert scores_of(completion(logprobs=0)) == (True, 0, False)
+    assert scores_of(completion(logprobs=20)) == (True, 20, False)
     echoed = completion(logprobs=1, echo=True, max_tokens=0)
     assert echoed.echo
-    assert echoed.parameters.scores == Scores(wanted=True, top=1, of_prompt=True)
-    assert (echoed.parameters.max_new_tokens, echoed.parameters.length_name) == (0, "max_tokens")
-    assert completion(echo=True).parameters.scores == Scores()
-    assert chat(logprobs=True).parameters.scores == Scores(wanted=True)
-    assert chat(logprobs=True, top_logprobs=4).parameters.scores == Scores(wanted=True, top=4)
-    assert chat(logprobs=False, top_logprobs=0).parameters.scores == Scores()
+    assert scores_of(echoed) == (True, 1, True)
+    assert (echoed.request.max_new_tokens, echoed.request.length_name) == (0, "max_tokens")
+    assert scores_of(completion(echo=True)) == (False, 0, False)
+    assert scores_of(chat(logprobs=True)) == (True, 0, False)
+    assert scores_of(chat(logprobs=True, top_logprobs=4)) == (True, 4, False)
+    assert scores_of(chat(logprobs=False, top_logprobs=0)) == (False, 0, False)
 
 
 def test_every_parameter_of_the_official_client_is_known() -> None:
@@ -152,11 +157,11 @@ def test_an_unknown_parameter_is_refused_with_the_name_it_may_have_meant() -> No
 
 
 def test_a_chat_has_what_is_left_of_the_context_and_a_completion_16_tokens() -> None:
-    assert chat().parameters.max_new_tokens == MAXIMUM_NEW_TOKENS
-    assert chat().parameters.length_name is None
-    assert completion().parameters.max_new_tokens == 16
-    assert chat(max_completion_tokens=5).parameters.max_new_tokens == 5
-    assert chat(max_tokens=5).parameters.max_new_tokens == 5
+    assert chat().request.max_new_tokens == MAXIMUM_NEW_TOKENS
+    assert chat().request.length_name is None
+    assert completion().request.max_new_tokens == 16
+    assert chat(max_completion_tokens=5).request.max_new_tokens == 5
+    assert chat(max_tokens=5).request.max_new_tokens == 5
     assert refusal("chat", max_tokens=5, max_completion_tokens=6).param in ("max_tokens", "max_completion_tokens")
     assert refusal("completion", max_completion_tokens=5).param == "max_completion_tokens"
 
@@ -175,12 +180,12 @@ def test_the_model_is_the_one_served_under_any_of_its_names() -> None:
 
 
 def test_streaming_and_its_usage_option() -> None:
-    assert not chat().parameters.stream
-    assert chat(stream=True).parameters.stream
-    assert not chat(stream=True).parameters.include_usage
-    assert chat(stream=True, stream_options={"include_usage": True}).parameters.include_usage
-    assert not chat(stream=True, stream_options={"include_usage": False}).parameters.include_usage
-    assert not completion(stream=False, stream_options=None).parameters.include_usage
+    assert not chat().request.stream
+    assert chat(stream=True).request.stream
+    assert not chat(stream=True).request.include_usage
+    assert chat(stream=True, stream_options={"include_usage": True}).request.include_usage
+    assert not chat(stream=True, stream_options={"include_usage": False}).request.include_usage
+    assert not completion(stream=False, stream_options=None).request.include_usage
     for name, neutral in STREAM_OPTIONS_NEUTRAL.items():
         chat(stream=True, stream_options={name: neutral[0]})
         assert refusal("chat", stream=True, stream_options={name: True}).param == f"stream_options.{name}"

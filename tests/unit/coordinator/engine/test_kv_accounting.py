@@ -1,21 +1,16 @@
 """The coordinator's books of KV rows, and the rows of ended sessions."""
 
-from noodle.wire.messages import SamplingParameters
 from services.coordinator.engine.kv_accounting import (
     MAXIMUM_KEPT_SESSIONS,
     MINIMUM_PREFIX_TOKENS,
     KvAccounting,
     common_prefix_length,
 )
-from services.coordinator.engine.sequence import PlanLimits, Session
-
-
-def a_session(name, token_ids, new=4):
-    return Session(name, list(token_ids), len(token_ids), new, SamplingParameters(), frozenset())
+from tests.support.sequences import a_sequence, plan_limits
 
 
 def limits(kv_tokens, reserved=None):
-    return PlanLimits(1, 2, kv_tokens, 1000, 0.01, 0.001, reserved)
+    return plan_limits(kv_tokens=kv_tokens, reserved_kv_tokens=reserved)
 
 
 def test_the_common_beginning_is_found_at_every_length():
@@ -29,7 +24,7 @@ def test_the_common_beginning_is_found_at_every_length():
 
 def test_rows_count_as_they_are_held_and_reservations_beside_them():
     books = KvAccounting()
-    a, b = a_session("a", range(10)), a_session("b", range(10))
+    a, b = a_sequence("a", range(10)), a_sequence("b", range(10))
     assert books.fits(a, 10, limits(15))
     books.hold(a, 10)
     books.hold(a, 6)  # computed again
@@ -44,7 +39,7 @@ def test_rows_count_as_they_are_held_and_reservations_beside_them():
 
 def test_what_is_released_is_told_once_with_its_epoch():
     books = KvAccounting()
-    a = a_session("a", range(10))
+    a = a_sequence("a", range(10))
     books.hold(a, 10)
     books.release("a", 3)
     books.release("a", 3)
@@ -53,7 +48,7 @@ def test_what_is_released_is_told_once_with_its_epoch():
 
 
 def kept(books, name, token_ids):
-    session = a_session(name, token_ids)
+    session = a_sequence(name, token_ids)
     books.hold(session, len(token_ids))
     return books.keep(session)
 
@@ -62,9 +57,9 @@ def test_the_longest_beginning_is_taken_and_the_longest_unused_given_up_first():
     books = KvAccounting()
     kept(books, "short", [*range(20), 99])
     kept(books, "long", [*range(40), 98])
-    found = books.prefix_for(a_session("new", range(60)), [])
+    found = books.prefix_for(a_sequence("new", range(60)), [])
     assert (found.session_id, found.token_count) == ("long", 40)
-    found = books.prefix_for(a_session("new", [*range(20), 99, 97]), [])
+    found = books.prefix_for(a_sequence("new", [*range(20), 99, 97]), [])
     assert (found.session_id, found.token_count) == ("short", 21)
     assert books.give_up_kept(())
     assert books.kept_ids == ["short"]
@@ -74,7 +69,7 @@ def test_the_longest_beginning_is_taken_and_the_longest_unused_given_up_first():
 def test_a_beginning_too_short_to_be_worth_it_is_computed():
     books = KvAccounting()
     kept(books, "other", [*range(MINIMUM_PREFIX_TOKENS - 1), 99])
-    assert books.prefix_for(a_session("new", range(60)), []) is None
+    assert books.prefix_for(a_sequence("new", range(60)), []) is None
 
 
 def test_only_so_many_are_kept():

@@ -7,27 +7,24 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.cluster.plan import Plan, StageAssignment
-from noodle.cluster.valkey import RecordedToken, RequestRecord
 from noodle.errors import GenerationFailed, LinkLost, RequestTimedOut
 from noodle.metrics.counted import CoordinatorMetrics
 from noodle.wire.messages import (
     LiveSessions,
-    SamplingParameters,
     SpanRefusal,
     SpanResult,
     StageTiming,
     Step,
     StepResult,
 )
-from services.coordinator.engine import in_flight as flights_module
-from services.coordinator.engine import loop
+from services.coordinator.engine import loop, sequence
 from services.coordinator.engine import scheduler as scheduler_module
 from services.coordinator.engine.loop import EngineLoop
 from services.coordinator.engine.pipeline import PipelineDown, PipelineUp, ResultArrived
-from services.coordinator.engine.request import GenerationRequest
+from services.coordinator.engine.request import LOOPBACK, Token
 from services.coordinator.engine.scheduler import Scheduler
-from services.coordinator.engine.sequence import PlanLimits
 from tests.support.processes.cluster import wait_until
+from tests.support.sequences import a_request, plan_limits
 
 STAGES = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{8081 + i}", 3 * i, 3 * i + 3, "float32") for i in range(2))
 PLAN = Plan(1, "digest", 6, 64, 300, 256, STAGES)
@@ -40,7 +37,7 @@ class SilentRecorder:
     def begin(self, record):
         pass
 
-    def go_on(self, record, tokens):
+    def resume(self, record, tokens):
         pass
 
     def token(self, request_id, token):
@@ -89,7 +86,7 @@ class Rig:
         )
         self.thread = threading.Thread(target=self.loop.run)
         self.thread.start()
-        self.loop.activate(PLAN, PlanLimits(1, 2, kv_tokens, 256, 0.001, 0.0001), 1)
+        self.loop.activate(PLAN, plan_limits(2, kv_tokens, 256), 1)
         self.up()
 
     def tell(self, event):
@@ -104,8 +101,11 @@ class Rig:
         wait_until(lambda: not self.loop.state.up, WAIT_SECONDS, "the loop knows that the pipeline is broken")
 
     def submit(self, prompt=5, new=4, **options):
-        asked = GenerationRequest(list(range(3, 3 + prompt)), new, SamplingParameters(), frozenset(), **options)
-        return self.loop.admission.submit(asked)[1].open_reader()
+        return self.stream(prompt, new, **options).open_reader()
+
+    def stream(self, prompt=5, new=4, **options):
+        asked = a_request("", range(3, 3 + prompt), new, **options)
+        return self.loop.admission.submit(asked, LOOPBACK, frozenset())
 
     def step(self, number):
         """The step that was sent as this one, counted from 1."""
@@ -134,12 +134,12 @@ def rig():
     made.thread.join(WAIT_SECONDS)
 
 
-def ended_with(generation, seconds=WAIT_SECONDS):
+def ended_with(stream, seconds=WAIT_SECONDS):
     """The error that ends a request, and when."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            generation.next(0.05)
+            stream.next(0.05)
         except GenerationFailed as error:
             return error
     raise AssertionError("the request did not end")
@@ -247,7 +247,7 @@ def test_a_request_goes_on_when_the_stage_returns_in_time(rig):
     assert [(span.session_epoch, span.first_position, span.token_count) for span in replay.spans] == [(2, 0, 6)]
     rig.answer(replay, 8)
     tokens = [wait_until(lambda: request.next(0.05), WAIT_SECONDS, "a token") for _ in range(2)]
-    assert [(token.token_id, token.finish_reason) for token in tokens] == [(7, None), (8, "length")]
+    assert [(token.token_id, token.finish_reason) for token in tokens] == [(7, ""), (8, "length")]
 
 
 def test_a_pipeline_that_comes_and_goes_does_not_hold_a_request_for_ever(rig):
@@ -274,7 +274,7 @@ def test_a_pipeline_that_comes_and_goes_does_not_hold_a_request_for_ever(rig):
 
 
 def test_a_step_that_is_lost_after_the_break_is_not_tried_again_when_the_time_is_over(rig, monkeypatch):
-    monkeypatch.setattr(flights_module, "DEADLINE_FLOOR_SECONDS", RECOVERY_SECONDS)
+    monkeypatch.setattr(sequence, "DEADLINE_FLOOR_SECONDS", RECOVERY_SECONDS)
     request = rig.submit()
     rig.step(1)
     rig.down()
@@ -312,21 +312,19 @@ def test_a_request_that_takes_longer_than_it_may_ends_with_what_it_has(rig):
 
 
 def test_a_request_whose_client_may_come_back_goes_on_without_it_for_so_long(rig):
-    _, generation = rig.loop.admission.submit(
-        GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset(), resume_seconds=0.6)
-    )
-    generation.open_reader().cancel()
+    stream = rig.stream(resume_seconds=0.6)
+    stream.open_reader().cancel()
     rig.answer(rig.step(1))
-    again = generation.open_reader()
+    again = stream.open_reader()
     assert wait_until(lambda: again.next(0.05), WAIT_SECONDS, "the token that came meanwhile").token_id == 7
     again.cancel()
-    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "nobody came back")
-    assert "did not come back" in str(generation.failure)
+    wait_until(lambda: stream.has_ended, WAIT_SECONDS, "nobody came back")
+    assert "did not come back" in str(stream.failure)
 
 
 def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
-    _, generation = rig.loop.admission.submit(GenerationRequest([3, 4, 5], 4, SamplingParameters(), frozenset()))
-    first, second = generation.open_reader(), generation.open_reader()
+    stream = rig.stream()
+    first, second = stream.open_reader(), stream.open_reader()
     rig.answer(rig.step(1))
     for reader in (first, second):
         assert wait_until(lambda reader=reader: reader.next(0.05), WAIT_SECONDS, "a token").token_id == 7
@@ -335,28 +333,28 @@ def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
     rig.answer(rig.step(2), 8)
     assert wait_until(lambda: second.next(0.05), WAIT_SECONDS, "a token").token_id == 8
     second.cancel()
-    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it is cancelled")
+    wait_until(lambda: stream.has_ended, WAIT_SECONDS, "it is cancelled")
 
 
 def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorded_token(rig):
-    record = RequestRecord("r", [3, 4, 5], 4, 0.0, 1.0, 0, 0, [], True)
-    generation = rig.loop.admission.go_on(record, [RecordedToken(7), RecordedToken(8)], frozenset(), 30.0)
-    assert rig.loop.admission.go_on(record, [], frozenset(), 30.0) is None
+    record = a_request("r", [3, 4, 5], 4, ignore_eos=True)
+    stream = rig.loop.admission.resume(record, [Token(7), Token(8)], frozenset(), 30.0)
+    assert rig.loop.admission.resume(record, [], frozenset(), 30.0) is None
     step = rig.step(1)
     assert [(span.first_position, span.token_count) for span in step.spans] == [(0, 5)]
     rig.answer(step, 9)
     rig.answer(rig.step(2), 10)
-    reader = generation.open_reader()
+    reader = stream.open_reader()
     tokens = [wait_until(lambda: reader.next(0.05), WAIT_SECONDS, "a token") for _ in range(4)]
     assert [token.token_id for token in tokens] == [7, 8, 9, 10]
     assert tokens[-1].finish_reason == "length"
 
 
 def test_a_request_of_which_all_but_the_end_was_recorded_ends(rig):
-    record = RequestRecord("r", [3, 4, 5], 1, 0.0, 1.0, 0, 0, [], True)
-    generation = rig.loop.admission.go_on(record, [RecordedToken(7, finish_reason="length")], frozenset(), 30.0)
-    wait_until(lambda: generation.has_ended, WAIT_SECONDS, "it has ended")
-    assert generation.failure is None
+    record = a_request("r", [3, 4, 5], 1, ignore_eos=True)
+    stream = rig.loop.admission.resume(record, [Token(7, finish_reason="length")], frozenset(), 30.0)
+    wait_until(lambda: stream.has_ended, WAIT_SECONDS, "it has ended")
+    assert stream.failure is None
 
 
 def test_the_parts_of_a_requests_time_between_tokens_add_up_to_it(rig):

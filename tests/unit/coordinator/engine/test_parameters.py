@@ -13,17 +13,15 @@ from noodle.wire.messages import SamplingParameters
 from services.coordinator.api.request_body import decode_object
 from services.coordinator.engine.parameters import (
     MAXIMUM_NEW_TOKENS,
-    GenerationParameters,
     ParameterLimits,
-    fit_into_context,
     read_generation_parameters,
-    refuse_what_can_not_fit,
 )
+from services.coordinator.engine.request import Request, fit_into_context, refuse_what_cannot_fit
 
 LIMITS = ParameterLimits(maximum_temperature=2, default_temperature=1, maximum_stop_strings=4, default_new_tokens=16)
 
 
-def read(**fields: Any) -> GenerationParameters:
+def read(**fields: Any) -> Request:
     return read_generation_parameters(fields, LIMITS, length_names=("max_completion_tokens", "max_tokens"))
 
 
@@ -41,7 +39,7 @@ def test_a_request_that_says_nothing_gets_the_defaults_and_a_seed_of_its_own() -
     assert first.seed != second.seed
     assert 0 <= first.seed < 1 << 53
     assert first.stop == ()
-    assert not any((first.ignore_eos, first.stream, first.include_usage, first.scores.wanted))
+    assert not any((first.ignore_eos, first.stream, first.include_usage, first.want_logprob))
 
 
 def test_null_means_absent() -> None:
@@ -125,10 +123,9 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: Any, message: str) -
     assert error.http_status == 400
 
 
-def fitted(prompt_tokens: int, context_length: int, **fields: Any) -> GenerationParameters:
-    return fit_into_context(
-        read(**fields), prompt_tokens=prompt_tokens, context_length=context_length, prompt_name="prompt"
-    )
+def fitted(prompt_tokens: int, context_length: int, **fields: Any) -> Request:
+    request = msgspec.structs.replace(read(**fields), prompt_token_ids=[1] * prompt_tokens)
+    return fit_into_context(request, context_length=context_length, prompt_name="prompt")
 
 
 def test_a_length_that_fits_stays_and_a_default_is_cut_to_what_is_left() -> None:
@@ -188,7 +185,7 @@ def test_a_body_that_is_no_json_object_says_where(body: bytes, message: str) -> 
 
 def test_a_prompt_that_fills_the_context_at_its_shortest_is_refused_with_the_three_numbers() -> None:
     parameters = read(max_tokens=3)
-    refuse_what_can_not_fit(parameters, least_tokens=99, context_length=100, prompt_name="messages")
+    refuse_what_cannot_fit(parameters, least_tokens=99, context_length=100, prompt_name="messages")
     with pytest.raises(ContextTooLong, match=r"context is 100 tokens.*at least 100 and 3 more are") as caught:
-        refuse_what_can_not_fit(parameters, least_tokens=100, context_length=100, prompt_name="messages")
+        refuse_what_cannot_fit(parameters, least_tokens=100, context_length=100, prompt_name="messages")
     assert caught.value.param == "messages"

@@ -3,30 +3,27 @@
 import pytest
 
 from noodle.errors import Conflict, NotFound, TooManyRequests
-from noodle.wire.messages import SamplingParameters
 from services.coordinator.engine import resume
-from services.coordinator.engine.request import (
-    FINISHED,
-    Client,
-    Generation,
-    GenerationRequest,
-    Idempotency,
-    Token,
-    record_of,
-)
+from services.coordinator.engine.request import FINISHED, Client, RequestStream, Token
 from services.coordinator.engine.resume import KeptRequests
+from tests.support.sequences import a_request
 
 ALICE, BOB = Client("alice"), Client("bob")
 
 
-def keep(requests, name, *, client=ALICE, key="", digest="", resume_seconds=60.0):
-    idempotency = Idempotency(key, digest)
-    request = GenerationRequest(
-        [1, 2], 5, SamplingParameters(), frozenset(), client=client, request_id=name, resume_seconds=resume_seconds,
-        idempotency=idempotency,
-    )  # fmt: skip
-    generation = Generation(f"{name}-session", lambda _: None, lambda _: None, resume_seconds)
-    return requests.add(record_of(f"{name}-session", request), generation)
+def asked(name, *, client=ALICE, key="", digest="", resume_seconds=60.0):
+    return a_request(
+        f"{name}-session",
+        client_request_id=name,
+        client_name=client.name,
+        resume_seconds=resume_seconds,
+        idempotency_key=key,
+        body_digest=digest,
+    )
+
+
+def keep(requests, name, **options):
+    return requests.add(RequestStream(asked(name, **options), lambda _request_id, _outcome: None))
 
 
 def test_no_more_read_at_once_than_there_are_threads_for():
@@ -37,7 +34,7 @@ def test_no_more_read_at_once_than_there_are_threads_for():
         requests.open_reader(two)
     assert refused.value.retry_after_seconds
     with pytest.raises(TooManyRequests):
-        requests.refuse_a_crowd()
+        requests.require_reader_place()
     readers[0].cancel()
     requests.open_reader(two)
 
@@ -53,19 +50,19 @@ def test_a_request_is_found_by_the_key_that_made_it_alone():
 def test_the_same_idempotency_key_with_another_body_is_a_conflict_and_of_another_client_unknown():
     requests = KeptRequests(3)
     kept = keep(requests, "one", key="k", digest="a")
-    assert requests.joined(ALICE, Idempotency("k", "a")) is kept
-    assert requests.joined(BOB, Idempotency("k", "b")) is None
+    assert requests.find_same(asked("two", key="k", digest="a")) is kept
+    assert requests.find_same(asked("two", client=BOB, key="k", digest="b")) is None
     with pytest.raises(Conflict):
-        requests.joined(ALICE, Idempotency("k", "b"))
+        requests.find_same(asked("two", key="k", digest="b"))
 
 
 def test_what_has_ended_goes_when_the_kept_bytes_are_too_many_and_what_is_open_stays(monkeypatch):
     requests = KeptRequests(3)
     kept = [keep(requests, str(number)) for number in range(3)]
     for each in kept[:2]:
-        each.generation.put(Token(1, None, "length"))
-        each.generation.end(FINISHED)
-    monkeypatch.setattr(resume, "KEPT_BYTES", kept[1].bytes + kept[2].bytes)
+        each.put(Token(1, None, "length"))
+        each.end(FINISHED)
+    monkeypatch.setattr(resume, "KEPT_BYTES", kept[1].kept_bytes + kept[2].kept_bytes)
     with pytest.raises(NotFound):
         requests.find(ALICE, "0")
     assert requests.find(ALICE, "1") is kept[1]

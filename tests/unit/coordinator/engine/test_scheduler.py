@@ -2,22 +2,22 @@ import random
 
 import pytest
 
-from noodle.wire.messages import SamplingParameters, SpanRefusal, SpanResult, StepResult, TokenScore
+from noodle.wire.messages import SpanRefusal, SpanResult, StepResult, TokenScore
 from services.coordinator.engine.scheduler import MAXIMUM_REPLAYS, ROOM_RETRY_SECONDS, Scheduler
-from services.coordinator.engine.sequence import PlanLimits, Session
+from tests.support.sequences import a_sequence, plan_limits
 
 END = 2
 
 
 def a_scheduler(stages=2, step_tokens=8, kv_tokens=10_000, maximum_running=16):
     scheduler = Scheduler(step_tokens, maximum_running)
-    scheduler.limits = PlanLimits(1, stages, kv_tokens, 1000, 0.01, 0.001)
+    scheduler.limits = plan_limits(stages, kv_tokens)
     scheduler.coordinator_epoch = 1
     return scheduler
 
 
-def a_session(name="a", prompt=5, new=4, end=(END,)):
-    return Session(name, list(range(10, 10 + prompt)), prompt, new, SamplingParameters(), frozenset(end))
+def a_session(name="a", prompt=5, new=4, end=(END,), **options):
+    return a_sequence(name, range(10, 10 + prompt), new, end, **options)
 
 
 def answer(flight, token_id=7, only=None):
@@ -54,7 +54,7 @@ def test_each_result_lets_the_next_token_go():
     session = a_session(new=3)
     scheduler.add(session)
     for expected in ("no", "no", "length"):
-        _, (token,), _ = scheduler.apply(answer(scheduler.next_step(0)))
+        _, ((_, token),), _ = scheduler.apply(answer(scheduler.next_step(0)))
         assert (token.finish_reason or "no") == expected
     assert session.token_ids[5:] == [7, 7, 7]
 
@@ -62,7 +62,7 @@ def test_each_result_lets_the_next_token_go():
 def test_the_end_of_text_ends_a_session():
     scheduler = a_scheduler()
     scheduler.add(a_session())
-    _, (token,), _ = scheduler.apply(answer(scheduler.next_step(0), END))
+    _, ((_, token),), _ = scheduler.apply(answer(scheduler.next_step(0), END))
     assert token.finish_reason == "eos"
 
 
@@ -92,7 +92,7 @@ def test_a_session_waits_until_its_kv_rows_are_free():
     scheduler.add(a_session("b", prompt=15, new=10))
     flight = scheduler.next_step(0)
     assert [span.session_id for span in flight.step.spans] == ["a"]
-    assert scheduler.waiting_count == 1
+    assert len(scheduler.waiting) == 1
     assert scheduler.remove("a") == ["a"]
     assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["b"]
 
@@ -106,7 +106,7 @@ def test_a_request_that_reserves_much_and_needs_little_keeps_nobody_waiting():
 
 def test_stages_that_hold_whole_reservations_are_not_given_more_than_they_hold():
     scheduler = a_scheduler(kv_tokens=100, step_tokens=100)
-    scheduler.limits = PlanLimits(1, 2, 100, 1000, 0.01, 0.001, reserved_kv_tokens=100)
+    scheduler.limits = plan_limits(2, 100, reserved_kv_tokens=100)
     scheduler.add(a_session("a", new=90))
     scheduler.add(a_session("b", new=90))
     assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["a"]
@@ -157,7 +157,7 @@ def test_sessions_that_find_no_room_go_back_to_the_head_of_the_line_and_are_trie
     spans = [SpanRefusal(s.session_id, s.session_epoch, 0, 1, "kv_budget", "full") for s in flight.step.spans]
     assert scheduler.apply(StepResult(flight.step.step_id, 1, 1, [], spans, []))[1:] == ([], [])
     assert (scheduler.running, scheduler.steps_in_flight) == ([], 0)
-    assert scheduler.waiting == sessions
+    assert list(scheduler.waiting) == sessions
     assert scheduler.next_step(10.0) is None
     assert scheduler.next_step(10.0 + ROOM_RETRY_SECONDS / 2) is None
     again = scheduler.next_step(10.0 + ROOM_RETRY_SECONDS)
@@ -175,7 +175,7 @@ def test_one_session_without_room_leaves_the_others_of_its_step_alone():
         [SpanRefusal(refused.session_id, 1, 0, 1, "kv_budget", "full")], [],
     )  # fmt: skip
     _, tokens, fatal = scheduler.apply(result)
-    assert ([token.session.session_id for token in tokens], fatal) == (["a"], [])
+    assert ([sequence.session_id for sequence, _ in tokens], fatal) == (["a"], [])
     assert [session.session_id for session in scheduler.running] == ["a"]
     assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["a"]
     scheduler.remove("a")
@@ -220,7 +220,7 @@ def test_the_last_row_of_a_chunk_scores_the_first_token_of_the_next():
         _, tokens, _ = scheduler.apply(scored_answer(flight))
     assert asked == [[11, 12, 13], [14, 15, 16], []]
     assert [score.logprob for score in session.scores] == [11, 12, 13, 14, 15, 16]
-    assert [token.finish_reason for token in tokens] == ["length"]
+    assert [token.finish_reason for _, token in tokens] == ["length"]
 
 
 def test_after_a_replay_only_chunks_with_a_missing_score_are_scored_again():
@@ -247,7 +247,7 @@ def test_a_token_without_all_of_its_prompts_scores_is_drawn_again():
     assert (tokens, fatal, session.epoch) == ([], [], 2)
     assert scheduler.apply(scored_answer(lost))[1] == []
     scheduler.apply(scored_answer(scheduler.next_step(0)))
-    _, (token,), _ = scheduler.apply(scored_answer(scheduler.next_step(0)))
+    _, ((_, token),), _ = scheduler.apply(scored_answer(scheduler.next_step(0)))
     assert (token.token_id, session.scores_are_complete) == (7, True)
 
 
@@ -267,8 +267,8 @@ def test_a_session_that_asks_for_no_token_ends_with_its_prompt():
     flights = [scheduler.next_step(0), scheduler.next_step(0)]
     assert [flight.step.spans[0].sampling for flight in flights] == [None, None]
     assert scheduler.apply(scored_answer(flights[0]))[1] == []
-    _, (done,), _ = scheduler.apply(scored_answer(flights[1]))
-    assert (done.token_id, done.finish_reason) == (None, "length")
+    assert scheduler.apply(scored_answer(flights[1]))[1] == [(session, None)]
+    assert session.finished
     assert scheduler.next_step(0) is None
     assert session.token_ids == list(range(10, 17))
 
@@ -345,11 +345,11 @@ def test_in_a_random_life_no_token_is_lost_or_doubled():
                 spans = spans[: chance.randrange(len(spans) + 1)]
             _, tokens, fatal = scheduler.apply(StepResult(flight.step.step_id, 1, 1, spans, [], []))
             assert fatal == []
-            for token in tokens:
-                assert token.token_id == 1000 + len(token.session.token_ids) - 1
+            for session, token in tokens:
+                assert token.token_id == 1000 + len(session.token_ids) - 1
                 if token.finish_reason:
-                    finished.add(token.session.session_id)
-                    scheduler.remove(token.session.session_id)
+                    finished.add(session.session_id)
+                    scheduler.remove(session.session_id)
         if chance.random() < 0.004:
             scheduler.replay_all()
             for session in scheduler.running:
@@ -363,7 +363,7 @@ def test_in_a_random_life_no_token_is_lost_or_doubled():
     for session in sessions:
         generated = session.token_ids[session.prompt_length :]
         assert generated == [1000 + position for position in range(session.prompt_length, len(session.token_ids))]
-        assert len(generated) == session.maximum_new_tokens
+        assert len(generated) == session.request.max_new_tokens
     assert scheduler.steps_in_flight == 0
 
 
@@ -411,8 +411,7 @@ def test_when_room_runs_out_the_youngest_gives_way_and_comes_back_with_all_its_t
 
 def test_a_lower_priority_gives_way_before_a_younger_one():
     scheduler = a_scheduler(stages=1, step_tokens=100, kv_tokens=60)
-    first, second = a_session("first", 10, 30, ()), a_session("second", 10, 30, ())
-    first.priority = 5
+    first, second = a_session("first", 10, 30, (), priority=5), a_session("second", 10, 30, ())
     scheduler.add(first)
     scheduler.next_step(0)
     scheduler.replay_all()
@@ -442,10 +441,10 @@ def test_however_little_room_there_is_all_sessions_end_and_hold_no_more_than_it(
             assert sum(rows for _, rows in stage.values()) <= 48
             flights.append(flight)
         if flights and (flight is None or chance.random() < 0.5):
-            for token in scheduler.apply(answer(flights.pop(0)))[1]:
+            for session, token in scheduler.apply(answer(flights.pop(0)))[1]:
                 if token.finish_reason:
                     ended += 1
-                    for name in scheduler.remove(token.session.session_id, keep_rows=chance.random() < 0.5):
+                    for name in scheduler.remove(session.session_id, keep_rows=chance.random() < 0.5):
                         stage.pop(name, None)
         if ended == len(sessions):
             break
@@ -560,7 +559,5 @@ def test_sessions_of_another_salt_copy_nothing():
     scheduler.add(a_session("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     scheduler.remove("first", keep_rows=True)
-    second = a_session("second", prompt=60, new=1)
-    second.cache_salt = "of its own"
-    scheduler.add(second)
+    scheduler.add(a_session("second", prompt=60, new=1, cache_salt="of its own"))
     assert scheduler.next_step(0).step.spans[0].prefix is None

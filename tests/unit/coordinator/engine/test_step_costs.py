@@ -4,18 +4,18 @@ import pytest
 
 from noodle.wire.messages import StageTiming
 from services.coordinator.engine import step_costs
-from services.coordinator.engine.sequence import PlanLimits
 from services.coordinator.engine.step_costs import (
     DECODE_GAP_SECONDS,
     SMALLEST_CHUNK_TOKENS,
     TRIAL_INTERVAL_STEPS,
     StepCosts,
 )
+from tests.support.sequences import plan_limits
 
 
 def costs_of(*stages, tokens=(1, 4, 16)):
     """Learnt from many decode steps of these (fixed, per token) stages."""
-    costs = StepCosts(PlanLimits(1, len(stages), 1000, 1000, 0.05, 0.02))
+    costs = StepCosts(plan_limits(len(stages), decode_seconds=0.05))
     for _ in range(80):  # fewer than until another cut is tried
         for count in tokens:
             timings = [StageTiming(i, 0.0, fixed + per * count, 0.0) for i, (fixed, per) in enumerate(stages)]
@@ -105,7 +105,7 @@ def test_one_stage_takes_a_prompt_whole_unless_it_keeps_others_waiting():
 
 
 def test_timings_of_fewer_stages_than_the_plan_has_teach_nothing():
-    costs = StepCosts(PlanLimits(1, 2, 1000, 1000, 0.05, 0.02))
+    costs = StepCosts(plan_limits(2, decode_seconds=0.05))
     before = costs._decode[0].seconds(1)
     costs.add_decode(1, [StageTiming(0, 0.0, 9.0, 0.0)])
     assert costs._decode[0].seconds(1) == before
@@ -113,7 +113,7 @@ def test_timings_of_fewer_stages_than_the_plan_has_teach_nothing():
 
 def test_costs_that_jump_are_known_by_their_number_of_tokens():
     """As they do on a CPU: one row by one kernel, more by another, and four cost no more than two."""
-    costs = StepCosts(PlanLimits(1, 2, 1000, 1000, 0.05, 0.02))
+    costs = StepCosts(plan_limits(2, decode_seconds=0.05))
     seconds = {1: 0.015, 2: 0.024, 4: 0.020, 8: 0.021}
     for _ in range(5):
         for count, each in seconds.items():
@@ -122,7 +122,7 @@ def test_costs_that_jump_are_known_by_their_number_of_tokens():
 
 
 def test_now_and_then_every_cut_is_tried():
-    costs = StepCosts(PlanLimits(1, 2, 1000, 1000, 0.05, 0.02))
+    costs = StepCosts(plan_limits(2, decode_seconds=0.05))
     tried = set()
     for _ in range(3 * TRIAL_INTERVAL_STEPS):
         tried.add(costs.micro_batches(8))
@@ -134,7 +134,7 @@ def test_where_a_prompt_is_cut_is_found_once_until_a_chunk_is_measured_and_remem
     asked = []
     monkeypatch.setattr(step_costs, "chunk_shares", lambda *_: asked.append(1) or (1.0,))
     monkeypatch.setattr(step_costs, "KNOWN_ENDS", 3)
-    costs = StepCosts(PlanLimits(1, 2, 1000, 1000, 0.05, 0.02))
+    costs = StepCosts(plan_limits(2, decode_seconds=0.05))
     for _ in range(5):
         assert costs.chunk_ends(0, 500) == (500,)
     assert len(asked) == 1

@@ -1,25 +1,24 @@
 """Whose turn it is."""
 
-from noodle.wire.messages import SamplingParameters
-from services.coordinator.engine.sequence import Session
-from services.coordinator.engine.waiting_queue import WaitingQueue
+from services.coordinator.engine.sequence import WaitingQueue
+from tests.support.sequences import a_sequence
 
 
 def line_of(*entries):
     line = WaitingQueue()
     for name, client, priority in entries:
-        session = Session(name, [1], 1, 1, SamplingParameters(), frozenset(), client_name=client, priority=priority)
-        line.add(session)
+        line.add(a_sequence(name, client_name=client, priority=priority))
     return line
 
 
 def order_of(line):
     """Everybody gets a place, and keeps it."""
     running, names = {}, []
-    while (session := line.next(running)) is not None:
-        line.take(session)
-        running[session.client_name] = running.get(session.client_name, 0) + 1
-        names.append(session.session_id)
+    while (sequence := line.next(running)) is not None:
+        line.remove(sequence.session_id)
+        client = sequence.request.client_name
+        running[client] = running.get(client, 0) + 1
+        names.append(sequence.session_id)
     return names
 
 
@@ -34,9 +33,9 @@ def test_a_lower_priority_number_goes_before_all_others():
 def test_whoever_lost_its_place_stands_where_it_stood():
     line = line_of(("a1", "a", 0), ("a2", "a", 0))
     first = line.next({})
-    line.take(first)
+    line.remove(first.session_id)
     line.put_back(first)
-    assert [session.session_id for session in line] == ["a1", "a2"]
+    assert [sequence.session_id for sequence in line] == ["a1", "a2"]
     assert line.remove("a1")
     assert not line.remove("a1")
     assert len(line) == 1
