@@ -1,4 +1,4 @@
-"""One stage put together: its loop, its doors and the plan it is in; the routes and the lifecycle act on this."""
+"""One stage put together: its worker, its transport and the plan it is in; routes and lifecycle act on it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
+from noodle.cluster.plan import Plan
 from noodle.cluster.valkey import hop_stream
 from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, NotReady
 from noodle.metrics.counted import StageMetrics
 from noodle.metrics.scraped import CardUse
+from noodle.wire.messages import Step
 from noodle.wire.queue_end import QueueEnd, Streams
 from services.stage.transport.hop_server import Chain, HopServer
-from services.stage.transport.next_stage import NextStage, ResultsWay
+from services.stage.transport.next_stage import NextStage
 from services.stage.transport.outbox import Outbox
-from services.stage.transport.queued import Fetcher, QueuedInlet, QueuedOutlet, results_by
-from services.stage.transport.results_stream import ResultsOutlet
+from services.stage.transport.queued import Fetcher, QueuedInlet, QueuedOutlet
+from services.stage.transport.results_stream import ResultsOutlet, ResultsWay
 from services.stage.worker.inbox import Inbox
 from services.stage.worker.worker import Role, Worker
 
@@ -33,14 +35,9 @@ class Stage:
         self.inbox = Inbox()
         self.chain = Chain(config.stage_id, boot_id)
         self.outbox = Outbox()
-        self.metrics.outbox_bytes.set_function(lambda: self.outbox.held_bytes)
-        self.metrics.kv_bytes.set_function(self.kv_bytes_held)
-        self.metrics.kv_capacity_bytes.set_function(lambda: self.kv_budget_bytes if self.role else 0)
-        self.metrics.weight_bytes.set_function(lambda: role.model_slice.weight_bytes if (role := self.role) else 0)
-        self.metrics.sessions.set_function(lambda: self.worker.session_count)
-        self._is_direct, self._is_queued = config.transport != "queue", config.transport != "direct"
+        self._is_direct = config.transport != "queue"
         self._queue_end: QueueEnd | None = None
-        if self._is_queued:
+        if config.transport != "direct":
             self._queue_end = QueueEnd(
                 streams,
                 hop_stream(config.stage_id),
@@ -48,33 +45,37 @@ class Stage:
                 changed=self._queue_changed,
                 refused=lambda reason: self._inlet.refused(reason),
             )
-        by_queue = results_by(self._queue_end) if self._queue_end is not None else None
-        self.results = ResultsOutlet(lambda result: self._results_way.put_queued(result))
-        self._results_way = ResultsWay(self.results if self._is_direct else None, by_queue, self.metrics.travel)
+        self.results = ResultsOutlet(lambda result: results_way.put_queued(result))
+        results_way = ResultsWay(self.results if self._is_direct else None, self._queue_end, self.metrics.travel)
         self.hops = HopServer(
             config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
         )
-        self.worker = Worker(config.stage_id, self.inbox, self._results_way, self.metrics)
+        self.worker = Worker(config.stage_id, self.inbox, results_way, self.metrics)
         fetcher = Fetcher(config.cluster_token)
-        self._inlet = QueuedInlet(self.inbox, self.worker, lambda: self._role, fetcher, self.metrics)
-        self.read_card: Callable[[], CardUse | None] = lambda: None  # set where it computes on one
+        self._inlet = QueuedInlet(self.inbox, self._place_of, self.worker.refuse, fetcher, self.metrics)
+        self.read_card: Callable[[], CardUse | None] = lambda: None  # set when this stage computes on a card
         self.kv_budget_bytes = 0  # of served requests
         self.plan_version = 0  # of the newest plan this stage has acted on
         self._role: Role | None = None
         self._link: NextStage | None = None
+        self.metrics.outbox_bytes.set_function(lambda: self.outbox.held_bytes)
+        self.metrics.kv_bytes.set_function(self.kv_bytes_held)
+        self.metrics.kv_capacity_bytes.set_function(lambda: self.kv_budget_bytes if self.role else 0)
+        self.metrics.weight_bytes.set_function(lambda: role.model_slice.weight_bytes if (role := self.role) else 0)
+        self.metrics.sessions.set_function(lambda: self.worker.session_count)
 
     def start_queue(self) -> None:
-        """Begin to read this stage's stream, where steps may come by it."""
+        """Begin to read this stage's stream, unless NOODLE_TRANSPORT is direct."""
         if self._queue_end is not None:
             self._queue_end.start("stage")
 
     @property
     def role(self) -> Role | None:
-        """What this stage computes, None until it has loaded a plan."""
+        """The current role; None until a plan is loaded."""
         return self._role
 
     def ready_role(self, plan_version: int) -> Role:
-        """The role in this plan version; raises NotReady naming what this stage is ready for."""
+        """Return the role in this plan version; raises NotReady naming the version this stage is ready for."""
         role = self._role
         if role is None or role.plan.version != plan_version:
             ready_for = f"plan {role.plan.version}" if role else "no plan yet"
@@ -85,7 +86,7 @@ class Stage:
         return role
 
     def refuse_connections(self) -> None:
-        """Raise Conflict where NOODLE_TRANSPORT leaves hops and results to the queue."""
+        """Raise Conflict when NOODLE_TRANSPORT leaves hops and results to the queue."""
         if not self._is_direct:
             raise Conflict(
                 f"Stage {self.config.stage_id} on {self.config.machine} has NOODLE_TRANSPORT=queue and takes no hop.",
@@ -98,7 +99,7 @@ class Stage:
         return role.model_slice.kv_bytes_held() if role else 0
 
     def become(self, plan_version: int, role: Role | None) -> None:
-        """Compute this role from now on, after the step in progress; the old slice's memory is free on return."""
+        """Compute this role after the step in progress; the old slice's memory is free on return."""
         self._role = None
         if self._link is not None:
             self._link.close()
@@ -129,11 +130,18 @@ class Stage:
             queued=queued,
         )
 
+    def _place_of(self, step: Step) -> tuple[Plan, int] | None:
+        """The plan, and this stage's index in it, of a step that is current."""
+        role = self._role
+        if role is None or step.plan_version != role.plan.version:
+            return None
+        return (role.plan, role.index) if step.coordinator_epoch >= self.worker.coordinator_epoch else None
+
     def _queue_changed(self) -> None:
-        """Say in the chain how the next process is reached; the last stage's results may have no way but the queue."""
+        """Set in the chain how the next process is reached; for the last stage's results it may be the queue alone."""
         link, role = self._link, self._role
         if link is not None:
-            link.tell()
+            link.update_chain()
         elif role is not None:
             failure = self._queue_end.failure if self._queue_end is not None and not self._is_direct else ""
             self.chain.set_own(role.plan.version, not failure, failure)

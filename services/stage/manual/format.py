@@ -100,7 +100,9 @@ def parse_forward(body: bytes, spec: ForwardSpec) -> ForwardRequest:
             cure='Send them, or "end": true to free the session.',
             param="activations",
         )
-    return ForwardRequest(session_id, tensor, rank, fields.token_index, fields.end, fields.logits)
+    return ForwardRequest(
+        session_id, tensor, rank, token_index=fields.token_index, end=fields.end, logits=fields.logits
+    )
 
 
 def forward_answer(request: ForwardRequest, result: ForwardResult, stage_id: int) -> dict[str, Any]:

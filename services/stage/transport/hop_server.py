@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from msgspec.structs import replace
+
 from noodle.errors import FrameTooLarge, WireError
 from noodle.wire.frames import ITEM_BYTES, MAXIMUM_HEADER_BYTES, MAXIMUM_STEP_TOKENS, read_frame, whole_frame
 from noodle.wire.hop_client import KEEP_ALIVE_SECONDS, SILENCE_SECONDS
@@ -34,8 +36,13 @@ class Chain:
     ) -> None:
         """Set what this stage is ready for, and how it reaches the next one."""
         with self._changed:
-            own = ChainLink(
-                self._own.stage_id, self._own.boot_id, plan_version, next_link_up, detail[:2000], by_queue, losses
+            own = replace(
+                self._own,
+                plan_version=plan_version,
+                next_link_up=next_link_up,
+                detail=detail[:2000],
+                by_queue=by_queue,
+                losses=losses,
             )
             if by_queue or not next_link_up:
                 self._behind = []

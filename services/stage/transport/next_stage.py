@@ -1,4 +1,4 @@
-"""How a stage reaches the next process: which way a step takes, and what the chain says of it.
+"""The way from a stage to the next one, by NOODLE_TRANSPORT.
 
 direct: the connection alone. queue: references alone. auto: the connection; a large step by reference, so that the
 next stage fetches it when it is ready; everything by reference while the connection is down.
@@ -9,31 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 from noodle.cluster.plan import Plan
 from noodle.errors import LinkLost
 from noodle.metrics.counted import TravelMetrics
 from noodle.wire.hop_client import HopConnection, KeptOpen
-from noodle.wire.messages import HopMessage, HopRefused, KeepAlive, LiveSessions, Step, StepResult
+from noodle.wire.messages import HopMessage, HopRefused, KeepAlive, LiveSessions, Step
 from services.stage.transport.hop_server import Chain
-from services.stage.transport.results_stream import ResultsOutlet
+from services.stage.transport.queued import QueuedOutlet
 from services.stage.worker.inbox import NO_BODY
 
 log = logging.getLogger(__name__)
 
-REFERENCE_BYTES = 1 << 20  # a step of so many bytes goes by reference in auto
-
-
-class QueuedWay(Protocol):
-    """The queued way to the next process."""
-
-    @property
-    def failure(self) -> str:
-        """Why it can not be used now; empty when it can."""
-
-    def send(self, message: Step | LiveSessions, body: memoryview, *, wait: bool) -> bool:
-        """Hand one message on, waiting for room when it may; False when it is not taken."""
+REFERENCE_BYTES = 1 << 20  # from this size on, a step goes by reference in auto
 
 
 class NextStage:
@@ -48,7 +36,7 @@ class NextStage:
         travel: TravelMetrics,
         *,
         is_direct: bool,
-        queued: QueuedWay | None,
+        queued: QueuedOutlet | None,
     ) -> None:
         self._plan, self._chain, self._travel, self._queued = plan, chain, travel, queued
         self._url = plan.stages[stage_index + 1].url
@@ -58,28 +46,32 @@ class NextStage:
         self._direct: KeptOpen[HopConnection] | None = None
 
         def open_one(when_lost: Callable[[str], None]) -> HopConnection:
-            connection = HopConnection(self._url, cluster_token, self._heard, when_lost, travel.round_trip.observe)
+            connection = HopConnection(self._url, cluster_token, self._received, when_lost, travel.round_trip.observe)
             connection.open(plan.version)
             return connection
 
         if is_direct:
             self._direct = KeptOpen("next stage", "stage", open_one, self._direct_changed)
-        self.tell()
+        self.update_chain()
 
     def send(self, message: Step | LiveSessions, body: memoryview = NO_BODY) -> bool:
-        """Send one message on; False when no way leads there: the coordinator hears it from the chain."""
+        """Send one message on; False when the next stage cannot be reached, which the coordinator sees in the chain."""
         queued = self._queued
-        is_large = body.nbytes >= REFERENCE_BYTES and queued is not None and not queued.failure
-        if is_large and queued is not None and self._direct is not None and queued.send(message, body, wait=False):
-            return self._counted("queue", message, body)
-        if self._send_directly(message, body):
-            return self._counted("direct", message, body)
-        if queued is not None and queued.send(message, body, wait=True):
-            return self._counted("queue", message, body)
-        return False
+        prefers_queue = body.nbytes >= REFERENCE_BYTES and self._direct is not None
+        if prefers_queue and queued is not None and not queued.failure and queued.send(message, body, wait=False):
+            transport = "queue"
+        elif self._send_directly(message, body):
+            transport = "direct"
+        elif queued is not None and queued.send(message, body, wait=True):
+            transport = "queue"
+        else:
+            return False
+        if isinstance(message, Step):
+            self._travel.step(transport, body.nbytes)
+        return True
 
-    def tell(self) -> None:
-        """Say in the chain how the next stage is reached now."""
+    def update_chain(self) -> None:
+        """Set in the chain how the next stage is reached now."""
         with self._lock:
             if self._closed:
                 return
@@ -95,7 +87,7 @@ class NextStage:
                 self._chain.set_own(version, False, "; ".join(reasons), losses=losses)
 
     def close(self) -> None:
-        """Close the hop and say no more."""
+        """Close the hop; the chain is not updated any more."""
         with self._lock:
             self._closed = True
         if self._direct is not None:
@@ -108,46 +100,20 @@ class NextStage:
         try:
             connection.send(message, body)
         except LinkLost as error:
-            log.warning("not sent on: %s", error)
+            log.warning("a message to the next stage was not sent: %s", error)
             return False
-        return True
-
-    def _counted(self, transport: str, message: Step | LiveSessions, body: memoryview) -> bool:
-        if isinstance(message, Step):
-            self._travel.step(transport, body.nbytes)
         return True
 
     def _direct_changed(self, reason: str) -> None:
         if not reason:
-            log.info("the hop to %s stands", self._url)
+            log.info("the hop to %s is connected", self._url)
         elif not self._detail:
             log.warning("the hop to the next stage is lost: %s", reason)
         self._detail = reason
-        self.tell()
+        self.update_chain()
 
-    def _heard(self, message: HopMessage) -> None:
+    def _received(self, message: HopMessage) -> None:
         if isinstance(message, KeepAlive):
             self._chain.set_behind(message.chain)
         elif isinstance(message, HopRefused):
             log.warning("stage %d refused a frame: %s (%s)", message.stage_id, message.message, message.reason)
-
-
-class ResultsWay:
-    """Results to whoever reads them over a connection, else by the queue."""
-
-    def __init__(self, direct: ResultsOutlet | None, queue: Callable[[StepResult], bool] | None, travel: TravelMetrics):
-        self._direct, self._queue, self._travel = direct, queue, travel
-
-    def put(self, result: StepResult) -> bool:
-        """Hand one result to the coordinator; False when no way leads there."""
-        if self._direct is not None and self._direct.put(result):
-            self._travel.results.labels("direct").inc()
-            return True
-        return self.put_queued(result)
-
-    def put_queued(self, result: StepResult) -> bool:
-        """The same without a connection: also for what the reader of one left behind."""
-        if self._queue is None or not self._queue(result):
-            return False
-        self._travel.results.labels("queue").inc()
-        return True

@@ -1,7 +1,4 @@
-"""Activations that wait to be fetched by the next stage, by id: bounded in bytes, freed when delivered or too old.
-
-Knows bytes and their time, not what they mean or who fetches them.
-"""
+"""Activations that wait until the next stage fetches them, by id: bounded in bytes, freed when delivered or too old."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ from noodle.errors import Gone, NotFound
 
 OUTBOX_BYTES = 256 << 20
 OUTBOX_FULL_SECONDS = 5.0  # back-pressure until a step is dropped; below the least deadline of a step
-ACTIVATION_SECONDS = 60.0  # far above a step's deadline on machines of a home network: then nobody wants it any more
-PAST_ACTIVATIONS = 4096  # ids remembered to say what became of them
+ACTIVATION_SECONDS = 60.0  # far above a step's deadline on machines of a home network
+PAST_ACTIVATIONS = 4096  # ids whose fate is remembered
 PIECE_BYTES = 256 << 10
 
 
@@ -28,7 +25,7 @@ class _Kept:
 
 
 class Outbox:
-    """What this stage has computed and the next one has not fetched yet."""
+    """Bodies that this stage has computed and the next one has not fetched yet."""
 
     def __init__(
         self,
@@ -39,20 +36,20 @@ class Outbox:
         self._maximum_bytes, self._full_seconds = maximum_bytes, full_seconds
         self._activation_seconds = activation_seconds
         self._kept: OrderedDict[str, _Kept] = OrderedDict()  # oldest first, and so in the order they expire
-        self._past: OrderedDict[str, str] = OrderedDict()  # id to what became of it
+        self._past: OrderedDict[str, str] = OrderedDict()  # id to its fate
         self._bytes = 0
         self._changed = threading.Condition()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that wait now; what is too old goes with the question."""
+        """Bytes that wait now, without expired ones."""
         with self._changed:
             self._expire(time.monotonic())
             return self._bytes
 
     def put(self, body: bytes | memoryview, *, wait: bool = True) -> str | None:
-        """Keep a copy under a new id; None when there was no room, after OUTBOX_FULL_SECONDS if it may wait."""
-        size = len(body) if isinstance(body, bytes) else body.nbytes
+        """Keep a copy and return its id; None when there is no room, after OUTBOX_FULL_SECONDS if it may wait."""
+        size = memoryview(body).nbytes
         give_up_at = time.monotonic() + (self._full_seconds if wait else 0.0)
         with self._changed:
             while not self._has_room(size):
@@ -67,7 +64,7 @@ class Outbox:
             return activation_id
 
     def body(self, activation_id: str) -> bytes:
-        """The bytes of an id; raises Gone with what became of them, or NotFound when there never were any."""
+        """Return the bytes of an id; raises Gone with their fate, or NotFound for an unknown id."""
         with self._changed:
             self._expire(time.monotonic())
             kept = self._kept.get(activation_id)
@@ -77,12 +74,12 @@ class Outbox:
         if fate is None:
             raise NotFound(
                 f"There are no activations {activation_id[:64]!r} on this stage.",
-                cure="The stage may have started anew since; the step is sent again by itself.",
+                cure="The stage may have restarted since; the coordinator sends the step again.",
             )
-        raise Gone(f"The activations {activation_id!r} are gone: {fate}.", cure="The step is sent again by itself.")
+        raise Gone(f"The activations {activation_id!r} are gone: {fate}.", cure="The coordinator sends the step again.")
 
     def deliver(self, activation_id: str, body: bytes, confirmed: Callable[[], bool]) -> Iterator[bytes]:
-        """The body piece by piece; it is freed when all of it was taken and `confirmed` says that it arrived."""
+        """Yield the body in pieces; it is freed when all were taken and `confirmed` returns True."""
         view = memoryview(body)
         for start in range(0, len(view), PIECE_BYTES):
             yield bytes(view[start : start + PIECE_BYTES])

@@ -1,6 +1,6 @@
-"""The stage's door for results on the direct way, GET /results: a stream that the coordinator reads.
+"""The way of results to the coordinator: a connection that it reads, GET /results, else the queue.
 
-Knows connections and frames; not what is in a result. The client's end is `noodle/hop.py`.
+The client's end is `noodle/wire/hop_client.py`.
 """
 
 from __future__ import annotations
@@ -13,37 +13,62 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from noodle.cluster.valkey import RESULTS_STREAM
+from noodle.metrics.counted import TravelMetrics
 from noodle.wire.frames import whole_frame
 from noodle.wire.hop_client import KEEP_ALIVE_SECONDS, SILENCE_SECONDS
 from noodle.wire.messages import HopMessage, KeepAlive, StepResult
+from noodle.wire.queue_end import QueueEnd
+from services.stage.transport.queued import try_write
 
 log = logging.getLogger(__name__)
 
 WAITING_RESULTS = 256  # for a connection that has no room; more are not taken
 
 
+class ResultsWay:
+    """Sends results over a connection that reads them, else by the queue."""
+
+    def __init__(self, direct: ResultsOutlet | None, queue: QueueEnd | None, travel: TravelMetrics) -> None:
+        self._direct, self._queue, self._travel = direct, queue, travel
+
+    def put(self, result: StepResult) -> bool:
+        """Hand over one result; False when the coordinator cannot be reached."""
+        if self._direct is not None and self._direct.put(result):
+            self._travel.results.labels("direct").inc()
+            return True
+        return self.put_queued(result)
+
+    def put_queued(self, result: StepResult) -> bool:
+        """Hand over one result by the queue, also one that the reader of a connection left behind."""
+        if self._queue is None or not try_write(self._queue, RESULTS_STREAM, result):
+            return False
+        self._travel.results.labels("queue").inc()
+        return True
+
+
 class ResultsOutlet:
-    """Hands results to the coordinator that reads them; without one they are dropped: it sends its steps again."""
+    """Hands results to the connected coordinator; without one they are dropped, and it sends its steps again."""
 
     def __init__(self, unread: Callable[[StepResult], object] = lambda _: None) -> None:
-        self._unread = unread  # takes results that a reader left behind
+        self._unread = unread  # called with results that a reader left behind
         self._reader: ResultsReader | None = None  # the newest connection
         self._lock = threading.Lock()
 
     def put(self, result: StepResult) -> bool:
-        """Hand on one result; False when no coordinator takes it."""
+        """Hand over one result; False when no coordinator takes it."""
         reader = self._reader
         return reader is not None and reader.put(result)
 
     def serve(self, connection: socket.socket) -> Iterator[bytes]:
-        """The answer of one GET /results; a newer connection ends an older one."""
-        connection.settimeout(SILENCE_SECONDS)  # also what gunicorn writes: a reader that takes nothing is gone
+        """Answer one GET /results; a newer connection ends an older one."""
+        connection.settimeout(SILENCE_SECONDS)  # also for what gunicorn writes: a reader that takes nothing is gone
         reader = ResultsReader(connection)
         self._replace(reader)
         try:
             yield whole_frame(KeepAlive())
-            # More is asked for, so gunicorn has sent the head and that frame. All others are written here and not
-            # yielded: a result is written by the worker itself, for a token would wait until another thread wakes up.
+            # gunicorn asks for more, so it has sent the head and that frame. All others are written here instead of
+            # yielded: the worker writes a result itself, because waking another thread would delay each token.
             reader.serve()
         finally:
             with self._lock:
@@ -64,16 +89,16 @@ class ResultsOutlet:
 
 
 class ResultsReader:
-    """One coordinator's connection. Its bytes are written by whoever has a result, or by `serve` when it has no room.
+    """One coordinator's connection, written to by the thread that has a result, or by `serve` when it has no room.
 
-    Nobody waits for room while holding the lock, so a coordinator that reads nothing does not stop the worker.
+    No thread waits for room while it holds the lock, so a coordinator that reads nothing does not stop the worker.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = socket.socket(fileno=os.dup(connection.fileno()))
         self._connection.setblocking(False)  # also without the wait for room that a timeout brings
-        # What is written after the other end has closed is lost without a word, the first time. It sends nothing, so
-        # whatever there is to read is its end.
+        # The first write after the other end has closed is lost silently. The other end sends nothing, so anything to
+        # read is its end.
         self._gone, self._room = select.poll(), select.poll()
         self._gone.register(connection, select.POLLIN | select.POLLRDHUP)
         self._room.register(connection, select.POLLOUT)
@@ -83,7 +108,7 @@ class ResultsReader:
         self._begun = self._ended = False
 
     def put(self, result: StepResult) -> bool:
-        """Write one result, or leave it to `serve`; False when nobody reads, or too many wait."""
+        """Write one result, or leave it to `serve`; False when the reader has gone, or too many results wait."""
         with self._changed:
             if self._ended or len(self._waiting) >= WAITING_RESULTS:
                 return False
@@ -96,7 +121,7 @@ class ResultsReader:
             try:
                 self._write(_chunk(result))
             except OSError as error:
-                log.info("a result can not be written: %s", error)
+                log.info("a result cannot be written: %s", error)
                 self._end()
                 return False
             if self._rest:
@@ -104,9 +129,9 @@ class ResultsReader:
             return True
 
     def serve(self) -> None:
-        """Write keep-alives and what waits; returns when told to `end` or the reader has gone.
+        """Write keep-alives and waiting results until `end` or until the reader has gone.
 
-        Raises TimeoutError when the reader takes nothing for SILENCE_SECONDS, OSError when it can not be written to.
+        Raises TimeoutError when the reader takes nothing for SILENCE_SECONDS, OSError when the connection is broken.
         """
         self._begun = True
         while True:
@@ -132,7 +157,7 @@ class ResultsReader:
             self._end()
 
     def close(self) -> list[StepResult]:
-        """Write nothing more and let go of the connection; gives the results that nobody has written."""
+        """Write nothing more and close the connection; returns the results that were not written."""
         with self._changed:
             self._end()
             self._connection.close()
@@ -148,7 +173,7 @@ class ResultsReader:
         self._changed.notify_all()
 
     def _write(self, chunk: bytes) -> None:
-        """As much as there is room for now; the rest is kept."""
+        """Write what there is room for and keep the rest."""
         try:
             sent = self._connection.send(chunk)
         except BlockingIOError:

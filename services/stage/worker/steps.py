@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from noodle.cluster.plan import Plan
 from noodle.errors import StepRefused
@@ -71,7 +71,7 @@ def select_spans(step: Step, body: memoryview, spans: Collection[StepSpan]) -> t
             parts.append(body[row * row_bytes : (row + span.token_count) * row_bytes])
         row += span.token_count
     shape = [sum(span.token_count for span in spans), *step.shape[1:]]
-    return msgspec.structs.replace(step, spans=list(spans), shape=shape), memoryview(b"".join(parts))
+    return replace(step, spans=list(spans), shape=shape), memoryview(b"".join(parts))
 
 
 def packed_batch(step: Step, body: memoryview, *, is_first: bool, is_last: bool) -> PackedBatch:
@@ -93,4 +93,11 @@ def packed_batch(step: Step, body: memoryview, *, is_first: bool, is_last: bool)
 
 def refusal_of(span: StepSpan, stage_id: int, reason: str, message: str) -> SpanRefusal:
     """The refusal of one span by this stage."""
-    return SpanRefusal(span.session_id, span.session_epoch, span.first_position, stage_id, reason, message[:1990])
+    return SpanRefusal(
+        session_id=span.session_id,
+        session_epoch=span.session_epoch,
+        first_position=span.first_position,
+        stage_id=stage_id,
+        reason=reason,
+        message=message[:1990],
+    )
