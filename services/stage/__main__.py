@@ -1,4 +1,4 @@
-"""Runs a stage: `python -m services.stage`, told everything by its environment."""
+"""Run a stage: `python -m services.stage`, configured by its environment."""
 
 from noodle.config.environment import process_environment, stage_config
 from noodle.web.service import run_service

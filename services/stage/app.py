@@ -35,12 +35,12 @@ from services.stage.stage import Stage
 from services.stage.transport.hop_server import maximum_frame_bytes, unbuffered_read
 from services.stage.transport.queued import TAKE_SECONDS, confirmed_by
 
-STAGE_THREADS = 32  # a hop, readers of results and activations, and room for /health, /metrics and strangers
+STAGE_THREADS = 32  # a hop, readers of results and activations, and room for /health, /metrics and anonymous requests
 STREAM_TYPE = "application/octet-stream"
 
 
 def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry: CollectorRegistry) -> Flask:
-    """The routes over an already wired stage."""
+    """Make the app over a wired stage."""
     app = Flask("noodle.stage")
     install_error_handlers(app)
     install_metrics_route(app, registry, config.cluster_token)
@@ -49,7 +49,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
     def health() -> Response:
         state = lifecycle.state
         answer: dict[str, Any] = {"service": "stage", "status": _status_of(state.phase)}
-        if has_token(config.cluster_token):  # a stranger sees only that something is alive
+        if has_token(config.cluster_token):  # without it, only that the stage is alive
             answer |= {
                 "version": __version__,
                 "stage_id": config.stage_id,
@@ -86,7 +86,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         is_chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
         read = unbuffered_read(request.environ["wsgi.input"])
         if "gunicorn.socket" in request.environ:
-            # the fetcher's last word comes in its body when the answer is there: a stream, though a short one
+            # the fetcher confirms in its body after the answer: a stream, though a short one
             streaming_connection().settimeout(TAKE_SECONDS)
         delivery = stage.outbox.deliver(activation_id, body, confirmed_by(read, is_chunked))
         response = Response(delivery, mimetype=STREAM_TYPE)
@@ -109,16 +109,16 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
     install_connectivity_routes(
         app,
         config.cluster_token,
-        config.valkey_password,
-        f"stage {config.stage_id}",
-        config.machine,
-        lambda: (lifecycle.model_digest, _reach_targets(config, stage)),
+        valkey_password=config.valkey_password,
+        name=f"stage {config.stage_id}",
+        machine=config.machine,
+        targets=lambda: (lifecycle.model_digest, _neighbours(config, stage)),
     )
     return app
 
 
-def _reach_targets(config: StageConfig, stage: Stage) -> list[Target]:
-    """Whom this stage talks to: where it is configured to, and its neighbours in the plan that it computes by."""
+def _neighbours(config: StageConfig, stage: Stage) -> list[Target]:
+    """The services this stage talks to: the configured ones, and its neighbours in the plan."""
     targets = [Target("coordinator", config.coordinator_url), Target("valkey", config.valkey_url)]
     if (role := stage.role) is not None:
         neighbours = role.plan.stages[max(0, role.index - 1) : role.index + 2]
@@ -142,7 +142,7 @@ class StageService(Service):
         self.log_format = config.log_format
 
     def create_app(self) -> Flask:
-        """Wire stage, lifecycle and routes; nothing heavy is imported yet."""
+        """Wire stage, lifecycle and routes, without importing torch."""
         registry, machine = service_registry(self.name, self._config.machine)
         streams = WorkQueue(self._config.valkey_url, self._config.valkey_password, STREAM_TIMEOUT_SECONDS)
         self._stage = Stage(self._config, new_boot_id(), registry, streams)
@@ -154,7 +154,7 @@ class StageService(Service):
         return create_app(self._config, self._stage, self._lifecycle, registry)
 
     def start(self) -> None:
-        """Start the loop, the heart and the follower of plans."""
+        """Start the threads of the worker, the queue, the lifecycle and the metrics."""
         start_loop("worker", self._stage.worker.run, self.name)
         self._stage.start_queue()
         start_loop("beat", self._lifecycle.beat, self.name)
@@ -162,7 +162,7 @@ class StageService(Service):
         self._sender.start()
 
     def stop(self) -> None:
-        """Say goodbye and close every connection."""
+        """End the lifecycle and close every connection."""
         self._sender.stopping.set()
         self._lifecycle.stop()
         self._stage.close()

@@ -1,4 +1,4 @@
-"""Log-probabilities by the raw logits, before temperature, top_k and top_p; pure numpy, knows no session, no text."""
+"""Log-probabilities by the raw logits, before temperature, top_k and top_p."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Float32s = npt.NDArray[np.float32]
 def log_normalizer(logits: Float32s) -> tuple[np.float32, float]:
     """The largest logit of `[vocab_size]`, and the logarithm of the sum of exp(logit - largest).
 
-    Both are taken off a logit, one after the other, to make it a log-probability.
+    Subtract both from a logit, one after the other, to get its log-probability.
     """
     largest = logits.max()
     return largest, float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
@@ -35,7 +35,7 @@ def likeliest(logits: Float32s, count: int) -> list[TokenLogprob]:
 
 
 def score(logits: Float32s, token_ids: Sequence[int], top: int) -> list[TokenScore]:
-    """For each row of `[rows, vocab_size]` the log-probability of its token, and those of the `top` likeliest.
+    """Score the token of each row of `[rows, vocab_size]`, and the `top` likeliest tokens there.
 
     Raises GenerationFailed for logits that are not finite.
     """

@@ -1,7 +1,7 @@
-"""The sessions of POST /forward on this stage: their lengths, room and age; pure, and apart from those that are served.
+"""The sessions of POST /forward on this stage: their lengths, room and age.
 
-Nobody lists them, so they end by themselves: after a named idle time, or when a newer one needs the room. Their rows
-have a budget of their own beside that of served requests, and names that no served session can have.
+The coordinator does not list them, so they end when they are idle for too long, or when a newer one needs the room.
+Their rows have a budget beside that of served requests, and names that no served session can have.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from noodle.errors import Conflict, ContextTooLong, Unprocessable
 from services.stage.executors.base import Span
 
 MAXIMUM_FORWARD_SESSIONS = 16
-FORWARD_KV_BYTES = 128 << 20  # for all of them together, and never more than served requests have
+FORWARD_KV_BYTES = 128 << 20  # of all of them together, and never more than served requests have
 FORWARD_IDLE_SECONDS = 60.0
 SMALLEST_RESERVE_TOKENS = 64
-NAME_PREFIX = "forward/"  # the coordinator names served sessions by hexadecimal digits
+NAME_PREFIX = "forward/"  # the names of served sessions are hexadecimal digits
 
 
 @dataclass(slots=True)
@@ -27,14 +27,14 @@ class _Session:
 
 @dataclass(frozen=True, slots=True)
 class ForwardSpan:
-    """What the slice is to compute, and the names of sessions whose rows are to be freed before."""
+    """A span for the slice, and the names of sessions whose rows must be freed before."""
 
     span: Span
     displaced: list[str] = field(default_factory=list)
 
 
 class ForwardSessions:
-    """Lives and dies with one role of the stage; time is given, never read."""
+    """The sessions of one role of the stage; callers pass the time."""
 
     def __init__(self, kv_bytes: int, kv_bytes_per_token: int, context_length: int) -> None:
         self._most_tokens = kv_bytes // max(1, kv_bytes_per_token)  # of all sessions together
@@ -45,10 +45,10 @@ class ForwardSessions:
         return len(self._sessions)
 
     def admit(self, session_id: str, token_index: int | None, token_count: int, now: float) -> ForwardSpan:
-        """Make room for `token_count` tokens from `token_index` on (None: where the session is).
+        """Make room for `token_count` tokens from `token_index` on (None: the session's end).
 
-        The sessions unused for longest make way. Raises Conflict for a gap, ContextTooLong, or Unprocessable for a
-        session that has no room even alone; nothing changes then.
+        The least recently used sessions are displaced. Raises Conflict for a gap, ContextTooLong, or Unprocessable for
+        a session that is too long even alone; nothing changes then.
         """
         session = self._sessions.get(session_id)
         length = session.length if session else 0
@@ -57,8 +57,8 @@ class ForwardSessions:
             raise Conflict(
                 f"Session {session_id!r} has {length} tokens on this stage, so token_index {length} is expected, "
                 f"not {first_position}.",
-                cure=f"Send its tokens from position {length} on; a session that is not used for "
-                f"{FORWARD_IDLE_SECONDS:.0f} s, or makes way for newer ones, is forgotten and begins at 0 again.",
+                cure=f"Send its tokens from position {length} on. A session that is unused for "
+                f"{FORWARD_IDLE_SECONDS:.0f} s, or displaced by newer ones, begins at 0 again.",
                 param="token_index",
             )
         end = first_position + token_count
@@ -76,22 +76,22 @@ class ForwardSessions:
         return ForwardSpan(Span(NAME_PREFIX + session_id, first_position, token_count, reserve_tokens), displaced)
 
     def computed(self, session_id: str, length: int, now: float) -> None:
-        """Note that the rows [0, length) are computed; what was computed beyond is no longer part of the session."""
+        """Set the session's computed rows to [0, length); rows beyond are no longer part of it."""
         session = self._sessions[session_id]
         session.length, session.used_at = length, now
 
     def end(self, session_id: str) -> str:
-        """Forget a session, known or not; gives the name whose rows are to be freed."""
+        """Drop a session, known or not; returns the name whose rows must be freed."""
         self._sessions.pop(session_id, None)
         return NAME_PREFIX + session_id
 
     def expire(self, now: float) -> list[str]:
-        """Forget what is idle for too long; gives the names whose rows are to be freed."""
+        """Drop sessions that are idle for too long; returns the names whose rows must be freed."""
         idle = [name for name, session in self._sessions.items() if now - session.used_at > FORWARD_IDLE_SECONDS]
         return [self.end(session_id) for session_id in idle]
 
     def _room_for(self, tokens: int) -> int:
-        """Rows to reserve for so many tokens: doubled as a session grows, so that its rows move seldom."""
+        """Rows to reserve for `tokens` tokens: doubled as a session grows, so that its rows move rarely."""
         most_tokens = min(self._most_tokens, self._context_length)
         if tokens > most_tokens:
             raise Unprocessable(
@@ -103,13 +103,11 @@ class ForwardSessions:
 
     def _displace(self, session_id: str, reserve_tokens: int) -> list[str]:
         others = {name: each for name, each in self._sessions.items() if name != session_id}
-        oldest_first = sorted(others, key=lambda name: others[name].used_at, reverse=True)
+        newest_first = sorted(others, key=lambda name: others[name].used_at, reverse=True)
         displaced = []
         while (
-            sum(each.reserve_tokens for each in others.values()) + reserve_tokens > self._most_tokens
-            or len(others) + 1 > MAXIMUM_FORWARD_SESSIONS
+            sum(others[name].reserve_tokens for name in newest_first) + reserve_tokens > self._most_tokens
+            or len(newest_first) + 1 > MAXIMUM_FORWARD_SESSIONS
         ):
-            oldest = oldest_first.pop()
-            del others[oldest]
-            displaced.append(self.end(oldest))
+            displaced.append(self.end(newest_first.pop()))
         return displaced

@@ -1,4 +1,4 @@
-"""Draws the next token from logits by (seed, position) alone (design D3); pure numpy, keeps no state, knows no text."""
+"""Samples the next token from logits, by (seed, position) alone and without state (design D3)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from services.stage.worker.logprobs import log_normalizer
 
 Float32s = npt.NDArray[np.float32]
 
-# below it, float32 can not divide by the temperature; only exact ties are left to chance here
-SMALLEST_TEMPERATURE = 1e-30
-# so many candidates are sorted; of more, those on the wrong side of their mean are set apart first
-SORTED_CANDIDATES = 512
-# weights that are summed at once; makes a running sum over a vocabulary cheap
-BLOCK = 64
+SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less; at this one only exact ties are left to chance
+SORTED_CANDIDATES = 512  # at most this many are sorted; more are split at their mean first
+BLOCK = 64  # weights summed at once; makes a running sum over a vocabulary cheap
 
 
 def sample(
     logits: Float32s, parameters: SamplingParameters, position: int, with_logprob: bool
 ) -> tuple[int, float | None]:
-    """The token at `position` and, if asked for, its log-probability by the raw logits `[vocab_size]`.
+    """Return the token at `position` and, if asked for, its log-probability by the raw logits `[vocab_size]`.
 
-    Temperature 0 takes the largest logit, the lowest id among equals. Else temperature, top_k, top_p in this order, as
-    transformers has it, and a draw by inverse distribution in token-id order. Raises GenerationFailed for logits that
-    are not finite.
+    Temperature 0 takes the largest logit, the lowest id among equals. Otherwise temperature, top_k and top_p apply in
+    the order of transformers, and the token is drawn by inverse distribution in token-id order. Raises GenerationFailed
+    for logits that are not finite.
     """
     largest = logits.max()
     if not (np.isfinite(largest) and np.isfinite(logits.min())):
@@ -47,7 +44,7 @@ def sample(
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that is the same for the same seed and position on every machine."""
+    """Return a number in [0, 1), the same on every machine for the same seed and position."""
     raw = np.random.Philox(key=seed, counter=position).random_raw()
     return float(raw >> 11) * 2.0**-53
 
@@ -55,7 +52,7 @@ def uniform(seed: int, position: int) -> float:
 def _draw(logits: Float32s, largest: np.float32, parameters: SamplingParameters, position: int) -> int:
     with np.errstate(over="ignore", under="ignore"):
         weights = np.exp((logits - largest) / np.float32(max(parameters.temperature, SMALLEST_TEMPERATURE)))
-    # what is not to be drawn weighs nothing from here on
+    # tokens that top_k and top_p exclude get weight 0
     if 0 < parameters.top_k < len(weights):
         weights *= weights >= _largest_but(weights, parameters.top_k)
     if parameters.top_p < 1:
@@ -64,7 +61,7 @@ def _draw(logits: Float32s, largest: np.float32, parameters: SamplingParameters,
 
 
 def _inverse_distribution(weights: Float32s, fraction: float) -> int:
-    """The first index up to which the weights sum to more than `fraction` of all; by blocks, then within one."""
+    """The first index at which the running sum exceeds `fraction` of the total; by blocks, then within one."""
     whole = len(weights) - len(weights) % BLOCK
     sums = weights[:whole].reshape(-1, BLOCK).sum(1, dtype=np.float64)
     distribution = np.append(sums, weights[whole:].sum(dtype=np.float64)).cumsum()
@@ -76,7 +73,7 @@ def _inverse_distribution(weights: Float32s, fraction: float) -> int:
 
 
 def _first_above(distribution: npt.NDArray[np.float64], target: float) -> int:
-    """The first index whose running sum is above `target`; rounding never leads past the last weight that is not 0."""
+    """The first index whose running sum is above `target`; rounding never passes the last non-zero weight."""
     below_all = np.nextafter(distribution[-1], 0)
     return int(np.searchsorted(distribution, min(target, below_all), side="right"))
 
@@ -85,7 +82,7 @@ def _largest_but(weights: Float32s, count: int) -> np.float32:
     """The `count`-th largest weight."""
     whole = len(weights) - len(weights) % BLOCK
     if count <= whole // BLOCK:
-        # that many blocks have a weight at least this large, so nothing below it is among them
+        # `count` blocks have a weight at least this large, so the wanted weights do too
         block_maxima = weights[:whole].reshape(-1, BLOCK).max(1)
         at_least = np.partition(block_maxima, len(block_maxima) - count)[len(block_maxima) - count]
         weights = np.compress(weights >= at_least, weights)
@@ -94,18 +91,18 @@ def _largest_but(weights: Float32s, count: int) -> np.float32:
 
 
 def _nucleus(weights: Float32s, top_p: float) -> npt.NDArray[np.bool_]:
-    """Which of the weights are the fewest largest that make up `top_p` of the sum; among equals the first."""
+    """Mask of the fewest largest weights that make up `top_p` of the sum; among equals the first."""
     total = weights.sum(dtype=np.float64)
     wanted = top_p * total
     candidates = weights
-    # all weights below this one together are not as much as may be missing
+    # all weights below this one together are less than may be missing from the nucleus
     may_be_kept = weights >= np.float32((1 - top_p) * total / len(weights) * 0.999)
     if np.count_nonzero(may_be_kept) < len(weights) // 2:
         candidates = np.compress(may_be_kept, weights)
-    count = 0  # weights found to be in the nucleus that are larger than every candidate
+    count = 0  # weights in the nucleus that are larger than every candidate
     smallest, largest = candidates.min(), candidates.max()
     while len(candidates) > SORTED_CANDIDATES and smallest < largest:
-        # above the smallest and at most the largest, so that both sides have some
+        # above the smallest and at most the largest, so that neither side is empty
         pivot = max(np.float32(candidates.mean(dtype=np.float64)), np.nextafter(smallest, largest))
         is_upper = candidates >= pivot
         upper_sum = (candidates * is_upper).sum(dtype=np.float64)

@@ -47,8 +47,14 @@ def served(outlet):
         assert not thread.is_alive()
 
 
+def await_serving(outlet, chunks):
+    """Wait until the first result is written: until then all results wait."""
+    assert outlet.put(a_result(0))
+    assert numbers(chunks, 1) == [0]
+
+
 def numbers(chunks, count):
-    """Of the next so many results."""
+    """The step ids of the next `count` results."""
     found = []
     while len(found) < count:
         message, _ = read_frame(chunks.read, LARGEST)
@@ -75,6 +81,7 @@ def test_results_come_in_their_order_between_keep_alives():
 def test_a_reader_that_reads_nothing_stops_no_worker_and_loses_nothing_when_it_reads_again():
     outlet = ResultsOutlet()
     with served(outlet) as (_, chunks):
+        await_serving(outlet, chunks)
         taken = 0
         while outlet.put(a_result(taken, spans=1000)):
             taken += 1
@@ -89,7 +96,8 @@ def test_a_reader_that_reads_nothing_stops_no_worker_and_loses_nothing_when_it_r
 def test_what_waits_for_a_reader_that_goes_is_given_back():
     unread = []
     outlet = ResultsOutlet(unread.append)
-    with served(outlet) as (connection, _):
+    with served(outlet) as (connection, chunks):
+        await_serving(outlet, chunks)
         taken = 0
         while outlet.put(a_result(taken, spans=1000)):
             taken += 1
