@@ -11,7 +11,7 @@ from collections.abc import Callable
 from noodle.cluster.plan import Plan
 from noodle.cluster.valkey import hop_stream
 from noodle.errors import LinkLost, QueueUnavailable, StepRefused, WireError
-from noodle.http_client import HTTP_ERRORS, HttpConnection, connect
+from noodle.http_client import HTTP_ERRORS, HttpConnection, connect, reason_of
 from noodle.metrics.counted import StageMetrics
 from noodle.wire.frames import ACTIVATION_DTYPES, MAXIMUM_STEP_TOKENS, body_digest, tensor_bytes
 from noodle.wire.messages import ActivationRef, InlineStep, LiveSessions, QueueEntry, Step
@@ -47,7 +47,7 @@ class Fetcher:
                 return self._fetch_once(url, activation_id, byte_count)
             except HTTP_ERRORS as error:
                 self.close()
-                failure = str(error) or type(error).__name__
+                failure = reason_of(error)
         raise LinkLost(f"{url} does not deliver the activations of a step: {failure}.")
 
     def close(self) -> None:
