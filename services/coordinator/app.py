@@ -58,11 +58,11 @@ def create_app(config: CoordinatorConfig, engine: Coordinator, registry: Collect
     install_weight_routes(app, engine.weights, config.cluster_token)
     install_connectivity_routes(
         app,
-        config.cluster_token,
-        config.valkey_password,
-        "coordinator",
-        config.machine,
-        lambda: reach_targets(config, engine),
+        token=config.cluster_token,
+        valkey_password=config.valkey_password,
+        name="coordinator",
+        machine=config.machine,
+        targets=lambda: reach_targets(config, engine),
     )
     app.register_blueprint(openapi_routes(document(OPERATIONS), clients))
     return app

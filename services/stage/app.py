@@ -108,7 +108,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
     app.register_blueprint(guide_routes(config, stage, lifecycle))
     install_connectivity_routes(
         app,
-        config.cluster_token,
+        token=config.cluster_token,
         valkey_password=config.valkey_password,
         name=f"stage {config.stage_id}",
         machine=config.machine,

@@ -107,7 +107,7 @@ def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, 
         return error(
             "lock",
             where,
-            f"{shown} takes commands from everyone, without a password.",
+            f"{shown} accepts commands from everyone, without a password.",
             why="whoever is on the network can read and change plans and requests",
             cure="docker compose run --rm init && docker compose up -d   (makes its password and access list)",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -16,9 +16,7 @@ from noodle.web.connectivity import (
     ConnectionResult,
     ConnectivityReport,
     Target,
-    try_all,
-    try_service,
-    try_valkey,
+    try_targets,
 )
 from services.cli.client.http_client import error_in, get_json
 from services.cli.doctor.jobs import Job
@@ -82,14 +80,7 @@ def _with_registered(
 
 
 def _tried(situation: Situation, targets: Sequence[Target]) -> tuple[ConnectionResult, ...]:
-    measures = threading.Lock()
-    tries: list[Callable[[], ConnectionResult]] = [
-        partial(try_valkey, target, situation.valkey_password)
-        if target.name == "valkey"
-        else partial(try_service, target, situation.token, measures=measures)
-        for target in targets
-    ]
-    return try_all(tries, targets)
+    return try_targets(targets, situation.token, situation.valkey_password, threading.Lock())
 
 
 def _ask_connectivity(url: str, token: str) -> ConnectivityReport:

@@ -1,7 +1,4 @@
-"""Whether one process reaches another, how fast, and what answers there; tries only what it is given, decides nothing.
-
-Used by `noodle doctor` from the command line, and by the services for the way back (reach_routes.py).
-"""
+"""Tests connections from this process to services: whether they are reachable, how fast, and what answers."""
 
 from __future__ import annotations
 
@@ -17,63 +14,64 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+import msgspec
 from msgspec import Struct, field
 
 from noodle.http_client import HTTP_ERRORS, HttpConnection, connect, reason_of, send_request
 
-CONNECT_SECONDS = 3.0  # a packet that nobody answers is sent again twice in this time
-ANSWER_SECONDS = 3.0
-ROUND_TRIPS = 5  # the shortest counts: the others waited for something beside the way
-BANDWIDTH_BYTES = 8 << 20  # at most, of one measurement
-BANDWIDTH_SECONDS = 1.0  # at most
-SMALLEST_TIMED_BYTES = 256 << 10  # fewer say nothing of a link
-TRY_ALL_SECONDS = 10.0
-READ_BYTES = 64 << 10
-HEALTH_BYTES = 1 << 20
-STRANGE_KEY = "no-key-of-the-cluster"
+CONNECT_SECONDS = 3.0  # longest wait for a connection; TCP repeats an unanswered packet twice in this time
+ANSWER_SECONDS = 3.0  # longest wait for an answer
+ROUND_TRIPS = 5  # handshakes of one measurement; the shortest counts
+BANDWIDTH_BYTES = 8 << 20  # most bytes of one bandwidth measurement
+BANDWIDTH_SECONDS = 1.0  # longest bandwidth measurement
+SMALLEST_TIMED_BYTES = 256 << 10  # fewest bytes that give a bandwidth
+TRY_ALL_SECONDS = 10.0  # longest test of all targets
+READ_BYTES = 64 << 10  # bytes of one read
+HEALTH_BYTES = 1 << 20  # largest answer of /health
+FOREIGN_KEY = "no-key-of-the-cluster"
 BYTES_PATH = "/doctor/bytes"
 CONNECTIVITY_PATH = "/doctor/reach"
 
 Outcome = Literal[
-    "open",  # it answers, and takes our secret
-    "refused",  # the machine is there, and nothing listens on the port
+    "open",  # it answers and accepts our secret
+    "refused",  # the machine answers, but nothing listens on the port
     "silent",  # packets are dropped, or the machine is off
     "no_such_name",
-    "no_way",  # this machine knows no way to the address
-    "locked",  # it answers, and does not take our secret
-    "unlocked",  # it answers everyone: Valkey without a password
-    "foreign",  # another program, or a noodle of a version that does not know the question
+    "no_way",  # this machine has no route to the address
+    "locked",  # it answers but rejects our secret
+    "unlocked",  # it accepts everyone: Valkey without a password
+    "foreign",  # another program, or a version of noodle without the route
 ]
 
 
 class Target(Struct, frozen=True):
-    """A service that may be tried."""
+    """A service to test."""
 
     name: str  # "coordinator", "planner", "valkey" or "stage <id>"
     url: str
     machine: str = ""
-    version: str = ""  # what is known of it before it is tried, from its report
+    version: str = ""  # from its report, before it is tested
     model_digest: str = ""
 
 
 class ConnectionResult(Struct, frozen=True):
-    """What became of one try."""
+    """The result of one test."""
 
     name: str
     url: str
     outcome: Outcome
-    detail: str = ""  # in words, for what is not open, or is open too far
+    detail: str = ""  # in words, unless it is open as it should be
     machine: str = ""
     version: str = ""
     model_digest: str = ""
     round_trip_seconds: float | None = None
     bytes_per_second: float | None = None  # from there to here
-    clock_ahead_seconds: float | None = None  # of that machine's clock before ours, to a second
-    status: str = ""  # what its /health says
+    clock_ahead_seconds: float | None = None  # its clock minus ours, to a second
+    status: str = ""  # of its /health
 
 
 class ConnectivityReport(Struct, frozen=True):
-    """A service's answer to CONNECTIVITY_PATH: who it is, and whom it reaches."""
+    """A service's answer to CONNECTIVITY_PATH: its identity and the services that it reaches."""
 
     name: str
     machine: str
@@ -82,29 +80,42 @@ class ConnectivityReport(Struct, frozen=True):
     results: tuple[ConnectionResult, ...] = field(name="reached")
 
 
-def try_all(tries: Sequence[Callable[[], ConnectionResult]], targets: Sequence[Target]) -> tuple[ConnectionResult, ...]:
-    """Run one try for each target at the same time; one that is not over in TRY_ALL_SECONDS counts as silent."""
+def try_targets(
+    targets: Sequence[Target], token: str, valkey_password: str, measures: threading.Lock
+) -> tuple[ConnectionResult, ...]:
+    """Test services at the same time, and their bandwidth one after the other."""
+
+    def try_one(target: Target) -> ConnectionResult:
+        if target.name == "valkey":
+            return try_valkey(target, valkey_password)
+        return try_service(target, token, measures=measures)
+
+    return try_all(targets, try_one)
+
+
+def try_all(targets: Sequence[Target], try_one: Callable[[Target], ConnectionResult]) -> tuple[ConnectionResult, ...]:
+    """Test all targets at the same time; one that takes longer than TRY_ALL_SECONDS counts as silent."""
     done: queue.SimpleQueue[tuple[int, ConnectionResult]] = queue.SimpleQueue()
 
     def run(index: int) -> None:
-        done.put((index, tries[index]()))
+        done.put((index, try_one(targets[index])))
 
-    for index in range(len(tries)):
+    for index in range(len(targets)):
         threading.Thread(target=run, args=(index,), daemon=True).start()
     found: dict[int, ConnectionResult] = {}
     end = time.monotonic() + TRY_ALL_SECONDS
-    while len(found) < len(tries):
+    while len(found) < len(targets):
         try:
-            index, reached = done.get(timeout=max(0.0, end - time.monotonic()))
+            index, result = done.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
             break
-        found[index] = reached
-    late = f"no end of it in {TRY_ALL_SECONDS:.0f} s"
+        found[index] = result
+    late = f"not finished after {TRY_ALL_SECONDS:.0f} s"
     return tuple(found.get(index) or _failed(target, "silent", late) for index, target in enumerate(targets))
 
 
 def try_service(target: Target, token: str, *, measures: threading.Lock | None = None) -> ConnectionResult:
-    """Try one of noodle's HTTP services; with `measures` its bandwidth as well, timed while no other one is."""
+    """Test an HTTP service of noodle; with `measures`, a lock, also time its bandwidth."""
     parts = urlsplit(target.url)
     host, port = parts.hostname or "", parts.port or 80
     try:
@@ -112,51 +123,50 @@ def try_service(target: Target, token: str, *, measures: threading.Lock | None =
         with contextlib.closing(opened) as connection:
             health, clock_ahead_seconds = _health(connection, token)
             if health is None:
-                return _failed(target, "foreign", "what answers there is no noodle")
-            with measures or contextlib.nullcontext():  # what is timed has the way for itself
+                return _failed(target, "foreign", "another program answers there, not noodle")
+            with measures or contextlib.nullcontext():  # one measurement at a time
                 round_trip_seconds = _round_trip(host, port)
                 outcome, bytes_per_second = _bandwidth(connection, token, BANDWIDTH_BYTES if measures else 1)
     except HTTP_ERRORS as error:
-        return _failed(target, *trouble(error))
+        return _failed(target, *classify_error(error))
     details: dict[Outcome, str] = {
-        "locked": "it does not take this cluster token",
-        "foreign": "it is noodle, but does not know the question: another version",
+        "locked": "it rejects this cluster token",
+        "foreign": "it is a version of noodle without this route",
     }
     return ConnectionResult(
-        target.name,
-        target.url,
-        outcome,
-        details.get(outcome, ""),
-        str(health.get("machine") or target.machine),
-        str(health.get("version") or target.version),
-        target.model_digest,
-        round_trip_seconds,
-        bytes_per_second,
-        clock_ahead_seconds,
-        str(health.get("status") or ""),
+        name=target.name,
+        url=target.url,
+        outcome=outcome,
+        detail=details.get(outcome, ""),
+        machine=str(health.get("machine") or target.machine),
+        version=str(health.get("version") or target.version),
+        model_digest=target.model_digest,
+        round_trip_seconds=round_trip_seconds,
+        bytes_per_second=bytes_per_second,
+        clock_ahead_seconds=clock_ahead_seconds,
+        status=str(health.get("status") or ""),
     )
 
 
 def try_valkey(target: Target, password: str) -> ConnectionResult:
-    """Try Valkey: whether it answers, wants a password, and takes ours."""
+    """Test Valkey: whether it answers, requires a password, and accepts ours."""
     parts = urlsplit(target.url)
+    address = (parts.hostname or "", parts.port or 6379)
     try:
-        round_trip_seconds = _round_trip(parts.hostname or "", parts.port or 6379)
-        with contextlib.closing(
-            socket.create_connection((parts.hostname or "", parts.port or 6379), CONNECT_SECONDS)
-        ) as connection:
+        round_trip_seconds = _round_trip(*address)
+        with contextlib.closing(socket.create_connection(address, CONNECT_SECONDS)) as connection:
             connection.settimeout(ANSWER_SECONDS)
             with connection.makefile("rb") as answers:
                 outcome, detail = _valkey_lock(connection, answers, unquote(parts.username or ""), password)
     except OSError as error:
-        return _failed(target, *trouble(error))
+        return _failed(target, *classify_error(error))
     return ConnectionResult(
         target.name, target.url, outcome, detail, machine=target.machine, round_trip_seconds=round_trip_seconds
     )
 
 
-def trouble(error: Exception) -> tuple[Outcome, str]:
-    """What an error of a connection means."""
+def classify_error(error: Exception) -> tuple[Outcome, str]:
+    """Classify the error of a connection."""
     if isinstance(error, socket.gaierror):
         return "no_such_name", "the name does not resolve here"
     if isinstance(error, ConnectionRefusedError):
@@ -169,19 +179,12 @@ def trouble(error: Exception) -> tuple[Outcome, str]:
 
 
 def _failed(target: Target, outcome: Outcome, detail: str) -> ConnectionResult:
-    return ConnectionResult(
-        target.name,
-        target.url,
-        outcome,
-        detail,
-        target.machine,
-        target.version,
-        target.model_digest,
-    )
+    known = msgspec.structs.asdict(target)
+    return ConnectionResult(outcome=outcome, detail=detail, **known)
 
 
 def _round_trip(host: str, port: int) -> float:
-    """Seconds of the shortest of some handshakes: one trip there and back each."""
+    """Return the seconds of the shortest of ROUND_TRIPS handshakes."""
     seconds = []
     for _ in range(ROUND_TRIPS):
         began = time.monotonic()
@@ -191,7 +194,7 @@ def _round_trip(host: str, port: int) -> float:
 
 
 def _health(connection: HttpConnection, token: str) -> tuple[dict[str, Any] | None, float | None]:
-    """What /health says, None when it is not noodle's; and how far that clock is ahead."""
+    """Return the /health object, None unless it is noodle's, and how far that clock is ahead."""
     response = send_request(connection, "GET", "/health", token=token)
     content = response.read(HEALTH_BYTES)
     now = time.time()
@@ -199,8 +202,8 @@ def _health(connection: HttpConnection, token: str) -> tuple[dict[str, Any] | No
     date = response.getheader("Date")
     ahead_seconds = None
     if date:
-        with contextlib.suppress(ValueError, TypeError):  # then there is no clock to compare
-            ahead_seconds = parsedate_to_datetime(date).timestamp() + 0.5 - now  # whole seconds, the middle of one
+        with contextlib.suppress(ValueError, TypeError):  # then there is no clock to compare with
+            ahead_seconds = parsedate_to_datetime(date).timestamp() + 0.5 - now  # Date has whole seconds
     try:
         answer = json.loads(content)
     except ValueError:
@@ -210,7 +213,7 @@ def _health(connection: HttpConnection, token: str) -> tuple[dict[str, Any] | No
 
 
 def _bandwidth(connection: HttpConnection, token: str, byte_count: int) -> tuple[Outcome, float | None]:
-    """Whether the token opens the locked route, and how fast its bytes come."""
+    """Whether the service accepts the token, and the bytes per second of its answer."""
     response = send_request(connection, "GET", f"{BYTES_PATH}?count={byte_count}", token=token)
     if response.status != 200:
         return ("locked" if response.status == 401 else "foreign"), None
@@ -225,23 +228,23 @@ def _bandwidth(connection: HttpConnection, token: str, byte_count: int) -> tuple
 
 
 def _valkey_lock(connection: socket.socket, answers: Any, user: str, password: str) -> tuple[Outcome, str]:
-    said = _ask_valkey(connection, answers, "PING")
-    if said.startswith("+PONG"):
-        return "unlocked", "it takes commands from everyone, without a password"
-    if not said.startswith("-NOAUTH"):
-        return "foreign", f"it answers {said[:60]!r}, which is not Valkey's"
+    answer = _ask_valkey(connection, answers, "PING")
+    if answer.startswith("+PONG"):
+        return "unlocked", "it accepts commands from everyone, without a password"
+    if not answer.startswith("-NOAUTH"):
+        return "foreign", f"it answers {answer[:60]!r}, which is not Valkey's"
     if not password:
-        return "locked", "it wants a password, and none is known here"
-    said = _ask_valkey(connection, answers, "AUTH", *([user] if user else []), password)
-    if not said.startswith("+OK"):
+        return "locked", "it requires a password, and this machine has none"
+    answer = _ask_valkey(connection, answers, "AUTH", *([user] if user else []), password)
+    if not answer.startswith("+OK"):
         return "locked", f"it refuses this password{f' of user {user}' if user else ''}"
-    if user and not _ask_valkey(connection, answers, "GET", STRANGE_KEY).startswith("-NOPERM"):
+    if user and not _ask_valkey(connection, answers, "GET", FOREIGN_KEY).startswith("-NOPERM"):
         return "open", f"the user {user} may read keys that are not noodle's"
     return "open", ""
 
 
 def _ask_valkey(connection: socket.socket, answers: Any, *words: str) -> str:
-    """One command as Valkey's protocol has it; the first line of the answer, empty when it closes."""
+    """Send one command in Valkey's protocol; return the first line of the answer, empty when it closes."""
     encoded = [word.encode() for word in words]
     parts = [b"*%d\r\n" % len(encoded), *(b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded)]
     connection.sendall(b"".join(parts))

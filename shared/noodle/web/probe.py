@@ -1,7 +1,7 @@
-"""A container's health check: `python -m noodle.web.probe coordinator|planner|stage` asks that service's own /health.
+"""A container's health check: `python -m noodle.web.probe coordinator|planner|stage` requests /health.
 
-Loading is healthy: /health answers 200 with `starting`, `waiting` or `ready`. A service that says `failed` (503), or
-says nothing, is not. What it says stands in the engine's health log (`docker inspect`).
+A service that starts, waits or is ready answers 200 and is healthy. One that answers `failed` (503), or not at all, is
+not. The printed line is in Docker's health log (`docker inspect`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from noodle.config.settings import ServiceConfig
 from noodle.errors import NoodleError
 from noodle.http_client import HTTP_ERRORS, reason_of, request
 
-ANSWER_SECONDS = 4.0  # the engine's own limit is five
-ANSWER_BYTES = 1 << 20
+ANSWER_SECONDS = 4.0  # longest wait for an answer; Docker's own limit is five
+ANSWER_BYTES = 1 << 20  # largest answer
 HEALTHY, UNHEALTHY = 0, 1  # the exit codes that Docker knows
 
 CONFIG_OF: dict[str, Callable[[Mapping[str, str]], ServiceConfig]] = {
@@ -27,7 +27,7 @@ CONFIG_OF: dict[str, Callable[[Mapping[str, str]], ServiceConfig]] = {
 
 
 def probe(config: ServiceConfig) -> tuple[bool, str]:
-    """Whether the service is alive and has not failed, and what it says of itself."""
+    """Return whether the service is healthy, and its status in words."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.bind.host, config.bind.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{config.bind.port}/health"
     try:
@@ -46,15 +46,15 @@ def probe(config: ServiceConfig) -> tuple[bool, str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Ask the service that is named, by the configuration that it has itself; gives the exit code."""
+    """Check the named service, with the configuration of its container; return the exit code."""
     if len(arguments) != 1 or arguments[0] not in CONFIG_OF:
         print(f"usage: python -m noodle.web.probe {'|'.join(CONFIG_OF)}", file=sys.stderr)
         return UNHEALTHY
     try:
-        is_healthy, said = probe(CONFIG_OF[arguments[0]](process_environment()))
+        is_healthy, status = probe(CONFIG_OF[arguments[0]](process_environment()))
     except NoodleError as error:
-        is_healthy, said = False, str(error)
-    print(said)
+        is_healthy, status = False, str(error)
+    print(status)
     return HEALTHY if is_healthy else UNHEALTHY
 
 

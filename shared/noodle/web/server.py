@@ -1,6 +1,6 @@
-"""How requests come in: gunicorn's threaded worker, with a thread only for a request whose head has come whole.
+"""gunicorn's threaded worker, changed so that a request takes a thread only once its whole head has arrived.
 
-Knows connections, heads and gunicorn; no routes and no keys. docs/adr/0010 says why gunicorn's own way is not enough.
+docs/adr/0010 says why gunicorn's own worker is not enough.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from noodle.web.service import error_object
 
 log = logging.getLogger(__name__)
 
-HEAD_SECONDS = 10.0  # from connecting, or from the first byte of a later request, to the end of its head
-HEAD_BYTES = 32 << 10
-LINGER_SECONDS = 2.0  # after the last answer, for a client that still sends and would not read it if reset
-DRAINED_BYTES = 64 << 20  # of a body that nobody wanted
-RECEIVED_BYTES = 64 << 10  # at once
-SLOW_BODIES = 16  # at once, and never more than a quarter of the threads
-OTHER_FILES = 256  # what a service has open beside its clients' connections
+HEAD_SECONDS = 10.0  # longest wait for a head, from the connection or the first byte of a later request
+HEAD_BYTES = 32 << 10  # largest head of a request
+LINGER_SECONDS = 2.0  # wait after the last answer for a client that still sends; a reset could hide the answer
+DRAINED_BYTES = 64 << 20  # most bytes of an unwanted body that are read away
+RECEIVED_BYTES = 64 << 10  # bytes of one read
+SLOW_BODIES = 16  # slow bodies received at once, at most a quarter of the threads
+OTHER_FILES = 256  # files of a service besides its client connections
 
-# What gunicorn's parser refuses is a 400 but for these; the last ones are nobody's fault but ours.
+# Refusals of gunicorn's parser are a 400 except for these; OWN_FAULTS are errors of noodle.
 REFUSAL_STATUS: dict[type[Exception], int] = {
     LimitRequestLine: 414,
     ExpectationFailed: 417,
@@ -59,23 +59,23 @@ OWN_FAULTS = (ConfigurationProblem, InvalidResponseHeader, InvalidResponseHeader
 
 
 class ClientSession:
-    """A client's connection from accept to close; belongs to the main loop, or to the one thread that answers it."""
+    """A client's connection from accept to close, owned by the main loop or by the thread that answers it."""
 
     def __init__(self, cfg: Any, connection: ClientConnection, client: Any, server: Any) -> None:
         self.sock, self.client, self.server = connection, client, server  # gunicorn's names
         self.parser = RequestParser(cfg, connection, client)
-        self.head = bytearray()  # what came of the next request
+        self.head = bytearray()  # received bytes of the next request
         self.group: dict[ClientSession, None] | None = None  # None: a thread has it, or it is closed
         self.until = 0.0
         self.drained_bytes = 0
-        self.is_stuck = False  # its client took nothing of an answer
+        self.is_stuck = False  # its client does not read the answer
 
 
 class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publishes no types
-    """gunicorn's gthread, but every wait for a client that is not let in is the main loop's, which holds no thread.
+    """gunicorn's gthread worker; its main loop does all waiting for anonymous clients, which holds no thread.
 
-    A connection waits for its head, is kept for a next request, or lingers after its last answer; in each it has a
-    deadline, and when there are too many, the longest waiting of these is closed for a newcomer: strangers first.
+    A connection waits for a head, is kept for a next request, or lingers after its last answer, each with a deadline.
+    When there are too many, the longest-waiting connection is closed, unauthenticated ones first.
     """
 
     worker_connections: int
@@ -83,13 +83,13 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._heads: dict[ClientSession, None] = {}  # oldest first, as in the others
+        self._heads: dict[ClientSession, None] = {}  # oldest first, as in the next two
         self._lingering: dict[ClientSession, None] = {}
         self._kept: dict[ClientSession, None] = {}
         self._slow_bodies = threading.Semaphore(min(SLOW_BODIES, self.cfg.threads // 4))
 
     def init_process(self) -> None:
-        """As gunicorn, with as many files allowed as there may be connections, or as many connections as files."""
+        """Raise the limit of open files to the connections, or lower the connections to the files."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = self.worker_connections + OTHER_FILES
         if soft < wanted:
@@ -99,14 +99,14 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
         super().init_process()
 
     def load_wsgi(self) -> None:
-        """As gunicorn; what the app answers ends the connection of a stranger, or of who still has a body to send."""
+        """Load the app; its answers end the connections of anonymous clients and of those that still send a body."""
         super().load_wsgi()
-        self.wsgi = keeping_known_connections(self.wsgi)
+        self.wsgi = close_unkept_connections(self.wsgi)
 
-    # ------------------------------------------------------------------ the main loop
+    # the main loop
 
     def accept(self, listener: socket.socket) -> None:
-        """Take a connection and what it has sent already."""
+        """Accept a connection and receive what it has sent."""
         try:
             accepted, client = listener.accept()
         except OSError as error:
@@ -124,7 +124,7 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
         self._receive_head(session, self._heads)
 
     def finish_request(self, session: ClientSession, future: Future[bool]) -> None:
-        """A thread is done with a request: keep the connection, or see its client off."""
+        """Keep the connection of an answered request, or let it linger."""
         is_kept = not future.cancelled() and future.exception() is None and future.result()
         if session.is_stuck:
             self._close(session)
@@ -140,34 +140,33 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
                 self._receive_head(session, self._kept)
 
     def murder_keepalived(self, force: bool = False) -> None:
-        """Close whatever has waited long enough, or everything that waits; called about each second."""
+        """Close connections past their deadline, or all waiting ones; called about once a second."""
         now = time.monotonic()
         for group in (self._heads, self._lingering, self._kept):
             for session in [session for session in group if force or session.until <= now]:
                 if session.head and not force:
-                    self._refuse(session, RequestTooSlow(f"The request's head did not come in {HEAD_SECONDS:.0f} s."))
+                    self._refuse(
+                        session, RequestTooSlow(f"The head of the request did not arrive in {HEAD_SECONDS:.0f} s.")
+                    )
                 else:
                     self._close(session)
 
     def _cap_keepalive(self, deadline: float) -> None:
-        """The service stops: nothing waits beyond the deadline."""
+        """Shorten all waits to the deadline of a stopping service."""
         for group in (self._heads, self._lingering, self._kept):
             for session in group:
                 session.until = min(session.until, deadline)
 
     def _on_readable(self, session: ClientSession, _connection: ClientConnection) -> None:
         if session.group is None:
-            return  # closed, for another or by its deadline, since the poller saw it
+            return  # closed since the poller saw it
         if session.group is self._lingering:
             self._drain(session)
         else:
             self._receive_head(session, session.group)
 
     def _receive_head(self, session: ClientSession, group: dict[ClientSession, None]) -> None:
-        try:
-            received = session.sock.receive_now(RECEIVED_BYTES)
-        except OSError:
-            received = b""
+        received = _receive(session)
         if received is None:
             self._watch(session, group)
         elif received:
@@ -182,7 +181,7 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
             self._unwatch(session)
             self.enqueue_req(session)
         elif len(session.head) > HEAD_BYTES:
-            refusal = InvalidRequest(f"The request's head is longer than {HEAD_BYTES} bytes.")
+            refusal = InvalidRequest(f"The head of the request is longer than {HEAD_BYTES} bytes.")
             refusal.http_status = http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             self._refuse(session, refusal)
         else:
@@ -191,20 +190,21 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
             self._watch(session, self._heads)
 
     def _refuse(self, session: ClientSession, error: NoodleError) -> None:
-        log.info("a request from %s is refused: %s", _host(session.client), error)
+        log.info("refusing a request from %s: %s", _host(session.client), error)
         session.head.clear()
         try:
-            session.sock.send(error_answer(error))  # less than the kernel takes of any new connection
+            session.sock.send(error_answer(error))  # fits into the empty send buffer of a new connection
         except OSError as gone:
-            log.debug("not told: %s", gone)
+            log.debug("answer not sent: %s", gone)
         self._linger(session)
 
     def _linger(self, session: ClientSession) -> None:
-        """No more answers: let the client read the last one before what it still sends resets the connection."""
+        """Shut the sending side and read on, so that the client can read the last answer before a reset."""
         session.until = time.monotonic() + LINGER_SECONDS
-        body_deadline = session.sock.body_deadline
-        if self.alive and session.sock.is_authenticated and body_deadline is not None and _rest_of_body(session):
-            session.until = body_deadline
+        request, body_deadline = session.sock.http_request, session.sock.body_deadline
+        if self.alive and session.sock.is_authenticated and body_deadline is not None:
+            if request is not None and body_has_rest(request.body):
+                session.until = body_deadline
         try:
             session.sock.settimeout(0)
             session.sock.shutdown(socket.SHUT_WR)
@@ -214,10 +214,7 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
         self._drain(session)
 
     def _drain(self, session: ClientSession) -> None:
-        try:
-            received = session.sock.receive_now(RECEIVED_BYTES)
-        except OSError:
-            received = b""
+        received = _receive(session)
         session.drained_bytes += len(received or b"")
         if received == b"" or session.drained_bytes > DRAINED_BYTES:
             self._close(session)
@@ -249,15 +246,15 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
             session.sock.close()
 
     def _make_room(self) -> None:
-        """Close the longest waiting connection of the least wanted kind."""
+        """Close the longest-waiting connection, of the least valuable kind first."""
         group = self._heads or self._lingering or self._kept
         if group:
             self._close(next(iter(group)))
 
-    # ------------------------------------------------------------------ a thread
+    # a thread
 
     def handle(self, session: ClientSession) -> bool:
-        """Answer one request; whether its connection may be kept."""
+        """Answer one request; return whether its connection may be kept."""
         connection = session.sock
         http_request = None
         try:
@@ -266,29 +263,29 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
             session.head.clear()
             connection.http_request = http_request = next(session.parser)
             return bool(self.handle_request(http_request, session)) and not body_has_rest(http_request.body)
-        except StopIteration:  # gunicorn's word for a connection that can not go on; it has logged why
+        except StopIteration:  # gunicorn's signal that the connection must end; it has logged why
             return False
         except TimeoutError:
             session.is_stuck = True
             seconds = connection.gettimeout() or 0.0
-            log.info("the client at %s took nothing for %.0f s: it is dropped", _host(session.client), seconds)
+            log.info("dropping the client at %s: it read nothing for %.0f s", _host(session.client), seconds)
             return False
         except OSError as error:  # among them gunicorn's NoMoreData
-            log.debug("the client at %s has gone: %s", _host(session.client), error)
+            log.debug("the client at %s is gone: %s", _host(session.client), error)
             return False
-        except Exception as error:  # noqa: BLE001  # whatever it is: the client gets an answer, the log the rest
+        except Exception as error:  # noqa: BLE001  # the client gets an answer, the log the details
             self.handle_error(http_request, connection, session.client, error)
             return False
         finally:
             connection.end()
 
     def handle_error(self, http_request: Any, connection: ClientConnection, client: Any, error: Exception) -> None:
-        """Say what was wrong with a request that never reached the app, as the app would."""
+        """Answer a request that did not reach the app with an error object, as the app does."""
         answer: NoodleError
         if isinstance(error, ParseException) and not isinstance(error, OWN_FAULTS):
-            answer = InvalidRequest(f"The request is not HTTP as it is taken here: {str(error)[:200]}.")
+            answer = InvalidRequest(f"The request is not HTTP that this server accepts: {str(error)[:200]}.")
             answer.http_status = REFUSAL_STATUS.get(type(error), 400)
-            log.info("a request from %s is refused: %s", _host(client), answer)
+            log.info("refusing a request from %s: %s", _host(client), answer)
         else:
             what = f"{http_request.method} {http_request.path}" if http_request else "a request"
             log.error("%s failed", what, exc_info=error)
@@ -296,13 +293,13 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
         try:
             connection.sendall(error_answer(answer))
         except OSError as gone:
-            log.debug("not told: %s", gone)
+            log.debug("answer not sent: %s", gone)
 
 
 def head_is_whole(head: bytearray, before: int) -> bool:
-    """Whether gunicorn's parser has all it needs, to take or to refuse; the first `before` bytes were looked at.
+    """Whether gunicorn's parser can accept or refuse this head; the first `before` bytes were checked already.
 
-    A line that ends without a carriage return makes it whole: the parser refuses it there.
+    A line that ends without a carriage return is enough: the parser refuses it there.
     """
     newline = head.find(b"\n", before)
     while newline >= 0:
@@ -312,12 +309,12 @@ def head_is_whole(head: bytearray, before: int) -> bool:
     return False
 
 
-def keeping_known_connections(application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-    """The app, with "Connection: close" on each answer after which the connection is not kept.
+def close_unkept_connections(application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """Wrap the app: add "Connection: close" to each answer after which the connection is not kept.
 
-    So one connection of a stranger gets one answer, which the kernel takes at once; and nobody's body is read away
-    on a thread after the answer. A streamed body's connection ends too, but unsaid: Python's http.client gives the
-    socket of a connection that will close away, and the hop's client needs it.
+    So an anonymous connection gets one answer, which fits into the send buffer, and no thread reads the rest of a body
+    after its answer. The connection of a streamed body ends too, but without the header: Python's http.client would
+    give away the socket, which the hop client still needs.
     """
 
     def with_close(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -336,14 +333,14 @@ def keeping_known_connections(application: Callable[..., Iterable[bytes]]) -> Ca
 
 
 def body_has_rest(body: Any) -> bool:
-    """Whether bytes of a request's body are still to come, or where it ends is not known (gunicorn's Body)."""
+    """Whether the body (gunicorn's Body) has bytes left, or its end is unknown."""
     reader = body.reader
-    to_come = reader.length > 0 if hasattr(reader, "length") else reader.parser is not None
-    return bool(body.failed or body.buf.tell() or to_come)
+    has_more = reader.length > 0 if hasattr(reader, "length") else reader.parser is not None
+    return bool(body.failed or body.buf.tell() or has_more)
 
 
 def error_answer(error: NoodleError) -> bytes:
-    """A whole HTTP answer with OpenAI's error object, after which the connection ends."""
+    """Return a whole HTTP answer with an error object; the connection ends after it."""
     body = msgspec.json.encode({"error": error_object(error)})
     head = (
         f"HTTP/1.1 {error.http_status:d} {http.HTTPStatus(error.http_status).phrase}\r\n"
@@ -352,9 +349,12 @@ def error_answer(error: NoodleError) -> bytes:
     return head.encode() + body
 
 
-def _rest_of_body(session: ClientSession) -> bool:
-    http_request = session.sock.http_request
-    return http_request is not None and body_has_rest(http_request.body)
+def _receive(session: ClientSession) -> bytes | None:
+    """Bytes that have arrived, b"" at the end or after an error, None when nothing has."""
+    try:
+        return session.sock.receive_now(RECEIVED_BYTES)
+    except OSError:
+        return b""
 
 
 def _host(client: Any) -> str:

@@ -1,6 +1,6 @@
-"""How every noodle service stands behind gunicorn: one process, locked routes, errors as OpenAI's error object.
+"""A service behind gunicorn: one worker process, authenticated routes, errors as OpenAI's error object.
 
-Knows Flask and gunicorn, but none of the services. The master process imports nothing heavy: the worker makes the app.
+The master process imports nothing heavy: the worker makes the app.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from noodle.web.connection import ClientConnection
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10  # from SIGTERM until open requests are cut
-KEEP_CONNECTION_SECONDS = 75  # idle connections between services
-WAITING_CONNECTIONS = 512  # that have no thread: a head to come, nothing to ask, an answer to be read
-HEAD_LINE_BYTES = 4094  # of a request's first line
-HEAD_FIELDS = 64
-HEAD_FIELD_BYTES = 8190
+KEEP_CONNECTION_SECONDS = 75  # how long an idle connection is kept for a next request
+WAITING_CONNECTIONS = 512  # connections without a thread: waiting for a head, kept or lingering
+HEAD_LINE_BYTES = 4094  # longest first line of a request
+HEAD_FIELDS = 64  # most header fields of a request
+HEAD_FIELD_BYTES = 8190  # longest header field
 
 
 class Service(abc.ABC):
-    """What `serve` runs: `create_app` is called in the worker, `start` after it, `stop` on SIGTERM."""
+    """A service that `serve` runs: the worker calls `create_app`, then `start`, and `stop` on SIGTERM."""
 
     name: str
     bind: Address
@@ -59,7 +59,7 @@ class Service(abc.ABC):
 
     @abc.abstractmethod
     def create_app(self) -> Flask:
-        """Build the Flask app; raises StartError when it can not start as it is configured."""
+        """Build the Flask app; raises StartError."""
 
     @abc.abstractmethod
     def start(self) -> None:
@@ -67,11 +67,11 @@ class Service(abc.ABC):
 
     @abc.abstractmethod
     def stop(self) -> None:
-        """Refuse new work and close every long-lived connection; called once, from a thread of its own."""
+        """Refuse new work and close long-lived connections; called once, in a thread of its own."""
 
 
 def serve(service: Service) -> None:
-    """Run a service under gunicorn until SIGTERM; a StartError ends the process with one line on stderr."""
+    """Run a service under gunicorn until SIGTERM; raises PortInUse."""
     from gunicorn.app.base import BaseApplication
 
     refuse_a_port_in_use(service.bind, service.name)
@@ -88,7 +88,7 @@ def serve(service: Service) -> None:
                 "limit_request_fields": HEAD_FIELDS,
                 "limit_request_field_size": HEAD_FIELD_BYTES,
                 "preload_app": False,  # CUDA and threads do not survive a fork
-                "timeout": 0,  # it watches the main loop only, and a long native call is no fault
+                "timeout": 0,  # it only watches the main loop, and a long native call is no error
                 "graceful_timeout": GRACE_SECONDS,
                 "keepalive": KEEP_CONNECTION_SECONDS,
                 "control_socket_disable": True,  # its default place is not writable in a read-only container
@@ -110,7 +110,7 @@ def serve(service: Service) -> None:
 
 
 def run_service(name: str, make: Callable[[], Service]) -> None:
-    """Configure, then serve; whatever stops the start is one line on stderr and exit code 3."""
+    """Configure and serve; a StartError ends the process with one line on stderr and exit code 3."""
     try:
         service = make()
         configure_logs(name, service.log_format)
@@ -121,15 +121,15 @@ def run_service(name: str, make: Callable[[], Service]) -> None:
 
 def _start_in_worker(service: Service) -> None:
     """Start the service, and make SIGTERM stop it before gunicorn waits for open connections."""
-    gunicorns_handler = signal.getsignal(signal.SIGTERM)
+    gunicorn_handler = signal.getsignal(signal.SIGTERM)
     stopping = threading.Event()
 
     def terminate(number: int, frame: Any) -> None:
         if not stopping.is_set():
             stopping.set()
             threading.Thread(target=service.stop, name="stop", daemon=True).start()
-        if callable(gunicorns_handler):
-            gunicorns_handler(number, frame)
+        if callable(gunicorn_handler):
+            gunicorn_handler(number, frame)
 
     signal.signal(signal.SIGTERM, terminate)
     signal.siginterrupt(signal.SIGTERM, False)
@@ -137,7 +137,7 @@ def _start_in_worker(service: Service) -> None:
 
 
 def refuse_a_port_in_use(bind: Address, name: str) -> None:
-    """Raise PortInUse when another program listens there; gunicorn alone would try again for seconds."""
+    """Raise PortInUse when another program listens there; gunicorn alone would retry for seconds."""
     family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -145,14 +145,14 @@ def refuse_a_port_in_use(bind: Address, name: str) -> None:
             probe.bind((bind.host, bind.port))
         except OSError as error:
             raise PortInUse(
-                f"The {name} can not listen on {bind}: {error.strerror}.",
-                cure=f"Stop the program that has port {bind.port}, or choose another with "
+                f"The {name} cannot listen on {bind}: {error.strerror}.",
+                cure=f"Stop the program that uses port {bind.port}, or choose another port with "
                 f"NOODLE_{name.upper()}_BIND (NOODLE_{name.upper()}_PORT for `noodle up`).",
             ) from error
 
 
 def error_response(error: NoodleError, **beside: Any) -> Response:
-    """An error as OpenAI's error object, with fields `beside` it, and Retry-After where waiting helps."""
+    """Answer with OpenAI's error object, fields `beside` it, and Retry-After where waiting helps."""
     response = json_response({**beside, "error": error_object(error)}, error.http_status)
     if error.retry_after_seconds is not None:
         response.headers["Retry-After"] = str(error.retry_after_seconds)
@@ -162,33 +162,29 @@ def error_response(error: NoodleError, **beside: Any) -> Response:
 
 
 def error_object(error: NoodleError) -> dict[str, Any]:
-    """`{message, type, param, code}`; the cure is part of the message."""
+    """Return `{message, type, param, code}`; the message includes the cure."""
     return {"message": str(error), "type": error.error_type, "param": error.param, "code": error.code}
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    """A JSON body made by msgspec, which also takes its structs."""
+    """Answer with a JSON body, encoded by msgspec."""
     return Response(msgspec.json.encode(value), status, mimetype="application/json")
 
 
 def add_success_false(routes: Blueprint) -> None:
-    """Errors of these routes carry `success: false` beside the error object, and are sent after the body was read."""
+    """Add `success: false` beside the error object to errors of these routes."""
+    routes.register_error_handler(NoodleError, lambda error: _answer_error(error, success=False))
 
-    @routes.errorhandler(NoodleError)
-    def known(error: NoodleError) -> Response:
-        if error.http_status >= 500:
-            log.info("answered %d: %s", error.http_status, error)
-        return error_response(error, success=False)
+
+def _answer_error(error: NoodleError, **beside: Any) -> Response:
+    if error.http_status >= 500:
+        log.info("answered %d: %s", error.http_status, error)
+    return error_response(error, **beside)
 
 
 def install_error_handlers(app: Flask) -> None:
-    """Every error leaves as OpenAI's error object; one that is nobody's fault but ours is logged with its traceback."""
-
-    @app.errorhandler(NoodleError)
-    def known(error: NoodleError) -> Response:
-        if error.http_status >= 500:
-            log.info("answered %d: %s", error.http_status, error)
-        return error_response(error)
+    """Answer every error with OpenAI's error object; log an unexpected one with its traceback."""
+    app.register_error_handler(NoodleError, _answer_error)
 
     @app.errorhandler(HTTPException)
     def from_flask(error: HTTPException) -> Response:
@@ -198,7 +194,7 @@ def install_error_handlers(app: Flask) -> None:
         elif error.code == 405:
             translated = MethodNotAllowed(f"{request.path} does not take {request.method}.")
         elif error.code == 413:
-            translated = BodyTooLarge(f"The body is larger than the {request.max_content_length} bytes taken here.")
+            translated = BodyTooLarge(f"The body is larger than the {request.max_content_length} bytes accepted here.")
         else:
             translated = InvalidRequest(error.description or error.name)
             translated.http_status = error.code or 400
@@ -223,15 +219,15 @@ def install_metrics_route(app: Flask, registry: CollectorRegistry, cluster_token
 
 
 def bearer_token() -> str:
-    """The credential of this request, or an empty text."""
+    """Return the bearer token of this request, empty when it has none."""
     scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
     return credential.strip() if scheme.lower() == "bearer" else ""
 
 
 def has_token(*accepted: str) -> bool:
-    """Whether this request carries one of the accepted, non-empty secrets; takes the same time for every wrong one.
+    """Whether this request carries one of the accepted secrets; authenticates its connection.
 
-    One that does is let in: its body is waited for, and its connection may be kept.
+    Empty secrets are never accepted. Every wrong token takes the same time.
     """
     given = bearer_token().encode()
     matches = [hmac.compare_digest(given, secret.encode()) for secret in accepted if secret]
@@ -250,32 +246,32 @@ def require_token(*accepted: str) -> None:
 
 
 def authenticate() -> None:
-    """Say that whoever sent this request is no stranger; until then nothing of its body is waited for."""
+    """Mark this request as authenticated: its body is waited for, and its connection may be kept."""
     if (connection := _connection()) is not None:
         connection.authenticate()
 
 
 def streaming_connection() -> ClientConnection:
-    """This request's connection, for a body or an answer without an end: its caller sets what silence it bears."""
+    """Return this request's connection for an endless body or answer; the caller sets its timeout."""
     connection: ClientConnection = request.environ["gunicorn.socket"]
     connection.stream()
     return connection
 
 
 def client_has_gone() -> bool:
-    """Whether the client of this request closed its connection; one that only has nothing more to send has not."""
+    """Whether the client closed its connection; one that only shut its sending side has not."""
     connection = _connection()
     takes_continue = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
     return connection is not None and connection.has_gone(takes_continue=takes_continue)
 
 
 def _connection() -> ClientConnection | None:
-    """None when not under gunicorn: Flask's test client sends all at once and never leaves."""
+    """None outside gunicorn, as with Flask's test client."""
     return request.environ.get("gunicorn.socket")
 
 
 def json_body(maximum_bytes: int, cure: str = "Send less, or raise NOODLE_MAX_BODY_BYTES.") -> bytes:
-    """The request's body, which must say that it is JSON (a browser can not send that across sites unasked)."""
+    """Return the body of a request that declares JSON, which a browser cannot send across sites unasked."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType(
             f"The body is {request.mimetype or 'of no declared type'}.", cure="Send Content-Type: application/json."
@@ -284,13 +280,13 @@ def json_body(maximum_bytes: int, cure: str = "Send less, or raise NOODLE_MAX_BO
 
 
 def bounded_body(maximum_bytes: int, cure: str = "Send less.") -> bytes:
-    """The request's body of whatever type; a larger one is refused."""
+    """Return the body of this request; raises BodyTooLarge or InvalidRequest."""
     announced_bytes = request.content_length
     body = b"" if (announced_bytes or 0) > maximum_bytes else _received(maximum_bytes + 1)
     if max(len(body), announced_bytes or 0) > maximum_bytes:
         size = f"{announced_bytes}" if announced_bytes else f"more than {maximum_bytes}"
         raise BodyTooLarge(
-            f"The body is {size} bytes, {request.path} takes {maximum_bytes} at most.",
+            f"The body is {size} bytes, {request.path} accepts at most {maximum_bytes}.",
             cure=cure,
         )
     if announced_bytes is not None and len(body) < announced_bytes:
@@ -299,13 +295,13 @@ def bounded_body(maximum_bytes: int, cure: str = "Send less.") -> bytes:
 
 
 def _received(maximum_bytes: int) -> bytes:
-    """So much of the body, or all of it; not by werkzeug, which makes every failure of the connection one error."""
+    """Read the body without werkzeug, which turns every failure of the connection into one error."""
     try:
         body: bytes = request.environ["wsgi.input"].read(maximum_bytes)
     except ParseException as error:
         raise _logged(InvalidRequest(f"The body's chunks are malformed: {error}.")) from error
     except TimeoutError as error:
-        raise _logged(RequestTooSlow("The body did not come in time.", cure="Send it faster, or less.")) from error
+        raise _logged(RequestTooSlow("The body did not arrive in time.", cure="Send it faster, or less.")) from error
     except OSError as error:
         raise _logged(InvalidRequest("The body was cut off.")) from error
     return body
@@ -317,7 +313,7 @@ def _logged(error: NoodleError) -> NoodleError:
 
 
 def server_sent_event(value: Any, event: str = "", event_id: str = "") -> bytes:
-    """One event of a stream; `value` becomes JSON unless it is text already."""
+    """Encode one server-sent event; `value` becomes JSON unless it is text."""
     data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     head = (f"id: {event_id}\n" if event_id else "") + (f"event: {event}\n" if event else "")
     return f"{head}data: {data}\n\n".encode()

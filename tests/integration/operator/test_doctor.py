@@ -139,7 +139,7 @@ def test_a_valkey_without_a_password_is_an_error(cluster, tmp_path):
         code, report = by_hand(cluster, tmp_path, NOODLE_VALKEY_URL=f"redis://127.0.0.1:{port}")
     assert code == 1
     locks = [what for check, what in findings(report) if check == "lock"]
-    assert any("takes commands from everyone, without a password" in what for what in locks)
+    assert any("accepts commands from everyone, without a password" in what for what in locks)
 
 
 def test_a_user_of_valkey_who_may_read_all_is_a_warning(cluster, tmp_path):
@@ -173,7 +173,7 @@ def test_another_program_on_the_port_is_told(cluster, tmp_path):
         stand_in.answer("/health", {"hello": "world"})
         code, report = by_hand(cluster, tmp_path, NOODLE_COORDINATOR_URL=stand_in.url)
     assert code == 1
-    assert any("what answers there is no noodle" in what for _, what in findings(report))
+    assert any("another program answers there, not noodle" in what for _, what in findings(report))
 
 
 def test_a_stage_that_says_it_is_at_localhost_is_found_by_the_others(cluster, tmp_path):

@@ -225,5 +225,5 @@ def test_what_work_raises_is_raised_where_it_is_waited_for():
 
 
 def test_tries_come_back_in_the_order_of_their_targets():
-    tries = [lambda target=target: ConnectionResult(target.name, target.url, "open") for target in TARGETS]
-    assert [reached.name for reached in try_all(tries, TARGETS)] == ["coordinator", "stage 1"]
+    results = try_all(TARGETS, lambda target: ConnectionResult(target.name, target.url, "open"))
+    assert [reached.name for reached in results] == ["coordinator", "stage 1"]
