@@ -1,7 +1,7 @@
 """Every error that noodle raises on purpose, in one tree, with its HTTP status and code.
 
 NoodleError
-├── StartError                 the process cannot start; the cure says what to change
+├── StartError                 the process cannot start; the cure names the change
 │   ├── ConfigurationError, ModelNotFound, UnsupportedModel, GgmlUnavailable, NotWritable, PortInUse
 │   └── PlanDoesNotFit         the model does not fit these machines
 │       └── MemoryShort
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 
 class NoodleError(Exception):
-    """Base of the tree; `message` says what happened and where, `cure` what to do.
+    """Base of the tree; `message` tells what happened and where, `cure` what to do.
 
     A subclass names its HTTP status, its code and its OpenAI error type in its class statement, or inherits them.
     """

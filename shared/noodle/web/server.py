@@ -145,9 +145,7 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
         for group in (self._heads, self._lingering, self._kept):
             for session in [session for session in group if force or session.until <= now]:
                 if session.head and not force:
-                    self._refuse(
-                        session, RequestTooSlow(f"The head of the request did not arrive in {HEAD_SECONDS:.0f} s.")
-                    )
+                    self._refuse(session, RequestTooSlow(f"The head did not arrive in {HEAD_SECONDS:.0f} s."))
                 else:
                     self._close(session)
 
@@ -202,9 +200,9 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
         """Shut the sending side and read on, so that the client can read the last answer before a reset."""
         session.until = time.monotonic() + LINGER_SECONDS
         request, body_deadline = session.sock.http_request, session.sock.body_deadline
-        if self.alive and session.sock.is_authenticated and body_deadline is not None:
-            if request is not None and body_has_rest(request.body):
-                session.until = body_deadline
+        is_awaited = self.alive and session.sock.is_authenticated and request is not None
+        if is_awaited and body_deadline is not None and body_has_rest(request.body):
+            session.until = body_deadline
         try:
             session.sock.settimeout(0)
             session.sock.shutdown(socket.SHUT_WR)
