@@ -9,23 +9,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 from noodle.wire.messages import PrefixCopy, ReleasedSession
 from services.coordinator.engine.sequence import PlanLimits, Sequence
 
 MINIMUM_PREFIX_TOKENS = 16  # computing fewer rows than this is as fast as finding and copying them
 MAXIMUM_KEPT_SESSIONS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class KeptSession:
-    """An ended session whose rows are still on every stage. `token_ids` are the tokens of these rows."""
-
-    session_id: str
-    epoch: int
-    token_ids: list[int]
-    cache_salt: str
 
 
 class KvAccounting:
@@ -36,13 +25,13 @@ class KvAccounting:
         self._reserved: dict[str, int] = {}
         self.rows = 0  # of all sessions, kept ones included
         self._reserved_rows = 0
-        self._kept: OrderedDict[str, KeptSession] = OrderedDict()  # the longest unused first
+        self._kept: OrderedDict[str, Sequence] = OrderedDict()  # ended ones, the longest unused first
         self._released: list[ReleasedSession] = []
 
     @property
     def kept_rows(self) -> int:
         """Rows of ended sessions."""
-        return sum(len(kept.token_ids) for kept in self._kept.values())
+        return sum(self._rows[session_id] for session_id in self._kept)
 
     @property
     def kept_ids(self) -> list[str]:
@@ -89,17 +78,17 @@ class KvAccounting:
 
     def keep(self, sequence: Sequence) -> list[str]:
         """Keep the rows of a sequence that has ended. Returns kept sessions that are no longer needed beside it."""
-        salt, token_ids = sequence.request.cache_salt, sequence.token_ids[: self._rows.get(sequence.session_id, 0)]
+        most = self._rows.get(sequence.session_id, 0)
         redundant = [
-            kept.session_id
-            for kept in self._kept.values()
-            if kept.cache_salt == salt
-            and len(kept.token_ids) <= len(token_ids)
-            and token_ids[: len(kept.token_ids)] == kept.token_ids
+            session_id
+            for session_id, kept in self._kept.items()
+            if kept.request.cache_salt == sequence.request.cache_salt
+            and (rows := self._rows[session_id]) <= most
+            and sequence.token_ids[:rows] == kept.token_ids[:rows]
         ]
         for session_id in redundant:
             self.forget(session_id)
-        self._kept[sequence.session_id] = KeptSession(sequence.session_id, sequence.epoch, token_ids, salt)
+        self._kept[sequence.session_id] = sequence
         while len(self._kept) > MAXIMUM_KEPT_SESSIONS:
             oldest = next(iter(self._kept))
             self.forget(oldest)
@@ -132,24 +121,15 @@ class KvAccounting:
         """
         most = len(sequence.token_ids) - 1
         best: PrefixCopy | None = None
-        salt = sequence.request.cache_salt
-        donors = [
-            (kept.session_id, kept.epoch, kept.token_ids, len(kept.token_ids))
-            for kept in self._kept.values()
-            if kept.cache_salt == salt
-        ]
-        donors += [
-            (other.session_id, other.epoch, other.token_ids, other.sent)
-            for other in running
-            if other.request.cache_salt == salt
-        ]
-        for session_id, epoch, token_ids, rows in donors:
+        donors = [(kept, self._rows[kept.session_id]) for kept in self._kept.values()]
+        donors += [(other, other.sent) for other in running]
+        for donor, rows in donors:
             least = best.token_count + 1 if best else MINIMUM_PREFIX_TOKENS
-            if session_id == sequence.session_id or min(rows, most) < least:
+            if donor is sequence or donor.request.cache_salt != sequence.request.cache_salt or min(rows, most) < least:
                 continue
-            count = common_prefix_length(sequence.token_ids, token_ids, min(rows, most), least)
+            count = common_prefix_length(sequence.token_ids, donor.token_ids, min(rows, most), least)
             if count >= least:
-                best = PrefixCopy(session_id, epoch, count)
+                best = PrefixCopy(donor.session_id, donor.epoch, count)
         if best is not None and best.session_id in self._kept:
             self._kept.move_to_end(best.session_id)
         return best

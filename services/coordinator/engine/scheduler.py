@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 from noodle.wire.messages import SpanRefusal, SpanResult, Step, StepResult, StepSpan
 from services.coordinator.engine.kv_accounting import KvAccounting
 from services.coordinator.engine.request import Token
-from services.coordinator.engine.sequence import InFlightStep, InFlightSteps, PlanLimits, Sequence, WaitingQueue
+from services.coordinator.engine.sequence import InFlightStep, PlanLimits, Sequence, WaitingQueue
 from services.coordinator.engine.step_costs import StepCosts
 
+# A step that takes DEADLINE_FACTOR times its prediction, and never less than the floor, counts as lost.
+DEADLINE_FACTOR = 20.0
+DEADLINE_FLOOR_SECONDS = 8.0
 GAP_SECONDS = 4.0  # how long stages hold early spans; below the deadline, so that a gap is reported first
 MAXIMUM_REPLAYS = 8  # of one sequence without a new token in between: after that the request itself is at fault
 PREFIX_REASON = "prefix_lost"  # a stage does not have the rows that a session was to copy
@@ -56,9 +59,9 @@ class Scheduler:
 
     def __init__(self, step_tokens: int, maximum_running: int) -> None:
         self._step_tokens, self._maximum_running = step_tokens, maximum_running
-        self._waiting = WaitingQueue()
+        self.waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}  # the last served is last
-        self._in_flight = InFlightSteps()
+        self._in_flight: dict[int, InFlightStep] = {}  # by step id, oldest first
         self._next_step_id = 1
         self._admissions = 0
         self._kv = KvAccounting()
@@ -85,10 +88,6 @@ class Scheduler:
         return list(self._running.values())
 
     @property
-    def waiting(self) -> WaitingQueue:
-        return self._waiting
-
-    @property
     def held_ids(self) -> list[str]:
         """Sessions that stages may hold KV rows of: running ones, and ended ones whose rows are kept."""
         return [*self._running, *self._kv.kept_ids]
@@ -109,7 +108,7 @@ class Scheduler:
         return self._kv.kept_rows
 
     def add(self, sequence: Sequence) -> None:
-        self._waiting.add(sequence)
+        self.waiting.add(sequence)
 
     def remove(self, session_id: str, *, keep_rows: bool = False) -> list[str]:
         """Drop a sequence. Returns the session ids whose KV rows the stages must free.
@@ -118,10 +117,10 @@ class Scheduler:
         """
         sequence = self._running.pop(session_id, None)
         if sequence is None:
-            self._waiting.remove(session_id)
+            self.waiting.remove(session_id)
             return []
         is_whole = sequence.in_flight == 0 and sequence.sent > 0
-        self._in_flight.forget_sequence(session_id)
+        self._forget_in_flight(session_id)
         if keep_rows and is_whole:
             return self._kv.keep(sequence)
         self._kv.forget(session_id)
@@ -156,11 +155,16 @@ class Scheduler:
             released=self._kv.take_released(),
         )
         self._next_step_id += 1
-        deadline = now + self._in_flight.deadline_seconds(len(token_ids), limits)
-        flight = InFlightStep(step, token_ids.tobytes(), now, deadline)
-        flight.decodes = any(sequence.decodes for sequence, _ in chosen)
-        flight.epochs = {span.session_id: span.session_epoch for span in spans}
-        self._in_flight.add(flight)
+        predicted = limits.decode_seconds + len(token_ids) * limits.prefill_seconds_per_token
+        most_seconds = max(DEADLINE_FLOOR_SECONDS, DEADLINE_FACTOR * predicted * (len(self._in_flight) + 1))
+        flight = self._in_flight[step.step_id] = InFlightStep(
+            step=step,
+            body=token_ids.tobytes(),
+            sent_at=now,
+            deadline=now + most_seconds,
+            decodes=any(sequence.decodes for sequence, _ in chosen),
+            epochs={span.session_id: span.session_epoch for span in spans},
+        )
         return flight
 
     def _take_span(self, sequence: Sequence, count: int) -> StepSpan:
@@ -239,12 +243,16 @@ class Scheduler:
         for sequence in without_room:
             self._lose_place(sequence)
             self._room_is_short = True
-        self._in_flight.close(flight)
+        if not flight.epochs:
+            self._in_flight.pop(flight.step.step_id, None)
         return flight, tokens, fatal
 
     def to_send_again(self, now: float) -> list[InFlightStep]:
         """Return all steps in flight in order and restart their deadlines: a connection was lost, the caches remain."""
-        return self._in_flight.to_send_again(now)
+        for flight in self._in_flight.values():
+            flight.deadline += now - flight.sent_at
+            flight.sent_at = now
+        return list(self._in_flight.values())
 
     def forget_kept(self) -> None:
         """Drop the rows kept of ended sequences: some stage may have freed them."""
@@ -264,7 +272,8 @@ class Scheduler:
         Returns, without replaying them, those of `given_up` and those that were replayed too often.
         """
         hopeless: list[Sequence] = []
-        for flight in self._in_flight.take_overdue(now):
+        for flight in [each for each in self._in_flight.values() if each.deadline <= now]:
+            del self._in_flight[flight.step.step_id]
             for session_id, epoch in flight.epochs.items():
                 sequence = self._running.get(session_id)
                 if sequence is None or sequence.epoch != epoch:
@@ -274,6 +283,13 @@ class Scheduler:
                 else:
                     self._replay(sequence)
         return hopeless
+
+    def _forget_in_flight(self, session_id: str) -> None:
+        """Stop waiting for the spans of a sequence."""
+        for flight in list(self._in_flight.values()):
+            flight.epochs.pop(session_id, None)
+            if not flight.epochs:
+                del self._in_flight[flight.step.step_id]
 
     def _settle(self, flight: InFlightStep, session_id: str, epoch: int) -> Sequence | None:
         """Return the sequence of a span that is back for the first time and in its newest epoch."""
@@ -294,12 +310,7 @@ class Scheduler:
         last_stage = self.limits.stage_count - 1 if self.limits else 0
         message = "The prompt's log-probabilities did not come back; does every machine run the same version?"
         return SpanRefusal(
-            session_id=span.session_id,
-            session_epoch=span.session_epoch,
-            first_position=span.first_position,
-            stage_id=last_stage,
-            reason="scores_lost",
-            message=message,
+            span.session_id, span.session_epoch, span.first_position, last_stage, reason="scores_lost", message=message
         )
 
     def _append(self, sequence: Sequence, token_id: int, span: SpanResult) -> Token:
@@ -332,26 +343,26 @@ class Scheduler:
 
     def _lose_place(self, sequence: Sequence) -> None:
         del self._running[sequence.session_id]
-        self._in_flight.forget_sequence(sequence.session_id)
-        self._waiting.put_back(sequence)
+        self._forget_in_flight(sequence.session_id)
+        self.waiting.put_back(sequence)
 
     def _admit(self, limits: PlanLimits, now: float) -> None:
         """Admit waiting sequences in turn while there is room for their known tokens."""
         if self._room_is_short:
             self._room_is_short, self._admit_at = False, now + ROOM_RETRY_SECONDS
-        if now < self._admit_at or not len(self._waiting):
+        if now < self._admit_at or not len(self.waiting):
             return
         by_client = Counter(each.request.client_name for each in self._running.values())
         wanted = sum(len(each.token_ids) + HEADROOM_TOKENS for each in self._running.values())
         reserved = sum(each.reserve_tokens for each in self._running.values())
-        while len(self._running) < self._maximum_running and (sequence := self._waiting.next(by_client)) is not None:
+        while len(self._running) < self._maximum_running and (sequence := self.waiting.next(by_client)) is not None:
             wanted += len(sequence.token_ids)
             reserved += sequence.reserve_tokens
             is_too_much = wanted > limits.kv_tokens or reserved > (limits.reserved_kv_tokens or reserved)
             if self._running and is_too_much:
                 return
             wanted += HEADROOM_TOKENS
-            self._waiting.remove(sequence.session_id)
+            self.waiting.remove(sequence.session_id)
             self._admissions += 1
             sequence.admitted = self._admissions
             by_client[sequence.request.client_name] += 1
@@ -365,7 +376,9 @@ class Scheduler:
         most_decodes = 0
         if decoding:
             steps = costs.micro_batches(decoding)
-            if self._in_flight.decode_steps < steps:  # otherwise they gather for a larger step
+            if (
+                sum(flight.decodes for flight in self._in_flight.values()) < steps
+            ):  # otherwise they gather for a larger step
                 most_decodes = min(budget, math.ceil(decoding / steps))
         counts = choice.token_counts
         for sequence in self.running:

@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from noodle.wire.messages import PrefixCopy, SamplingParameters, Step, TokenScore
 from services.coordinator.engine.request import Request
 
-# A step that takes DEADLINE_FACTOR times its prediction, and never less than the floor, counts as lost.
-DEADLINE_FACTOR = 20.0
-DEADLINE_FLOOR_SECONDS = 8.0
-
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -139,7 +135,7 @@ class PlanLimits:
     reserved_kv_tokens: int | None = None  # the same, on stages that reserve all rows of a session at its start
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class InFlightStep:
     """A step on its way, kept whole so that it can be sent again after a lost connection."""
 
@@ -147,8 +143,8 @@ class InFlightStep:
     body: bytes
     sent_at: float
     deadline: float
-    decodes: bool = False  # some of its spans are the newest token of a sequence
-    epochs: dict[str, int] = field(default_factory=dict)  # by session id, of spans that are not back
+    decodes: bool  # some of its spans are the newest token of a sequence
+    epochs: dict[str, int]  # by session id, of spans that are not back
 
     @property
     def is_decode(self) -> bool:
@@ -160,60 +156,3 @@ class InFlightStep:
         """Mean number of KV rows that a token of the step attends to."""
         rows = sum((span.first_position + span.token_count / 2) * span.token_count for span in self.step.spans)
         return rows / self.step.shape[0]
-
-
-class InFlightSteps:
-    """All steps in flight, by step id."""
-
-    def __init__(self) -> None:
-        self._by_step_id: dict[int, InFlightStep] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_step_id)
-
-    @property
-    def decode_steps(self) -> int:
-        """How many of them have the newest token of some sequence."""
-        return sum(flight.decodes for flight in self._by_step_id.values())
-
-    def add(self, flight: InFlightStep) -> None:
-        self._by_step_id[flight.step.step_id] = flight
-
-    def get(self, step_id: int) -> InFlightStep | None:
-        """Return a step that is not wholly back."""
-        return self._by_step_id.get(step_id)
-
-    def close(self, flight: InFlightStep) -> None:
-        """Drop a step if all of its spans are back."""
-        if not flight.epochs:
-            self._by_step_id.pop(flight.step.step_id, None)
-
-    def clear(self) -> None:
-        """Drop all steps: their results belong to an older epoch."""
-        self._by_step_id.clear()
-
-    def forget_sequence(self, session_id: str) -> None:
-        """Stop waiting for the spans of a sequence."""
-        for flight in list(self._by_step_id.values()):
-            flight.epochs.pop(session_id, None)
-            self.close(flight)
-
-    def to_send_again(self, now: float) -> list[InFlightStep]:
-        """Return all steps in order and restart their deadlines."""
-        flights = [self._by_step_id[step_id] for step_id in sorted(self._by_step_id)]
-        for flight in flights:
-            flight.deadline += now - flight.sent_at
-            flight.sent_at = now
-        return flights
-
-    def take_overdue(self, now: float) -> list[InFlightStep]:
-        """Drop and return the steps whose deadline has passed."""
-        overdue = [flight for flight in self._by_step_id.values() if flight.deadline <= now]
-        for flight in overdue:
-            del self._by_step_id[flight.step.step_id]
-        return overdue
-
-    def deadline_seconds(self, tokens: int, limits: PlanLimits) -> float:
-        """Return how long a step of `tokens` tokens may take if it is sent now, behind the steps in flight."""
-        predicted = limits.decode_seconds + tokens * limits.prefill_seconds_per_token
-        return max(DEADLINE_FLOOR_SECONDS, DEADLINE_FACTOR * predicted * (len(self) + 1))

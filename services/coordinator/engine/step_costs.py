@@ -1,8 +1,8 @@
-"""What a step costs on each stage, learnt from the steps that came back, and how to cut work by it; pure.
+"""What a step costs on each stage, learnt from results, and how to cut work by it.
 
 A stage's step of n tokens takes about `fixed + per_token * n` seconds: reading the weights, and computing. Chunks of
 prompts follow that (chunk_costs.py). Steps of few tokens do not: two rows may cost half as much again as one, and eight
-the same as two, for other kernels multiply them. So decode costs are kept by number of tokens too, and cuts are tried.
+the same as two, as other kernels compute them. So decode costs are also kept by number of tokens, and cuts are tried.
 """
 
 from __future__ import annotations
@@ -12,39 +12,64 @@ import math
 from collections.abc import Sequence
 
 from noodle.wire.messages import StageTiming
-from services.coordinator.engine.chunk_costs import ChunkCosts
-from services.coordinator.engine.line_fit import LineFit
-from services.coordinator.engine.prompt_chunks import chunk_shares
+from services.coordinator.engine.chunk_costs import ChunkCosts, chunk_shares
 from services.coordinator.engine.sequence import PlanLimits
 
-# Assumed of a token more in a step, as a share of a step of one: to be replaced by what is measured.
-PRIOR_DECODE_SHARE = 0.2
-SMALLEST_CHUNK_TOKENS = 32  # below it a chunk costs nearly as much as a larger one: weights are read for each
+PRIOR_DECODE_SHARE = 0.2  # cost of one more token in a step, as a share of a step of one, before it is measured
+PRIOR_TOKENS = (1, 16)  # the two assumed steps
+PRIOR_WEIGHT = 0.5  # of each of them; a measured step has 1
+FADE = 1 - 1 / 50  # weight of a step against the next one
+SMALLEST_CHUNK_TOKENS = 32  # a smaller chunk costs nearly as much, as weights are read for each
 MEAN_WEIGHT = 0.1  # of the newest step in the mean of steps with as many tokens
-KNOWN_ENDS = 256  # prompts of which it is remembered where they are cut
-KNOWN_STEPS = 3  # so many steps make a mean that is better than the line
-TRIAL_STEPS = 8  # how long another cut is tried out, in decode steps
-TRIAL_INTERVAL_STEPS = 256  # how often
+KNOWN_ENDS = 256  # prompts whose cuts are remembered
+KNOWN_STEPS = 3  # steps from which on a mean is better than the line
+TRIAL_STEPS = 8  # decode steps for which another cut is tried
+TRIAL_INTERVAL_STEPS = 256  # between two trials
 WORTH_CHANGING = 0.97  # another cut must promise this share of the seconds
 DECODE_GAP_SECONDS = 0.25  # how much later a running stream's next token may be for one chunk of another's prompt
 
 
+class LineFit:
+    """A line of seconds over tokens by least squares, with newer measurements weighing more."""
+
+    def __init__(self, at_zero: float, per_token: float) -> None:
+        """Begin as the line of `at_zero` seconds and `per_token` more for each token."""
+        self._sums = [0.0] * 5  # weight, tokens, seconds, tokens squared, tokens times seconds
+        for tokens in PRIOR_TOKENS:
+            self._put(tokens, at_zero + per_token * tokens, PRIOR_WEIGHT)
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self._sums = [total * FADE for total in self._sums]
+        self._put(tokens, seconds, 1.0)
+
+    def seconds(self, tokens: float) -> float:
+        """Predict the seconds of a step; neither part of the line is below 0."""
+        weight, x, y, xx, xy = self._sums
+        spread = weight * xx - x * x
+        slope = 0.0 if spread <= 0 else max(0.0, (weight * xy - x * y) / spread)
+        slope = min(slope, y / x)
+        return y / weight + slope * (tokens - x / weight)
+
+    def _put(self, tokens: float, seconds: float, weight: float) -> None:
+        for place, value in enumerate((1.0, tokens, seconds, tokens * tokens, tokens * seconds)):
+            self._sums[place] += weight * value
+
+
 class DecodeCosts:
-    """Of one stage's decode steps: a mean for each number of tokens that has been seen, and a line for the others."""
+    """Seconds of one stage's decode steps: a mean for each number of tokens seen often, the line for others."""
 
     def __init__(self, line: LineFit) -> None:
         self._line = line
         self._means: dict[int, tuple[int, float]] = {}  # tokens: steps seen, mean seconds
 
     def add(self, tokens: int, seconds: float) -> None:
-        """One step that was measured."""
         self._line.add(tokens, seconds)
         seen, mean = self._means.get(tokens, (0, 0.0))
         weight = max(MEAN_WEIGHT, 1 / (seen + 1))
         self._means[tokens] = seen + 1, mean + weight * (seconds - mean)
 
     def seconds(self, tokens: int) -> float:
-        """Of a step of so many tokens."""
+        """Predict the seconds of a step of `tokens` tokens."""
         seen, mean = self._means.get(tokens, (0, 0.0))
         return mean if seen >= KNOWN_STEPS else self._line.seconds(tokens)
 
@@ -55,60 +80,58 @@ class StepCosts:
     def __init__(self, limits: PlanLimits) -> None:
         one = max(1e-6, limits.decode_seconds / limits.stage_count)
         stages = range(limits.stage_count)
-        self._decode = [
-            DecodeCosts(LineFit(one * (1 - PRIOR_DECODE_SHARE), one * PRIOR_DECODE_SHARE, 1, 16)) for _ in stages
-        ]
+        self._decode = [DecodeCosts(LineFit(one * (1 - PRIOR_DECODE_SHARE), one * PRIOR_DECODE_SHARE)) for _ in stages]
         self._chunks = [ChunkCosts(one) for _ in stages]
-        self._ends: dict[tuple[int, int], tuple[int, ...]] = {}  # of prompts, by what was learnt of chunks until now
-        self._chosen: dict[int, int] = {}  # by number of sessions
+        self._ends: dict[tuple[int, int], tuple[int, ...]] = {}  # cuts of prompts, until another chunk is measured
+        self._chosen: dict[int, int] = {}  # micro-batches by number of sequences
         self._steps = 0  # decode steps that came back
 
     def add_decode(self, token_count: int, timings: Sequence[StageTiming]) -> None:
-        """Take in a step of one token of each of its sessions, which passed through all stages."""
+        """Learn from a step of one token of each of its sequences."""
         self._steps += 1
         if len(timings) == len(self._decode):
             for cost, timing in zip(self._decode, timings, strict=True):
                 cost.add(token_count, timing.computed_seconds)
 
     def add_chunks(self, token_count: int, mean_rows: float, timings: Sequence[StageTiming]) -> None:
-        """Take in a step of chunks of prompts, whose tokens attend to so many rows each."""
+        """Learn from a step of chunks of prompts, whose tokens attend to `mean_rows` rows."""
         if len(timings) != len(self._chunks) or token_count < SMALLEST_CHUNK_TOKENS:
             return
         self._ends.clear()
         for chunks, decode, timing in zip(self._chunks, self._decode, timings, strict=True):
             chunks.add(token_count, mean_rows, max(1e-6, timing.computed_seconds), max(1e-6, decode.seconds(1)))
 
-    def micro_batches(self, sessions: int) -> int:
-        """Into how many steps to cut the decode tokens of so many sessions, for the most tokens per second.
+    def micro_batches(self, sequences: int) -> int:
+        """Return into how many steps to cut the decode tokens of `sequences` for the most tokens per second.
 
-        With m steps on their way, a round takes what the busiest stage computes for all m, or the whole way of one if
-        that is longer. One is allowed: a step of all costs least where a step's fixed part is most of it.
+        With m steps in flight a round takes what the busiest stage computes for all m, or the whole trip of one if that
+        is longer. One step can be best: it costs least if its fixed part is most of it.
         """
-        most = min(len(self._decode), sessions)
+        most = min(len(self._decode), sequences)
         rounds, step_of_round = divmod(self._steps, TRIAL_INTERVAL_STEPS)
-        if rounds and step_of_round < TRIAL_STEPS:  # now and then another cut, so that its costs are known
+        if rounds and step_of_round < TRIAL_STEPS:  # try each cut at times, so that its costs are known
             return rounds % most + 1
-        best = min(self._chosen.get(sessions, most), most)
-        best_seconds = self._round_seconds(sessions, best)
+        best = min(self._chosen.get(sequences, most), most)
+        best_seconds = self._round_seconds(sequences, best)
         for count in range(1, most + 1):
-            seconds = self._round_seconds(sessions, count)
+            seconds = self._round_seconds(sequences, count)
             if seconds < best_seconds * WORTH_CHANGING:
                 best, best_seconds = count, seconds
-        self._chosen[sessions] = best
+        self._chosen[sequences] = best
         return best
 
-    def _round_seconds(self, sessions: int, count: int) -> float:
-        """What one token of each session takes, in so many steps."""
-        each = [cost.seconds(math.ceil(sessions / count)) for cost in self._decode]
+    def _round_seconds(self, sequences: int, count: int) -> float:
+        """Predict the seconds of one token of each sequence, in `count` steps."""
+        each = [cost.seconds(math.ceil(sequences / count)) for cost in self._decode]
         return max(count * max(each), sum(each))
 
     def chunk_ends(self, first: int, end: int) -> tuple[int, ...]:
-        """Where to cut a prompt's tokens [first, end), so that all stages have computed it soonest; ends with `end`.
+        """Return where to cut a prompt's tokens [first, end) so that all stages compute it soonest; ends with `end`.
 
-        A prompt that waits for room asks at every step: it is only found anew when a chunk has been measured.
+        A prompt that waits for room asks at every step, so cuts are remembered until a chunk is measured.
         """
         if (first, end) not in self._ends:
-            if len(self._ends) >= KNOWN_ENDS:  # short prompts teach nothing of chunks, and so clear nothing
+            if len(self._ends) >= KNOWN_ENDS:  # short prompts are no measured chunks, and so clear nothing
                 self._ends.clear()
             self._ends[first, end] = self._new_ends(first, end)
         return self._ends[first, end]
@@ -127,9 +150,9 @@ class StepCosts:
         return (*ends, end)
 
     def chunk_tokens(self, first: int, ends: Sequence[int], *, others_decode: bool) -> int:
-        """How many of a prompt's tokens from `first` on the next step takes, if the prompt is to be cut at `ends`.
+        """Return how many of a prompt's tokens from `first` on the next step takes, if it is to be cut at `ends`.
 
-        While others decode, a chunk keeps them waiting no longer than they may, on any stage.
+        While others decode, a chunk delays them by at most DECODE_GAP_SECONDS on any stage.
         """
         tokens = next(end for end in ends if end - first >= SMALLEST_CHUNK_TOKENS or end == ends[-1]) - first
         if not others_decode:

@@ -17,7 +17,7 @@ from noodle.wire.messages import (
     Step,
     StepResult,
 )
-from services.coordinator.engine import loop, sequence
+from services.coordinator.engine import loop
 from services.coordinator.engine import scheduler as scheduler_module
 from services.coordinator.engine.loop import EngineLoop
 from services.coordinator.engine.pipeline import PipelineDown, PipelineUp, ResultArrived
@@ -274,7 +274,7 @@ def test_a_pipeline_that_comes_and_goes_does_not_hold_a_request_for_ever(rig):
 
 
 def test_a_step_that_is_lost_after_the_break_is_not_tried_again_when_the_time_is_over(rig, monkeypatch):
-    monkeypatch.setattr(sequence, "DEADLINE_FLOOR_SECONDS", RECOVERY_SECONDS)
+    monkeypatch.setattr(scheduler_module, "DEADLINE_FLOOR_SECONDS", RECOVERY_SECONDS)
     request = rig.submit()
     rig.step(1)
     rig.down()
