@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
 from noodle.cluster.plan import Plan
-from noodle.cluster.valkey import hop_stream
+from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
 from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, NotReady
 from noodle.metrics.counted import StageMetrics
@@ -18,8 +19,8 @@ from noodle.wire.queue_end import QueueEnd, Streams
 from services.stage.transport.hop_server import Chain, HopServer
 from services.stage.transport.next_stage import NextStage
 from services.stage.transport.outbox import Outbox
-from services.stage.transport.queued import Fetcher, QueuedInlet, QueuedOutlet
-from services.stage.transport.results_stream import ResultsOutlet, ResultsWay
+from services.stage.transport.queued import Fetcher, QueuedInlet, QueuedOutlet, try_write
+from services.stage.transport.results_stream import ResultsOutlet
 from services.stage.worker.inbox import Inbox
 from services.stage.worker.worker import Role, Worker
 
@@ -37,6 +38,7 @@ class Stage:
         self.outbox = Outbox()
         self._is_direct = config.transport != "queue"
         self._queue_end: QueueEnd | None = None
+        self.results = ResultsOutlet(self.metrics.travel)
         if config.transport != "direct":
             self._queue_end = QueueEnd(
                 streams,
@@ -45,12 +47,13 @@ class Stage:
                 changed=self._queue_changed,
                 refused=lambda reason: self._inlet.refused(reason),
             )
-        self.results = ResultsOutlet(lambda result: results_way.put_queued(result))
-        results_way = ResultsWay(self.results if self._is_direct else None, self._queue_end, self.metrics.travel)
+            self.results = ResultsOutlet(
+                self.metrics.travel, by_queue=partial(try_write, self._queue_end, RESULTS_STREAM)
+            )
         self.hops = HopServer(
             config.stage_id, self.inbox, self.chain, lambda reason: self.metrics.refused_frames.labels(reason).inc()
         )
-        self.worker = Worker(config.stage_id, self.inbox, results_way, self.metrics)
+        self.worker = Worker(config.stage_id, self.inbox, self.results.put, self.metrics)
         fetcher = Fetcher(config.cluster_token)
         self._inlet = QueuedInlet(self.inbox, self._place_of, self.worker.refuse, fetcher, self.metrics)
         self.read_card: Callable[[], CardUse | None] = lambda: None  # set when this stage computes on a card

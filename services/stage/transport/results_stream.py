@@ -13,52 +13,40 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from noodle.cluster.valkey import RESULTS_STREAM
 from noodle.metrics.counted import TravelMetrics
 from noodle.wire.frames import whole_frame
 from noodle.wire.hop_client import KEEP_ALIVE_SECONDS, SILENCE_SECONDS
 from noodle.wire.messages import HopMessage, KeepAlive, StepResult
-from noodle.wire.queue_end import QueueEnd
-from services.stage.transport.queued import try_write
 
 log = logging.getLogger(__name__)
 
 WAITING_RESULTS = 256  # for a connection that has no room; more are not taken
 
 
-class ResultsWay:
-    """Sends results over a connection that reads them, else by the queue."""
-
-    def __init__(self, direct: ResultsOutlet | None, queue: QueueEnd | None, travel: TravelMetrics) -> None:
-        self._direct, self._queue, self._travel = direct, queue, travel
-
-    def put(self, result: StepResult) -> bool:
-        """Hand over one result; False when the coordinator cannot be reached."""
-        if self._direct is not None and self._direct.put(result):
-            self._travel.results.labels("direct").inc()
-            return True
-        return self.put_queued(result)
-
-    def put_queued(self, result: StepResult) -> bool:
-        """Hand over one result by the queue, also one that the reader of a connection left behind."""
-        if self._queue is None or not try_write(self._queue, RESULTS_STREAM, result):
-            return False
-        self._travel.results.labels("queue").inc()
-        return True
-
-
 class ResultsOutlet:
-    """Hands results to the connected coordinator; without one they are dropped, and it sends its steps again."""
+    """Hands results to the coordinator: over the connection that reads them, else by the queue.
 
-    def __init__(self, unread: Callable[[StepResult], object] = lambda _: None) -> None:
-        self._unread = unread  # called with results that a reader left behind
+    A result that goes neither way is dropped, and the coordinator sends its step again.
+    """
+
+    def __init__(self, travel: TravelMetrics, by_queue: Callable[[StepResult], bool] = lambda _: False) -> None:
+        self._travel, self._by_queue = travel, by_queue
         self._reader: ResultsReader | None = None  # the newest connection
         self._lock = threading.Lock()
 
     def put(self, result: StepResult) -> bool:
-        """Hand over one result; False when no coordinator takes it."""
+        """Hand over one result; False when the coordinator cannot be reached."""
         reader = self._reader
-        return reader is not None and reader.put(result)
+        if reader is None or not reader.put(result):
+            return self._put_queued(result)
+        self._travel.results.labels("direct").inc()
+        return True
+
+    def _put_queued(self, result: StepResult) -> bool:
+        if not self._by_queue(result):
+            return False
+        self._travel.results.labels("queue").inc()
+        return True
 
     def serve(self, connection: socket.socket) -> Iterator[bytes]:
         """Answer one GET /results; a newer connection ends an older one."""
@@ -75,10 +63,9 @@ class ResultsOutlet:
                 if self._reader is reader:
                     self._reader = None
             for result in reader.close():
-                self._unread(result)
+                self._put_queued(result)
 
     def close(self) -> None:
-        """End the connection at once."""
         self._replace(None)
 
     def _replace(self, reader: ResultsReader | None) -> None:

@@ -32,8 +32,7 @@ class Inbox:
     pays for that on every stage. The Condition guards the counts; only a writer waits for it, when the inbox is full.
     """
 
-    def __init__(self, maximum_frames: int = INBOX_FRAMES, maximum_bytes: int = INBOX_BYTES) -> None:
-        self._maximum_frames, self._maximum_bytes = maximum_frames, maximum_bytes
+    def __init__(self) -> None:
         self._arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
         self._frames = 0
         self._bytes = 0
@@ -72,4 +71,4 @@ class Inbox:
     def _has_room(self, new_bytes: int) -> bool:
         if not self._frames:  # one frame always fits: its size was bounded when it was read
             return True
-        return self._frames < self._maximum_frames and self._bytes + new_bytes <= self._maximum_bytes
+        return self._frames < INBOX_FRAMES and self._bytes + new_bytes <= INBOX_BYTES

@@ -59,11 +59,6 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def length(self, session_id: str) -> int:
-        """Computed rows of a session, 0 when it is unknown."""
-        session = self._sessions.get(session_id)
-        return session.length if session else 0
-
     def admit(self, step: Step, body: memoryview, now: float) -> Admission:
         """Decide for each span: compute, wait (with a copy of its rows), refuse or drop."""
         admission = Admission()

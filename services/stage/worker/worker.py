@@ -49,14 +49,6 @@ class NextStage(Protocol):
         ...
 
 
-class Results(Protocol):
-    """The way of results to the coordinator."""
-
-    def put(self, result: StepResult) -> bool:
-        """Hand over one result; False when the coordinator cannot be reached."""
-        ...
-
-
 @dataclass(slots=True)
 class Role:
     """What this stage computes in one plan."""
@@ -71,9 +63,11 @@ class Role:
 class Worker:
     """Computes steps one after the other; `run` is its thread, and alone touches the slice and its sessions."""
 
-    def __init__(self, stage_id: int, inbox: Inbox, results: Results, metrics: StageMetrics) -> None:
+    def __init__(
+        self, stage_id: int, inbox: Inbox, put_result: Callable[[StepResult], bool], metrics: StageMetrics
+    ) -> None:
         self._stage_id = stage_id
-        self._inbox, self._results, self._metrics = inbox, results, metrics
+        self._inbox, self._put_result, self._metrics = inbox, put_result, metrics
         self._sessions = SessionTable(stage_id)
         self._role: Role | None = None
         self._coordinator_epoch = 0
@@ -126,12 +120,11 @@ class Worker:
     def refuse(self, step: Step, reason: str, message: str) -> None:
         """Refuse a step whose body could not be fetched."""
 
-        def refuse_it() -> None:
-            role = self._role
+        def refuse_it(role: Role | None) -> None:
             if role is not None and self._is_current(role, step):
                 self._refuse(role, step, reason, message)
 
-        self._inbox.put(refuse_it)
+        self.between_steps(refuse_it)
 
     def _take(self, arrival: Arrival) -> None:
         if isinstance(arrival.message, Step):
@@ -285,7 +278,7 @@ class Worker:
             refusals=step.refusals,
             timings=step.timings,
         )
-        if not self._results.put(result):
+        if not self._put_result(result):
             self._metrics.dropped_spans.labels("no_reader_of_results").inc(len(results) or 1)
 
     def _count(self, step: Step, computed_seconds: float) -> None:

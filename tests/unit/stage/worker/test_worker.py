@@ -65,7 +65,7 @@ class Answers:
 def answer_of(step, model_slice, tokens):
     """What one step gets from a worker that computes the whole model."""
     inbox, answers = Inbox(), Answers()
-    worker = Worker(0, inbox, answers, StageMetrics(CollectorRegistry()))
+    worker = Worker(0, inbox, answers.put, StageMetrics(CollectorRegistry()))
     worker.install(Role(PLAN, 0, model_slice, None), lambda: None)
     inbox.put(step, memoryview(np.zeros(tokens, np.int32).tobytes()))
     worker.stop()
@@ -162,7 +162,7 @@ def test_a_step_that_computes_for_long_costs_no_session_its_rows(monkeypatch):
             return super().forward(batch)
 
     inbox, answers = Inbox(), Answers()
-    worker = Worker(0, inbox, answers, StageMetrics(CollectorRegistry()))
+    worker = Worker(0, inbox, answers.put, StageMetrics(CollectorRegistry()))
     worker.install(Role(PLAN, 0, Slow(), None), lambda: None)
     for first in (0, 3, 6):
         span = StepSpan("a", 1, first, 3, 100, SamplingParameters())
@@ -199,7 +199,7 @@ def sent_on(index, step, body, rows, **hop):
     """What the stage at `index` of three hands on, and the hidden states that its slice was given."""
     stages = tuple(StageAssignment(i, "test", "http://x:1", i, i + 1, "float32", **hop) for i in range(3))
     inbox, following, model_slice = Inbox(), NextStage(), PassingSlice(rows)
-    worker = Worker(index, inbox, Answers(), StageMetrics(CollectorRegistry()))
+    worker = Worker(index, inbox, Answers().put, StageMetrics(CollectorRegistry()))
     plan = Plan(1, "digest", 3, 8, VOCABULARY, 1000, stages)
     worker.install(Role(plan, index, model_slice, following), lambda: None)
     inbox.put(step, body)
