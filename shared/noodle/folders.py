@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,3 +34,10 @@ def not_writable(path: Path, variable: str, error: OSError) -> StartError:
         f"{path} can not be written ({error.strerror or error}).",
         cure=f"Free some space on its disk, or set {variable} to a folder that this user may write.",
     )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` as a whole, so that no reader sees a part of it; raises OSError."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_bytes(data)
+    beside.replace(path)

@@ -1,45 +1,51 @@
-"""Turns a llama-architecture GGUF file into a safetensors folder with numpy alone; knows no torch and no cache.
+"""Convert a llama-architecture GGUF file to a safetensors folder with numpy; refuse by name what would be lost.
 
-What it can not carry over exactly it refuses by name: nothing in the file is left out without a word.
+Quantized tensors become float32: the exact values of the quantized ones, as transformers reads them from the same file.
+Tensors stored as F16 or BF16 keep their bits.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFReader, ReaderTensor
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf.quants import dequantize
 
 from noodle.errors import UnsupportedModel
 from services.coordinator.models.gguf_tokenizer import generation_ids, write_tokenizer
-from services.coordinator.models.gguf_weights import ITEM_BYTES, StoredTensor, stored_dtype, write_weights
 
 CONVERTED_ARCHITECTURE = "llama"
 CONVERT_CURE = "Convert it where torch is installed: noodle convert FILE FOLDER"
 WEIGHTS_NAME = "model.safetensors"
+CHUNK_ITEMS = 4 << 20  # items dequantized at once: bounds memory to about 50 MB beside one q or k tensor
 
-TENSOR_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+# name in a GGUF: name in transformers, and the dimensions of the weight
+TENSORS = {
+    "token_embd": ("model.embed_tokens", ("vocab", "hidden")),
+    "output_norm": ("model.norm", ("hidden",)),
+    "output": ("lm_head", ("vocab", "hidden")),
+    "attn_norm": ("input_layernorm", ("hidden",)),
+    "attn_q": ("self_attn.q_proj", ("query", "hidden")),
+    "attn_k": ("self_attn.k_proj", ("key", "hidden")),
+    "attn_v": ("self_attn.v_proj", ("key", "hidden")),
+    "attn_output": ("self_attn.o_proj", ("hidden", "query")),
+    "ffn_norm": ("post_attention_layernorm", ("hidden",)),
+    "ffn_gate": ("mlp.gate_proj", ("inner", "hidden")),
+    "ffn_up": ("mlp.up_proj", ("inner", "hidden")),
+    "ffn_down": ("mlp.down_proj", ("hidden", "inner")),
 }
+OUTSIDE_LAYERS = ("token_embd", "output_norm", "output")
 ROPE_FACTORS_NAME = "rope_freqs.weight"
 
-# every key that says how to compute; one that is not here would be ignored, so it is refused
+# all keys that affect the computation; an unknown one would be ignored, so it is refused
 KNOWN_KEYS = {
     "vocab_size",
     "context_length",
@@ -63,17 +69,36 @@ KNOWN_KEYS = {
     "expert_used_count",
     "tensor_data_layout",
 }
+SAFETENSORS_DTYPES = {GGMLQuantizationType.F16: "F16", GGMLQuantizationType.BF16: "BF16"}
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of the safetensors file."""
+
+    name: str
+    dtype: str  # safetensors' name: F32, F16 or BF16
+    shape: tuple[int, ...]
+    source: ReaderTensor
+    rotary_heads: int  # heads whose rows go back to transformers' order; 0 for all tensors but q and k
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes in the safetensors file."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class GgufModel:
     """An open GGUF file of the llama architecture, checked to be convertible."""
 
     def __init__(self, path: Path) -> None:
-        """Open and check `path`; raises UnsupportedModel for what can not be converted exactly."""
+        """Open and check `path`; raises UnsupportedModel if it cannot be converted exactly."""
+        self.path = path
         try:
             reader = GGUFReader(path)
-            # Python values of every key, once: ReaderField.contents() walks arrays item by item
+            # read once: ReaderField.contents() walks arrays item by item
             self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
             raise UnsupportedModel(
@@ -81,11 +106,9 @@ class GgufModel:
             ) from error
         architecture = self.metadata.get("general.architecture")
         if architecture != CONVERTED_ARCHITECTURE:
-            raise UnsupportedModel(
-                f"{path} is of the architecture {architecture!r}; only {CONVERTED_ARCHITECTURE!r} is converted here.",
-                cure=CONVERT_CURE,
+            raise self._refusal(
+                f"the architecture {architecture!r} is not converted here, only {CONVERTED_ARCHITECTURE!r}."
             )
-        self.path = path
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._config()
         self.tensors = self._stored_tensors()
@@ -93,37 +116,33 @@ class GgufModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors as they will be stored."""
+        """Bytes of all tensors in the safetensors file."""
         return sum(tensor.byte_count for tensor in self.tensors)
+
+    def _refusal(self, problem: str) -> UnsupportedModel:
+        return UnsupportedModel(f"{self.path}: {problem}", cure=CONVERT_CURE)
 
     def _number(self, key: str, default: float | None = None) -> float:
         value = self.metadata.get(f"{CONVERTED_ARCHITECTURE}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise UnsupportedModel(
-                f"{self.path}: {CONVERTED_ARCHITECTURE}.{key} is {value!r}, not a positive number.", cure=CONVERT_CURE
-            )
+            raise self._refusal(f"{CONVERTED_ARCHITECTURE}.{key} is {value!r}, not a positive number.")
         return value
 
     def _count(self, key: str, default: int | None = None) -> int:
         value = self._number(key, default)
         if value != int(value):
-            raise UnsupportedModel(
-                f"{self.path}: {CONVERTED_ARCHITECTURE}.{key} is {value!r}, not a whole number.", cure=CONVERT_CURE
-            )
+            raise self._refusal(f"{CONVERTED_ARCHITECTURE}.{key} is {value!r}, not a whole number.")
         return int(value)
 
     def _config(self) -> dict[str, Any]:
-        """config.json as transformers' LlamaConfig reads it."""
-        self._refuse_what_would_be_ignored()
+        """The config.json that transformers' LlamaConfig reads."""
+        self._refuse_unknown_keys()
         hidden_size = self._count("embedding_length")
         heads = self._count("attention.head_count")
         head_dim = self._count("attention.key_length", self.metadata.get("llama.rope.dimension_count"))
         for key in ("attention.value_length", "rope.dimension_count"):
             if self._count(key, head_dim) != head_dim:
-                raise UnsupportedModel(
-                    f"{self.path}: {CONVERTED_ARCHITECTURE}.{key} is not the head dimension {head_dim}.",
-                    cure=CONVERT_CURE,
-                )
+                raise self._refusal(f"{CONVERTED_ARCHITECTURE}.{key} is not the head dimension {head_dim}.")
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -139,31 +158,31 @@ class GgufModel:
             "rope_parameters": self._rope_parameters(head_dim),
             "attention_bias": False,
             "mlp_bias": False,
-            # the file has no head of its own: the embedding is used again
+            # without a head of its own, the embedding serves as the head
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "vocab_size": self._vocab_size(hidden_size),
             **generation_ids(self.metadata),
         }
 
-    def _refuse_what_would_be_ignored(self) -> None:
+    def _refuse_unknown_keys(self) -> None:
         prefix = f"{CONVERTED_ARCHITECTURE}."
         for key in self.metadata:
             if key.startswith(prefix) and key.removeprefix(prefix) not in KNOWN_KEYS:
-                raise UnsupportedModel(f"{self.path} sets {key}, which is not known here.", cure=CONVERT_CURE)
+                raise self._refusal(f"{key} is unknown.")
         if self.metadata.get(f"{prefix}expert_count", 0):
-            raise UnsupportedModel(f"{self.path} is a mixture of experts (mixtral).", cure=CONVERT_CURE)
+            raise self._refusal("it is a mixture of experts (mixtral).")
 
     def _vocab_size(self, hidden_size: int) -> int:
         embedding = self._tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2 or int(embedding.shape[0]) != hidden_size:
             raise UnsupportedModel(
                 f"{self.path} has no token_embd.weight of {hidden_size} columns.",
-                cure="Take a file of the whole model, not one of its parts.",
+                cure="Use a file of the whole model, not one of its parts.",
             )
         return int(embedding.shape[1])
 
     def _rope_parameters(self, head_dim: int) -> dict[str, Any]:
-        # files older than the key were all made with 10000, as the format's own description says
+        # the format's default: files older than the key were made with it
         theta = _shortest(self._number("rope.freq_base", 10000.0))
         kind = self.metadata.get("llama.rope.scaling.type", "none")
         factors = self._tensors.get(ROPE_FACTORS_NAME)
@@ -184,64 +203,57 @@ class GgufModel:
                 if f"llama.rope.scaling.{theirs}" in self.metadata:
                     parameters[ours] = self._number(f"rope.scaling.{theirs}")
             return parameters
-        raise UnsupportedModel(f"{self.path} scales rotary positions as {kind!r}.", cure=CONVERT_CURE)
+        raise self._refusal(f"it scales rotary positions by the unknown method {kind!r}.")
 
     def _stored_tensors(self) -> tuple[StoredTensor, ...]:
         stored = [self._stored(tensor) for name, tensor in self._tensors.items() if name != ROPE_FACTORS_NAME]
-        expected = {f"{TENSOR_NAMES[name]}.weight" for name in ("token_embd", "output_norm")}
-        in_layer = [name for name in TENSOR_NAMES if name not in ("token_embd", "output_norm", "output")]
+        expected = {f"{TENSORS[name][0]}.weight" for name in ("token_embd", "output_norm")}
         for layer in range(self.config["num_hidden_layers"]):
-            expected.update(f"model.layers.{layer}.{TENSOR_NAMES[name]}.weight" for name in in_layer)
+            expected.update(
+                f"model.layers.{layer}.{TENSORS[name][0]}.weight" for name in TENSORS if name not in OUTSIDE_LAYERS
+            )
         found = {tensor.name for tensor in stored} - {"lm_head.weight"}
         if found != expected:
             odd = sorted(found ^ expected)
             raise UnsupportedModel(
                 f"{self.path}: {len(odd)} tensors are missing or too many, the first is {odd[0]}.",
-                cure="Take a file of the whole model, not one of its parts.",
+                cure="Use a file of the whole model, not one of its parts.",
             )
         return tuple(sorted(stored, key=lambda tensor: tensor.name))
 
     def _stored(self, tensor: ReaderTensor) -> StoredTensor:
         parts = tensor.name.split(".")
-        layered = len(parts) == 4 and parts[0] == "blk" and parts[1].isdecimal() and parts[3] == "weight"
-        kind = parts[2] if layered else parts[0]
-        if kind not in TENSOR_NAMES or not (layered or (len(parts) == 2 and parts[1] == "weight")):
-            raise UnsupportedModel(f"{self.path} holds the tensor {tensor.name}, not known here.", cure=CONVERT_CURE)
-        name = f"model.layers.{int(parts[1])}.{TENSOR_NAMES[kind]}" if layered else TENSOR_NAMES[kind]
+        is_in_layer = len(parts) == 4 and parts[0] == "blk" and parts[1].isdecimal() and parts[3] == "weight"
+        kind = parts[2] if is_in_layer else parts[0]
+        if kind not in TENSORS or not (is_in_layer or (len(parts) == 2 and parts[1] == "weight")):
+            raise self._refusal(f"the tensor {tensor.name} is unknown.")
+        name, dimensions = TENSORS[kind]
         # GGUF counts dimensions from the innermost
         shape = tuple(int(size) for size in reversed(tensor.shape))
-        if shape != self._expected_shape(kind):
-            raise UnsupportedModel(
-                f"{self.path}: {tensor.name} has the shape {list(shape)}, not {list(self._expected_shape(kind))}.",
-                cure=CONVERT_CURE,
-            )
-        rotary_heads = {
-            "attn_q": self.config["num_attention_heads"],
-            "attn_k": self.config["num_key_value_heads"],
-        }.get(kind, 0)
-        dtype = stored_dtype(tensor)
-        return StoredTensor(f"{name}.weight", dtype, shape, tensor, rotary_heads)
+        expected_shape = tuple(self._sizes()[dimension] for dimension in dimensions)
+        if shape != expected_shape:
+            raise self._refusal(f"{tensor.name} has the shape {list(shape)}, not {list(expected_shape)}.")
+        heads = {"attn_q": self.config["num_attention_heads"], "attn_k": self.config["num_key_value_heads"]}
+        return StoredTensor(
+            name=f"model.layers.{int(parts[1])}.{name}.weight" if is_in_layer else f"{name}.weight",
+            dtype=SAFETENSORS_DTYPES.get(tensor.tensor_type, "F32"),
+            shape=shape,
+            source=tensor,
+            rotary_heads=heads.get(kind, 0),
+        )
 
-    def _expected_shape(self, kind: str) -> tuple[int, ...]:
+    def _sizes(self) -> dict[str, int]:
         config = self.config
-        hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-        query = config["num_attention_heads"] * config["head_dim"]
-        key = config["num_key_value_heads"] * config["head_dim"]
-        shapes: dict[str, tuple[int, ...]] = {
-            "token_embd": (vocab, hidden),
-            "output": (vocab, hidden),
-            "attn_q": (query, hidden),
-            "attn_k": (key, hidden),
-            "attn_v": (key, hidden),
-            "attn_output": (hidden, query),
-            "ffn_gate": (inner, hidden),
-            "ffn_up": (inner, hidden),
-            "ffn_down": (hidden, inner),
+        return {
+            "vocab": config["vocab_size"],
+            "hidden": config["hidden_size"],
+            "inner": config["intermediate_size"],
+            "query": config["num_attention_heads"] * config["head_dim"],
+            "key": config["num_key_value_heads"] * config["head_dim"],
         }
-        return shapes.get(kind, (hidden,))
 
     def _config_dtype(self) -> str:
-        """What most bytes are stored as; norms are F32 in every file."""
+        """The dtype of most bytes; norms are F32 in every file."""
         by_dtype = dict.fromkeys(ITEM_BYTES, 0)
         for tensor in self.tensors:
             by_dtype[tensor.dtype] += tensor.byte_count
@@ -249,15 +261,15 @@ class GgufModel:
 
 
 def _shortest(value: float) -> float:
-    """1e-05 for the float32 that a GGUF keeps of it; the float32 it stands for stays the same."""
+    """The shortest decimal of the same float32: 1e-05, not 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 
 def llama3_rope_parameters(factors: npt.NDArray[np.float64], theta: float, head_dim: int) -> dict[str, Any]:
-    """The llama3 scaling whose per-frequency divisors are `factors` [head_dim / 2].
+    """The llama3 scaling with the per-frequency divisors `factors` [head_dim / 2].
 
-    A GGUF keeps only the divisors. The largest is the factor, and every published llama 3 has the other three numbers
-    in common; divisors that these do not give again are refused, so nothing is guessed.
+    A GGUF keeps only the divisors. The largest one is the factor; the other three numbers are the same in every
+    published llama 3. Divisors that these numbers do not reproduce are refused.
     """
     low, high, original = 1.0, 4.0, 8192
     factor = float(factors.max(initial=1.0))
@@ -280,11 +292,64 @@ def llama3_rope_parameters(factors: npt.NDArray[np.float64], theta: float, head_
 
 
 def write_model_folder(model: GgufModel, folder: Path, progress: Callable[[int], None]) -> str:
-    """Write config, tokenizer and weights into the empty `folder`; `progress` hears bytes of weights written.
+    """Write config, tokenizer and weights to the empty `folder`; `progress` receives the bytes of weights written.
 
-    Returns the sha256 of the weights file. Memory: one q or k tensor, or some 50 MB, whichever is larger.
+    Returns the sha256 of the weights file. Needs memory for one q or k tensor, and at least 50 MB.
     """
     config = json.dumps(model.config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
     write_tokenizer(model.metadata, folder, model.config["max_position_embeddings"])
-    return write_weights(model.tensors, folder / WEIGHTS_NAME, progress)
+    return _write_weights(model.tensors, folder / WEIGHTS_NAME, progress)
+
+
+def _write_weights(tensors: Sequence[StoredTensor], path: Path, progress: Callable[[int], None]) -> str:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.byte_count],
+        }
+        offset += tensor.byte_count
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8 bytes
+    digest = hashlib.sha256()
+    written = 0
+    with path.open("wb") as file:
+        for block in (len(encoded).to_bytes(8, "little"), encoded):
+            file.write(block)
+            digest.update(block)
+        for tensor in tensors:
+            for array in _converted_chunks(tensor):
+                file.write(array.data)
+                digest.update(array.data)
+                written += array.nbytes
+                progress(written)
+    if written != offset:
+        raise AssertionError(f"{path}: {written} bytes of weights written, {offset} announced in the header")
+    return digest.hexdigest()
+
+
+def _converted_chunks(tensor: StoredTensor) -> Iterator[npt.NDArray[Any]]:
+    """The tensor's items in order, as contiguous arrays of its stored dtype."""
+    data = tensor.source.data
+    if tensor.rotary_heads:
+        yield np.ascontiguousarray(_undo_rotary_permutation(_items(tensor, data), tensor.rotary_heads))
+        return
+    rows_at_once = max(1, CHUNK_ITEMS // tensor.shape[-1]) if data.ndim > 1 else data.shape[0]
+    for start in range(0, data.shape[0], rows_at_once):
+        yield np.ascontiguousarray(_items(tensor, data[start : start + rows_at_once]))
+
+
+def _items(tensor: StoredTensor, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    if tensor.dtype != "F32":
+        return data.view(np.uint16)  # the bits; numpy has no bfloat16
+    items: npt.NDArray[np.float32] = dequantize(data, tensor.source.tensor_type).astype(np.float32, copy=False)
+    return items
+
+
+def _undo_rotary_permutation(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
+    """Reorder [head, pair, half] to [head, half, pair]: GGUF interleaves the two halves that transformers rotates."""
+    pairs = rows.shape[0] // heads // 2
+    return rows.reshape(heads, pairs, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)

@@ -1,8 +1,8 @@
-"""Makes tokenizer.json and its companions from a GGUF file's metadata; knows byte-level BPE, and nothing of weights.
+"""Make tokenizer.json and its companions from a GGUF file's metadata, for byte-level BPE.
 
-A GGUF names how text is cut before merging by one word, `tokenizer.ggml.pre`. The cuts below are llama.cpp's for that
-word; llama 3's and qwen2's are transformers' own too, which reads no word of smollm and so joins its digits to the
-spaces before them. An unknown word is refused, because a wrong cut gives other tokens without any error.
+`tokenizer.ggml.pre` names the pre-tokenizer, which splits text before merging. The splits below are llama.cpp's; those
+of llama 3 and qwen2 equal transformers', which does not know smollm's and joins its digits to the spaces before them.
+An unknown name is refused, because a wrong split gives other tokens without any error.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from tokenizers.models import BPE
 
 from noodle.errors import UnsupportedModel
 
-CONTROL_TOKEN = 3  # special: never split, left out of decoded text
-USER_DEFINED_TOKEN = 4  # never split, but text like any other
+CONTROL_TOKEN = 3  # never split, left out of decoded text
+USER_DEFINED_TOKEN = 4  # never split, but decoded like other text
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -27,19 +27,20 @@ LLAMA3_SPLIT = (
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 KNOWN_PRE_TOKENIZERS = ("smollm", "gpt-2", *LLAMA3_NAMES, "qwen2")
+CURE = "Use another GGUF file of this model, or its safetensors."
 
 
 def write_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: int) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json into `folder`.
 
-    `metadata` holds a GGUF's `tokenizer.*` values as plain Python values. Raises UnsupportedModel for a tokenizer that
-    is not byte-level BPE with a known way of cutting.
+    `metadata` holds a GGUF's `tokenizer.*` values as Python values. Raises UnsupportedModel unless the tokenizer is
+    byte-level BPE with a known pre-tokenizer.
     """
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise UnsupportedModel(
             "The GGUF file holds no tokenizer (tokenizer.ggml.tokens is missing).",
-            cure="Take a file of the whole model, not one of its parts.",
+            cure="Use a file of the whole model, not one of its parts.",
         )
     tokenizer = build_tokenizer(metadata)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
@@ -59,23 +60,22 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: i
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `metadata` describes, complete with added tokens and BOS rule."""
+    """The tokenizer with its added tokens and BOS rule."""
     model_kind = metadata.get("tokenizer.ggml.model")
     if model_kind != "gpt2":
         raise UnsupportedModel(
-            f"The GGUF file's tokenizer is of kind {model_kind!r}; only byte-level BPE (gpt2) is read here.",
+            f"The GGUF file's tokenizer is of kind {model_kind!r}; only byte-level BPE (gpt2) is supported.",
             cure="Convert it where torch is installed: noodle convert FILE FOLDER",
         )
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise UnsupportedModel(
-            f"The GGUF file's tokenizer has {len(tokens) - len(vocabulary)} tokens twice.",
-            cure="Take another GGUF file of this model, or its safetensors.",
+            f"The GGUF file's tokenizer has {len(tokens) - len(vocabulary)} tokens twice.", cure=CURE
         )
     pre_name = metadata.get("tokenizer.ggml.pre", "gpt-2")
     merges = _merges(metadata.get("tokenizer.ggml.merges"))
-    # llama 3's vocabulary holds words that no sequence of its merges reaches
+    # llama 3's vocabulary holds words that its merges cannot produce
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, ignore_merges=pre_name in LLAMA3_NAMES))
     tokenizer.pre_tokenizer = _pre_tokenizer(pre_name)
     if pre_name == "qwen2":
@@ -83,53 +83,42 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = _post_processor(metadata, tokens)
     types: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or [0] * len(tokens)
-    by_type = list(zip(tokens, types, strict=True))
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, kind in by_type if kind == CONTROL_TOKEN]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(token, normalized=False, special=False) for token, kind in by_type if kind == USER_DEFINED_TOKEN]
-    )
+    by_kind: dict[int, list[str]] = {}
+    for token, kind in zip(tokens, types, strict=True):
+        by_kind.setdefault(kind, []).append(token)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in by_kind.get(CONTROL_TOKEN, ())])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in by_kind.get(USER_DEFINED_TOKEN, ())])
     return tokenizer
 
 
 def generation_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The ids that start, end and fill a generation, under transformers' names; an absent one is left out."""
-    ids: dict[str, Any] = {}
-    if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
-        ids["bos_token_id"] = bos
-    # a chat turn may end with another token than a text does (llama 3): both end a generation
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    known_ends = list(dict.fromkeys(end for end in ends if end is not None))
-    if known_ends:
-        ids["eos_token_id"] = known_ends[0] if len(known_ends) == 1 else known_ends
-    if (padding := metadata.get("tokenizer.ggml.padding_token_id")) is not None:
-        ids["pad_token_id"] = padding
-    return ids
+    """The ids that begin, end and pad a generation, under transformers' names; absent ones are left out."""
+    bos, eos, eot, padding = (
+        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")
+    )
+    # a chat turn may end with another token than a text (llama 3): both end a generation
+    ends = list(dict.fromkeys(end for end in (eos, eot) if end is not None))
+    ids = {
+        "bos_token_id": bos,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        "pad_token_id": padding,
+    }
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     if name == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "smollm":
-        # each digit stands alone before words are cut, so spaces before a number stay together
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+        # digits are split off first, so spaces before a number stay together
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     if name in LLAMA3_NAMES or name == "qwen2":
-        split = QWEN2_SPLIT if name == "qwen2" else LLAMA3_SPLIT
-        return pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(split), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        split = pre_tokenizers.Split(Regex(QWEN2_SPLIT if name == "qwen2" else LLAMA3_SPLIT), behavior="isolated")
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise UnsupportedModel(
-        f"The GGUF file's tokenizer cuts text as {name!r}; known here: {', '.join(KNOWN_PRE_TOKENIZERS)}.",
-        cure="Convert it where torch is installed (noodle convert FILE FOLDER), or take the model's safetensors.",
+        f"The GGUF file's tokenizer has the pre-tokenizer {name!r}; known are {', '.join(KNOWN_PRE_TOKENIZERS)}.",
+        cure="Convert it where torch is installed (noodle convert FILE FOLDER), or use the model's safetensors.",
     )
 
 
@@ -138,7 +127,7 @@ def _post_processor(metadata: Mapping[str, Any], tokens: list[str]) -> processor
     if not metadata.get("tokenizer.ggml.add_bos_token", False) or bos_id is None:
         return processors.ByteLevel(trim_offsets=False)
     bos = _token_at(tokens, bos_id)
-    # Sequence: ByteLevel sees to offsets, the template puts BOS in front
+    # ByteLevel sets the offsets, the template puts BOS in front
     return processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
@@ -151,18 +140,16 @@ def _post_processor(metadata: Mapping[str, Any], tokens: list[str]) -> processor
 
 def _merges(lines: Any) -> list[tuple[str, str]]:
     if not isinstance(lines, list):
-        raise UnsupportedModel(
-            "The GGUF file's tokenizer has no merges (tokenizer.ggml.merges is missing).",
-            cure="Take another GGUF file of this model, or its safetensors.",
-        )
-    pairs = [tuple(line.split(" ", 1)) for line in lines]
-    broken = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None)
-    if broken is not None:
-        raise UnsupportedModel(
-            f"The GGUF file's tokenizer has a merge that is not two tokens: {broken!r}.",
-            cure="Take another GGUF file of this model, or its safetensors.",
-        )
-    return [(pair[0], pair[1]) for pair in pairs]
+        raise UnsupportedModel("The GGUF file's tokenizer has no merges (tokenizer.ggml.merges is missing).", cure=CURE)
+    pairs = []
+    for line in lines:
+        first, space, second = line.partition(" ")
+        if not space:
+            raise UnsupportedModel(
+                f"The GGUF file's tokenizer has a merge that is not two tokens: {line!r}.", cure=CURE
+            )
+        pairs.append((first, second))
+    return pairs
 
 
 def _special_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
@@ -177,8 +164,7 @@ def _special_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str,
 def _token_at(tokens: list[str], token_id: int) -> str:
     if not 0 <= token_id < len(tokens):
         raise UnsupportedModel(
-            f"The GGUF file names token {token_id} as special, but has only {len(tokens)} tokens.",
-            cure="Take another GGUF file of this model, or its safetensors.",
+            f"The GGUF file names token {token_id} as special, but has only {len(tokens)} tokens.", cure=CURE
         )
     return tokens[token_id]
 

@@ -1,13 +1,12 @@
-"""Fetches a model's safetensors, config and tokenizer from a Hugging Face hub; knows the hub's errors, not our cache's.
+"""Fetch a model's safetensors, config and tokenizer from a Hugging Face hub.
 
-What is in the cache is used without asking the hub, so a restart needs no internet and never changes the model under
-a running cluster; another state of the repository is asked for by its revision.
+A cached model is used without a request to the hub, so a restart needs no internet and never changes the model of a
+running cluster. Another state of the repository is named by its revision.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -19,25 +18,25 @@ from urllib.parse import quote
 import msgspec
 
 from noodle.errors import ModelNotFound, StartError, UnsupportedModel
-from noodle.folders import DISK_ERRORS, not_writable
+from noodle.folders import DISK_ERRORS, not_writable, write_atomically
 from noodle.model.files import INDEX_NAME
 from services.coordinator.models.progress import Progress, ReportProgress
 
 log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "NOODLE_CACHE_DIR"
-LIST_TIMEOUT_SECONDS = 20  # for the list of files; the download itself has huggingface_hub's own timeouts
+LIST_TIMEOUT_SECONDS = 20  # for the list of files; the download has huggingface_hub's own timeouts
 POLL_SECONDS = 0.5
 SPARE_DISK_BYTES = 64 << 20
-# nothing that could run code: no pickle, no Python
+# nothing that can run code: no pickle, no Python
 WANTED_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
-# the same weights a second time, in another project's layout
+# copies of the weights in other layouts
 UNWANTED_FILES = ("consolidated*", "*.gguf", "adapter_*")
 ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether `model` reads as org/name or org/name@revision."""
+    """Whether `model` has the form org/name or org/name@revision."""
     organisation, slash, name = model.partition("@")[0].partition("/")
     return bool(slash) and all(
         part and part[0] not in ".-" and ID_CHARACTERS.issuperset(part) for part in (organisation, name)
@@ -45,15 +44,14 @@ def is_hub_id(model: str) -> bool:
 
 
 def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Path:
-    """The folder with the files of `org/name[@revision]`; raises ModelNotFound or UnsupportedModel."""
+    """Fetch `org/name[@revision]` unless it is cached; returns its folder. Raises StartError."""
     repository, _, revision = model.partition("@")
     hub_dir = cache_dir / "hub"
-    before = _fetched_before(model, hub_dir)
-    if before is not None:
-        return before
-    # here and not above: the hub's client takes half a second to import, and only a download needs it
+    if (cached := _cached_folder(model, hub_dir)) is not None:
+        return cached
+    # not imported above: the hub's client takes half a second to import, and only a download needs it
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the base of all its network errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # base of all its network errors
 
     progress(Progress("download", f"asking the hub for {model}"))
     try:
@@ -66,27 +64,27 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Pat
         free_bytes = shutil.disk_usage(hub_dir).free
         if free_bytes < total_bytes + SPARE_DISK_BYTES:
             raise StartError(
-                f"{model} takes {total_bytes + SPARE_DISK_BYTES} bytes on disk, {hub_dir} has {free_bytes} free.",
+                f"{model} needs {total_bytes + SPARE_DISK_BYTES} bytes on disk; {hub_dir} has {free_bytes} free.",
                 cure="Free some disk space, or set NOODLE_CACHE_DIR to a folder on another disk.",
             )
-        with _reported(hub_dir, model, total_bytes, progress):
-            folder = Path(
-                snapshot_download(
-                    repository, revision=revision or None, cache_dir=hub_dir, allow_patterns=sorted(sizes)
-                )
+        with _download_progress(hub_dir, model, total_bytes, progress):
+            snapshot = snapshot_download(
+                repository, revision=revision or None, cache_dir=hub_dir, allow_patterns=sorted(sizes)
             )
+        folder = Path(snapshot)
         try:
             _remember(model, hub_dir, folder)
         except OSError as error:
-            log.warning("%s is asked for anew at each start: %s", model, not_writable(hub_dir, CACHE_VARIABLE, error))
+            problem = not_writable(hub_dir, CACHE_VARIABLE, error)
+            log.warning("each start will ask the hub for %s again: %s", model, problem)
         return folder
-    # OSError: no connection, no space, offline mode and the hub's cache errors all derive from it
+    # OSError is the base of: no connection, no space, offline mode, and the hub's cache errors
     except (HTTPError, OSError) as error:
         raise _explained(model, hub_dir, error) from error
 
 
 def wanted_files(sizes: dict[str, int], model: str) -> dict[str, int]:
-    """Of a repository's files with their bytes, those that are fetched; raises UnsupportedModel without safetensors."""
+    """Choose the files to fetch from a repository's files with their bytes; raises UnsupportedModel."""
     wanted = {
         name: size
         for name, size in sizes.items()
@@ -97,17 +95,17 @@ def wanted_files(sizes: dict[str, int], model: str) -> dict[str, int]:
     weights = [name for name in wanted if name.endswith(".safetensors")]
     if not weights:
         raise UnsupportedModel(
-            f"{model} has no weights as safetensors on the hub (pickle is not loaded: it can run any code).",
-            cure="Look for a converted copy or a revision with safetensors (often refs/pr/N: name it as org/name@rev).",
+            f"{model} has no weights as safetensors on the hub (pickle is not loaded, because it can run any code).",
+            cure="Look for a converted copy or a revision with safetensors (often refs/pr/N; name it as org/name@rev).",
         )
     if "model.safetensors" in weights and INDEX_NAME not in wanted:
-        # other files beside it are variants (fp16, onnx exports) of the same weights
+        # the other files are variants (fp16, onnx exports) of the same weights
         return {name: size for name, size in wanted.items() if name not in weights or name == "model.safetensors"}
     return wanted
 
 
-class _Fetched(msgspec.Struct, frozen=True):
-    """Where an earlier download lies, below the hub's folder in our cache; written when it was whole."""
+class _Download(msgspec.Struct, frozen=True):
+    """A complete download: its folder below the hub's folder in the cache, and its files."""
 
     snapshot: str
     sizes: dict[str, int]
@@ -117,29 +115,26 @@ def _record_path(model: str, hub_dir: Path) -> Path:
     return hub_dir / f"{quote(model, safe='@')}.json"
 
 
-def _fetched_before(model: str, hub_dir: Path) -> Path | None:
-    """The folder of an earlier download, if every file still stands there in full length."""
+def _cached_folder(model: str, hub_dir: Path) -> Path | None:
+    """The folder of an earlier download, if every file is there with its full size."""
     try:
-        fetched = msgspec.json.decode(_record_path(model, hub_dir).read_bytes(), type=_Fetched)
-        folder = hub_dir / fetched.snapshot
-        whole = all((folder / name).stat().st_size == size for name, size in fetched.sizes.items())
+        download = msgspec.json.decode(_record_path(model, hub_dir).read_bytes(), type=_Download)
+        folder = hub_dir / download.snapshot
+        is_complete = all((folder / name).stat().st_size == size for name, size in download.sizes.items())
     except (OSError, msgspec.DecodeError):
         return None
-    return folder if whole else None
+    return folder if is_complete else None
 
 
 def _remember(model: str, hub_dir: Path, folder: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    fetched = _Fetched(str(folder.resolve().relative_to(hub_dir.resolve())), sizes)
-    path = _record_path(model, hub_dir)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_bytes(msgspec.json.encode(fetched))
-    unfinished.replace(path)
+    download = _Download(str(folder.resolve().relative_to(hub_dir.resolve())), sizes)
+    write_atomically(_record_path(model, hub_dir), msgspec.json.encode(download))
 
 
 @contextmanager
-def _reported(hub_dir: Path, model: str, total_bytes: int, progress: ReportProgress) -> Iterator[None]:
-    """Report how much the cache has grown; counting bytes on disk works for each of the hub's ways to download."""
+def _download_progress(hub_dir: Path, model: str, total_bytes: int, progress: ReportProgress) -> Iterator[None]:
+    """Report the growth of the cache: bytes on disk can be counted for each of the hub's ways to download."""
     before_bytes = _bytes_under(hub_dir)
     finished = threading.Event()
 
@@ -163,23 +158,23 @@ def _bytes_under(folder: Path) -> int:
         try:
             total += path.stat().st_size
         except FileNotFoundError:
-            continue  # renamed from its .incomplete name while we looked
+            continue  # renamed from its .incomplete name in the meantime
     return total
 
 
 def _explained(model: str, hub_dir: Path, error: Exception) -> StartError:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # what the network raises has none of these
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:  # network errors have other numbers
         return not_writable(hub_dir, CACHE_VARIABLE, error)
     if isinstance(error, GatedRepoError):
         return ModelNotFound(
-            f"{model} is gated: its owner lets only those in who have agreed to its terms.",
-            cure="Agree on its page on the hub, then set HF_TOKEN to your access token.",
+            f"{model} is gated: only users who have agreed to its terms may fetch it.",
+            cure="Agree to them on its page on the hub, then set HF_TOKEN to your access token.",
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelNotFound(
-            f"The hub has no such revision: {model}.", cure="Look up its branches, tags and commits on its page."
+            f"The hub has no such revision: {model}.", cure="Its page lists its branches, tags and commits."
         )
     if isinstance(error, RepositoryNotFoundError):
         return ModelNotFound(

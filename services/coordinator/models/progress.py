@@ -1,4 +1,4 @@
-"""What the model store says while someone waits for it; knows nothing of who shows it."""
+"""Progress of the model store while it fetches or converts a model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import msgspec
 
 REPORT_INTERVAL_SECONDS = 0.2
 
-Activity = Literal["download", "convert", "wait"]
-
 
 class Progress(msgspec.Struct, frozen=True):
-    """What is being done, and how far it is; a total of 0 is unknown."""
+    """One report; a total of 0 is unknown."""
 
-    activity: Activity
+    activity: Literal["download", "convert", "wait"]
     detail: str
     bytes_done: int = 0
     bytes_total: int = 0
@@ -33,7 +31,7 @@ ReportProgress = Callable[[Progress], None]
 
 
 def at_intervals(report: ReportProgress) -> ReportProgress:
-    """`report` at most every REPORT_INTERVAL_SECONDS, but always at the end."""
+    """Call `report` at most every REPORT_INTERVAL_SECONDS, and always at the end."""
     last_seconds = float("-inf")
 
     def limited(progress: Progress) -> None:

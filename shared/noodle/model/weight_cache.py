@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -22,6 +21,7 @@ from urllib.parse import quote
 import msgspec
 
 from noodle.errors import LinkLost, ModelNotFound, StartError
+from noodle.folders import write_atomically
 from noodle.http_client import HTTP_ERRORS, HttpResponse, message_of, open_request, reason_of
 from noodle.model.files import DIGEST_NAME, digest_of_range
 from noodle.model.weight_manifest import (
@@ -93,7 +93,7 @@ class WeightCache:
                 path = self.folder / companion.name
                 if not path.is_file() or digest_of_range(path, 0, path.stat().st_size) != companion.sha256:
                     data = self._retried(partial(self._small, companion.name, companion.byte_count, companion.sha256))
-                    _write_whole(path, data)
+                    write_atomically(path, data)
             for file in self.manifest.files:
                 path = self.folder / file.name
                 is_there = path.is_file() and path.stat().st_size == file.byte_count
@@ -108,7 +108,7 @@ class WeightCache:
                 fetched.whole -= lost
                 fetched.begun = {name: done for name, done in fetched.begun.items() if name not in lost}
             self._note(fetched)
-            _write_whole(self.folder / DIGEST_NAME, self.manifest.model_digest.encode())
+            write_atomically(self.folder / DIGEST_NAME, self.manifest.model_digest.encode())
         return self.folder
 
     def ensure(self, names: Collection[str], progress: Progress) -> None:
@@ -254,7 +254,7 @@ class WeightCache:
             return Fetched()
 
     def _note(self, fetched: Fetched) -> None:
-        _write_whole(self.folder / FETCHED_NAME, msgspec.json.encode(fetched))
+        write_atomically(self.folder / FETCHED_NAME, msgspec.json.encode(fetched))
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
@@ -307,9 +307,3 @@ def _refusal(url: str, path: str, answer: HttpResponse) -> LinkLost | StartError
     return StartError(
         f"{url}{path} answers {answer.status}: {text}", cure="Run the same noodle version on every machine."
     )
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    beside.replace(path)

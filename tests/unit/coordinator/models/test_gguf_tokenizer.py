@@ -102,7 +102,7 @@ def test_the_folder_says_what_transformers_asks_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pre": "tekken"}, "cuts text as 'tekken'"),
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken'"),
         ({"model": "llama"}, "of kind 'llama'"),
         ({"tokens": None}, "holds no tokenizer"),
         ({"tokens": [*TOKENS[:-1], "a"]}, "1 tokens twice"),
