@@ -1,7 +1,6 @@
-"""The coordinator's app: every module of routes, and what holds for all of them (ids, errors, origins, who may ask).
+"""The coordinator's app: all modules of routes, and what holds for each of them: ids, errors, origins.
 
-A route parses and checks everything that can be refused, asks the engine, and formats; only then does a stream open.
-What happens in between is in generate.py. What each module adds here it also describes for /openapi.json.
+A route parses and checks everything that can be refused, asks the coordinator, and formats; only then a stream opens.
 """
 
 from __future__ import annotations
@@ -13,58 +12,102 @@ from noodle.config.settings import CoordinatorConfig
 from noodle.logs import bind_request
 from noodle.web.connectivity_routes import install_connectivity_routes
 from noodle.web.service import install_error_handlers, install_metrics_route
-from services.coordinator.api import about, generate, manual_schemas, openai, requests
+from services.coordinator.api import about, generate, manual, openai, openapi, requests
 from services.coordinator.api.auth import Clients, take_request_id
-from services.coordinator.api.manual import guide_routes
-from services.coordinator.api.openapi import METRICS, document, openapi_routes
+from services.coordinator.api.body import JsonObject
+from services.coordinator.api.openapi import ANY_OBJECT, Operation
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.cors import install_cors
 from services.coordinator.models.weight_server import install_weight_routes
 from services.coordinator.ops import log_metrics, reports
-from services.coordinator.ops.connectivity import OPERATIONS as REACH_OPERATIONS
+from services.coordinator.ops.connectivity import OPERATIONS as CONNECTIVITY_OPERATIONS
 from services.coordinator.ops.connectivity import reach_targets
 from services.coordinator.ops.prometheus import install_targets_route
 
+CLUSTER_OPERATIONS = (
+    Operation(
+        method="get",
+        path="/prometheus/targets",
+        summary="Targets for Prometheus",
+        description="Lists every /metrics of the cluster for Prometheus' HTTP service discovery; requires the cluster "
+        "token.",
+        answer={
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "targets": {"type": "array", "items": {"type": "string"}},
+                    "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+                },
+                "required": ["targets", "labels"],
+            },
+        },
+        errors=(401,),
+    ),
+    Operation(
+        method="get",
+        path="/weights",
+        summary="The model's files",
+        description="Lists the byte range and digest of each tensor; requires the cluster token.",
+        answer=ANY_OBJECT,
+        errors=(401, 503),
+    ),
+    Operation(
+        method="get",
+        path="/weights/files/{name}",
+        summary="One range of a file of the model",
+        description="Sends the bytes of the `Range`; requires the cluster token.",
+        errors=(400, 401, 404, 503),
+        other_answers={206: ("The bytes.", {"type": "string"})},
+    ),
+)
 OPERATIONS = (
     *about.OPERATIONS,
     *openai.OPERATIONS,
     *generate.OPERATIONS,
     *requests.OPERATIONS,
-    *manual_schemas.OPERATIONS,
+    *manual.OPERATIONS,
     *log_metrics.OPERATIONS,
     *reports.OPERATIONS,
-    *REACH_OPERATIONS,
-    METRICS,
+    *CLUSTER_OPERATIONS,
+    *CONNECTIVITY_OPERATIONS,
+    openapi.METRICS,
+    openapi.OPENAPI,
 )
 
 
-def create_app(config: CoordinatorConfig, engine: Coordinator, registry: CollectorRegistry) -> Flask:
-    """The routes over an already wired engine."""
+def document() -> JsonObject:
+    """The OpenAPI document of all routes; needs no running cluster."""
+    return openapi.describe(OPERATIONS)
+
+
+def create_app(config: CoordinatorConfig, coordinator: Coordinator, registry: CollectorRegistry) -> Flask:
+    """The routes of an already wired coordinator."""
     app = Flask("noodle.coordinator")
     app.url_map.merge_slashes = False  # no answer of ours is a redirection
     install_error_handlers(app)
     install_metrics_route(app, registry, config.cluster_token)
-    install_targets_route(app, config, engine)
+    install_targets_route(app, config, coordinator)
     install_request_ids(app)
     install_cors(app, config.cors_origins)
     clients = Clients(config)
-    app.register_blueprint(about.about_routes(config, engine, clients))
-    app.register_blueprint(openai.openai_routes(config, engine, clients))
-    app.register_blueprint(generate.generate_routes(config, engine, clients))
-    app.register_blueprint(requests.request_routes(engine, clients))
-    app.register_blueprint(guide_routes(config, engine, clients.require))
+    app.register_blueprint(about.about_routes(config, coordinator, clients))
+    app.register_blueprint(openai.openai_routes(config, coordinator, clients))
+    app.register_blueprint(generate.generate_routes(config, coordinator, clients))
+    app.register_blueprint(requests.request_routes(coordinator, clients))
+    app.register_blueprint(manual.guide_routes(config, coordinator, clients))
     app.register_blueprint(log_metrics.log_metrics_routes(config.metrics_file, clients.require))
     reports.install_report_routes(app, config.reports_dir, clients.require)
-    install_weight_routes(app, engine.weights, config.cluster_token)
+    install_weight_routes(app, coordinator.weights, config.cluster_token)
     install_connectivity_routes(
         app,
         token=config.cluster_token,
         valkey_password=config.valkey_password,
         name="coordinator",
         machine=config.machine,
-        targets=lambda: reach_targets(config, engine),
+        targets=lambda: reach_targets(config, coordinator),
     )
-    app.register_blueprint(openapi_routes(document(OPERATIONS), clients))
+    app.register_blueprint(openapi.openapi_routes(document(), clients))
     return app
 
 

@@ -2,114 +2,278 @@
 
 from __future__ import annotations
 
+import secrets
+from typing import Any, NamedTuple
+
 from flask import Blueprint, Response
 from msgspec.structs import replace
 
 from noodle.config.settings import CoordinatorConfig
+from noodle.errors import InvalidRequest, UnknownModel
 from noodle.web.service import json_body, json_response
-from services.coordinator.api import openai_format
-from services.coordinator.api.answering import event_stream, whole
 from services.coordinator.api.auth import Clients, sent_by
-from services.coordinator.api.openai_request import parse_chat, parse_completion
-from services.coordinator.api.openai_schemas import (
-    CHAT_ANSWER,
-    CHAT_CHUNK,
-    CHAT_REQUEST,
-    COMPLETION_ANSWER,
-    COMPLETION_CHUNK,
-    COMPLETION_REQUEST,
-    MODEL,
-    MODEL_LIST,
+from services.coordinator.api.body import (
+    JsonObject,
+    decode_object,
+    read,
+    read_items,
+    read_prompt,
+    refuse_unknown_fields,
+    shown,
 )
-from services.coordinator.api.openai_stream import CHAT, COMPLETION, OpenAIAnswer
+from services.coordinator.api.openai_stream import ChatWriter, CompletionWriter, OpenAIWriter
+from services.coordinator.api.openai_types import (
+    ChatAnswer,
+    ChatBody,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionBody,
+    Message,
+    Model,
+    ModelList,
+    OpenAIFields,
+)
 from services.coordinator.api.openapi import GENERATION_ERRORS, READY_ERRORS, Operation
-from services.coordinator.api.prompt_echo import prompt_text
-from services.coordinator.coordinator import Coordinator, LoadedModel
-from services.coordinator.engine.request import Request
-from services.coordinator.text.answer import Answer
+from services.coordinator.api.parameters import MAXIMUM_NEW_TOKENS, stop_strings
+from services.coordinator.api.sse import event_stream, prompt_text, whole
+from services.coordinator.coordinator import Coordinator, ServedModel
+from services.coordinator.engine.request import Request, refuse_what_cannot_fit
+
+DEFAULT_COMPLETION_TOKENS = 16
 
 OPERATIONS = (
-    Operation("get", "/v1/models", "The models served here: one, under each of its names.", MODEL_LIST, READY_ERRORS),
-    Operation("get", "/v1/models/{name}", "One model by its name.", MODEL, (*READY_ERRORS, 404)),
     Operation(
-        "post",
-        "/v1/chat/completions",
-        "The next message of a conversation, whole or streamed.",
-        CHAT_ANSWER,
-        (*GENERATION_ERRORS, 404),
-        body=CHAT_REQUEST,
-        event=CHAT_CHUNK,
+        method="get",
+        path="/v1/models",
+        summary="List the models served",
+        description="One model, under each of its names.",
+        answer=ModelList,
+        errors=READY_ERRORS,
     ),
     Operation(
-        "post",
-        "/v1/completions",
-        "What follows a prompt, whole or streamed; with echo and logprobs also the prompt's own log-probabilities.",
-        COMPLETION_ANSWER,
-        (*GENERATION_ERRORS, 404),
-        body=COMPLETION_REQUEST,
-        event=COMPLETION_CHUNK,
+        method="get",
+        path="/v1/models/{name}",
+        summary="Describe one model",
+        description="The model of this name.",
+        answer=Model,
+        errors=(*READY_ERRORS, 404),
+    ),
+    Operation(
+        method="post",
+        path="/v1/chat/completions",
+        summary="Continue a conversation",
+        description="Answers with the next message of a conversation, whole or with `stream` as server-sent events. "
+        "A field that noodle does not honour is refused by name, unless its value changes nothing.",
+        answer=ChatAnswer,
+        errors=(*GENERATION_ERRORS, 404),
+        body=ChatBody,
+        event=ChatChunk,
+        items=(Message,),
+    ),
+    Operation(
+        method="post",
+        path="/v1/completions",
+        summary="Continue a prompt",
+        description="Answers with what follows a text or token ids, whole or with `stream` as server-sent events. With "
+        "`echo` and `logprobs` the answer also has the log-probabilities of the prompt's own tokens.",
+        answer=CompletionAnswer,
+        errors=(*GENERATION_ERRORS, 404),
+        body=CompletionBody,
+        event=CompletionAnswer,
     ),
 )
 
 
-def openai_routes(config: CoordinatorConfig, engine: Coordinator, clients: Clients) -> Blueprint:
-    """Each wants an API key or the cluster token, or a loopback without keys."""
+class ChatRequest(NamedTuple):
+    messages: list[dict[str, str]]  # ready for the chat template
+    request: Request
+
+
+class CompletionRequest(NamedTuple):
+    prompt: str | tuple[int, ...]
+    echo: bool  # whether the prompt's text precedes the answer's
+    request: Request
+
+
+def openai_routes(config: CoordinatorConfig, coordinator: Coordinator, clients: Clients) -> Blueprint:
+    """Routes for clients: they require an API key or the cluster token, or without keys this machine's own address."""
     routes = Blueprint("openai", __name__)
 
     @routes.get("/v1/models")
     def models() -> Response:
         clients.require()
-        return json_response(openai_format.model_list(engine.ready_model().served))
+        return json_response(model_list(coordinator.ready_model().served))
 
     @routes.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
         clients.require()
-        return json_response(openai_format.model_object(name, engine.ready_model().served))
+        return json_response(model_object(name, coordinator.ready_model().served))
 
     @routes.post("/v1/chat/completions")
     def chat() -> Response:
         client = clients.require()
-        loaded = engine.ready_model()
+        loaded = coordinator.ready_model()
         body = json_body(config.maximum_body_bytes)
-        asked = parse_chat(body, loaded.served, engine.context_length)
+        messages, request = parse_chat(body, loaded.served, coordinator.context_length)
         request = replace(
-            asked.request,
-            prompt_token_ids=engine.chat_token_ids(asked.messages, asked.request),
+            request,
+            prompt_token_ids=coordinator.chat_token_ids(messages, request),
             continues_prompt=False,
-            answer_id=openai_format.new_chat_id(),
+            answer_id=f"chatcmpl-{secrets.token_hex(16)}",
         )
-        answer = engine.start(sent_by(client, request, body), client, prompt_name="messages")
-        return answered(OpenAIAnswer(CHAT, answer_head(answer, request, loaded), answer), request)
+        answer = coordinator.start(sent_by(client, request, body), client, prompt_name="messages")
+        return answered(ChatWriter(answer, loaded.served.names[0]))
 
     @routes.post("/v1/completions")
     def completions() -> Response:
         client = clients.require()
-        loaded = engine.ready_model()
+        loaded = coordinator.ready_model()
         body = json_body(config.maximum_body_bytes)
-        asked = parse_completion(body, loaded.served)
-        echo = prompt_text(asked.prompt, loaded.tokenizer) if asked.echo else None
-        token_ids, answer_id = engine.token_ids(asked.prompt), openai_format.new_completion_id()
-        request = replace(asked.request, prompt_token_ids=token_ids, answer_id=answer_id)
-        answer = engine.start(sent_by(client, request, body), client, prompt_name="prompt")
-        return answered(OpenAIAnswer(COMPLETION, answer_head(answer, request, loaded), answer, echo), request)
+        prompt, echo, request = parse_completion(body, loaded.served)
+        before = prompt_text(prompt, loaded.tokenizer) if echo else None
+        request = replace(
+            request, prompt_token_ids=coordinator.token_ids(prompt), answer_id=f"cmpl-{secrets.token_hex(16)}"
+        )
+        answer = coordinator.start(sent_by(client, request, body), client, prompt_name="prompt")
+        return answered(CompletionWriter(answer, loaded.served.names[0], before))
 
     return routes
 
 
-def answer_head(answer: Answer, asked: Request, loaded: LoadedModel) -> openai_format.AnswerHead:
-    """What all parts of this answer share."""
-    first = answer.request
-    return openai_format.AnswerHead(
-        id=first.answer_id,
-        model=loaded.served.names[0],
-        created_seconds=first.created_unix_seconds,
-        seed=first.seed,
-        include_usage=asked.include_usage,
+def answered(writer: OpenAIWriter) -> Response:
+    """Send the answer whole or as a stream, as its request asked."""
+    if writer.answer.request.stream:
+        return event_stream(writer.events())
+    return whole(writer.answer, writer.whole)
+
+
+def parse_chat(body: bytes, served: ServedModel, context_length: int) -> ChatRequest:
+    """Check a body of /v1/chat/completions; raises InvalidRequest naming the field, or UnknownModel.
+
+    A conversation of more messages than `context_length` tokens is refused as ContextTooLong before each is read.
+    """
+    fields = decode_object(body)
+    refuse_unknown_fields(fields, ChatBody)
+    check_model(fields, served)
+    asked = read(fields, ChatBody)
+    if asked.top_logprobs and not asked.logprobs:
+        raise InvalidRequest(
+            "'top_logprobs' is given, but 'logprobs' is not true.", cure="Set 'logprobs'.", param="top_logprobs"
+        )
+    lengths = {
+        name: length for name in ("max_completion_tokens", "max_tokens") if (length := getattr(asked, name)) is not None
+    }
+    if len(set(lengths.values())) > 1:
+        values = " and ".join(f"'{name}' is {length}" for name, length in lengths.items())
+        raise InvalidRequest(
+            f"{values}, but they mean the same.", cure="Give one of them.", param="max_completion_tokens"
+        )
+    length_name, length = next(iter(lengths.items()), (None, MAXIMUM_NEW_TOKENS))
+    request = Request(
+        **openai_values(asked),
+        max_new_tokens=length,
+        length_name=length_name,
+        want_logprob=asked.logprobs,
+        top_logprobs=asked.top_logprobs or 0,
+    )
+    count = len(asked.messages)
+    refuse_what_cannot_fit(request, least_tokens=count, context_length=context_length, prompt_name="messages")
+    refuse_many_text_parts(asked.messages, context_length)
+    messages = [template_message(message) for message in read_items(asked.messages, Message, "messages")]
+    return ChatRequest(messages, request)
+
+
+def parse_completion(body: bytes, served: ServedModel) -> CompletionRequest:
+    """Check a body of /v1/completions; raises InvalidRequest naming the field, or UnknownModel."""
+    fields = decode_object(body)
+    refuse_unknown_fields(fields, CompletionBody)
+    check_model(fields, served)
+    asked = read(fields, CompletionBody)
+    if asked.max_tokens == 0 and not asked.echo:
+        raise InvalidRequest(
+            "'max_tokens' is 0 without 'echo', which asks for nothing.",
+            cure="Ask for at least one token, or set 'echo'.",
+            param="max_tokens",
+        )
+    is_scored = asked.logprobs is not None
+    request = Request(
+        **openai_values(asked),
+        max_new_tokens=DEFAULT_COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens,
+        length_name=None if asked.max_tokens is None else "max_tokens",
+        want_logprob=is_scored,
+        top_logprobs=asked.logprobs or 0,
+        score_prompt=asked.echo and is_scored,
+    )
+    prompt = read_prompt(_only_prompt(asked.prompt), "prompt", served.vocabulary_size)
+    return CompletionRequest(prompt, asked.echo, request)
+
+
+def openai_values(asked: OpenAIFields) -> dict[str, Any]:
+    """The fields of a Request that both routes read in the same way."""
+    options = asked.stream_options
+    return {
+        **asked.shared_values(),
+        "temperature": asked.temperature,
+        "stop": stop_strings(asked.stop),
+        "stream": asked.stream,
+        "include_usage": options is not None and options.include_usage,
+    }
+
+
+def _only_prompt(prompt: str | list[Any]) -> str | list[Any]:
+    """The one prompt of a list; several are refused."""
+    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], str | list):
+        return prompt
+    if len(prompt) > 1:
+        raise InvalidRequest(
+            f"Invalid value for 'prompt': expected one prompt, but got {len(prompt)}.",
+            cure="Send one request for each; they are computed together.",
+            param="prompt",
+        )
+    only: str | list[Any] = prompt[0]
+    return only
+
+
+def refuse_many_text_parts(messages: list[Any], context_length: int) -> None:
+    """Raise for more text parts than the context has tokens: reading and rendering them takes seconds."""
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    if parts > context_length:
+        raise InvalidRequest(
+            f"The messages have {parts} text parts, more than the context's {context_length} tokens.",
+            cure="Join their texts.",
+            param="messages",
+        )
+
+
+def template_message(message: Message) -> dict[str, str]:
+    """A message as chat templates read it; they know OpenAI's `developer` by its older name, `system`."""
+    content = message.content
+    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    read = {"role": "system" if message.role == "developer" else message.role, "content": text}
+    return read if message.name is None else {**read, "name": message.name}
+
+
+def check_model(fields: JsonObject, served: ServedModel) -> None:
+    """Raise UnknownModel for a name that is not served."""
+    name = fields.get("model")
+    if isinstance(name, str) and name not in served.names:
+        raise unknown_model(name, served)
+
+
+def unknown_model(name: str, served: ServedModel) -> UnknownModel:
+    """The error for a model that is not served; names those that are."""
+    return UnknownModel(
+        f"The model {shown(name)} does not exist here.", cure="Served: " + ", ".join(served.names) + ".", param="model"
     )
 
 
-def answered(answer: OpenAIAnswer, asked: Request) -> Response:
-    """Whole or streamed, as the request asked."""
-    if asked.stream:
-        return event_stream(answer.events())
-    return whole(answer.answer, answer.whole)
+def model_object(name: str, served: ServedModel) -> Model:
+    """OpenAI's model object; raises UnknownModel."""
+    if name not in served.names:
+        raise unknown_model(name, served)
+    return Model(id=name, created=served.created_seconds)
+
+
+def model_list(served: ServedModel) -> ModelList:
+    return ModelList(data=[model_object(name, served) for name in served.names])

@@ -1,112 +1,226 @@
-"""A request's answer in OpenAI's shapes, whole or as server-sent events, for chats and completions; knows no routes."""
+"""Writes a request's answer in OpenAI's formats, whole or as server-sent events, for chats and completions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import abc
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from noodle.web.service import server_sent_event
-from services.coordinator.api import openai_format
-from services.coordinator.api.logprobs_format import LogprobsShape, ScoredToken, chat_logprobs, completion_logprobs
-from services.coordinator.api.openai_format import AnswerHead
-from services.coordinator.api.prompt_echo import scored_prompt
-from services.coordinator.api.request_body import JsonObject
-from services.coordinator.api.sse import COMMENT, COMMENT_SECONDS, with_errors
+from msgspec import UNSET, UnsetType
+
+from noodle.wire.messages import TokenLogprob, TokenScore
+from services.coordinator.api.openai_types import (
+    AnswerMessage,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatLogprobs,
+    ChatScore,
+    ChatTokenScore,
+    CompletionAnswer,
+    CompletionChoice,
+    CompletionLogprobs,
+    Delta,
+    Reason,
+    Usage,
+)
+from services.coordinator.api.sse import COMMENT, COMMENT_SECONDS, STREAM_END, server_sent_event, with_errors
 from services.coordinator.engine.request import FinishReason
 from services.coordinator.text.answer import Answer, Part, kept_alive
+from services.coordinator.text.detokenizer import text_offsets
+from services.coordinator.text.token_texts import TokenTexts
+from services.coordinator.text.tokenizer import Tokenizer
+
+FINISH_REASONS: dict[FinishReason, Reason] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
 
 
-@dataclass(frozen=True)
-class OpenAIShape:
-    """How chat and completions differ."""
+class Scored(NamedTuple):
+    """One token of a prompt or an answer; the first of a prompt has no log-probability, for nothing precedes it."""
 
-    answer: Callable[[AnswerHead, str, FinishReason, dict[str, int], JsonObject | None], JsonObject]
-    first_chunk: Callable[[AnswerHead], JsonObject] | None
-    text_chunk: Callable[[AnswerHead, str, JsonObject | None], JsonObject]
-    last_chunk: Callable[[AnswerHead, FinishReason], JsonObject]
-    usage_chunk: Callable[[AnswerHead, dict[str, int]], JsonObject]
-    logprobs: LogprobsShape
+    token_id: int
+    logprob: float | None
+    top: Sequence[TokenLogprob] = ()
+    text_offset: int = 0  # characters before it in the text of the choice
 
 
-CHAT = OpenAIShape(
-    openai_format.chat_answer,
-    openai_format.chat_first_chunk,
-    openai_format.chat_text_chunk,
-    openai_format.chat_last_chunk,
-    openai_format.chat_usage_chunk,
-    chat_logprobs,
-)
-COMPLETION = OpenAIShape(
-    openai_format.completion_answer,
-    None,
-    openai_format.completion_text_chunk,
-    openai_format.completion_last_chunk,
-    openai_format.completion_usage_chunk,
-    completion_logprobs,
-)
+class OpenAIWriter(abc.ABC):
+    """The answer of one request. Chats and completions differ in their choices and in their log-probabilities."""
 
+    def __init__(self, answer: Answer, model_name: str, echo: str | None = None) -> None:
+        self.answer = answer
+        self._echo = echo  # the prompt's text, if it precedes the answer's
+        self._head: dict[str, Any] = {
+            "id": answer.request.answer_id,
+            "created": answer.request.created_unix_seconds,
+            "model": model_name,
+            "seed": answer.request.seed,
+        }
 
-@dataclass(frozen=True)
-class OpenAIAnswer:
-    """One request's answer; `echo` is the prompt's text where it is to stand before the answer's."""
-
-    shape: OpenAIShape
-    head: AnswerHead
-    answer: Answer
-    echo: str | None = None
-
-    def whole(self) -> JsonObject:
-        """All of it, once it is complete."""
+    def whole(self) -> Any:
+        """The complete answer."""
         logprobs = self._logprobs([*self._prompt(), *self._tokens(self.answer.parts)])
-        text = (self.echo or "") + self.answer.text
-        return self.shape.answer(self.head, text, self.answer.finish_reason, self._usage(), logprobs)
+        text = (self._echo or "") + self.answer.text
+        return self._answer(text, FINISH_REASONS[self.answer.finish_reason], logprobs, self._usage())
 
     def events(self) -> Iterator[bytes]:
-        """Chunks as they come, usage if asked for, and [DONE]."""
+        """Chunks as they come, usage if it was asked for, and [DONE]."""
         return with_errors(self.answer, self._events())
 
     def _events(self) -> Iterator[bytes]:
-        echoed = self.echo is None
+        is_echoed = self._echo is None
 
         def events(part: Part) -> list[bytes]:
-            nonlocal echoed
-            chunks = [] if echoed else [self._echo_chunk()]  # its scores are here by now
-            echoed = True
+            nonlocal is_echoed
+            chunks = [] if is_echoed else [self._echo_chunk()]  # its scores are here by now
+            is_echoed = True
             if part.text or self.answer.request.want_logprob:
                 chunks.append(self._text_chunk(part.text, self._tokens([part])))
             return chunks
 
-        if self.shape.first_chunk is not None:
-            yield server_sent_event(self.shape.first_chunk(self.head))
+        if (first := self._first_choice()) is not None:
+            yield self._event([first])
         yield from kept_alive(self.answer, events, COMMENT, COMMENT_SECONDS)
-        if not echoed:
+        if not is_echoed:
             yield self._echo_chunk()
-        yield server_sent_event(self.shape.last_chunk(self.head, self.answer.finish_reason))
-        if self.head.include_usage:
-            yield server_sent_event(self.shape.usage_chunk(self.head, self._usage()))
-        yield server_sent_event(openai_format.STREAM_END)
+        yield self._event([self._last_choice(FINISH_REASONS[self.answer.finish_reason])])
+        if self.answer.request.include_usage:
+            yield self._event([], self._usage())
+        yield server_sent_event(STREAM_END)
+
+    def _event(self, choices: list[Any], usage: Usage | None = None) -> bytes:
+        """A chunk. With `include_usage` each has a usage, null in all but the last."""
+        return server_sent_event(self._chunk(choices, usage if self.answer.request.include_usage else UNSET))
 
     def _echo_chunk(self) -> bytes:
-        return self._text_chunk(self.echo or "", self._prompt())
+        return self._text_chunk(self._echo or "", self._prompt())
 
-    def _text_chunk(self, text: str, tokens: Sequence[ScoredToken]) -> bytes:
-        return server_sent_event(self.shape.text_chunk(self.head, text, self._logprobs(tokens)))
+    def _text_chunk(self, text: str, tokens: Sequence[Scored]) -> bytes:
+        return self._event([self._text_choice(text, self._logprobs(tokens))])
 
-    def _logprobs(self, tokens: Sequence[ScoredToken]) -> JsonObject | None:
+    def _logprobs(self, tokens: Sequence[Scored]) -> Any:
         if not self.answer.request.want_logprob:
             return None
-        return self.shape.logprobs(tokens, self.answer.tokenizer.texts)
+        return self._scores(tokens, self.answer.tokenizer.texts)
 
-    def _prompt(self) -> list[ScoredToken]:
+    def _prompt(self) -> list[Scored]:
         answer, request = self.answer, self.answer.request
-        if self.echo is None or not request.score_prompt:
+        if self._echo is None or not request.score_prompt:
             return []
-        return scored_prompt(request.prompt_token_ids, self.echo, answer.prompt_scores, answer.tokenizer)
+        return scored_prompt(request.prompt_token_ids, self._echo, answer.prompt_scores, answer.tokenizer)
 
-    def _tokens(self, parts: Sequence[Part]) -> list[ScoredToken]:
-        before = len(self.echo or "")
-        return [ScoredToken(part.token_id, part.logprob, part.top, before + part.text_offset) for part in parts]
+    def _tokens(self, parts: Sequence[Part]) -> list[Scored]:
+        before = len(self._echo or "")
+        return [Scored(part.token_id, part.logprob, part.top, before + part.text_offset) for part in parts]
 
-    def _usage(self) -> dict[str, int]:
-        """Tokens of the prompt and of the answer so far; the end-of-text token counts, it was computed."""
-        return openai_format.usage(self.answer.prompt_tokens, len(self.answer.parts))
+    def _usage(self) -> Usage:
+        prompt, completion = self.answer.prompt_tokens, len(self.answer.parts)
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+    @abc.abstractmethod
+    def _answer(self, text: str, reason: Reason, logprobs: Any, usage: Usage) -> Any: ...
+
+    @abc.abstractmethod
+    def _chunk(self, choices: list[Any], usage: Usage | UnsetType | None) -> Any: ...
+
+    @abc.abstractmethod
+    def _first_choice(self) -> Any: ...
+
+    @abc.abstractmethod
+    def _text_choice(self, text: str, logprobs: Any) -> Any: ...
+
+    @abc.abstractmethod
+    def _last_choice(self, reason: Reason) -> Any: ...
+
+    @abc.abstractmethod
+    def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> Any: ...
+
+
+class ChatWriter(OpenAIWriter):
+    """Chunks of a chat begin with one that names the role."""
+
+    def _answer(self, text: str, reason: Reason, logprobs: ChatLogprobs | None, usage: Usage) -> ChatAnswer:
+        choice = ChatChoice(message=AnswerMessage(content=text), logprobs=logprobs, finish_reason=reason)
+        return ChatAnswer(**self._head, choices=[choice], usage=usage)
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
+        return ChatChunk(**self._head, choices=choices, usage=usage)
+
+    def _first_choice(self) -> ChatChunkChoice:
+        return ChatChunkChoice(delta=Delta(role="assistant", content=""))
+
+    def _text_choice(self, text: str, logprobs: ChatLogprobs | None) -> ChatChunkChoice:
+        return ChatChunkChoice(delta=Delta(content=text), logprobs=logprobs)
+
+    def _last_choice(self, reason: Reason) -> ChatChunkChoice:
+        return ChatChunkChoice(delta=Delta(), finish_reason=reason)
+
+    def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> ChatLogprobs:
+        return chat_logprobs(tokens, texts)
+
+
+class CompletionWriter(OpenAIWriter):
+    def _answer(self, text: str, reason: Reason, logprobs: CompletionLogprobs | None, usage: Usage) -> CompletionAnswer:
+        return self._chunk([CompletionChoice(text=text, logprobs=logprobs, finish_reason=reason)], usage)
+
+    def _chunk(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> CompletionAnswer:
+        return CompletionAnswer(**self._head, choices=choices, usage=usage)
+
+    def _first_choice(self) -> None:
+        return None
+
+    def _text_choice(self, text: str, logprobs: CompletionLogprobs | None) -> CompletionChoice:
+        return CompletionChoice(text=text, logprobs=logprobs)
+
+    def _last_choice(self, reason: Reason) -> CompletionChoice:
+        return CompletionChoice(text="", finish_reason=reason)
+
+    def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> CompletionLogprobs:
+        return completion_logprobs(tokens, texts)
+
+
+def scored_prompt(
+    token_ids: Sequence[int], text: str, scores: Sequence[TokenScore], tokenizer: Tokenizer
+) -> list[Scored]:
+    """Every token of a prompt with its score; `scores` begin with the second token's.
+
+    Offsets are counted back from the text's end: a mark that the tokenizer puts in front is not part of it.
+    """
+    whole, offsets = text_offsets(lambda ids: tokenizer.decode(ids, skip_special_tokens=False), token_ids)
+    shift = len(whole) - len(text)
+    rest = [
+        Scored(token_id, score.logprob, score.top, max(0, offset - shift))
+        for token_id, score, offset in zip(token_ids[1:], scores, offsets[1:], strict=True)
+    ]
+    return [Scored(token_ids[0], None), *rest]
+
+
+def completion_logprobs(tokens: Sequence[Scored], texts: TokenTexts) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=[texts.name_of(token.token_id) for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=[_by_name(token, texts) for token in tokens],
+        text_offset=[token.text_offset for token in tokens],
+    )
+
+
+def chat_logprobs(tokens: Sequence[Scored], texts: TokenTexts) -> ChatLogprobs:
+    content = []
+    for token in tokens:
+        top = [ChatScore(**_named(each.token_id, each.logprob, texts)) for each in token.top]
+        content.append(ChatTokenScore(**_named(token.token_id, token.logprob, texts), top_logprobs=top))
+    return ChatLogprobs(content=content)
+
+
+def _by_name(token: Scored, texts: TokenTexts) -> dict[str, float] | None:
+    """The likeliest tokens first, then the token itself; of two tokens with one name the likelier stays."""
+    if token.logprob is None:
+        return None
+    named: dict[str, float] = {}
+    for each in (*token.top, TokenLogprob(token.token_id, token.logprob)):
+        named.setdefault(texts.name_of(each.token_id), each.logprob)
+    return named
+
+
+def _named(token_id: int, logprob: float | None, texts: TokenTexts) -> dict[str, Any]:
+    return {"token": texts.name_of(token_id), "logprob": logprob, "bytes": list(texts.bytes_of(token_id))}

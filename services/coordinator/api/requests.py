@@ -1,88 +1,101 @@
-"""Requests in progress, to be looked at, taken up and ended by whoever made them: /v1/requests."""
+"""Requests in progress, which their clients look at, resume and end: /v1/requests."""
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from flask import Blueprint, Response, request
+from msgspec import Meta, Struct
 
 from noodle.errors import InvalidRequest
 from noodle.web.service import error_object, json_response
-from services.coordinator.api.answering import event_stream
 from services.coordinator.api.auth import Clients
-from services.coordinator.api.generate_schemas import TOKEN_EVENT
-from services.coordinator.api.generate_stream import generate_events
-from services.coordinator.api.json_schema import COUNT, NUMBER, STRING, always, integer, nullable, one_of
-from services.coordinator.api.openapi import ERROR, READY_ERRORS, Operation
-from services.coordinator.api.request_body import JsonObject
+from services.coordinator.api.generate import TokenEvent, generate_events
+from services.coordinator.api.openapi import READY_ERRORS, ErrorObject, Operation
+from services.coordinator.api.parameters import MAXIMUM_NEW_TOKENS
+from services.coordinator.api.sse import event_stream
 from services.coordinator.coordinator import Coordinator
-from services.coordinator.engine.parameters import MAXIMUM_NEW_TOKENS
 from services.coordinator.engine.request import RequestStream
 
-STATUS = always(
-    {
-        "id": STRING,
-        "status": one_of("running", "finished", "failed"),
-        "tokens": COUNT,
-        "resume_seconds": NUMBER,
-        "error": nullable(ERROR["properties"]["error"]),
-    }
-)
+
+class RequestStatus(Struct):
+    id: str
+    status: Literal["running", "finished", "failed"]
+    tokens: int
+    resume_seconds: float
+    error: ErrorObject | None
+
+
 OPERATIONS = (
-    Operation("get", "/v1/requests/{name}", "How far a request of this key is.", STATUS, (*READY_ERRORS, 404)),
     Operation(
-        "get",
-        "/v1/requests/{name}/events",
-        "The request's tokens as server-sent events of /generate_stream, after so many whose text was delivered.",
-        None,
-        (*READY_ERRORS, 400, 404, 429),
-        event=TOKEN_EVENT,
-        query={"after": integer(0, MAXIMUM_NEW_TOKENS)},
+        method="get",
+        path="/v1/requests/{name}",
+        summary="The state of a request",
+        description="Reports how many tokens a request of this key has; `name` is the X-Request-Id of its answer.",
+        answer=RequestStatus,
+        errors=(*READY_ERRORS, 404),
     ),
-    Operation("delete", "/v1/requests/{name}", "End a request on every stage.", STATUS, (*READY_ERRORS, 404)),
+    Operation(
+        method="get",
+        path="/v1/requests/{name}/events",
+        summary="Resume the stream of a request",
+        description="Sends the request's tokens as events of /generate_stream, all but the first `after`.",
+        errors=(*READY_ERRORS, 400, 404, 429),
+        event=TokenEvent,
+        query={"after": Annotated[int, Meta(ge=0, le=MAXIMUM_NEW_TOKENS)]},
+    ),
+    Operation(
+        method="delete",
+        path="/v1/requests/{name}",
+        summary="End a request",
+        description="Ends a request of this key on every stage.",
+        answer=RequestStatus,
+        errors=(*READY_ERRORS, 404),
+    ),
 )
 
 
-def request_routes(engine: Coordinator, clients: Clients) -> Blueprint:
-    """`name` is the X-Request-Id of the request's answer; another key's requests are not found."""
+def request_routes(coordinator: Coordinator, clients: Clients) -> Blueprint:
+    """A client finds its own requests alone."""
     routes = Blueprint("requests", __name__)
 
     @routes.get("/v1/requests/<name>")
     def status(name: str) -> Response:
-        return json_response(status_of(engine.find(clients.require(), name)))
+        return json_response(status_of(coordinator.find(clients.require(), name)))
 
     @routes.get("/v1/requests/<name>/events")
     def events(name: str) -> Response:
-        stream = engine.find(clients.require(), name)
+        stream = coordinator.find(clients.require(), name)
         after = _after(stream)
-        return event_stream(generate_events(engine.take_up(stream), "", after))
+        return event_stream(generate_events(coordinator.take_up(stream), "", after))
 
     @routes.delete("/v1/requests/<name>")
     def end(name: str) -> Response:
-        stream = engine.find(clients.require(), name)
-        engine.loop.admission.end_early(stream.request_id, "cancelled")
+        stream = coordinator.find(clients.require(), name)
+        coordinator.loop.admission.end_early(stream.request_id, "cancelled")
         return json_response(status_of(stream))
 
     return routes
 
 
-def status_of(stream: RequestStream) -> JsonObject:
-    """A request as its client sees it."""
-    request, failure = stream.request, stream.failure
-    ended = "finished" if failure is None else "failed"
-    return {
-        "id": request.client_request_id or request.request_id,
-        "status": ended if stream.has_ended else "running",
-        "tokens": stream.token_count,
-        "resume_seconds": request.resume_seconds,
-        "error": error_object(failure) if failure else None,
-    }
+def status_of(stream: RequestStream) -> RequestStatus:
+    asked, failure = stream.request, stream.failure
+    ended: Literal["finished", "failed"] = "finished" if failure is None else "failed"
+    return RequestStatus(
+        id=asked.client_request_id or asked.request_id,
+        status=ended if stream.has_ended else "running",
+        tokens=stream.token_count,
+        resume_seconds=asked.resume_seconds,
+        error=ErrorObject(**error_object(failure)) if failure else None,
+    )
 
 
 def _after(stream: RequestStream) -> int:
-    """The query's `after`; raises InvalidRequest for what is no position, or one that is not reached yet."""
+    """The query's `after`; raises InvalidRequest if it is no position, or one that the request has not reached."""
     text = request.args.get("after", "0")
     if not text.isdecimal() or len(text) > len(str(MAXIMUM_NEW_TOKENS)):
         raise InvalidRequest(f"after is {text[:40]!r}, not a number of tokens.", param="after")
-    most = stream.request.max_new_tokens if stream.was_resumed else 0  # those after what was recorded come again
+    most = stream.request.max_new_tokens if stream.was_resumed else 0  # tokens after the recorded ones come again
     if int(text) > max(most, count := stream.token_count):
         raise InvalidRequest(f"after is {text}, but the request has {count} tokens so far.", param="after")
     return int(text)

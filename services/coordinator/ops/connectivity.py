@@ -4,33 +4,26 @@ from __future__ import annotations
 
 from noodle.cluster.plan import MachineReport
 from noodle.config.settings import CoordinatorConfig
-from noodle.web.connectivity import Target
-from services.coordinator.api.json_schema import STRING, always, array
+from noodle.web.connectivity import ConnectivityReport, Target
 from services.coordinator.api.openapi import Operation
 from services.coordinator.coordinator import Coordinator
 
 OPERATIONS = (
     Operation(
-        "get",
-        "/doctor/reach",
-        "Whom this coordinator reaches of planner, Valkey and stages, and how fast; with the cluster token alone.",
-        always(
-            {
-                "name": STRING,
-                "machine": STRING,
-                "version": STRING,
-                "model_digest": STRING,
-                "reached": array({"type": "object"}),
-            }
-        ),
-        (401, 429),
+        method="get",
+        path="/doctor/reach",
+        summary="Whom the coordinator reaches",
+        description="Tries the planner, Valkey and the stages, and times each; requires the cluster token.",
+        answer=ConnectivityReport,
+        errors=(401, 429),
     ),
     Operation(
-        "get",
-        "/doctor/bytes",
-        "As many zero bytes as `count` says, to time them; with the cluster token alone.",
-        {"type": "string"},
-        (400, 401),
+        method="get",
+        path="/doctor/bytes",
+        summary="Bytes to time a connection with",
+        description="Sends `count` zero bytes; requires the cluster token.",
+        answer={"type": "string"},
+        errors=(400, 401),
         media_type="application/octet-stream",
     ),
 )

@@ -6,16 +6,15 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from flask import Blueprint, Response, request
+from msgspec import Meta
 
 from noodle.errors import InvalidRequest, NotReady
 from noodle.web.service import add_success_false, json_body, json_response
-from services.coordinator.api.json_schema import COUNT, NUMBER, STRING, always, array
-from services.coordinator.api.manual_schemas import AN_OBJECT, COMMON, guide_errors
-from services.coordinator.api.openapi import Operation
+from services.coordinator.api.openapi import BODY_ERRORS, READY_ERRORS, Operation
 from services.coordinator.ops.records import Record, RecordStore
 
 METRICS_FILE_BYTES = 16 << 20  # of each of the two files
@@ -27,33 +26,6 @@ UNKNOWN_NODE = "unknown"
 MAXIMUM_NODE_CHARACTERS = 100
 ENTRY_ID_CHARACTERS = 64
 
-OPERATIONS = (
-    Operation(
-        "post",
-        "/log_metrics",
-        "Store what a node measured of itself; an entry whose `entry_id` is stored already is not stored again.",
-        always({"success": {"const": True}, "stored": COUNT, "already_stored": COUNT}),
-        (),
-        body={"type": ["object", "array"]},
-        other_answers=guide_errors(**COMMON),
-    ),
-    Operation(
-        "get",
-        "/log_metrics",
-        "The newest entries that nodes sent, oldest first; `last` is their number.",
-        always(
-            {
-                "success": {"const": True},
-                "entries": array(
-                    always({"received_at_seconds": NUMBER, "node_id": STRING, "metrics": AN_OBJECT, "entry_id": STRING})
-                ),
-            }
-        ),
-        (),
-        other_answers=guide_errors(**COMMON),
-    ),
-)
-
 
 class MetricsEntry(Record, frozen=True, kw_only=True):
     """One entry as it is stored."""
@@ -61,6 +33,47 @@ class MetricsEntry(Record, frozen=True, kw_only=True):
     received_at_seconds: float  # Unix time, by the coordinator's clock
     node_id: str
     metrics: dict[str, Any]
+
+
+class MetricsStored(msgspec.Struct):
+    """The answer to POST /log_metrics."""
+
+    success: bool
+    stored: int
+    already_stored: int
+
+
+class MetricsList(msgspec.Struct):
+    """The answer to GET /log_metrics."""
+
+    success: bool
+    entries: list[MetricsEntry]
+
+
+GUIDE_ERRORS = (*READY_ERRORS, *BODY_ERRORS, 500, 504)
+OPERATIONS = (
+    Operation(
+        method="post",
+        path="/log_metrics",
+        summary="Store metrics of a node",
+        description="Stores one object or a list of them; an entry whose `entry_id` is stored already is not stored "
+        "again.",
+        answer=MetricsStored,
+        errors=GUIDE_ERRORS,
+        is_guide=True,
+        body={"type": ["object", "array"]},
+    ),
+    Operation(
+        method="get",
+        path="/log_metrics",
+        summary="Read the newest metrics",
+        description="Returns the newest entries that nodes sent, oldest first.",
+        answer=MetricsList,
+        errors=GUIDE_ERRORS,
+        is_guide=True,
+        query={"last": Annotated[int, Meta(ge=1, le=MAXIMUM_ENTRIES, description="How many entries, by default 100.")]},
+    ),
+)
 
 
 def log_metrics_routes(path: Path, require_client: Callable[[], object]) -> Blueprint:
@@ -82,7 +95,7 @@ def log_metrics_routes(path: Path, require_client: Callable[[], object]) -> Blue
                 "again.",
                 retry_after_seconds=30,
             ) from error
-        return json_response({"success": True, "stored": stored, "already_stored": len(entries) - stored})
+        return json_response(MetricsStored(True, stored, len(entries) - stored))
 
     @routes.get("/log_metrics")
     def logged_metrics() -> Response:
@@ -90,7 +103,7 @@ def log_metrics_routes(path: Path, require_client: Callable[[], object]) -> Blue
         asked = request.args.get("last", "100")
         if not re.fullmatch(r"[0-9]{1,6}", asked) or not 1 <= int(asked) <= MAXIMUM_ENTRIES:
             raise InvalidRequest(f"last is {asked[:40]!r}, not a number from 1 to {MAXIMUM_ENTRIES}.", param="last")
-        return json_response({"success": True, "entries": store.newest(MetricsEntry, int(asked))[::-1]})
+        return json_response(MetricsList(True, store.newest(MetricsEntry, int(asked))[::-1]))
 
     return routes
 

@@ -16,10 +16,8 @@ from flask import Flask, Response
 from noodle.cluster.reports import KINDS, MAXIMUM_REPORT_BYTES, KeptReport, ReportHead, ReportList
 from noodle.errors import InvalidRequest, NoodleError, NotFound
 from noodle.web.service import json_body, json_response
-from services.coordinator.api.json_schema import COUNT, STRING, always, array, one_of
-from services.coordinator.api.manual_schemas import AN_OBJECT
-from services.coordinator.api.openapi import BODY_ERRORS, Operation
-from services.coordinator.api.request_body import decode_object
+from services.coordinator.api.body import decode_object
+from services.coordinator.api.openapi import ANY_OBJECT, BODY_ERRORS, Operation
 from services.coordinator.ops.records import Record, RecordStore
 
 log = logging.getLogger(__name__)
@@ -29,29 +27,32 @@ REPORTS_FILE_BYTES = 32 << 20  # of each of the two files
 MAXIMUM_HEAD_CHARACTERS = 200  # of each field in a report's head
 REPORT_FILE_PATTERN = re.compile(r"\d{8}-\d{6}-\d{6}-([a-z]+)-[0-9a-f]{6}")  # stem of a file with one report
 
-KEPT_REPORT = always(
-    {
-        "id": STRING,
-        "kind": one_of(*KINDS),
-        "byte_count": COUNT,
-        "made_at": STRING,
-        "machine": STRING,
-        "model": STRING,
-        "headline": STRING,
-    }
-)
 OPERATIONS = (
     Operation(
-        "post",
-        "/reports/{kind}",
-        "Store a report of `noodle bench` or `noodle profile`; answered 201.",
-        None,
-        (401, *BODY_ERRORS, 404, 500),
-        body=AN_OBJECT,
-        other_answers={201: ("Stored.", KEPT_REPORT)},
+        method="post",
+        path="/reports/{kind}",
+        summary="Store a report",
+        description="Stores a report of `noodle bench` or `noodle profile`.",
+        errors=(401, *BODY_ERRORS, 404, 500),
+        body=ANY_OBJECT,
+        other_answers={201: ("Stored.", KeptReport)},
     ),
-    Operation("get", "/reports", "The stored reports, newest first.", always({"reports": array(KEPT_REPORT)}), (401,)),
-    Operation("get", "/reports/{report_id}", "One report.", AN_OBJECT, (401, 404)),
+    Operation(
+        method="get",
+        path="/reports",
+        summary="List the stored reports",
+        description="Returns the heads of the stored reports, newest first.",
+        answer=ReportList,
+        errors=(401,),
+    ),
+    Operation(
+        method="get",
+        path="/reports/{report_id}",
+        summary="Read one report",
+        description="Returns a report as it was sent.",
+        answer=ANY_OBJECT,
+        errors=(401, 404),
+    ),
 )
 
 Content = TypeVar("Content")

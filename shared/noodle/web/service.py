@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import hmac
-import json
 import logging
 import os
 import signal
@@ -310,10 +309,3 @@ def _received(maximum_bytes: int) -> bytes:
 def _logged(error: NoodleError) -> NoodleError:
     log.info("%s %s from %s: %s", request.method, request.path, request.remote_addr, error)
     return error
-
-
-def server_sent_event(value: Any, event: str = "", event_id: str = "") -> bytes:
-    """Encode one server-sent event; `value` becomes JSON unless it is text."""
-    data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    head = (f"id: {event_id}\n" if event_id else "") + (f"event: {event}\n" if event else "")
-    return f"{head}data: {data}\n\n".encode()

@@ -5,9 +5,10 @@ from prometheus_client import CollectorRegistry
 
 from noodle.config.environment import coordinator_config
 from noodle.metrics.counted import CoordinatorMetrics
-from services.coordinator.api import generate_format, openai_fields
-from services.coordinator.api.openapi import ERROR, ERROR_TEXTS, OPENAPI, document
-from services.coordinator.app import OPERATIONS, create_app
+from services.coordinator.api.generate import GenerateParameters
+from services.coordinator.api.openai_types import ChatBody, CompletionBody
+from services.coordinator.api.openapi import ERROR_TEXTS
+from services.coordinator.app import OPERATIONS, create_app, document
 from services.coordinator.coordinator import Coordinator
 
 TOKEN = "a-token-of-some-length"
@@ -32,49 +33,70 @@ def test_every_route_has_its_operation_and_every_operation_its_route(app):
         if rule.endpoint != "static"
         for method in rule.methods - IMPLICIT
     }
-    assert routes == {(operation.method, operation.flask_rule) for operation in (*OPERATIONS, OPENAPI)}
+    assert routes == {(operation.method, operation.flask_rule) for operation in OPERATIONS}
 
 
 def test_the_document_is_what_the_route_sends(app):
     sent = app.test_client().get("/openapi.json").get_json()
-    assert sent == document(OPERATIONS)
+    assert sent == document()
     assert sent["openapi"] == "3.1.0"
 
 
-def properties(path):
-    body = document(OPERATIONS)["paths"][path]["post"]["requestBody"]
-    return body["content"]["application/json"]["schema"]["properties"]
+def properties(name):
+    return document()["components"]["schemas"][name]["properties"]
 
 
-def test_every_field_that_a_request_may_have_is_described():
-    assert set(properties("/v1/chat/completions")) == (
-        openai_fields.CHAT_HONOURED | openai_fields.HARMLESS | set(openai_fields.CHAT_NEUTRAL)
-    )
-    assert set(properties("/v1/completions")) == (
-        openai_fields.COMPLETION_HONOURED | openai_fields.HARMLESS | set(openai_fields.COMPLETION_NEUTRAL)
-    )
-    assert set(properties("/generate")["parameters"]["properties"]) == (
-        generate_format.HONOURED | set(generate_format.NEUTRAL)
-    )
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody, GenerateParameters])
+def test_every_field_that_a_request_may_have_is_described(body):
+    assert set(properties(body.__name__)) == {*body.__struct_fields__, *body.HARMLESS, *body.NEUTRAL}
+
+
+def test_bounds_and_null_stand_in_the_schema():
+    chat = properties("ChatBody")
+    assert chat["temperature"]["anyOf"] == [{"type": "number", "minimum": 0, "maximum": 2.0}, {"type": "null"}]
+    assert chat["n"] == {"enum": [1, None]}
+    assert chat["user"] == {}
+    assert chat["messages"]["items"] == {"$ref": "#/components/schemas/Message"}
+    schemas = document()["components"]["schemas"]
+    assert schemas["ChatBody"]["required"] == ["messages"]
+    assert not schemas["ChatBody"]["additionalProperties"]
+    assert "usage" not in schemas["ChatChunk"]["required"]
+    assert {"object", "choices", "seed"} <= set(schemas["ChatChunk"]["required"])
+
+
+def references(value):
+    if isinstance(value, dict):
+        yield from ([value["$ref"]] if "$ref" in value else [])
+        value = list(value.values())
+    for each in value if isinstance(value, list) else ():
+        yield from references(each)
+
+
+def test_every_reference_has_its_schema():
+    schemas = document()["components"]["schemas"]
+    assert {reference.rpartition("/")[2] for reference in references(document())} <= set(schemas)
+
+
+def test_every_operation_is_described():
+    for operation in OPERATIONS:
+        assert operation.summary
+        assert operation.description.endswith("."), operation.path
 
 
 def test_every_error_has_its_text_and_the_shape_of_openais():
-    for path, methods in document(OPERATIONS)["paths"].items():
+    for path, methods in document()["paths"].items():
         for method, operation in methods.items():
             for status, answer in operation["responses"].items():
                 assert answer["description"], (method, path, status)
                 if int(status) < 400 or path == "/health":
                     continue
                 schema = answer["content"]["application/json"]["schema"]
-                if "$ref" in schema:
-                    assert schema == {"$ref": "#/components/schemas/Error"}
-                    assert answer["description"] == ERROR_TEXTS[int(status)]
-                else:  # the guide's say `success` beside it
-                    assert schema["properties"] == {**ERROR["properties"], "success": {"const": False}}
+                is_guide = path in ("/log_metrics", "/plan/generate", "/stage/{stage_id}/forward")
+                assert schema == {"$ref": f"#/components/schemas/{'GuideError' if is_guide else 'Error'}"}
+                assert is_guide or answer["description"] == ERROR_TEXTS[int(status)]
+    assert properties("GuideError") == {**properties("Error"), "success": {"const": False}}
 
 
 def test_operations_have_names_of_their_own():
-    names = [
-        operation["operationId"] for methods in document(OPERATIONS)["paths"].values() for operation in methods.values()
-    ]
+    names = [operation["operationId"] for methods in document()["paths"].values() for operation in methods.values()]
     assert len(names) == len(set(names))

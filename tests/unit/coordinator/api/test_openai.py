@@ -8,28 +8,23 @@ import random
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
-from openai.types import completion_create_params
+from openai.types import Model, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from noodle.errors import ContextTooLong, InvalidRequest, RequestError, UnknownModel
-from services.coordinator.api.openai_fields import (
-    CHAT_HONOURED,
-    CHAT_NEUTRAL,
-    COMPLETION_HONOURED,
-    COMPLETION_NEUTRAL,
-    HARMLESS,
-    STREAM_OPTIONS_NEUTRAL,
-)
-from services.coordinator.api.openai_messages import MESSAGE_NEUTRAL
-from services.coordinator.api.openai_request import (
+from services.coordinator.api.openai import (
     ChatRequest,
     CompletionRequest,
+    model_list,
+    model_object,
     parse_chat,
     parse_completion,
 )
+from services.coordinator.api.openai_types import ChatBody, CompletionBody, Message, OpenAIFields, StreamOptions
+from services.coordinator.api.parameters import MAXIMUM_NEW_TOKENS
 from services.coordinator.coordinator import ServedModel
-from services.coordinator.engine.parameters import MAXIMUM_NEW_TOKENS
 from tests.support.clients.random_json import random_body, random_value
 
 SERVED = ServedModel(names=("SmolLM2-135M-Instruct", "noodle"), vocabulary_size=1000, created_seconds=1)
@@ -50,16 +45,20 @@ def completion(**fields: Any) -> CompletionRequest:
 PARSERS = {"chat": chat, "completion": completion}
 NEUTRAL_CASES = [
     (kind, name, value)
-    for kind, table in (("chat", CHAT_NEUTRAL), ("completion", COMPLETION_NEUTRAL))
+    for kind, table in (("chat", ChatBody.NEUTRAL), ("completion", CompletionBody.NEUTRAL))
     for name, values in table.items()
     for value in (None, *values)
 ]
 REFUSED_CASES = [
     (kind, name, value)
-    for kind, table in (("chat", CHAT_NEUTRAL), ("completion", COMPLETION_NEUTRAL))
+    for kind, table in (("chat", ChatBody.NEUTRAL), ("completion", CompletionBody.NEUTRAL))
     for name in table
     for value in UNUSUAL
 ]
+
+
+def known_fields(kind: type[OpenAIFields]) -> set[str]:
+    return {*kind.__struct_fields__, *kind.HARMLESS, *kind.NEUTRAL}
 
 
 def refusal(kind: str, **fields: Any) -> InvalidRequest:
@@ -134,8 +133,8 @@ def test_log_probabilities_are_asked_for_in_each_routes_own_way() -> None:
 
 def test_every_parameter_of_the_official_client_is_known() -> None:
     for module, known in (
-        (chat_create_params, CHAT_HONOURED | HARMLESS | set(CHAT_NEUTRAL)),
-        (completion_create_params, COMPLETION_HONOURED | HARMLESS | set(COMPLETION_NEUTRAL)),
+        (chat_create_params, known_fields(ChatBody)),
+        (completion_create_params, known_fields(CompletionBody)),
     ):
         names = set(inspect.get_annotations(module.CompletionCreateParamsBase)) | {"stream"}
         assert names <= known, names - known
@@ -186,7 +185,7 @@ def test_streaming_and_its_usage_option() -> None:
     assert chat(stream=True, stream_options={"include_usage": True}).request.include_usage
     assert not chat(stream=True, stream_options={"include_usage": False}).request.include_usage
     assert not completion(stream=False, stream_options=None).request.include_usage
-    for name, neutral in STREAM_OPTIONS_NEUTRAL.items():
+    for name, neutral in StreamOptions.NEUTRAL.items():
         chat(stream=True, stream_options={name: neutral[0]})
         assert refusal("chat", stream=True, stream_options={name: True}).param == f"stream_options.{name}"
     assert refusal("chat", stream_options={"include_usage": True}).param == "stream_options"
@@ -206,13 +205,13 @@ def test_messages_become_what_a_template_reads() -> None:
             {"role": "system", "content": []},
         ]
     )
-    assert request.messages == (
+    assert request.messages == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "one\ntwo"},
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "x", "name": "Ann"},
         {"role": "system", "content": ""},
-    )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -252,9 +251,9 @@ def test_a_wrong_message_is_refused_by_its_place(messages: Any, param: str, mess
     assert error.param == param
 
 
-@pytest.mark.parametrize("name", MESSAGE_NEUTRAL)
+@pytest.mark.parametrize("name", Message.NEUTRAL)
 def test_what_a_message_may_not_carry_is_refused_by_name(name: str) -> None:
-    for value in (None, *MESSAGE_NEUTRAL[name]):
+    for value in (None, *Message.NEUTRAL[name]):
         chat(messages=[{"role": "assistant", "content": "x", name: value}])
     error = refusal("chat", messages=[{"role": "assistant", "content": "x", name: [{"id": 1}]}])
     assert error.param == f"messages[0].{name}"
@@ -316,8 +315,8 @@ def test_what_vllm_bench_sends_is_taken() -> None:
 
 def test_random_bodies_are_taken_or_refused_and_nothing_else() -> None:
     generator = random.Random(30)
-    chat_names = sorted(CHAT_HONOURED | set(CHAT_NEUTRAL) | {"user", "unknown"})
-    completion_names = sorted(COMPLETION_HONOURED | set(COMPLETION_NEUTRAL) | {"user", "unknown"})
+    chat_names = sorted(known_fields(ChatBody) - ChatBody.HARMLESS | {"user", "unknown"})
+    completion_names = sorted(known_fields(CompletionBody) - CompletionBody.HARMLESS | {"user", "unknown"})
     taken = longest = 0
     for _ in range(5000):
         for parse, valid, names in (
@@ -362,3 +361,12 @@ def test_more_text_parts_than_the_context_has_tokens_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=f"{CONTEXT + 2} text parts"):
         chat(messages=[{"role": "user", "content": parts}] * 2)
     chat(messages=[{"role": "user", "content": parts}])
+
+
+def test_models_are_listed_under_each_name() -> None:
+    listed = msgspec.to_builtins(model_list(SERVED))
+    assert listed["object"] == "list"
+    assert [Model.model_validate(model, strict=True).id for model in listed["data"]] == list(SERVED.names)
+    assert Model.model_validate(msgspec.to_builtins(model_object("noodle", SERVED)), strict=True).created == 1
+    with pytest.raises(UnknownModel):
+        model_object("gpt-4o", SERVED)

@@ -6,21 +6,22 @@ import json
 import random
 from typing import Any
 
+import msgspec
 import pytest
+from openai._streaming import SSEDecoder
 
 from noodle.errors import InvalidRequest, RequestError
-from services.coordinator.api.generate_format import (
-    HONOURED,
-    NEUTRAL,
-    GeneratedToken,
+from noodle.wire.messages import TokenLogprob
+from services.coordinator.api.generate import (
+    GenerateParameters,
     GenerateRequest,
     generate_answer,
-    generation_details,
-    last_token_event,
+    generate_events,
     parse_generate,
-    token_event,
 )
+from services.coordinator.text.answer import Part
 from tests.support.clients.random_json import random_body, random_value
+from tests.unit.coordinator.api.answers import answer_to
 
 
 def parse(inputs: Any = "hi", stream: bool = False, **parameters: Any) -> GenerateRequest:
@@ -102,9 +103,9 @@ def test_do_sample_may_not_say_the_contrary(asked: dict[str, Any]) -> None:
     assert refusal(**asked).param == "parameters.do_sample"
 
 
-@pytest.mark.parametrize("name", NEUTRAL)
+@pytest.mark.parametrize("name", GenerateParameters.NEUTRAL)
 def test_what_is_not_honoured_is_refused_by_name(name: str) -> None:
-    for value in (None, *NEUTRAL[name]):
+    for value in (None, *GenerateParameters.NEUTRAL[name]):
         parse(**{name: value})
     for value in (7, 0.25, "unusual", [7], {"type": "json"}):
         error = refusal(**{name: value})
@@ -165,51 +166,63 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: Any) -> None:
     assert refusal(**{name: value}).param == name
 
 
-TOKENS = [GeneratedToken(5, "he", False, -0.5), GeneratedToken(2, "", True, -1.5)]
+PARTS = [
+    Part(1, "he", -0.5, None, (TokenLogprob(1, -0.5), TokenLogprob(2, -0.75))),
+    Part(3, "", -1.5, "eos_token", (TokenLogprob(3, -1.5),)),
+]
+
+
+def answer(before: str = "", **asked: Any) -> Any:
+    return msgspec.to_builtins(generate_answer(answer_to(parse(**asked).request, PARTS, complete=True), before))
+
+
+def events(before: str = "", after: int = 0, **asked: Any) -> list[Any]:
+    stream = b"".join(generate_events(answer_to(parse(stream=True, **asked).request, PARTS), before, after))
+    return [(event.id, json.loads(event.data)) for event in SSEDecoder().iter_bytes(iter([stream]))]
 
 
 def test_an_answer_tells_how_it_came_about() -> None:
-    parameters = parse(seed=-3).request
-    details = generation_details("eos_token", parameters, prompt_tokens=4, tokens=TOKENS)
-    assert generate_answer("he", details) == {
+    assert answer(seed=-3) == {
         "generated_text": "he",
         "details": {
             "finish_reason": "eos_token",
             "generated_tokens": 2,
             "prompt_tokens": 4,
             "seed": -3,
-            "tokens": [{"id": 5, "text": "he", "special": False}, {"id": 2, "text": "", "special": True}],
+            "tokens": [{"id": 1, "text": "he", "special": False}, {"id": 3, "text": "", "special": True}],
         },
     }
-    assert generate_answer("he", details, prompt_text="say: ")["generated_text"] == "say: he"
+    assert answer("say: ")["generated_text"] == "say: he"
 
 
 def test_details_add_the_log_probabilities() -> None:
-    parameters = parse(details=True).request
-    details = generation_details("length", parameters, prompt_tokens=4, tokens=TOKENS)
+    details = answer(details=True, top_n_tokens=2)["details"]
     assert [token["logprob"] for token in details["tokens"]] == [-0.5, -1.5]
-    assert token_event(1, TOKENS[0], parameters)["token"]["logprob"] == -0.5
+    assert [[top["id"] for top in each] for each in details["top_tokens"]] == [[1, 2], [3]]
+    assert details["top_tokens"][0][1] == {"id": 2, "text": "llo", "special": False, "logprob": -0.75}
+    assert details["prompt_token_ids"] == [1, 2, 1, 2]
+    assert details["prefill"] == []
+    assert events(details=True)[0][1]["token"]["logprob"] == -0.5
 
 
 def test_a_stream_has_an_event_for_each_token_and_the_last_one_has_it_all() -> None:
-    parameters = parse(seed=1).request
-    assert token_event(1, TOKENS[0], parameters) == {
+    (first_id, first), (last_id, last) = events("say: ", seed=1)
+    assert (first_id, last_id) == ("1", "2")
+    assert first == {
         "index": 1,
-        "token": {"id": 5, "text": "he", "special": False},
+        "token": {"id": 1, "text": "he", "special": False},
         "generated_text": None,
         "details": None,
     }
-    last = last_token_event(
-        TOKENS[1], "he", "stop_sequence", parameters, prompt_tokens=4, generated_tokens=2, prompt_text="say: "
-    )
     assert last["index"] == 2
     assert last["generated_text"] == "say: he"
-    assert last["details"] == {"finish_reason": "stop_sequence", "generated_tokens": 2, "prompt_tokens": 4, "seed": 1}
+    assert last["details"] == {"finish_reason": "eos_token", "generated_tokens": 2, "prompt_tokens": 4, "seed": 1}
+    assert events("say: ", after=1, seed=1) == [(last_id, last)]
 
 
 def test_random_bodies_are_taken_or_refused_and_nothing_else() -> None:
     generator = random.Random(32)
-    names = sorted(HONOURED | set(NEUTRAL) | {"unknown"})
+    names = sorted({*GenerateParameters.__struct_fields__, *GenerateParameters.NEUTRAL, "unknown"})
     taken = longest = 0
     for _ in range(5000):
         inner = random_body(generator, {"max_new_tokens": 4}, names)
