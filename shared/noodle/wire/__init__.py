@@ -1,0 +1,4 @@
+"""What crosses a hop between processes: typed messages, frames, connections and streams.
+
+Knows bytes and bounds; never what a step computes.
+"""

@@ -1,7 +1,7 @@
-"""The bytes of a chunked HTTP body that streams; pure but for the function that receives.
+"""A reader of a chunked HTTP body, faster than those of gunicorn and http.client.
 
-A hop's body is read frame by frame, and a token waits for each of these reads. gunicorn's and http.client's readers
-would do, but they pass each piece through several buffers, which takes longer than all else that a hop does with it.
+A token waits for each read of a hop's body. Their readers copy each piece through several buffers, which takes longer
+than everything else that a hop does with it.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from collections.abc import Callable
 from noodle.errors import WireError
 
 HEX_DIGITS = b"0123456789abcdefABCDEF"
-SIZE_LINE_BYTES = 1024  # of a chunk's size with its extensions; whoever sends hops uses four
-RECEIVED_BYTES = 64 << 10  # at once, or what a larger chunk lacks
-MOST_RECEIVED_BYTES = 1 << 20
+SIZE_LINE_BYTES = 1024  # longest line of a chunk's size with its extensions; hops use four bytes
+RECEIVED_BYTES = 64 << 10  # bytes of one read, more for the rest of a larger chunk
+MAXIMUM_RECEIVED_BYTES = 1 << 20  # largest read
 
 
 class ChunkStream:
-    """What is in the chunks, whatever their bounds.
+    """The content of the chunks, read without regard to their bounds.
 
-    `receive(n)` gives at most n bytes as soon as there are any, and b"" at the end of the connection. `held` is what
-    was received already.
+    `receive(n)` returns at most n bytes as soon as there are any, and b"" at the end of the connection. `held` are
+    bytes that were received before.
     """
 
     def __init__(self, receive: Callable[[int], bytes], held: bytes = b"") -> None:
         self._receive = receive
         self._held, self._at = held, 0
-        self._left = 0  # of the chunk in progress
-        self._begun = False  # a chunk stands before the next one, and its line end
+        self._left = 0  # bytes of the current chunk
+        self._begun = False  # a line end separates the next chunk from one before it
         self._ended = False
 
     def read(self, wanted_bytes: int) -> bytes:
-        """So many bytes, fewer only at the end of the body.
+        """Read exactly this many bytes, fewer only at the end of the body.
 
-        Raises WireError for chunks that are none, ConnectionResetError when the connection ends within the body.
+        Raises WireError for malformed chunks, ConnectionResetError when the connection ends within the body.
         """
         begin, end = self._at, self._at + wanted_bytes
-        if wanted_bytes <= self._left and end <= len(self._held):  # nearly always: a frame comes as one chunk
+        if wanted_bytes <= self._left and end <= len(self._held):  # the common case: a frame is one chunk
             self._at = end
             self._left -= wanted_bytes
             return self._held[begin:end]
@@ -59,25 +59,25 @@ class ChunkStream:
 
     def _begin_chunk(self) -> None:
         if self._begun and self._line():
-            raise WireError("a chunk is longer than it says.")
+            raise WireError("a chunk is longer than its size.")
         size = self._line().partition(b";")[0].strip()
-        if not size or size.strip(HEX_DIGITS):  # int() alone takes signs, underscores and 0x
-            raise WireError(f"a chunk of {size[:20]!r} bytes was announced.")
+        if not size or size.strip(HEX_DIGITS):  # int() alone accepts signs, underscores and 0x
+            raise WireError(f"the size of a chunk is {size[:20]!r}.")
         self._left = int(size, 16)
         self._begun, self._ended = True, not self._left
 
     def _line(self) -> bytes:
-        """The bytes up to the next line end, which is taken too."""
+        """Take the bytes up to the next line end, and the line end."""
         while (end := self._held.find(b"\r\n", self._at)) < 0:
             rest = self._held[self._at :]
             if len(rest) > SIZE_LINE_BYTES:
-                raise WireError(f"a chunk's size takes more than {SIZE_LINE_BYTES} bytes.")
+                raise WireError(f"the size line of a chunk is longer than {SIZE_LINE_BYTES} bytes.")
             self._held, self._at = rest + self._more(0), 0
         line, self._at = self._held[self._at : end], end + 2
         return line
 
     def _more(self, wanted_bytes: int) -> bytes:
-        received = self._receive(min(max(wanted_bytes, RECEIVED_BYTES), MOST_RECEIVED_BYTES))
+        received = self._receive(min(max(wanted_bytes, RECEIVED_BYTES), MAXIMUM_RECEIVED_BYTES))
         if not received:
             raise ConnectionResetError("the connection ended within a body")
         return received

@@ -1,6 +1,6 @@
-"""The client's end of the direct way over a hop: a streamed POST with its answer, a streamed GET of results.
+"""The client side of a direct hop: a streamed POST with its answer, and a streamed GET of results.
 
-Knows frames and connections, not what is in a step. The server's end is `services/stage/transport/hop_server.py`.
+The server side is `services/stage/transport/hop_server.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from noodle.errors import LinkLost, WireError
 from noodle.http_client import HTTP_ERRORS, HttpConnection, connect, message_of, reason_of
@@ -21,22 +21,22 @@ from noodle.wire.messages import HopMessage, KeepAlive
 
 log = logging.getLogger(__name__)
 
-KEEP_ALIVE_SECONDS = 1.0  # a frame at least this often, both ways
-SILENCE_SECONDS = 3.0  # three missed keep-alives: the other end is lost
-CONNECT_TIMEOUT_SECONDS = 3.0
-RECONNECT_FIRST_SECONDS = 0.1
-RECONNECT_LAST_SECONDS = 1.0  # between two tries to open a connection
-SEND_TIMEOUT_SECONDS = 15.0  # back-pressure this long is a loss
-MAXIMUM_ANSWER_BYTES = 32 << 20  # of a frame from a stage back to its caller: no activations among them
-MAXIMUM_REFUSAL_BYTES = 64 << 10
-SMALL_FRAME_BYTES = 64 << 10  # below it, one copy and one system call are cheaper than three calls
+KEEP_ALIVE_SECONDS = 1.0  # longest time without a frame, in both directions
+SILENCE_SECONDS = 3.0  # silence after which the connection is lost: three missed keep-alives
+CONNECT_TIMEOUT_SECONDS = 3.0  # longest wait for a connection and the head of its answer
+RECONNECT_FIRST_SECONDS = 0.1  # first wait between two attempts to connect
+RECONNECT_LAST_SECONDS = 1.0  # longest wait between two attempts to connect
+SEND_TIMEOUT_SECONDS = 15.0  # back-pressure after which the connection is lost
+MAXIMUM_ANSWER_BYTES = 32 << 20  # largest frame from a stage to its caller; it holds no activations
+MAXIMUM_REFUSAL_BYTES = 64 << 10  # largest body of a refusal
+SMALL_FRAME_BYTES = 64 << 10  # up to this size, one copy and one system call are cheaper than three calls
 
 PLAN_VERSION_HEADER = "X-Noodle-Plan-Version"
 COORDINATOR_EPOCH_HEADER = "X-Noodle-Coordinator-Epoch"
 
 
 class _FrameStream:
-    """A connection whose answer is a stream of frames, read by a thread of its own until it ends or is lost."""
+    """A connection whose answer is a stream of frames, read in a thread of its own until it ends or is lost."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class _FrameStream:
         self._on_lost = on_lost
         self._lost = threading.Event()
         self._losing = threading.Lock()
-        self._socket: socket.socket | None = None  # for writing: the same connection with a timeout of its own
+        self._socket: socket.socket | None = None  # a duplicate with its own timeout, for writing
         self._connection: HttpConnection | None = None
 
     def _open(self, method: str, path: str, headers: Mapping[str, str]) -> None:
-        """Connect and read the answer's head; raises LinkLost with what the other end said."""
+        """Connect and read the head of the answer; raises LinkLost with the reason."""
         try:
             connection = self._connection = connect(
                 self.url, connect_seconds=CONNECT_TIMEOUT_SECONDS, answer_seconds=CONNECT_TIMEOUT_SECONDS
@@ -83,19 +83,19 @@ class _FrameStream:
 
     def _read(self) -> None:
         try:
-            chunks = ChunkStream(self._answer.fp.read1)  # what came behind the head is in there
+            chunks = ChunkStream(self._answer.fp.read1)  # its buffer holds what arrived with the head
             while (frame := read_frame(chunks.read, MAXIMUM_ANSWER_BYTES)) is not None:
                 self._on_message(frame[0])
             self._lose("the other end closed it")
         except (*HTTP_ERRORS, WireError, ValueError, AttributeError) as error:
-            # ValueError and AttributeError: http.client's file was closed under the read by close()
+            # ValueError and AttributeError: close() closed http.client's file during the read
             self._lose(_reason(error))
-        except Exception as error:  # whoever was told failed: the owner hears of it, and the connection begins anew
-            log.exception("a message from %s could not be taken", self.url)
-            self._lose(f"a message could not be taken: {type(error).__name__}")
+        except Exception as error:  # on_message failed: its owner learns of it by on_lost, and reconnects
+            log.exception("a message from %s could not be handled", self.url)
+            self._lose(f"a message could not be handled: {type(error).__name__}")
 
     def _lose(self, reason: str) -> None:
-        """Say once, and only if nobody closed it on purpose, that the connection is gone."""
+        """Call `on_lost` once, and only if `close` was not called."""
         with self._losing:
             if self._lost.is_set():
                 return
@@ -104,7 +104,7 @@ class _FrameStream:
         self._on_lost(f"{self.url}: {reason}")
 
     def close(self) -> None:
-        """End the connection on purpose: `on_lost` is not called."""
+        """Close the connection; `on_lost` is not called."""
         self._lost.set()
         self._shut()
 
@@ -120,9 +120,9 @@ class _FrameStream:
 
 
 class HopConnection(_FrameStream):
-    """Frames down to the next stage; what it says of itself and of those behind it comes back by `on_message`.
+    """Frames to the next stage; `on_message` receives its state and that of the stages after it.
 
-    `on_round_trip` is told the seconds between a keep-alive and its echo, by this process's clock alone.
+    `on_round_trip` receives the seconds between a keep-alive and its echo, by this process's clock.
     """
 
     def __init__(
@@ -133,13 +133,13 @@ class HopConnection(_FrameStream):
         on_lost: Callable[[str], None],
         on_round_trip: Callable[[float], None] = lambda _: None,
     ) -> None:
-        super().__init__(url, cluster_token, self._heard, on_lost)
-        self._tell, self._on_round_trip = on_message, on_round_trip
+        super().__init__(url, cluster_token, self._receive, on_lost)
+        self._forward, self._on_round_trip = on_message, on_round_trip
         self._asked = self._answered = 0
         self._asked_at = 0.0
 
     def open(self, plan_version: int) -> None:
-        """Open the hop for one plan version; raises LinkLost when the stage is not there or not ready for it."""
+        """Open the hop for one plan version; raises LinkLost when the stage is unreachable or not ready for it."""
         self._writing = threading.Lock()
         self._last_sent = time.monotonic()
         headers = {
@@ -151,7 +151,7 @@ class HopConnection(_FrameStream):
         threading.Thread(target=self._beat, name="keep alive", daemon=True).start()
 
     def send(self, header: HopMessage, body: bytes | memoryview = b"") -> None:
-        """Write one frame; blocks while the other end does not read (back-pressure); LinkLost when it is gone."""
+        """Write one frame; blocks under back-pressure; raises LinkLost."""
         head, body = encode_frame(header, body)
         body_bytes = body.nbytes if isinstance(body, memoryview) else len(body)
         start = b"%x\r\n" % (len(head) + body_bytes) + head
@@ -171,14 +171,14 @@ class HopConnection(_FrameStream):
             self._lose(_reason(error))
             raise LinkLost(f"{self.url}: {_reason(error)}") from error
 
-    def _heard(self, message: HopMessage) -> None:
+    def _receive(self, message: HopMessage) -> None:
         if isinstance(message, KeepAlive) and message.echo == self._asked > self._answered:
             self._answered = self._asked
             self._on_round_trip(time.monotonic() - self._asked_at)
-        self._tell(message)
+        self._forward(message)
 
     def _beat(self) -> None:
-        """Keep the connection alive, and ask for an echo each second, under load too; one question at a time."""
+        """Keep the connection alive, and ask for one echo a second, also under load."""
         while not self._lost.wait(KEEP_ALIVE_SECONDS / 2):
             now = time.monotonic()
             asks = self._answered == self._asked and now - self._asked_at >= KEEP_ALIVE_SECONDS
@@ -194,28 +194,21 @@ class HopConnection(_FrameStream):
 
 
 class ResultsConnection(_FrameStream):
-    """The results of the last stage, by `on_message`."""
+    """Results of the last stage, received by `on_message`."""
 
     def open(self, plan_version: int, coordinator_epoch: int) -> None:
-        """Take the results of one plan; raises LinkLost when the stage is not there, not last or not ready."""
+        """Receive the results of one plan; raises LinkLost when the stage is unreachable, not the last or not ready."""
         headers = {PLAN_VERSION_HEADER: str(plan_version), COORDINATOR_EPOCH_HEADER: str(coordinator_epoch)}
         self._open("GET", "/results", headers)
 
 
-class Opened(Protocol):
-    """A connection that stands."""
-
-    def close(self) -> None:
-        """End it on purpose."""
-
-
-Connection = TypeVar("Connection", bound=Opened)
+Connection = TypeVar("Connection", bound=_FrameStream)
 
 
 class KeptOpen(Generic[Connection]):
-    """Keeps one connection open, trying again with back-off until it is closed.
+    """Keeps one connection open, and reconnects with back-off until it is closed.
 
-    `open_one` gets what to call when the connection is lost, and raises LinkLost when there is none to be had.
+    `open_one` receives the function to call when the connection is lost, and raises LinkLost when it cannot connect.
     `changed(reason)` is called at each success (with an empty reason), loss and failure.
     """
 
@@ -231,16 +224,16 @@ class KeptOpen(Generic[Connection]):
         self._changing = threading.Lock()
         self._lost = threading.Event()
         self._closed = threading.Event()
-        self.losses = 0  # of connections that stood
+        self.losses = 0  # of open connections
         start_loop(name, self._keep_open, service_name)
 
     @property
     def connection(self) -> Connection | None:
-        """The connection that stands now."""
+        """The open connection, if there is one."""
         return self._connection
 
     def close(self) -> None:
-        """Close it and stop trying; nothing more is said."""
+        """Close the connection and stop reconnecting; `changed` is not called again."""
         self._closed.set()
         self._lost.set()
         connection = self._connection
@@ -251,21 +244,21 @@ class KeptOpen(Generic[Connection]):
         wait_seconds = RECONNECT_FIRST_SECONDS
         while not self._closed.is_set():
             self._lost.clear()
-            if self._closed.is_set():  # between the look above and the clearing
+            if self._closed.is_set():  # closed just before the event was cleared
                 return
             try:
                 connection = self._open_one(self._when_lost)
             except LinkLost as error:
-                self._say(str(error))
+                self._notify(str(error))
                 self._closed.wait(wait_seconds)
                 wait_seconds = min(wait_seconds * 2, RECONNECT_LAST_SECONDS)
                 continue
             wait_seconds = RECONNECT_FIRST_SECONDS
             with self._changing:
-                stands = not self._lost.is_set()  # it may be lost already
-                self._connection = connection if stands else None
-            if stands:
-                self._say("")
+                is_open = not self._lost.is_set()  # it may be lost already
+                self._connection = connection if is_open else None
+            if is_open:
+                self._notify("")
             self._lost.wait()
             connection.close()
             self._closed.wait(wait_seconds)
@@ -275,9 +268,9 @@ class KeptOpen(Generic[Connection]):
             self.losses += 1
             self._connection = None
             self._lost.set()
-        self._say(reason)
+        self._notify(reason)
 
-    def _say(self, reason: str) -> None:
+    def _notify(self, reason: str) -> None:
         if not self._closed.is_set():
             self._changed(reason)
 

@@ -1,7 +1,7 @@
-"""A process's end of the queued way over a hop: reads its stream and appends to others', through Valkey's absences.
+"""One process's end of the queue: reads its own stream and appends to others, also while Valkey comes and goes.
 
-Knows entries and streams, not what is done with a step. Bodies do not come this way: the bytes that a reference
-names are fetched from the stage that made them (`services/stage/transport/outbox.py`).
+Activations are not in the queue: a stage fetches the bytes of a reference from the stage that made them
+(`services/stage/transport/outbox.py`).
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from noodle.wire.messages import KeepAlive, QueueEntry
 
 log = logging.getLogger(__name__)
 
-BLOCK_SECONDS = 1.0  # one wait for entries; also how late a lost stream or a closed reader is noticed
-RETRY_SECONDS = 0.2  # between two tries of a reader while the queue is away
-WRITE_RETRY_SECONDS = 1.0  # a writer that failed fails at once for so long: nobody waits for a queue that is away
-STREAM_TIMEOUT_SECONDS = 2.0  # one answer; longer than a blocked read
+BLOCK_SECONDS = 1.0  # longest wait for entries; a lost stream or a close is noticed after it
+RETRY_SECONDS = 0.2  # between two reads while the queue is unavailable
+WRITE_RETRY_SECONDS = 1.0  # writes fail at once for this long after a failure, so that nobody waits
+STREAM_TIMEOUT_SECONDS = 2.0  # longest wait for an answer; longer than a blocked read
 
 
 class Streams(Protocol):
-    """The part of WorkQueue that hops need; every method raises QueueUnavailable when there is no answer."""
+    """The part of WorkQueue that hops need; every method may raise QueueUnavailable."""
 
     def append(self, stream: str, entry: bytes) -> None:
-        """Add one entry at the end."""
+        """Append an entry."""
 
     def newest(self, stream: str) -> str:
-        """The id of the last entry."""
+        """Return the id of the last entry."""
 
     def read(self, stream: str, after: str, block_seconds: float) -> list[tuple[str, bytes]]:
-        """The next entries, each with its id."""
+        """Return the next entries, each with its id."""
 
 
 class QueueEnd:
-    """One process's end of the queued way: reads its own stream in a thread, appends to others', knows whether it can.
+    """Reads the stream of this process in a thread, appends to others, and knows whether the queue is available.
 
-    It reads from what is newest at its own start. What was there before is nobody's loss: steps are sent again by
-    whoever misses their results (design D2). For the same reason there is no consumer group: one reader, nothing to
-    acknowledge, nothing to take over.
+    Reading starts with entries newer than this process. Older ones need no reader: the coordinator sends a step again
+    when its result is missing (design D2). So there is no consumer group and nothing to acknowledge.
     """
 
     def __init__(
@@ -59,26 +58,26 @@ class QueueEnd:
         self._streams, self._own_stream = streams, own_stream
         self._take, self._changed, self._refused = take, changed, refused
         self._position: str | None = None
-        self._read_failure = f"{own_stream} is not read yet"
+        self._read_failure = f"{own_stream} is not being read yet"
         self._write_failure: QueueUnavailable | None = None
         self._write_again_at = 0.0
-        self._told_failure: str | None = None
-        self._telling = threading.Lock()
+        self._notified_failure: str | None = None
+        self._notifying = threading.Lock()
         self._logged: set[str] = set()
         self._closed = threading.Event()
 
     def start(self, service_name: str) -> None:
-        """Begin to read."""
+        """Start reading."""
         start_loop(f"read {self._own_stream}", self._run, service_name)
 
     @property
     def failure(self) -> str:
-        """Why the queue can not be used now, empty while it can; `changed` is called when this comes or goes."""
+        """Why the queue is unavailable, empty while it works; `changed` is called when this changes."""
         write_failure = self._write_failure
         return self._read_failure or (str(write_failure) if write_failure is not None else "")
 
     def write(self, stream: str, entry: QueueEntry) -> None:
-        """Append one entry; raises QueueUnavailable, for a while after a failure at once."""
+        """Append one entry; raises QueueUnavailable, for WRITE_RETRY_SECONDS after a failure at once."""
         failure = self._write_failure
         if failure is not None and time.monotonic() < self._write_again_at:
             raise QueueUnavailable(failure.message, cure=failure.cure, retry_after_seconds=failure.retry_after_seconds)
@@ -87,14 +86,14 @@ class QueueEnd:
         except QueueUnavailable as error:
             self._write_again_at = time.monotonic() + WRITE_RETRY_SECONDS
             self._write_failure = error
-            self._tell()
+            self._notify()
             raise
         if failure is not None:
             self._write_failure = None
-            self._tell()
+            self._notify()
 
     def close(self) -> None:
-        """End the thread, at the latest when its wait for entries is over."""
+        """Stop the thread, at the latest after its wait for entries."""
         self._closed.set()
 
     def _run(self) -> None:
@@ -103,7 +102,7 @@ class QueueEnd:
                 entries = self._next_entries()
             except QueueUnavailable as error:
                 self._read_failure = str(error)
-                self._tell()
+                self._notify()
                 self._closed.wait(RETRY_SECONDS)
                 continue
             for position, data in entries:
@@ -114,11 +113,11 @@ class QueueEnd:
             self._try_to_write_again()
 
     def _next_entries(self) -> list[tuple[str, bytes]]:
-        """What comes next; a stream that is shorter than what was read of it has been lost, and begins anew."""
+        """Read the next entries; a stream that is shorter than the read position was lost, and is read from its end."""
         if self._position is None or self._read_failure:
             self._find_position()
             self._read_failure = ""
-            self._tell()
+            self._notify()
         entries = self._streams.read(self._own_stream, self._position or "", BLOCK_SECONDS)
         if not entries:
             self._find_position()
@@ -130,7 +129,7 @@ class QueueEnd:
             self._position = newest
 
     def _take_one(self, data: bytes) -> None:
-        """Hand one entry on; junk is counted, said once for each kind, and skipped."""
+        """Hand one entry on; a malformed or refused one is counted, logged once per reason, and skipped."""
         try:
             entry = decode_entry(data)
             if not isinstance(entry, KeepAlive):
@@ -142,28 +141,28 @@ class QueueEnd:
             self._refused(reason)
             if reason not in self._logged:
                 self._logged.add(reason)
-                log.warning("an entry of %s is skipped: %s (%s; said once)", self._own_stream, error, reason)
+                log.warning("skipping an entry of %s: %s (%s; logged once)", self._own_stream, error, reason)
 
     def _try_to_write_again(self) -> None:
-        """After a failed write nobody may come to write again: a harmless entry to ourselves says when it works."""
+        """After a failed write, test with a harmless entry to ourselves whether the queue works again."""
         if self._write_failure is not None and time.monotonic() >= self._write_again_at:
-            with contextlib.suppress(QueueUnavailable):  # it is noted, and tried again later
+            with contextlib.suppress(QueueUnavailable):  # recorded; tried again later
                 self.write(self._own_stream, KeepAlive())
 
-    def _tell(self) -> None:
-        with self._telling:
+    def _notify(self) -> None:
+        with self._notifying:
             failure = self.failure
-            told, self._told_failure = self._told_failure, failure
-        if bool(failure) == bool(told) and told is not None:
+            notified, self._notified_failure = self._notified_failure, failure
+        if bool(failure) == bool(notified) and notified is not None:
             return
         if failure:
-            log.warning("the queue can not be used: %s", failure)
+            log.warning("the queue is unavailable: %s", failure)
         else:
-            log.info("steps can travel by the queue")
+            log.info("the queue is available")
         self._changed()
 
 
 def _order(entry_id: str) -> tuple[int, int]:
-    """Ids of entries in their order: milliseconds, then a number within them."""
+    """Sort key of an entry id: milliseconds, then a number within them."""
     milliseconds, _, number = entry_id.partition("-")
     return int(milliseconds), int(number or 0)
