@@ -14,7 +14,7 @@ import pytest
 
 from noodle.errors import ConfigurationError, StartError
 from services.cli.deploy import copy
-from services.cli.deploy.machine_b import MARKER, MachineB
+from services.cli.deploy.machines import MARKER, MachineB
 from services.cli.deploy.ssh import Remote, system_of
 from services.cli.project.join_line import Join, decode
 from tests.engine.engine import IMAGES, ROOT, docker, run
@@ -157,7 +157,7 @@ def test_a_folder_that_no_deploy_made_is_left_alone(server):
     server.run(
         "sh", "-c", "mkdir -p /home/anna/noodle/services && echo mine >/home/anna/noodle/services/x", user="anna"
     )
-    with pytest.raises(ConfigurationError, match="no deploy brought there") as refused:
+    with pytest.raises(ConfigurationError, match="no deploy put there") as refused:
         machine_b(server).copy(ROOT)
     assert "--there" in refused.value.cure
     assert server.read("/home/anna/noodle/services/x") == "mine\n"
@@ -165,7 +165,7 @@ def test_a_folder_that_no_deploy_made_is_left_alone(server):
 
 
 def test_stopping_where_nothing_was_deployed_says_so(server):
-    assert machine_b(server).stop() == "nothing was deployed there"
+    assert machine_b(server).stop() == "nothing to stop"
 
 
 def test_docker_that_this_user_may_not_use_is_told_apart_from_none(server):

@@ -1,4 +1,4 @@
-"""The cluster's side of `noodle bench`: prompts of a fixed length, and streams at once with the time of each token."""
+"""The cluster's side of `noodle bench`: prompts of one length, and the times of all tokens."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import uuid
 from collections.abc import Sequence
 
 from noodle.errors import GenerationFailed, NoodleError, RequestTimedOut
-from services.cli.bench.statistics import RunTimes
+from services.cli.bench.report import RunTimes
 from services.cli.client.http_client import error_in, post_for_events, post_json
 from services.cli.client.target import Target
-from services.cli.local.processes import Interrupted, Signals
+from services.cli.local.processes import Signals
 from services.cli.verify.prompts import PROMPTS
 
-TEXT_CHARACTERS = 160  # of each text that prompts are made of: short enough for any context
-TEXT_TOKENS = 512  # as many as are made of texts before they come round again
-STRIDE = 37  # between the beginnings of two prompts
-RUN_SECONDS = 3600.0  # one run; a stream that says nothing ends much earlier
-LOOK_SECONDS = 0.2  # how late Ctrl-C is noticed while streams run
+TEXT_CHARACTERS = 160  # of each text that prompts are made from: short enough for any context
+TEXT_TOKENS = 512  # tokens of text before the prompts repeat it
+STRIDE = 37  # tokens between the starts of two prompts
+RUN_SECONDS = 3600.0  # one run; a silent stream ends much earlier
+LOOK_SECONDS = 0.2  # from Ctrl-C until it is noticed while streams run
 
 Prompt = tuple[int, ...]
 
 
 def text_token_ids(target: Target) -> Prompt:
-    """Token ids of ordinary text by the cluster's own tokenizer; also shows that it answers. Raises NoodleError."""
+    """Return token ids of ordinary text from the cluster's tokenizer. Raises NoodleError if it does not answer."""
     token_ids: list[int] = []
     for text in PROMPTS:
         body = {"inputs": text[:TEXT_CHARACTERS], "parameters": {"max_new_tokens": 1, "details": True}}
@@ -37,7 +37,7 @@ def text_token_ids(target: Target) -> Prompt:
         except (KeyError, TypeError, ValueError) as error:
             raise GenerationFailed(
                 f"{target.url}/generate answered without the prompt's token ids.",
-                cure="Is the coordinator of the same version as this command?",
+                cure="Use the same version of noodle for the coordinator and this command.",
             ) from error
         if len(token_ids) >= TEXT_TOKENS:
             break
@@ -45,7 +45,7 @@ def text_token_ids(target: Target) -> Prompt:
 
 
 def prompts_of(text_ids: Prompt, prompt_tokens: int, streams: int, run: int) -> tuple[Prompt, ...]:
-    """One prompt a stream, all of one length: the same each time for the same run, others for another run."""
+    """Return a prompt for each stream, all of one length: the same for the same run, others for another run."""
     prompts = []
     for stream in range(streams):
         begin = (run * streams + stream) * STRIDE
@@ -54,10 +54,10 @@ def prompts_of(text_ids: Prompt, prompt_tokens: int, streams: int, run: int) -> 
 
 
 def run_streams(target: Target, prompts: Sequence[Prompt], new_tokens: int, signals: Signals) -> RunTimes:
-    """Generate from all prompts at once, greedily and past any end of text; raises the first error, or Interrupted."""
+    """Generate from all prompts concurrently, greedily, past any end of text; raises the first error or Interrupted."""
     done: queue.SimpleQueue[tuple[int, tuple[float, ...] | NoodleError]] = queue.SimpleQueue()
     go = threading.Event()
-    start_seconds = 0.0  # set when they may go
+    start_seconds = 0.0  # set when the threads may go
 
     def stream(index: int) -> None:
         go.wait()
@@ -72,8 +72,7 @@ def run_streams(target: Target, prompts: Sequence[Prompt], new_tokens: int, sign
     go.set()
     arrivals: dict[int, tuple[float, ...]] = {}
     while len(arrivals) < len(prompts):
-        if signals.stop_requested:
-            raise Interrupted
+        signals.raise_if_stopped()
         if time.perf_counter() - start_seconds > RUN_SECONDS:
             raise RequestTimedOut(f"{len(prompts)} streams took more than {RUN_SECONDS:.0f} seconds.")
         with contextlib.suppress(queue.Empty):
@@ -85,8 +84,8 @@ def run_streams(target: Target, prompts: Sequence[Prompt], new_tokens: int, sign
 
 
 def _arrivals(target: Target, prompt: Prompt, new_tokens: int, start_seconds: float) -> tuple[float, ...]:
-    """Seconds from the start to each token of one stream, which must bring as many as were asked for."""
-    # a word of its own: nothing that was computed of an equal prompt before serves this one
+    """Return the seconds from the start to each token of one stream; raises GenerationFailed if tokens are missing."""
+    # a salt of its own, so that nothing is reused that was computed for an equal prompt
     parameters = {"max_new_tokens": new_tokens, "ignore_eos": True, "cache_salt": uuid.uuid4().hex}
     body = {"inputs": prompt, "parameters": parameters}
     events: list[tuple[float, str]] = []
@@ -98,6 +97,6 @@ def _arrivals(target: Target, prompt: Prompt, new_tokens: int, start_seconds: fl
             raise error
     if len(events) != new_tokens:
         raise GenerationFailed(
-            f"A stream brought {len(events)} tokens instead of {new_tokens}.", cure="See `noodle status` and the logs."
+            f"A stream returned {len(events)} tokens instead of {new_tokens}.", cure="See `noodle status` and the logs."
         )
     return tuple(seconds for seconds, _ in events)

@@ -1,4 +1,4 @@
-"""The control of `noodle bench`: the unsplit model in its own process, with what the stages of this machine have."""
+"""The control of `noodle bench`: the unsplit model in its own process, with the resources of this machine's stages."""
 
 from __future__ import annotations
 
@@ -10,43 +10,42 @@ from pathlib import Path
 from noodle.cluster.measuring import ControlLine, ControlQuestion, ControlReady, ControlRun
 from noodle.errors import GenerationFailed
 from services.cli.bench.cluster import Prompt
-from services.cli.bench.report import StageConditions
-from services.cli.bench.statistics import RunTimes
-from services.cli.client.conversation import Conversation
-from services.cli.local.processes import Signals, session_members
-from services.cli.local.run_state import RunRecord
+from services.cli.bench.report import RunTimes, StageConditions
+from services.cli.client.run_record import RunRecord
+from services.cli.local.conversation import Conversation
+from services.cli.local.processes import Signals, python_module, session_members
 from services.cli.verify.bounds import BOUNDS
 
 LOAD_SECONDS = 900.0  # reading the whole model from a slow disk
-RUN_SECONDS = 3600.0
+RUN_SECONDS = 3600.0  # one run
 
 
 class Control:
-    """The process, from `with` to its end."""
+    """The process that computes with the unsplit model."""
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
 
     def load(self, question: ControlQuestion) -> ControlReady:
         """Load the model; raises NoodleError or Interrupted, as `run` does."""
-        self._conversation.say(question)
-        ready = self._conversation.hear(ControlLine, LOAD_SECONDS).ready
+        self._conversation.send(question)
+        ready = self._conversation.receive(ControlLine, LOAD_SECONDS).ready
         if ready is None:
-            raise GenerationFailed("The control did not say that it is ready.")
+            raise GenerationFailed("The control did not report that it is ready.")
         return ready
 
     def run(self, prompts: Sequence[Prompt], new_tokens: int) -> RunTimes:
-        """Generate from all prompts as one batch: each token comes for all of them at once."""
-        self._conversation.say(ControlRun(tuple(prompts), new_tokens))
-        times = self._conversation.hear(ControlLine, RUN_SECONDS).times
+        """Generate from all prompts as one batch, so that each token comes for all of them together."""
+        self._conversation.send(ControlRun(tuple(prompts), new_tokens))
+        times = self._conversation.receive(ControlLine, RUN_SECONDS).times
         if times is None:
             raise GenerationFailed("The control answered a run without times.")
         return RunTimes(len(prompts[0]), (times.arrivals_seconds,) * len(prompts))
 
 
 def open_control(environment: Mapping[str, str], signals: Signals) -> Conversation:
-    """The process, not yet started."""
-    return Conversation("services.stage.tools.control", "unsplit model", environment, signals)
+    """Return the process, not yet started."""
+    return Conversation(python_module("services.stage.tools.control"), "unsplit model", environment, signals)
 
 
 def control_question(
@@ -54,14 +53,15 @@ def control_question(
     context_length: int,
     stages: Sequence[StageConditions],
     machine: str,
+    *,
     stage_cores: Sequence[int],
     own_cores: int,
 ) -> ControlQuestion:
-    """What the control may compute with: the threads, cores, device and number format of this machine's stages.
+    """Return what the control may compute with: threads, cores, device and dtype of this machine's stages.
 
-    `stage_cores` are those that the stages of a `noodle up` here may use, none when it is not known. A machine without
-    a stage gives the control all of its `own_cores`. Where number formats differ, the stages' here decide, then the
-    cluster's; if they still differ it is float32.
+    `stage_cores` are those of the stages of a `noodle up` here, empty if unknown. Without a stage on this machine the
+    control gets all `own_cores`. If the cluster's dtypes differ, those of this machine's stages decide; if they differ
+    too, it is float32.
     """
     here = [stage for stage in stages if stage.machine == machine]
     cores = len(stage_cores) or own_cores
@@ -81,13 +81,13 @@ def control_question(
 
 
 def cores_of_stages(record: RunRecord | None) -> tuple[int, ...]:
-    """The cores that the computing processes of a `noodle up` may use, together; empty when none runs here."""
+    """Return the cores of all computing processes of a `noodle up`; empty if none runs here."""
     cores: set[int] = set()
     for service in record.services if record is not None else ():
         if service.name.startswith("stage-") and service.process is not None:
             leader = service.process.pid
             workers = [pid for pid in session_members(leader) if pid != leader]  # gunicorn's master computes nothing
             for pid in workers or [leader]:
-                with contextlib.suppress(ProcessLookupError):  # it is just being started again
+                with contextlib.suppress(ProcessLookupError):  # it is just being restarted
                     cores |= os.sched_getaffinity(pid)
     return tuple(sorted(cores))

@@ -1,4 +1,4 @@
-"""Draws reports as PNG files where matplotlib is installed (noodle's extra `plots`); knows pictures, not measuring."""
+"""Plots of the reports as PNG files, if matplotlib is installed (noodle's extra `plots`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from noodle.cluster.measuring import DeviceProfile
 from services.cli.bench.profile_report import ProfileReport, decode_alone, prefill_alone
-from services.cli.bench.report import BenchReport, StreamsResult, was_busy
-from services.cli.bench.statistics import Figures
+from services.cli.bench.report import BenchReport, Figures, StreamsResult, was_busy
+from services.cli.client.reports import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,12 +20,12 @@ SIDE_COLOURS = {"cluster": "#1f6fb2", "control": "#c8641c"}
 SESSION_COLOURS = ("#1f6fb2", "#2a9d6f", "#e0a100", "#c8371c")
 PANEL_WIDTH_INCHES, PANEL_HEIGHT_INCHES = 4.6, 3.7
 DOTS_PER_INCH = 120
-BUSY = "\nThis machine was not idle before the start: not to be trusted"
+BUSY = "\nThis machine was not idle before the start: unreliable"
 NOT_INSTALLED = "No plot: matplotlib is not installed here. Install it, or noodle's extra `plots`."
 
 
 def draw_bench(report: BenchReport, path: Path) -> str:
-    """Tokens per second, the first token and the waits between tokens, over streams; says what became of it."""
+    """Plot tokens per second, first token and waits between tokens over streams; return a line about the file."""
     if not has_matplotlib():
         return NOT_INSTALLED
     figure, rows = _figure(rows=1, columns=3)
@@ -45,9 +45,9 @@ def draw_bench(report: BenchReport, path: Path) -> str:
     for axes, title, unit in (
         (rates, "New tokens of all streams", "tokens/s"),
         (firsts, f"First token ({conditions.prompt_tokens} prompt tokens)", "s"),
-        (waits, "From token to token of a stream", "ms"),
+        (waits, "Between two tokens of a stream", "ms"),
     ):
-        _label(axes, title, "streams at once", unit, [result.streams for result in report.results])
+        _label(axes, title, "concurrent streams", unit, [result.streams for result in report.results])
     stages = " + ".join(f"{stage.layers} layers {stage.dtype}" for stage in conditions.stages)
     title = f"{report.model}, cluster of {stages}; measured on {report.machine}, {report.made_at[:10]}"
     figure.suptitle(title + (BUSY if was_busy(conditions.load_average, conditions.cores) else ""))
@@ -55,7 +55,7 @@ def draw_bench(report: BenchReport, path: Path) -> str:
 
 
 def draw_profile(report: ProfileReport, path: Path) -> str:
-    """For each device a row of decode over KV rows, prefill over chunks, and threads; says what became of it."""
+    """Plot decode, prefill and threads in a row for each device; return a line about the file."""
     if not has_matplotlib():
         return NOT_INSTALLED
     devices = report.profile.devices
@@ -69,22 +69,24 @@ def draw_profile(report: ProfileReport, path: Path) -> str:
 
 
 def has_matplotlib() -> bool:
-    """Whether there will be a plot."""
+    """Return whether plots can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def _draw_device(device: DeviceProfile, decode: Axes, prefill: Axes, threads: Axes) -> None:
     most = device.threads[0]
-    name = f"{device.device}, {device.dtype}, {most.threads} {'thread' if most.threads == 1 else 'threads'}"
+    name = f"{device.device}, {device.dtype}, {counted(most.threads, 'thread')}"
     for index, sessions in enumerate(sorted({point.sessions for point in most.decode})):
         points = [point for point in most.decode if point.sessions == sessions]
         times = [point.layer_seconds * 1e3 for point in points]
-        decode.plot([point.kv_tokens for point in points], times, "o-", color=_colour(index), label=_sessions(sessions))
+        decode.plot(
+            [point.kv_tokens for point in points], times, "o-", color=_colour(index), label=counted(sessions, "session")
+        )
     for index, sessions in enumerate(sorted({point.sessions for point in most.prefill})):
         chunks = [point for point in most.prefill if point.sessions == sessions]
         rates = [point.layer_seconds / point.chunk_tokens / sessions * 1e3 for point in chunks]
         lengths = [point.chunk_tokens for point in chunks]
-        prefill.plot(lengths, rates, "o-", color=_colour(index), label=_sessions(sessions))
+        prefill.plot(lengths, rates, "o-", color=_colour(index), label=counted(sessions, "session"))
     _label(
         decode,
         f"Decode, one token a session\n{name}",
@@ -103,7 +105,7 @@ def _draw_device(device: DeviceProfile, decode: Axes, prefill: Axes, threads: Ax
 
 
 def _draw_threads(device: DeviceProfile, axes: Axes) -> None:
-    """How a decode and a prefill of one session speed up; empty where one number of threads was measured."""
+    """Plot the speed-up of one session; empty if only one number of threads was measured."""
     by_threads = sorted(device.threads, key=lambda each: each.threads)
     decode, prefill = decode_alone(device), prefill_alone(device)
     decodes = {
@@ -131,7 +133,7 @@ def _draw_threads(device: DeviceProfile, axes: Axes) -> None:
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    """An empty figure that no display is needed for."""
+    """Return an empty figure that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -148,7 +150,7 @@ def _save(figure: Figure, path: Path) -> str:
 
 
 def _label(axes: Axes, title: str, x_label: str, y_label: str, ticks: Sequence[float]) -> None:
-    """Title, units, a tick for each value measured (they double), zero at the bottom."""
+    """Set title, units and a tick for each measured value (they double), with zero at the bottom."""
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -170,10 +172,6 @@ def _sides(results: Sequence[StreamsResult]) -> dict[str, list[tuple[int, Figure
 
 def _milliseconds(seconds: float | None) -> float:
     return float("nan") if seconds is None else seconds * 1e3
-
-
-def _sessions(count: int) -> str:
-    return "1 session" if count == 1 else f"{count} sessions"
 
 
 def _colour(index: int) -> str:

@@ -1,17 +1,107 @@
-"""A report of `noodle bench`: its conditions, its figures, and what a reader must be told about them; values only."""
+"""The report of `noodle bench`: figures from the times of tokens, conditions, remarks and table."""
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from msgspec import Struct
 
 from noodle.cluster.measuring import ControlReady
 from noodle.cluster.reports import ReportHead
-from services.cli.bench.statistics import Figures, Ratio
+from services.cli.client.reports import counted, print_table
 
-BUSY_SHARE = 0.25  # of the cores computing for others before the start, from which on a reader is told
+BUSY_SHARE = 0.25  # of the cores busy with other work before the start; above it, a remark says so
+FIGURES = ("first token (ms)", "between tokens p50 (ms)", "p99 (ms)", "prefill tokens/s", "tokens/s", "ratio")
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """One run of concurrent streams: seconds from its start to each token of each stream."""
+
+    prompt_tokens: int  # of each stream
+    arrivals_seconds: tuple[tuple[float, ...], ...]  # [streams][new tokens]
+
+    @property
+    def seconds(self) -> float:
+        """The time until the last token."""
+        return max(stream[-1] for stream in self.arrivals_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all streams over the whole run, prefill included."""
+        return sum(len(stream) for stream in self.arrivals_seconds) / self.seconds
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens of all streams over the time until all have their first token."""
+        last_first_seconds = max(stream[0] for stream in self.arrivals_seconds)
+        return self.prompt_tokens * len(self.arrivals_seconds) / last_first_seconds
+
+    @property
+    def first_token_seconds(self) -> list[float]:
+        """The time to the first token of each stream."""
+        return [stream[0] for stream in self.arrivals_seconds]
+
+    @property
+    def between_tokens_seconds(self) -> list[float]:
+        """Every wait of a stream for its next token."""
+        return [later - earlier for stream in self.arrivals_seconds for earlier, later in itertools.pairwise(stream)]
+
+
+class Figures(Struct, frozen=True):
+    """The figures of one side for one number of streams, over all its runs; medians unless named otherwise."""
+
+    first_token_seconds: float  # over all streams of all runs
+    between_tokens_seconds: float | None  # None if each stream had one token
+    between_tokens_p99_seconds: float | None
+    between_tokens_samples: int
+    prefill_tokens_per_second: float
+    tokens_per_second: float
+    runs_tokens_per_second: tuple[float, ...]
+
+
+class Ratio(Struct, frozen=True):
+    """The cluster's tokens per second over the control's, in consecutive runs."""
+
+    median: float
+    least: float
+    most: float
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the value below which `share` (0 to 1) of the values lie, interpolated between two neighbours."""
+    if not values or not 0 <= share <= 1:
+        raise ValueError(f"the percentile {share} of {len(values)} values")
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def figures_of(runs: Sequence[RunTimes]) -> Figures:
+    """Return the figures of one side's runs for one number of streams; at least one run."""
+    waits = [seconds for run in runs for seconds in run.between_tokens_seconds]
+    rates = tuple(run.tokens_per_second for run in runs)
+    return Figures(
+        first_token_seconds=statistics.median(seconds for run in runs for seconds in run.first_token_seconds),
+        between_tokens_seconds=percentile(waits, 0.5) if waits else None,
+        between_tokens_p99_seconds=percentile(waits, 0.99) if waits else None,
+        between_tokens_samples=len(waits),
+        prefill_tokens_per_second=statistics.median(run.prefill_tokens_per_second for run in runs),
+        tokens_per_second=statistics.median(rates),
+        runs_tokens_per_second=rates,
+    )
+
+
+def ratio_of(cluster: Sequence[RunTimes], control: Sequence[RunTimes]) -> Ratio:
+    """Return the ratio from pairs of consecutive runs: a machine's speed drifts, so only neighbours are compared."""
+    ratios = [ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(cluster, control, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
 class StageConditions(Struct, frozen=True):
@@ -21,13 +111,13 @@ class StageConditions(Struct, frozen=True):
     machine: str
     layers: int
     dtype: str
-    device: str = ""  # empty where a stage does not say, as the two below
+    device: str = ""  # empty if the stage does not report it; so are the two below
     device_name: str = ""
     threads: int = 0
 
 
 class BenchConditions(Struct, frozen=True):
-    """Everything that the figures hold for."""
+    """The conditions of the figures."""
 
     noodle_version: str
     coordinator_version: str
@@ -36,19 +126,19 @@ class BenchConditions(Struct, frozen=True):
     plan_version: int
     plan_reason: str
     context_length: int
-    model_digest: str  # empty without a control: the model's folder is not looked for then
-    control_model: str  # what this machine calls the unsplit model; empty without a control
+    model_digest: str  # empty without a control, which needs the model's folder
+    control_model: str  # the unsplit model's name on this machine; empty without a control
     prompt_tokens: int
     new_tokens: int
     pairs: int
     warm_up_tokens: int
     cores: int  # that this command may use
-    load_average: float | None  # of the last minute, before the start; None where the system has none
+    load_average: float | None  # of the last minute before the start; None if the system has none
     control: ControlReady | None = None
 
 
 class StreamsResult(Struct, frozen=True):
-    """What came out for one number of streams at once."""
+    """The result for one number of concurrent streams."""
 
     streams: int
     cluster: Figures
@@ -66,12 +156,12 @@ class BenchReport(ReportHead, frozen=True, kw_only=True):
 
 
 def was_busy(load_average: float | None, cores: int) -> bool:
-    """Whether so much was computed for others before the start that figures are not to be trusted."""
+    """Return whether the machine was too busy before the start for reliable figures."""
     return load_average is not None and load_average > BUSY_SHARE * cores
 
 
 def headline(results: Sequence[StreamsResult]) -> str:
-    """The report in a line of a list."""
+    """Return the report in one line, for a list."""
     parts = []
     for result in results:
         ratio = f" ({result.ratio.median:.2f} x)" if result.ratio else ""
@@ -80,29 +170,29 @@ def headline(results: Sequence[StreamsResult]) -> str:
 
 
 def remarks(conditions: BenchConditions, streams: Sequence[int], machine: str, model: str) -> tuple[str, ...]:
-    """What makes the comparison uneven or the figures doubtful, in sentences; those that hold."""
+    """Return what makes the comparison unequal or the figures unreliable, one sentence each."""
     stages, control = conditions.stages, conditions.control
     here = [stage for stage in stages if stage.machine == machine]
-    said = _of_dtypes(stages, control) + _of_compute(stages, control, machine)
+    texts = _of_dtypes(stages, control) + _of_compute(stages, control, machine)
     threads_here = sum(stage.threads for stage in here)
     if threads_here > conditions.cores:
-        said.append(f"The stages of this machine have {threads_here} threads for its {conditions.cores} cores.")
+        texts.append(f"The stages of this machine have {threads_here} threads for its {conditions.cores} cores.")
     if control is not None:
         if conditions.control_model != model:
-            said.append(f"The cluster calls its model {model}, the control's is {conditions.control_model}.")
+            texts.append(f"The cluster's model is {model}, the control's is {conditions.control_model}.")
         if max(streams) > 1:
-            said.append(
+            texts.append(
                 "Several streams: the control computes them as one batch through generate(), all prompts of one length."
             )
-        said.append("The cluster is timed by an HTTP client on this machine, the control inside its own process.")
+        texts.append("The cluster is timed by an HTTP client on this machine, the control inside its own process.")
     if len(stages) > 1 and 1 in streams:
-        said.append("One stream: its stages compute one after another, each with its own threads alone.")
+        texts.append("One stream: the stages compute one after another, each with only its own threads.")
     if was_busy(conditions.load_average, conditions.cores):
-        said.append(
+        texts.append(
             f"This machine was not idle before the start (a load of {conditions.load_average:.1f} on "
-            f"{conditions.cores} cores): neither the figures nor the ratio are to be trusted."
+            f"{conditions.cores} cores): neither the figures nor the ratio are reliable."
         )
-    return tuple(said)
+    return tuple(texts)
 
 
 def _of_dtypes(stages: Sequence[StageConditions], control: ControlReady | None) -> list[str]:
@@ -117,20 +207,80 @@ def _of_dtypes(stages: Sequence[StageConditions], control: ControlReady | None) 
 
 def _of_compute(stages: Sequence[StageConditions], control: ControlReady | None, machine: str) -> list[str]:
     if control is None:
-        return ["There is no control: nothing is said of what the split costs or brings."]
-    said = []
+        return ["There is no control, so the report does not show what the split costs or gains."]
+    texts = []
     machines = sorted({stage.machine for stage in stages})
     if machines != [machine]:
-        said.append(f"Unequal machines: the cluster is {', '.join(machines)}; the control is {machine} alone.")
+        texts.append(f"Unequal machines: the cluster is {', '.join(machines)}; the control is {machine} alone.")
     threads = [stage.threads for stage in stages]
     if not all(threads):
-        said.append("Not every stage says with how many threads it computes.")
+        texts.append("Not every stage reports its number of threads.")
     elif sum(threads) != control.threads:
-        said.append(
+        texts.append(
             f"Unequal threads: the cluster's stages have {' + '.join(map(str, threads))}, "
             f"the control has {control.threads}."
         )
     devices = sorted({stage.device for stage in stages if stage.device})
     if devices and devices != [control.device]:
-        said.append(f"Unequal devices: the stages compute on {' and '.join(devices)}, the control on {control.device}.")
-    return said
+        texts.append(
+            f"Unequal devices: the stages compute on {' and '.join(devices)}, the control on {control.device}."
+        )
+    return texts
+
+
+def print_report(report: BenchReport) -> None:
+    """Print the whole report."""
+    conditions = report.conditions
+    print(
+        f"{report.model} on {report.machine}, {report.made_at}: {conditions.prompt_tokens} prompt tokens and "
+        f"{conditions.new_tokens} new tokens in each stream, greedy, past any end of text; medians of "
+        f"{counted(conditions.pairs, 'run')} of each side."
+    )
+    for line in computing_lines(conditions):
+        print(line)
+    rows: list[tuple[str, ...]] = []
+    for result in report.results:
+        rows.append((str(result.streams), "cluster", *_cells(result.cluster), _ratio(result)))
+        if result.control is not None:
+            rows.append(("", "control", *_cells(result.control), ""))
+    print_table(("streams", "", *FIGURES), rows, right=("streams", *FIGURES))
+    if any(result.ratio for result in report.results):
+        print("ratio: the cluster's tokens/s over the control's, median of pairs of runs (least to most).")
+    for remark in report.remarks:
+        print(f"- {remark}")
+
+
+def computing_lines(conditions: BenchConditions) -> list[str]:
+    """Return a line for each stage and the control: what it computes with."""
+    lines = []
+    for stage in conditions.stages:
+        device = f"{stage.device} ({stage.device_name}), " if stage.device else ""
+        threads = f", {counted(stage.threads, 'thread')}" if stage.threads else ""
+        lines.append(f"stage {stage.stage_id}: {stage.machine}, {stage.layers} layers, {device}{stage.dtype}{threads}")
+    if (control := conditions.control) is not None:
+        lines.append(
+            f"control: unsplit, transformers {control.transformers_version} generate(), {control.device} "
+            f"({control.device_name}), {control.dtype}, {counted(control.threads, 'thread')} on "
+            f"{counted(control.cores, 'core')}"
+        )
+    return lines
+
+
+def _cells(figures: Figures) -> tuple[str, ...]:
+    return (
+        f"{figures.first_token_seconds * 1e3:.0f}",
+        _milliseconds(figures.between_tokens_seconds),
+        _milliseconds(figures.between_tokens_p99_seconds),
+        f"{figures.prefill_tokens_per_second:.1f}",
+        f"{figures.tokens_per_second:.2f}",
+    )
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.1f}"
+
+
+def _ratio(result: StreamsResult) -> str:
+    if result.ratio is None:
+        return ""
+    return f"{result.ratio.median:.2f} ({result.ratio.least:.2f} to {result.ratio.most:.2f})"

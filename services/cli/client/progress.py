@@ -1,7 +1,4 @@
-"""What a person sees while something takes longer than a second: bars on a terminal, plain lines elsewhere.
-
-Knows how to show, not what is being waited for.
-"""
+"""Progress of slow work: bars on a terminal, plain lines elsewhere, JSON lines to a parent process."""
 
 from __future__ import annotations
 
@@ -19,28 +16,28 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-LINE_INTERVAL_SECONDS = 1.0  # without a terminal: at most one line of progress in this time
-REDRAW_INTERVAL_SECONDS = 0.1
+LINE_INTERVAL_SECONDS = 1.0  # between two lines of progress without a terminal
+REDRAW_INTERVAL_SECONDS = 0.1  # between two drawings of the bars
 
 
 class Progress(Protocol):
-    """Rows of progress by key, and lines that stay."""
+    """Rows of progress by key, and log lines that stay."""
 
     def show(self, key: str, text: str, fraction: float | None = None) -> None:
-        """Say what `key` does now; `fraction` from 0 to 1, None when nobody knows."""
+        """Show what `key` is doing; `fraction` is from 0 to 1, None if unknown."""
 
     def finish(self, key: str, text: str) -> None:
-        """The row is done: it stays as it is said here, or goes when `text` is empty."""
+        """Remove a row, leaving `text` as a line unless it is empty."""
 
-    def say(self, text: str) -> None:
-        """A line of its own, which stays."""
+    def log(self, text: str) -> None:
+        """Print a line that stays."""
 
     def close(self) -> None:
-        """Leave the terminal as it was found."""
+        """Leave the terminal as it was."""
 
 
 class Shown(Struct, frozen=True, tag="show"):
-    """A row that moved."""
+    """A row that changed."""
 
     key: str
     text: str
@@ -54,33 +51,33 @@ class Finished(Struct, frozen=True, tag="finish"):
     text: str
 
 
-class Said(Struct, frozen=True, tag="say"):
+class Logged(Struct, frozen=True, tag="log"):
     """A line that stays."""
 
     text: str
 
 
 class Started(Struct, frozen=True, tag="started"):
-    """Everything is ready; nothing follows."""
+    """Everything is ready; the last event."""
 
 
 class NotStarted(Struct, frozen=True, tag="failed"):
-    """The start has failed; nothing follows."""
+    """The start has failed; the last event."""
 
     message: str
     cure: str = ""
 
 
-StartEvent = Shown | Finished | Said | Started | NotStarted
+StartEvent = Shown | Finished | Logged | Started | NotStarted
 
 
 class TerminalProgress:
-    """Bars, drawn again when told something new; without a thread, so that processes can be started beside it."""
+    """Bars, drawn on each change. It runs no thread, so that processes can be started meanwhile."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = RichProgress(
-            # the text gives way first: on a narrow terminal the bar says more than the end of a sentence
+            # on a narrow terminal the text is cut first: the bar says more than the end of a sentence
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
@@ -117,9 +114,9 @@ class TerminalProgress:
         if key in self._rows:
             self._bars.remove_task(self._rows.pop(key))
         if text:
-            self.say(text)
+            self.log(text)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """See Progress."""
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
@@ -133,7 +130,7 @@ class TerminalProgress:
 
 
 class LineProgress:
-    """Plain lines for a log or a pipe: what all rows do, when it changed, at most once a second."""
+    """Plain lines for a log or a pipe: all rows in one line when they changed, at most once a second."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -148,15 +145,15 @@ class LineProgress:
         now = time.monotonic()
         if line != self._printed and now - self._printed_seconds >= LINE_INTERVAL_SECONDS:
             self._printed, self._printed_seconds = line, now
-            self.say(line)
+            self.log(line)
 
     def finish(self, key: str, text: str) -> None:
         """See Progress."""
         self._rows.pop(key, None)
         if text:
-            self.say(text)
+            self.log(text)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """See Progress."""
         print(text, file=self._stream, flush=True)
 
@@ -165,7 +162,7 @@ class LineProgress:
 
 
 class PipeProgress:
-    """Hands everything on as JSON lines, for the process that shows it; goes silent when that one has gone."""
+    """JSON lines for the process that shows them; log lines go to standard output after that one has gone."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
@@ -186,15 +183,15 @@ class PipeProgress:
         """See Progress."""
         self._send(Finished(key, text))
 
-    def say(self, text: str) -> None:
-        """See Progress; without a reader it becomes a line of the log."""
+    def log(self, text: str) -> None:
+        """See Progress."""
         if self._descriptor is None:
             print(text, flush=True)
         else:
-            self._send(Said(text))
+            self._send(Logged(text))
 
     def end(self, event: Started | NotStarted) -> None:
-        """The last word to the reader."""
+        """Send the last event and close the pipe."""
         self._send(event)
         self.close()
 
@@ -207,7 +204,7 @@ class PipeProgress:
 
 
 def open_progress(stream: IO[str] | None = None) -> Progress:
-    """Bars when `stream` (standard output unless given) is a terminal, lines when it is not."""
+    """Return bars if `stream` (standard output by default) is a terminal, else lines."""
     stream = stream or sys.stdout
     console = Console(file=stream)
     if stream.isatty() and not console.is_dumb_terminal:

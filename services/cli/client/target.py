@@ -1,25 +1,25 @@
-"""Which coordinator a command talks to, and with what key; sends nothing."""
+"""Which coordinator a command talks to, and with which key."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from noodle.config.settings import CommandConfig
-from services.cli.local.run_state import RunFolder, RunRecord, run_folder_path, running
+from services.cli.client.run_record import TOKEN_NAME, RunRecord, run_folder_path, running
 
 
 @dataclass(frozen=True)
 class Target:
-    """A coordinator. `credential` opens /v1 and /generate, `token` what only the cluster may see; both may be empty."""
+    """A coordinator. `credential` is for /v1 and /generate, `token` for routes of the cluster; both may be empty."""
 
     url: str
     credential: str = field(repr=False)
     token: str = field(repr=False)
-    record: RunRecord | None  # of the `noodle up` of this machine, when it is the one
+    record: RunRecord | None  # of this machine's `noodle up`, if that is the target
 
 
-def find_target(config: CommandConfig, url: str | None, key: str | None) -> Target:
-    """The given URL, else the `noodle up` that runs here, else NOODLE_COORDINATOR_URL.
+def find_target(config: CommandConfig, url: str | None = None, key: str | None = None) -> Target:
+    """Return the given URL, else the `noodle up` that runs here, else NOODLE_COORDINATOR_URL.
 
     The token of the running `noodle up` is used for its own URL only.
     """
@@ -28,13 +28,13 @@ def find_target(config: CommandConfig, url: str | None, key: str | None) -> Targ
     token = config.cluster_token
     if record is None or chosen_url != record.coordinator_url:
         return Target(chosen_url, key or config.api_key or token, token, None)
-    token = _token_of(config) or token
+    token = _run_token(config) or token
     return Target(chosen_url, key or config.api_key or token, token, record)
 
 
-def _token_of(config: CommandConfig) -> str:
-    path = RunFolder(run_folder_path(config.state_dir)).token_path
+def _run_token(config: CommandConfig) -> str:
+    path = run_folder_path(config.state_dir) / TOKEN_NAME
     try:
         return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:  # it is only just starting, or stopping
+    except FileNotFoundError:  # `noodle up` is just starting or stopping
         return ""

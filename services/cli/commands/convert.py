@@ -1,15 +1,16 @@
-"""`noodle convert`: a .gguf of any architecture that transformers reads becomes a folder; the work is a stage's."""
+"""`noodle convert`: converts a .gguf file of any architecture that transformers reads, with a tool of the stage."""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
-from collections.abc import Mapping
 
-from services.cli.local.cluster import python_module
+from noodle.config.environment import process_environment
+from services.cli.local.processes import python_module
 
 
-def convert(file: str, folder: str, dtype: str | None, environment: Mapping[str, str]) -> int:
-    """Run the converter on this terminal; gives its exit code."""
-    options = ("--dtype", dtype) if dtype else ()
-    arguments = python_module("services.stage.tools.convert", file, folder, *options)
-    return subprocess.run(arguments, env=dict(environment), check=False).returncode
+def convert(options: argparse.Namespace) -> int:
+    """Run the converter on this terminal and return its exit code."""
+    dtype = ("--dtype", options.dtype) if options.dtype else ()
+    arguments = python_module("services.stage.tools.convert", options.file, options.folder, *dtype)
+    return subprocess.run(arguments, env=dict(process_environment()), check=False).returncode

@@ -1,7 +1,8 @@
-"""`noodle generate`: one prompt, its text on the terminal as it comes; an OpenAI client like any other."""
+"""`noodle generate`: sends one prompt as an OpenAI client would, and streams the answer to the terminal."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -10,16 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
+from noodle.config.environment import command_config, process_environment
 from noodle.errors import InvalidRequest, LinkLost
 from services.cli.client.http_client import error_in, get_json, post_for_events
-from services.cli.client.target import Target
+from services.cli.client.target import Target, find_target
 
 STREAM_END = "[DONE]"
 
 
 @dataclass
-class Told:
-    """What a stream has said so far."""
+class Received:
+    """What a stream has brought so far."""
 
     completion_tokens: int = 0
     prompt_tokens: int = 0
@@ -27,45 +29,59 @@ class Told:
     is_finished: bool = False
 
 
-def generate(target: Target, prompt: str, parameters: Mapping[str, Any], *, raw: bool) -> int:
-    """Stream the answer to standard output; what it took goes to standard error when that is a terminal."""
+def generate(options: argparse.Namespace) -> int:
+    """Generate from the prompt of the command line or of standard input."""
+    target = find_target(command_config(process_environment()), options.url, options.key)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    parameters = {
+        "max_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+    given = {name: value for name, value in parameters.items() if value is not None}
+    return stream_answer(target, prompt, given, raw=options.raw)
+
+
+def stream_answer(target: Target, prompt: str, parameters: Mapping[str, Any], *, raw: bool) -> int:
+    """Stream the answer to standard output; token counts and time go to standard error if that is a terminal."""
     if not prompt:
         raise InvalidRequest("The prompt is empty.", cure='Write it as: noodle generate "Why is the sky blue?"')
     path, body = _request(served_model(target), prompt, parameters, raw=raw)
     write = _writer(sys.stdout)
     began_seconds = time.monotonic()
-    told = Told()
+    received = Received()
     try:
         with contextlib.closing(post_for_events(target.url + path, body, target.credential)) as events:
             for data in events:
                 if data == STREAM_END:
-                    told.is_finished = True
+                    received.is_finished = True
                     break
-                text = _text_of(json.loads(data), told)
-                told.has_text = told.has_text or bool(text)
+                text = _text_of(json.loads(data), received)
+                received.has_text = received.has_text or bool(text)
                 write(text)
     finally:
-        if told.has_text:
-            write("\n")  # what comes next begins on a line of its own, also after Ctrl-C
-    if not told.is_finished:
-        raise LinkLost("The answer broke off.", cure="See `noodle status` and the logs.")
+        if received.has_text:
+            write("\n")  # what follows begins on its own line, also after Ctrl-C
+    if not received.is_finished:
+        raise LinkLost("The answer was cut off.", cure="See `noodle status` and the logs.")
     if sys.stderr.isatty():
         seconds = time.monotonic() - began_seconds
-        print(f"[{told.prompt_tokens} prompt tokens, {told.completion_tokens} new in {seconds:.1f} s]", file=sys.stderr)
+        counts = f"{received.prompt_tokens} prompt tokens, {received.completion_tokens} new tokens"
+        print(f"[{counts} in {seconds:.1f} s]", file=sys.stderr)
     return 0
 
 
 def served_model(target: Target) -> str:
-    """The name of the model that the coordinator serves; raises NoodleError when it does not say."""
+    """Return the name of the model that the coordinator serves; raises NoodleError if it names none."""
     status, answer = get_json(f"{target.url}/v1/models", target.credential)
     if status >= 400:
-        # asked as a POST would be, so that the words are the same: refused key, not ready
         raise error_in(answer) or LinkLost(f"{target.url} answered {status}.", cure="See `noodle status`.")
     try:
         return str(answer["data"][0]["id"])
     except (KeyError, IndexError, TypeError) as error:
         raise LinkLost(
-            f"{target.url} names no model.", cure="Is it a noodle coordinator? See `noodle status`."
+            f"{target.url} names no model.", cure="Check with `noodle status` that it is a noodle coordinator."
         ) from error
 
 
@@ -76,21 +92,21 @@ def _request(model: str, prompt: str, parameters: Mapping[str, Any], *, raw: boo
     return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]}
 
 
-def _text_of(event: dict[str, Any], told: Told) -> str:
-    """The text that one chunk adds; raises NoodleError when it carries an error instead."""
+def _text_of(event: dict[str, Any], received: Received) -> str:
+    """Return the text of one chunk and count its usage; raises NoodleError if it carries an error instead."""
     error = error_in(event)
     if error is not None:
         raise error
     usage = event.get("usage") or {}
-    told.prompt_tokens = usage.get("prompt_tokens", told.prompt_tokens)
-    told.completion_tokens = usage.get("completion_tokens", told.completion_tokens)
+    received.prompt_tokens = usage.get("prompt_tokens", received.prompt_tokens)
+    received.completion_tokens = usage.get("completion_tokens", received.completion_tokens)
     choices = event.get("choices") or [{}]
     text = choices[0].get("text") or (choices[0].get("delta") or {}).get("content") or ""
     return str(text)
 
 
 def _writer(stream: IO[str]) -> Callable[[str], None]:
-    """Writes at once; a terminal gets no control characters from a model, which could move or rename it."""
+    """Return a function that writes at once. A terminal gets no control characters, which could rename or move it."""
     is_terminal = stream.isatty()
 
     def write(text: str) -> None:

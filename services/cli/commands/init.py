@@ -1,25 +1,35 @@
-"""`noodle init`: makes a folder ready for `docker compose up`: .env, secrets, and what to do next; starts nothing.
+"""`noodle init`: prepares a folder for `docker compose up`: .env, secrets, and what to do next.
 
-What .env says is decided in machine_settings.py. Safe to run again: secrets and the operator's own lines stay.
+Safe to run again: secrets and lines that others wrote stay.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from noodle import __version__
 from noodle.errors import ConfigurationError
-from services.cli.project.env_file import read_values, with_values
 from services.cli.project.join_line import Join, decode, encode
-from services.cli.project.machine_settings import COMPOSE_FILE, GPU_FILE, MODELS_FOLDER, Wish, settings
+from services.cli.project.machine_settings import GPU_FILE, MODELS_FOLDER, InitOptions, settings
+from services.cli.project.project import (
+    COMPOSE_NAME,
+    ENV_NAME,
+    SECRETS_NAME,
+    Project,
+    read_values,
+    require_project,
+    with_values,
+)
 from services.cli.project.secret_files import (
     CLUSTER_TOKEN,
     FILE_MODE,
-    FOLDER_NAME,
-    OF_MACHINE_A,
+    SECRETS_OF_A,
+    SECRETS_OF_B,
     VALKEY_PASSWORD,
     Owner,
     completed,
@@ -28,35 +38,50 @@ from services.cli.project.secret_files import (
     write_secrets,
 )
 
-ENV_NAME = ".env"
-OF_MACHINE_B = (CLUSTER_TOKEN, VALKEY_PASSWORD)
+ROLES_IN_WORDS = {"single": "a whole cluster on one host", "a": "machine A", "b": "machine B"}
 
 
-def init(folder: Path, wish: Wish, join_text: str | None) -> int:
-    """Write what is missing or asked for anew, and print what comes next; raises ConfigurationError or NotWritable."""
-    if not (folder / COMPOSE_FILE).is_file():
+def init(options: argparse.Namespace) -> int:
+    """Prepare the folder that the options describe."""
+    given = InitOptions(
+        machine=options.machine,
+        address=options.address,
+        peer=options.peer,
+        gpu=options.gpu,
+        stages=options.stages,
+        model=options.model,
+        name=options.name,
+    )
+    # standard input, because other users of this machine may read arguments
+    join_text = sys.stdin.read() if options.join == "-" else options.join
+    return prepare(Path(options.folder), given, join_text)
+
+
+def prepare(folder: Path, options: InitOptions, join_text: str | None) -> int:
+    """Write what is missing or asked for, and print the next steps; raises ConfigurationError or NotWritable."""
+    if not (folder / COMPOSE_NAME).is_file():
         raise ConfigurationError(
-            f"{folder.resolve()} holds no {COMPOSE_FILE}.",
+            f"{folder.resolve()} holds no {COMPOSE_NAME}.",
             cure="Run this in noodle's folder, or name it with --folder.",
         )
     if join_text is not None:
-        wish = replace(wish, join=decode(join_text))
+        options = replace(options, join=decode(join_text))
     path = folder / ENV_NAME
     text = _text_of(path)
-    values = settings(wish, read_values(text), os.cpu_count() or 1)
-    kind = values["COMPOSE_PROFILES"]
+    values = settings(options, read_values(text), os.cpu_count() or 1)
+    role = values["COMPOSE_PROFILES"]
     found = read_secrets(folder)
-    secrets = _of_machine_b(found, wish.join) if kind == "b" else completed(found, OF_MACHINE_A)
+    secrets = _secrets_of_b(found, options.join) if role == "b" else completed(found, SECRETS_OF_A)
     owner = Owner.of(folder)
-    if kind != "b":
+    if role != "b":
         (folder / MODELS_FOLDER).mkdir(exist_ok=True)
-        owner.give(folder / MODELS_FOLDER)
-    names = write_secrets(folder, secrets, owner, with_valkey=kind != "b")
-    write_file(path, with_values(text, values), owner, FILE_MODE)  # last: whoever has it has the secrets
-    print(f"This folder is {_in_words(kind)}, {values['NOODLE_MACHINE']}.")
-    print(f"  {ENV_NAME:<10} what `docker compose up` starts here, on which addresses and ports")
-    print(f"  {FOLDER_NAME + '/':<10} {', '.join(names)}: give them to nobody")
-    print(_next_steps(kind, values, secrets))
+        owner.assign(folder / MODELS_FOLDER)
+    names = write_secrets(folder, secrets, owner, with_valkey=role != "b")
+    write_file(path, with_values(text, values), owner, FILE_MODE)  # last: a folder with .env has its secrets
+    print(f"This folder is {ROLES_IN_WORDS[role]}, {values['NOODLE_MACHINE']}.")
+    print(f"  {ENV_NAME:<10} what `docker compose up` starts here, with its addresses and ports")
+    print(f"  {SECRETS_NAME + '/':<10} {', '.join(names)}: keep them secret")
+    print("\n".join(_next_steps(require_project(folder))))
     return 0
 
 
@@ -67,67 +92,66 @@ def _text_of(path: Path) -> str:
         return ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
-            f"{ENV_NAME} can not be read: {getattr(error, 'strerror', None) or error}.",
-            cure="Run this as the folder's owner, or delete the file so that a new one is made.",
+            f"{ENV_NAME} cannot be read: {getattr(error, 'strerror', None) or error}.",
+            cure="Run this as the folder's owner, or delete the file to get a new one.",
         ) from error
 
 
-def _of_machine_b(found: Mapping[str, str], join: Join | None) -> dict[str, str]:
-    """B's secrets are A's; raises ConfigurationError when they are missing, or others than those that B has."""
+def _secrets_of_b(found: Mapping[str, str], join: Join | None) -> dict[str, str]:
+    """Return A's secrets; raises ConfigurationError if they are missing, or differ from those that B has."""
     if join is None:
-        missing = [name for name in OF_MACHINE_B if name not in found]
+        missing = [name for name in SECRETS_OF_B if name not in found]
         if missing:
             raise ConfigurationError(
-                f"{FOLDER_NAME}/{missing[0]} is missing.",
+                f"{SECRETS_NAME}/{missing[0]} is missing.",
                 cure="Give the join line again (--join ...); `noodle init` on machine A prints it.",
             )
-        return {name: found[name] for name in OF_MACHINE_B}
+        return {name: found[name] for name in SECRETS_OF_B}
     given = {CLUSTER_TOKEN: join.cluster_token, VALKEY_PASSWORD: join.valkey_password}
     for name, value in given.items():
         if found.get(name, value) != value:
             raise ConfigurationError(
-                f"{FOLDER_NAME}/{name} is of another cluster than the join line.",
-                cure=f"To join the new one delete {FOLDER_NAME}/ here first; else leave --join out.",
+                f"{SECRETS_NAME}/{name} is from another cluster than the join line.",
+                cure=f"To join the new cluster, delete {SECRETS_NAME}/ here first; otherwise leave --join out.",
             )
     return given
 
 
-def _in_words(kind: str) -> str:
-    return {"single": "a whole noodle on one host", "a": "machine A", "b": "machine B"}[kind]
+def join_of(project: Project) -> Join:
+    """Return what machine B needs to know about this machine A."""
+    return Join(
+        noodle_version=__version__,
+        machine=project.machine,
+        address=project.lan_address,
+        coordinator_port=project.port("NOODLE_COORDINATOR_PORT"),
+        valkey_port=project.port("NOODLE_VALKEY_PORT"),
+        peer_address=project.peer_address,
+        cluster_token=project.secret(CLUSTER_TOKEN),
+        valkey_password=project.secret(VALKEY_PASSWORD),
+    )
 
 
-def _next_steps(kind: str, values: Mapping[str, str], secrets: Mapping[str, str]) -> str:
+def _next_steps(project: Project) -> list[str]:
     start = "Next: docker compose up --detach --build"
-    if kind == "b":
-        return (
-            f"{start}\n"
-            f"It computes for the coordinator {values['NOODLE_COORDINATOR_URL']}, and may be started before it."
-        )
-    url = f"http://127.0.0.1:{values['NOODLE_COORDINATOR_PORT']}"
-    grafana = f"http://127.0.0.1:{values['NOODLE_GRAFANA_PORT']}"
+    if project.role == "b":
+        return [start, f"It computes for the coordinator {project.coordinator_url}, and may start before it."]
+    url = f"http://127.0.0.1:{project.port('NOODLE_COORDINATOR_PORT')}"
+    grafana = f"http://127.0.0.1:{project.port('NOODLE_GRAFANA_PORT')}"
     lines = [
         start,
-        f"Then: curl {url}/health    says `starting`, and `ready` in the end",
-        f"      {url}/v1             for clients; their key is in {FOLDER_NAME}/api_key",
-        f"      {grafana}                Grafana: admin, {FOLDER_NAME}/grafana_password",
+        f"Then: curl {url}/health    answers `starting`, later `ready`",
+        f"      {url}/v1             is the URL for clients; their key is in {SECRETS_NAME}/api_key",
+        f"      {grafana}                is Grafana: user admin, password in {SECRETS_NAME}/grafana_password",
     ]
-    if GPU_FILE in values["COMPOSE_FILE"]:
+    if GPU_FILE in project.compose_files:
         lines.append("Stage 0 computes on the NVIDIA card (docker-compose.gpu.yml).")
-    if kind == "a":
-        join = Join(
-            noodle_version=__version__,
-            machine=values["NOODLE_MACHINE"],
-            address=values["NOODLE_LAN_ADDRESS"],
-            coordinator_port=int(values["NOODLE_COORDINATOR_PORT"]),
-            valkey_port=int(values["NOODLE_VALKEY_PORT"]),
-            peer_address=values["NOODLE_PEER_ADDRESS"],
-            cluster_token=secrets[CLUSTER_TOKEN],
-            valkey_password=secrets[VALKEY_PASSWORD],
-        )
-        lines += [
-            f"On machine B ({values['NOODLE_PEER_ADDRESS']}), in its copy of this folder; the line holds secrets:",
-            f"      docker compose run --rm init --machine b --join {encode(join)}",
+    if project.role == "a":
+        return [
+            *lines,
+            f"On machine B ({project.peer_address}), in its copy of this folder; the line holds secrets:",
+            f"      docker compose run --rm init --machine b --join {encode(join_of(project))}",
         ]
-    else:
-        lines.append("Two machines: `init --machine a --address 192.168.1.101 --peer 192.168.1.102` in another folder.")
-    return "\n".join(lines)
+    return [
+        *lines,
+        "For two machines: `init --machine a --address 192.168.1.101 --peer 192.168.1.102` in another folder.",
+    ]

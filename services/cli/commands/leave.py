@@ -1,40 +1,44 @@
-"""`noodle leave`: has a stage's layers moved to the others and waits until it has none; knows the stage's routes."""
+"""`noodle leave`: moves a stage's layers to the other stages and waits until they have them."""
 
 from __future__ import annotations
 
+import argparse
 import time
 
-from noodle.config.settings import CommandConfig
+from noodle.config.environment import command_config, process_environment
 from noodle.errors import ConfigurationError, NotAuthenticated, RequestTimedOut
 from services.cli.client.http_client import get_json, post_json
 from services.cli.client.target import find_target
 
-LEAVE_SECONDS = 600.0  # for the others to load what they get; as long as a load may take
-POLL_SECONDS = 0.5
-ANSWER_SECONDS = 10.0
+LEAVE_SECONDS = 600.0  # for the other stages to load the layers; as long as a load may take
+POLL_SECONDS = 0.5  # between two looks at the stage's health
+ANSWER_SECONDS = 10.0  # the stage's answer to POST /leave
 
 
-def leave(config: CommandConfig, advertise_url: str, url: str | None) -> int:
-    """Ask the stage, and wait until a plan without it is computed by."""
-    target = find_target(config, None, None)
-    if target.record is not None and target.record.stage_count > 1 and not (url or advertise_url):
+def leave(options: argparse.Namespace) -> int:
+    """Ask the stage to leave, and wait until the active plan has no layers for it."""
+    environment = process_environment()
+    config = command_config(environment)
+    target = find_target(config)
+    is_named = bool(options.url or environment.get("NOODLE_ADVERTISE_URL"))
+    if target.record is not None and target.record.stage_count > 1 and not is_named:
         raise ConfigurationError(
             f"{target.record.stage_count} stages run on this machine.",
-            cure="Say which one is to leave: --url with its address, which `noodle status` shows.",
+            cure="Name the stage that leaves: --url with its address, which `noodle status` shows.",
         )
-    stage_url = (url or config.stage_url).rstrip("/")
+    stage_url = (options.url or config.stage_url).rstrip("/")
     try:
         answer = post_json(f"{stage_url}/leave", {}, target.token, ANSWER_SECONDS)
     except NotAuthenticated as error:
         raise NotAuthenticated(
             f"The stage at {stage_url} refuses this command's cluster token.",
-            cure="Set NOODLE_CLUSTER_TOKEN, or NOODLE_CLUSTER_TOKEN_FILE, to that of its cluster.",
+            cure="Set NOODLE_CLUSTER_TOKEN or NOODLE_CLUSTER_TOKEN_FILE to its cluster's token.",
         ) from error
-    who = f"Stage {answer.get('stage_id')} on {answer.get('machine')}"
+    name = f"Stage {answer.get('stage_id')} on {answer.get('machine')}"
     if answer.get("layers") is None:
-        print(f"{who} has no layers: its machine may go.")
+        print(f"{name} has no layers: its machine can go.")
         return 0
-    print(f"{who} leaves: its layers go to the others.", flush=True)
+    print(f"{name} is leaving: its layers move to the other stages.", flush=True)
     end = time.monotonic() + LEAVE_SECONDS
     while True:
         _, health = get_json(f"{stage_url}/health", target.token)
@@ -44,7 +48,7 @@ def leave(config: CommandConfig, advertise_url: str, url: str | None) -> int:
             return 0
         if time.monotonic() > end:
             raise RequestTimedOut(
-                f"{who} still has its layers after {LEAVE_SECONDS:.0f} seconds.",
-                cure="`noodle status` says what is waited for; the others may have no room for them.",
+                f"{name} still has its layers after {LEAVE_SECONDS:.0f} seconds.",
+                cure="`noodle status` shows what is waited for. The other stages may lack memory for the layers.",
             )
         time.sleep(POLL_SECONDS)

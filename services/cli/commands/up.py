@@ -5,83 +5,99 @@ Nothing it starts outlives it, and nothing but the cache stays on disk (design D
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-from noodle.config.environment import command_config
+from noodle.config.environment import command_config, process_environment
 from noodle.config.settings import CommandConfig
 from noodle.errors import Conflict, NotWritable, StartError
-from services.cli.client.progress import Progress
+from services.cli.client.progress import Progress, open_progress
+from services.cli.client.reports import counted
+from services.cli.client.run_record import RunPhase, RunRecord, identify, read_record, running
 from services.cli.local import valkey
 from services.cli.local.cluster import (
-    Wanted,
+    ClusterSpec,
     children_environment,
     refuse_ports_in_use,
     resolve,
     service_specs,
     valkey_spec,
 )
+from services.cli.local.detach import report_to, start_detached
 from services.cli.local.preparation import PreparedModel, prepare_model
-from services.cli.local.processes import Interrupted, Signals, end_leftovers, identify, wait_until
-from services.cli.local.readiness import are_ready, tell, wait_until_ready
-from services.cli.local.readiness import wait_until as wait_while_supervised
-from services.cli.local.run_state import RunFolder, RunPhase, RunRecord, acquire, running, write_private, writing
+from services.cli.local.processes import Interrupted, Signals, end_leftovers, wait_until
+from services.cli.local.readiness import Start, are_ready, log_death
+from services.cli.local.run_folder import RunFolder, acquire, write_private, writing
 from services.cli.local.supervisor import ServiceSpec, Supervisor
 
-LEFTOVER_GRACE_SECONDS = 12.0  # for what a killed `up` left: gunicorn gives open requests 10
+LEFTOVER_GRACE_SECONDS = 12.0  # from SIGTERM to SIGKILL for what a killed `up` left; gunicorn gives open requests 10
 OTHER_START_SECONDS = 5.0  # from another `up` taking the folder to its first record
-QUEUE_SECONDS = 20.0  # for Valkey to answer
+QUEUE_SECONDS = 20.0  # from Valkey's start to its first answer
 IDLE_SECONDS = 60.0  # between two looks at the size of the logs
-READY_AGAIN_INTERVAL_SECONDS = 1.0
-RECORD_AGAIN_SECONDS = 5.0  # between two tries to write the record to a disk that is full
+READY_AGAIN_INTERVAL_SECONDS = 1.0  # between two looks at /health after a service died
+RECORD_AGAIN_SECONDS = 5.0  # between two tries to write the record to a full disk
 
 
-def wanted_from(
-    environment: Mapping[str, str], stage_count: int | None, model: str | None, split: str | None
-) -> tuple[CommandConfig, Wanted]:
-    """Check everything that can be checked before anything is started; raises ConfigurationError or StartError."""
+def up(options: argparse.Namespace) -> int:
+    """Run `noodle up`: in the foreground, in the background, or as the background process itself."""
+    environment = process_environment()
     if sys.platform != "linux":
         raise StartError(
-            f"`noodle up` starts processes the Linux way, and this is {sys.platform}.",
+            f"`noodle up` needs Linux, and this is {sys.platform}.",
             cure="Use Docker (`docker compose up`), or run it inside WSL on Windows.",
         )
     config = command_config(environment)
-    return config, resolve(config, environment, stage_count, model, split)
+    spec = resolve(config, environment, options.stages, options.model, options.split)
+    if options.report_to is not None:
+        return report_to(
+            options.report_to,
+            lambda progress, on_ready: run(config, spec, environment, progress, is_detached=True, on_ready=on_ready),
+        )
+    progress = open_progress()
+    try:
+        if already_running(config, progress):
+            return 0
+        if not options.detach:
+            return run(config, spec, environment, progress)
+        arguments = ["--stages", str(spec.stage_count), "--model", spec.model]
+        return start_detached(arguments + (["--split", spec.split] if spec.split else []), environment, progress)
+    finally:
+        progress.close()
 
 
 def already_running(config: CommandConfig, progress: Progress) -> bool:
-    """Say so when a `noodle up` runs on this state folder."""
+    """Return whether a `noodle up` runs on this state folder, and log it."""
     record = running(config.state_dir)
     if record is None:
         return False
-    progress.say(
+    progress.log(
         f"noodle is already running (pid {record.supervisor.pid}, {record.phase}): {record.model} "
-        f"on {record.stage_count} stages at {record.coordinator_url}"
+        f"on {counted(record.stage_count, 'stage')} at {record.coordinator_url}"
     )
-    progress.say("`noodle status` says more, `noodle down` stops it.")
+    progress.log("`noodle status` shows its state, `noodle down` stops it.")
     return True
 
 
 class Up:
-    """One run, from the lock on its folder to the removal of it."""
+    """One run, from the locked run folder to its removal."""
 
     def __init__(
         self,
         config: CommandConfig,
-        wanted: Wanted,
+        spec: ClusterSpec,
         environment: Mapping[str, str],
+        *,
         folder: RunFolder,
         signals: Signals,
         progress: Progress,
-        *,
         is_detached: bool,
     ) -> None:
-        self._config, self._wanted, self._environment = config, wanted, environment
+        self._config, self._spec, self._environment = config, spec, environment
         self._folder, self._signals, self._progress = folder, signals, progress
         self._supervisor = Supervisor(folder)
         self._is_detached = is_detached
@@ -90,17 +106,17 @@ class Up:
         self._model: PreparedModel | None = None
         self._token = ""
         self._specs: Sequence[ServiceSpec] = ()
-        self._record_is_old = False
+        self._record_is_stale = False
 
     def start(self) -> None:
-        """Bring everything up; returns when requests are answered. Raises StartError or Interrupted."""
-        self._clear_what_a_dead_one_left()
+        """Start everything and return when requests are answered. Raises StartError or Interrupted."""
+        self._clear_leftovers()
         with writing(self._folder.logs_dir):
             self._folder.logs_dir.mkdir(mode=0o700)
             if self._is_detached:
-                self._write_to_own_log()
+                self._redirect_output_to_log()
         self._record()
-        refuse_ports_in_use(self._wanted)
+        refuse_ports_in_use(self._spec)
         binary = valkey.server_binary()
         self._token = self._config.cluster_token or secrets.token_urlsafe(32)
         password = secrets.token_urlsafe(32)
@@ -108,143 +124,150 @@ class Up:
         write_private(self._folder.valkey_password_path, password.encode())
         common = children_environment(self._environment, self._config, self._folder)
         self._model = prepare_model(
-            self._wanted.model,
-            self._config.cache_dir,
+            self._spec.model,
+            self._config,
             common,
-            self._folder.log_path("model"),
             self._signals,
             self._progress,
+            log_path=self._folder.log_path("model"),
         )
         self._record()
-        self._start_queue(binary, password)
-        self._specs = service_specs(self._wanted, self._config, common, self._model.folder)
+        start = Start(self._supervisor, self._signals, self._progress)
+        configuration = valkey.write_configuration(self._folder, self._spec.valkey_port, password)
+        self._add(valkey_spec(self._spec, binary, configuration))
+        start.wait_until(lambda: valkey.answers(self._spec.valkey_port, password), "Valkey", QUEUE_SECONDS)
+        self._specs = service_specs(self._spec, self._config, common, self._model.folder)
         for spec in self._specs:
             self._add(spec)
         self._record()
-        health = wait_until_ready(
-            self._specs, self._token, self._supervisor, self._signals, self._progress, self._record
-        )
+        health = start.wait_until_ready(self._specs, self._token, self._record)
         self._phase = "running"
         self._record()
         served_name = str(health.answer.get("model") or self._model.name)
-        for line in welcome(self._wanted, self._model.name, served_name, self._folder, bool(self._config.api_key)):
-            self._progress.say(line)
+        for line in self._welcome(served_name):
+            self._progress.log(line)
         for warning in health.warnings:
-            self._progress.say(f"Note: {warning}")
-        self._progress.say("`noodle down` stops it." if self._is_detached else "Ctrl-C stops it.")
+            self._progress.log(f"Note: {warning}")
+        self._progress.log("`noodle down` stops it." if self._is_detached else "Ctrl-C stops it.")
 
     def supervise(self) -> None:
-        """Keep everything running until somebody asks for the end; a full disk is said, and stops nothing."""
+        """Keep everything running until a stop is requested; a full disk is logged and stops nothing."""
         waits_for_readiness = False
         while not self._signals.stop_requested:
             ended, started = self._supervisor.look()
             for end in ended:
-                tell(end, self._say)
+                log_death(end, self._log)
             for name in started:
-                self._say(f"{name} was started again.")
+                self._log(f"{name} was restarted.")
             waits_for_readiness = waits_for_readiness or bool(ended or started)
-            if ended or started or self._record_is_old:
+            if ended or started or self._record_is_stale:
                 self._try_to_record()
             if waits_for_readiness and are_ready(self._specs, self._supervisor, self._token):
                 waits_for_readiness = False
-                self._say("Everything is ready again.")
+                self._log("Everything is ready again.")
             for name in self._supervisor.limit_logs():
-                self._say(f"The older lines of {name}'s log are gone: there was no room to keep them.")
+                self._log(f"The older lines of {name}'s log were dropped: the disk is full.")
             interval_seconds = READY_AGAIN_INTERVAL_SECONDS if waits_for_readiness else IDLE_SECONDS
-            if self._record_is_old:
+            if self._record_is_stale:
                 interval_seconds = min(interval_seconds, RECORD_AGAIN_SECONDS)
             self._signals.wait(min(interval_seconds, self._supervisor.seconds_until_restart()))
 
     def stop(self) -> None:
-        """Stop everything in order and remove the run folder; a further Ctrl-C does it at once."""
+        """Stop everything in order and remove the run folder; a further Ctrl-C kills what is left."""
         was_running, self._phase = self._phase == "running", "stopping"
         killed: list[str] = []
         try:
             self._try_to_record()
             if was_running:
-                self._say("Stopping.")
+                self._log("Stopping.")
         finally:
             killed = self._supervisor.stop(self._signals)
             self._folder.remove()
         for name in killed:
-            self._say(f"{name} did not stop by itself and was killed.")
+            self._log(f"{name} did not stop in time and was killed.")
 
-    def _say(self, text: str) -> None:
-        """Tell whoever watches, who may be a terminal that was closed or a log on a full disk: then nobody hears it."""
+    def _log(self, text: str) -> None:
+        """Log a line; the terminal may have been closed, or the log's disk may be full."""
         with contextlib.suppress(OSError):
-            self._progress.say(text)
+            self._progress.log(text)
 
-    def _write_to_own_log(self) -> None:
-        """From now on, what this process prints goes to the run folder: nobody sits before it."""
+    def _redirect_output_to_log(self) -> None:
         with self._folder.log_path("up").open("ab") as log:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
-
-    def _start_queue(self, binary: Path, password: str) -> None:
-        configuration = valkey.write_configuration(self._folder, self._wanted.valkey_port, password)
-        self._add(valkey_spec(self._wanted, binary, configuration))
-        port = self._wanted.valkey_port
-        wait_while_supervised(
-            lambda: valkey.answers(port, password), "Valkey", QUEUE_SECONDS, self._supervisor, self._signals
-        )
 
     def _add(self, spec: ServiceSpec) -> None:
         try:
             self._supervisor.add(spec)
         except OSError as error:
             raise StartError(
-                f"{spec.name} can not be started: {error.strerror} ({error.filename or spec.arguments[0]}).",
-                cure="See that the disk has room, and that this machine has memory and processes to spare.",
+                f"{spec.name} cannot be started: {error.strerror} ({error.filename or spec.arguments[0]}).",
+                cure="Check that the disk has room, and that this machine has memory and processes to spare.",
             ) from error
 
-    def _clear_what_a_dead_one_left(self) -> None:
-        record = self._folder.read()
+    def _clear_leftovers(self) -> None:
+        """End and remove what a killed `noodle up` left."""
+        record = read_record(self._folder.path)
         if record is not None:
             children = [service.process for service in record.services if service.process is not None]
             ended = end_leftovers(children, LEFTOVER_GRACE_SECONDS)
-            self._progress.say(
-                f"An earlier `noodle up` (pid {record.supervisor.pid}) was killed"
-                + (f"; ended what it left running: {len(ended)}." if ended else "; cleared what it left.")
-            )
+            left = f"ended {counted(len(ended), 'process', 'processes')}" if ended else "removed the files"
+            self._progress.log(f"An earlier `noodle up` (pid {record.supervisor.pid}) was killed; {left} that it left.")
         self._folder.empty()
 
     def _try_to_record(self) -> None:
-        """Write the record, or say once that it is old from now on; `supervise` tries again."""
+        """Write the record; if the disk is full, log it once, and `supervise` tries again."""
         try:
             self._record()
-            if self._record_is_old:
-                self._say("The record of this run can be written again.")
-            self._record_is_old = False
+            if self._record_is_stale:
+                self._log("The record of this run can be written again.")
+            self._record_is_stale = False
         except NotWritable as error:
-            if not self._record_is_old:
-                self._say(f"{error.message} Everything runs on, and `noodle status` shows what was before.")
-                self._say("Free some space on that disk; writing it is tried again.")
-            self._record_is_old = True
+            if not self._record_is_stale:
+                self._log(f"{error.message} Everything keeps running; `noodle status` shows an older state.")
+                self._log("Free some space on that disk; noodle tries again.")
+            self._record_is_stale = True
 
     def _record(self) -> None:
         self._folder.write(
             RunRecord(
                 supervisor=self._identity,
-                coordinator_url=self._wanted.coordinator_url,
-                model=self._model.name if self._model else self._wanted.model,
-                stage_count=self._wanted.stage_count,
+                coordinator_url=self._spec.coordinator_url,
+                model=self._model.name if self._model else self._spec.model,
+                stage_count=self._spec.stage_count,
                 phase=self._phase,
                 model_folder=str(self._model.folder) if self._model else "",
                 services=self._supervisor.records(),
             )
         )
 
+    def _welcome(self, served_name: str) -> list[str]:
+        """Return the lines that say how to use it."""
+        url = self._spec.coordinator_url
+        key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if self._config.api_key else ""
+        question = [{"role": "user", "content": "Why is the sky blue?"}]
+        body = json.dumps({"model": served_name, "messages": question, "max_tokens": 60})
+        stages = counted(self._spec.stage_count, "stage")
+        return [
+            f"noodle is ready: {self._model.name if self._model else served_name} on {stages}.",
+            f"  OpenAI API  {url}/v1",
+            f"  health      {url}/health",
+            f"  logs        {self._folder.logs_dir}",
+            '  try         noodle generate "Why is the sky blue?"',
+            f"  or          curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        ]
+
 
 def run(
     config: CommandConfig,
-    wanted: Wanted,
+    spec: ClusterSpec,
     environment: Mapping[str, str],
     progress: Progress,
     *,
     is_detached: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> int:
-    """Start, supervise and stop; gives the exit code. Raises StartError after everything was cleared up again."""
+    """Start, supervise and stop; return the exit code. Raises StartError after everything was cleaned up."""
     with Signals() as signals:
         folder = acquire(config.state_dir)
         if folder is None:
@@ -252,7 +275,15 @@ def run(
                 raise Conflict(f"Another process holds {config.state_dir}.", cure="Run `noodle down`, then try again.")
             on_ready()
             return 0
-        one = Up(config, wanted, environment, folder, signals, progress, is_detached=is_detached)
+        one = Up(
+            config,
+            spec,
+            environment,
+            folder=folder,
+            signals=signals,
+            progress=progress,
+            is_detached=is_detached,
+        )
         try:
             one.start()
             on_ready()
@@ -262,20 +293,3 @@ def run(
         finally:
             one.stop()
     return 0
-
-
-def welcome(wanted: Wanted, model_name: str, served_name: str, folder: RunFolder, needs_key: bool) -> list[str]:
-    """What to do with it now that it runs."""
-    url = wanted.coordinator_url
-    key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if needs_key else ""
-    question = [{"role": "user", "content": "Why is the sky blue?"}]
-    body = json.dumps({"model": served_name, "messages": question, "max_tokens": 60})
-    stages = "1 stage" if wanted.stage_count == 1 else f"{wanted.stage_count} stages"
-    return [
-        f"noodle is ready: {model_name} on {stages}.",
-        f"  OpenAI API  {url}/v1",
-        f"  health      {url}/health",
-        f"  logs        {folder.logs_dir}",
-        '  try         noodle generate "Why is the sky blue?"',
-        f"  or          curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
-    ]

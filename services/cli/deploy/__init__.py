@@ -1,0 +1,1 @@
+"""`noodle deploy`: starts machine A here and machine B by ssh."""

@@ -1,4 +1,4 @@
-"""What of this folder another machine needs to build and run its part, as one tar; never secrets, .env or models."""
+"""The files that another machine needs to build and run its part, as one tar; never secrets, .env or models."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path, PurePosixPath
 from noodle.errors import ConfigurationError
 from services.cli.project.programs import run_program
 
-GIT_SECONDS = 20.0
-# what a machine that only runs noodle has no use for
+GIT_SECONDS = 20.0  # git's list of files
+# what a machine that only runs noodle does not need
 LEFT_OUT = ("tests", "docs", ".ci")
-# what git does not track, for a folder that came without git
+# what git does not track, for a folder without git
 NOT_OURS = (
     ".git", ".venv", ".env", "secrets", "models", "out", "build", "dist", "deploy-results",
     "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache",
 )  # fmt: skip
-NEVER = (".env", "secrets", "models")  # whatever git says of them
+NEVER = (".env", "secrets", "models")  # even if git tracks them
 NEEDED = ("docker-compose.yml", "Dockerfile.cpu", "services", "shared")
 EXECUTABLE_SUFFIXES = (".sh",)
 
 
 def files_to_copy(folder: Path) -> list[str]:
-    """Paths as POSIX writes them: those that git tracks, or all but the known others where there is no git."""
+    """Return POSIX paths: those that git tracks, or without git all but NOT_OURS. Raises ConfigurationError."""
     ran = run_program(["git", "-C", str(folder), "ls-files", "-z"], GIT_SECONDS)
     if ran.is_good and ran.output:
         names = [name for name in ran.output.split("\0") if name]
@@ -45,12 +45,12 @@ def files_to_copy(folder: Path) -> list[str]:
 
 
 def top_folders(names: Sequence[str]) -> list[str]:
-    """The folders that the copy replaces as a whole, so that no file of an older version stays in them."""
+    """Return the folders that the copy replaces as a whole, so that no file of an older version stays."""
     return sorted({PurePosixPath(name).parts[0] for name in names if len(PurePosixPath(name).parts) > 1})
 
 
 def tar_of(folder: Path, names: Sequence[str]) -> bytes:
-    """All of it, compressed; owners and times are left out, so that the same files make the same bytes."""
+    """Return the compressed tar, without owners and times, so that the same files make the same bytes."""
     content = io.BytesIO()
     with (
         gzip.GzipFile(fileobj=content, mode="wb", mtime=0) as packed,

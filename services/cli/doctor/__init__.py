@@ -1,0 +1,1 @@
+"""`noodle doctor`: gathers facts about this machine and its links and judges each one; changes nothing."""

@@ -1,144 +1,163 @@
-"""`noodle doctor`: everything that keeps a machine out of a cluster, each finding with its cure; changes nothing.
+"""`noodle doctor`: finds what keeps a machine out of a cluster, each finding with its cure; changes nothing.
 
-Facts are gathered side by side, each with a limit of its own and all by a common end; what they mean is said by the
-doctor_*.py files, one subject each. A check that could not be made is told as skipped, with the reason.
+Facts are gathered in parallel, each with its own time limit and all by a common end; the other files of this folder
+judge them. A check that could not be made is skipped, with the reason.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from noodle import __version__
 from noodle.config.addresses import host_of
-from noodle.config.settings import CommandConfig
+from noodle.config.environment import command_config, process_environment
 from noodle.errors import NoodleError
-from services.cli.doctor.addresses import check_advertised, check_names, resolve, unresolved
+from services.cli.client.reports import print_json
+from services.cli.doctor.capacity import Planned, ask_plan, check_memory, check_plan, gather_memory, need_of
+from services.cli.doctor.context import UP_ROLE, MachineContext, find_context, ports_to_try
 from services.cli.doctor.docker import DockerFacts, check_docker, gather_docker
-from services.cli.doctor.firewall import LOOPBACK_ALONE, FirewallFacts, check_firewall, gather_firewall
+from services.cli.doctor.firewall import LOOPBACK_ONLY, FirewallFacts, check_firewall, gather_firewall
 from services.cli.doctor.gpu import GPU_COMPOSE_NAME, check_gpu, gather_gpu
-from services.cli.doctor.jobs import Job
-from services.cli.doctor.links import Here, check_digests, check_reached, check_versions, check_way_back
-from services.cli.doctor.memory import Need, check_memory, gather_memory, need_of
-from services.cli.doctor.outcome import Outcome, Report, skipped, text_of
-from services.cli.doctor.plan import Planned, ask_plan, check_plan
+from services.cli.doctor.links import (
+    Here,
+    check_advertised,
+    check_digests,
+    check_names,
+    check_reached,
+    check_versions,
+    check_way_back,
+    resolve,
+    unresolved,
+)
 from services.cli.doctor.ports import PROJECT_NAME, PortFacts, check_port, gather_port
-from services.cli.doctor.situation import UP_ROLE, Situation, find_situation, ports_to_try
-from services.cli.doctor.tries import Links, try_links
+from services.cli.doctor.probes import Job, Links, probe_links
+from services.cli.doctor.results import CheckResult, Report, skipped, text_of
 from services.cli.project.programs import Run, System, is_wsl, run_program, this_system
 
-DOCTOR_SECONDS = 28.0  # all of it, also when every packet is dropped
-SPARE_SECONDS = 1.0  # of it, for what comes after Docker has not answered
-NAMES_SECONDS = 10.0  # a resolver that does not answer
+DOCTOR_SECONDS = 28.0  # all of `noodle doctor`, also if every packet is dropped
+SPARE_SECONDS = 1.0  # of it, for what follows when Docker has not answered
+NAMES_SECONDS = 10.0  # the resolver's answers
 FINDING_EXIT_CODE = 1
 
 
-def doctor(config: CommandConfig, environment: Mapping[str, str], folder: Path, *, as_json: bool) -> int:
-    """Print the report; 1 when there is an error, warnings do not count."""
+def doctor(options: argparse.Namespace) -> int:
+    """Print the report; 1 if it has an error, warnings do not count."""
     began = time.monotonic()
-    situation = find_situation(config, environment, folder, this_system())
-    outcomes = examine(situation, run_program, config.cache_dir, began + DOCTOR_SECONDS)
-    system = situation.system + (" in WSL" if is_wsl() else "")
-    seconds = time.monotonic() - began
-    report = Report(situation.machine, situation.role, system, __version__, round(seconds, 2), tuple(outcomes))
-    if as_json:
-        print(msgspec.json.format(msgspec.json.encode(report)).decode())
+    environment = process_environment()
+    config = command_config(environment)
+    context = find_context(config, environment, Path.cwd(), this_system())
+    results = examine(context, run_program, config.cache_dir, began + DOCTOR_SECONDS)
+    report = Report(
+        machine=context.machine,
+        role=context.role,
+        system=context.system + (" in WSL" if is_wsl() else ""),
+        version=__version__,
+        seconds=round(time.monotonic() - began, 2),
+        results=tuple(results),
+    )
+    if options.json:
+        print_json(report)
     else:
         print(text_of(report))
     return 0 if report.is_healthy else FINDING_EXIT_CODE
 
 
-def examine(situation: Situation, run: Run, cache_dir: Path, end: float) -> list[Outcome]:
-    """Every check, by `end` (monotonic)."""
-    where, system, project = situation.machine, situation.system, situation.project
+def examine(context: MachineContext, run: Run, cache_dir: Path, end: float) -> list[CheckResult]:
+    """Make every check by `end` (monotonic)."""
+    where, system, project = context.machine, context.system, context.project
     wants_gpu = project is not None and GPU_COMPOSE_NAME in project.compose_files
     docker_job = Job("asking Docker", lambda: gather_docker(run))
     folder = project.folder if project else None
     gpu_job = Job("asking the card", lambda: gather_gpu(run, system, folder, is_wanted=wants_gpu))
     memory_job = Job("reading memory", lambda: gather_memory(run, _or_none(docker_job, end - SPARE_SECONDS), cache_dir))
-    is_up = situation.role == UP_ROLE  # which listens on loopback alone
-    up_facts = FirewallFacts(nothing_to_close=LOOPBACK_ALONE)
+    is_up = context.role == UP_ROLE  # which listens on loopback only
+    up_facts = FirewallFacts(nothing_to_close=LOOPBACK_ONLY)
     firewall_job = Job("reading the firewall", lambda: up_facts if is_up else gather_firewall(run, system, project))
     name = (project.values.get("COMPOSE_PROJECT_NAME") if project else None) or PROJECT_NAME
-    own = situation.own_ports
     port_jobs = [
-        Job(f"trying port {port}", partial(gather_port, run, service, variable, address, port, own, name))
-        for service, variable, address, port in ports_to_try(situation)
+        Job(f"trying port {port.number}", partial(gather_port, run, port, context.own_ports, name))
+        for port in ports_to_try(context)
     ]
-    hosts = [host_of(target.url) for target in situation.targets]
+    hosts = [host_of(target.url) for target in context.targets]
     names_job = Job("resolving names", lambda: unresolved(hosts, resolve))
-    links_job = Job("trying the others", lambda: try_links(situation))
-    plan_job = Job("asking for the plan", lambda: ask_plan(situation))
+    links_job = Job("trying the others", lambda: probe_links(context))
+    plan_job = Job("asking for the plan", lambda: ask_plan(context))
 
-    outcomes = list(situation.outcomes)
+    results = list(context.results)
     docker = _or_none(docker_job, end)
-    outcomes += _made(
-        "docker", where, lambda: check_docker(docker_job.value(end), where, system, is_needed=situation.needs_docker)
+    results += _attempt(
+        "docker", where, lambda: check_docker(docker_job.value(end), where, system, is_needed=context.needs_docker)
     )
-    outcomes += _made("gpu", where, lambda: check_gpu(gpu_job.value(end), docker, where, system, is_wanted=wants_gpu))
+    results += _attempt("gpu", where, lambda: check_gpu(gpu_job.value(end), docker, where, system, is_wanted=wants_gpu))
     ports = [
-        outcome for job in port_jobs for outcome in _made("port", where, partial(_check_port, job, where, system, end))
+        result for job in port_jobs for result in _attempt("port", where, partial(_check_port, job, where, system, end))
     ]
-    outcomes += dict.fromkeys(ports)  # an address that is not this machine's is told once
+    results += dict.fromkeys(ports)  # an address that is not this machine's is reported once
     if not port_jobs:
-        outcomes.append(skipped("port", where, "nothing here says which ports this machine is to publish"))
+        results.append(skipped("port", where, "the ports that this machine publishes are unknown"))
     names_end = min(end, time.monotonic() + NAMES_SECONDS)
-    outcomes += _made("names", where, lambda: check_names(hosts, names_job.value(names_end), where, system))
-    outcomes += [check_advertised(what, url, name, where, system) for what, url, name in situation.advertised]
-    outcomes += _made("firewall", where, lambda: check_firewall(firewall_job.value(end), where, system))
-    outcomes += _made("reach", where, lambda: check_links(situation, links_job.value(end)))
+    results += _attempt("names", where, lambda: check_names(hosts, names_job.value(names_end), where, system))
+    results += [check_advertised(what, url, name, where, system) for what, url, name in context.advertised]
+    results += _attempt("firewall", where, lambda: check_firewall(firewall_job.value(end), where, system))
+    results += _attempt("reach", where, lambda: check_links(context, links_job.value(end)))
     planned = plan_job.value_or(end, lambda problem: Planned(reason=problem.message))
-    outcomes.append(check_plan(planned, where))
+    results.append(check_plan(planned, where))
     need = need_of(planned.answer["plan"], where, planned.phases) if planned.answer else None
-    outcomes += _made("memory", where, lambda: _check_memory(memory_job, docker, need, planned, situation, end))
-    return outcomes
+    reason = planned.reason or "the plan has no layers for this machine"
+    results += _attempt(
+        "memory",
+        where,
+        lambda: check_memory(memory_job.value(end), docker, need, where, system, why_no_need=reason),
+    )
+    return results
 
 
-def check_links(situation: Situation, links: Links) -> list[Outcome]:
-    """All that the tries tell."""
-    own = {reached.outcome for reached in links.from_here if reached.name in situation.own_names}
-    start = "docker compose up -d" if situation.needs_docker else "noodle up"
-    here = Here(situation.machine, situation.system, __version__, situation.host, "open" in own, start)
-    outcomes: list[Outcome] = []
+def check_links(context: MachineContext, links: Links) -> list[CheckResult]:
+    """Judge all probes and reports."""
+    own = {reached.outcome for reached in links.from_here if reached.name in context.own_names}
+    here = Here(
+        machine=context.machine,
+        system=context.system,
+        version=__version__,
+        host=context.host,
+        is_running="open" in own,
+        start_command="docker compose up -d" if context.needs_docker else "noodle up",
+    )
+    results: list[CheckResult] = []
     for reached in links.from_here:
-        if reached.outcome == "locked" and not (
-            situation.token if reached.name != "valkey" else situation.valkey_password
-        ):
-            reason = f"{reached.name} answers at {reached.url}; no secret is known here to try its lock with"
-            outcomes.append(skipped("lock", situation.machine, reason))
+        secret = context.valkey_password if reached.name == "valkey" else context.token
+        if reached.outcome == "locked" and not secret:
+            reason = f"{reached.name} answers at {reached.url}, but its secret is unknown here"
+            results.append(skipped("lock", context.machine, reason))
         else:
-            outcomes += check_reached(reached, here)
+            results += check_reached(reached, here)
     machines = {report.name: report.machine for report in links.reports if report.machine}
     for report in links.reports:
-        outcomes += check_way_back(report, machines, here)
-    outcomes += [skipped("way back", name, reason) for name, reason in links.unreported]
+        results += check_way_back(report, machines, here)
+    results += [skipped("way back", name, reason) for name, reason in links.unreported]
     if not links.reports:
-        reason = "no service that answers here could be asked whom it reaches"
-        outcomes.append(skipped("way back", situation.machine, reason))
-    outcomes += _check_registered(situation, links, here)
-    seen = [(reached.name, reached.version) for reached in links.from_here if reached.outcome == "open"]
+        results.append(skipped("way back", context.machine, "no service could be asked which others it reaches"))
+    results += _check_registered(context, links, here)
     in_reports = [reached for report in links.reports for reached in report.results]
-    seen += [(reached.name, reached.version) for reached in in_reports]
-    outcomes.append(check_versions(seen, here))
+    seen = [(reached.name, reached.version) for reached in links.from_here if reached.outcome == "open"]
+    results.append(check_versions([*seen, *((reached.name, reached.version) for reached in in_reports)], here))
     digests = [(report.name, report.model_digest) for report in links.reports]
-    digests += [(reached.name, reached.model_digest) for reached in in_reports]
-    outcomes.append(check_digests(digests, here))
-    return outcomes
+    results.append(check_digests([*digests, *((reached.name, reached.model_digest) for reached in in_reports)], here))
+    return results
 
 
-def _check_registered(situation: Situation, links: Links, here: Here) -> list[Outcome]:
-    """The URLs under which stages say that they are found, where several machines take part."""
+def _check_registered(context: MachineContext, links: Links, here: Here) -> list[CheckResult]:
+    """Judge the URLs that stages registered, in a cluster of several machines."""
     coordinator = next((report for report in links.reports if report.name == "coordinator"), None)
     if coordinator is None:
         return []
     stages = [reached for reached in coordinator.results if reached.name.startswith("stage ")]
     machines = {stage.machine for stage in stages if stage.machine}
-    if situation.is_alone and len(machines) < 2:
+    if context.is_alone and len(machines) < 2:
         return []
     variable = "NOODLE_LAN_ADDRESS in .env (or NOODLE_ADVERTISE_URL)"
     return [
@@ -147,26 +166,19 @@ def _check_registered(situation: Situation, links: Links, here: Here) -> list[Ou
     ]
 
 
-def _check_port(job: Job[PortFacts], where: str, system: System, end: float) -> list[Outcome]:
+def _check_port(job: Job[PortFacts], where: str, system: System, end: float) -> list[CheckResult]:
     return [check_port(job.value(end), where, system)]
-
-
-def _check_memory(
-    job: Job[Any], docker: DockerFacts | None, need: Need | None, planned: Planned, situation: Situation, end: float
-) -> list[Outcome]:
-    reason = planned.reason or "the plan has no layers for this machine"
-    return check_memory(job.value(end), docker, need, reason, situation.machine, situation.system)
 
 
 def _or_none(job: Job[DockerFacts], end: float) -> DockerFacts | None:
     try:
         return job.value(end)
-    except NoodleError:  # told as skipped where Docker itself is checked
+    except NoodleError:  # the check of Docker itself reports it
         return None
 
 
-def _made(check: str, where: str, make: Callable[[], list[Outcome]]) -> list[Outcome]:
-    """A check's outcomes; one that could not be made says so."""
+def _attempt(check: str, where: str, make: Callable[[], list[CheckResult]]) -> list[CheckResult]:
+    """Return a check's results, or that it was skipped."""
     try:
         return make()
     except NoodleError as problem:

@@ -1,4 +1,4 @@
-"""Docker for `noodle doctor`: is it there, new enough, reachable for this user; asks docker, judges by what it said."""
+"""Docker: whether it is installed, new enough, running, and open to this user."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from msgspec import Struct
 
-from services.cli.doctor.outcome import Outcome, error, ok, skipped, warning
+from services.cli.doctor.results import CheckResult, error, ok, skipped, warning
 from services.cli.project.programs import Ran, Run, System
 
-DOCKER_SECONDS = 10.0  # Docker Desktop that is only just starting takes some
+DOCKER_SECONDS = 10.0  # one question; Docker Desktop is slow while it starts
 OLDEST_ENGINE = (20, 10)
 OLDEST_COMPOSE = (2, 20)
 WHY_ENGINE = "every part of noodle runs in a container"
@@ -23,13 +23,13 @@ INSTALL = {
 }
 START = {
     "linux": "sudo systemctl enable --now docker",
-    "windows": '& "$Env:ProgramFiles\\Docker\\Docker\\Docker Desktop.exe"   (then wait until it says that it runs)',
+    "windows": '& "$Env:ProgramFiles\\Docker\\Docker\\Docker Desktop.exe"   (then wait until it runs)',
     "other": "start Docker",
 }
 PERMIT = {
     "linux": "sudo usermod -aG docker $USER   (then log out and in again)",
     "windows": 'net localgroup docker-users "$Env:USERNAME" /add   (as administrator; then log out and in again)',
-    "other": "let this user use Docker's socket",
+    "other": "give this user access to Docker's socket",
 }
 UPGRADE_COMPOSE = {
     "linux": "sudo apt-get update && sudo apt-get install -y docker-compose-plugin",
@@ -39,16 +39,16 @@ UPGRADE_COMPOSE = {
 
 
 class DockerFacts(Struct, frozen=True):
-    """What docker says of itself."""
+    """What docker reports about itself."""
 
     is_installed: bool
-    problem: str = ""  # why the engine can not be asked: permission, stopped, late, or its own words
+    problem: str = ""  # why the engine does not answer: permission, stopped, late or other
     detail: str = ""
     engine: str = ""
     compose: str = ""
     os_type: str = ""  # of the containers: linux or windows
     is_desktop: bool = False
-    memory_bytes: int = 0  # that containers may have together
+    memory_bytes: int = 0  # available to all containers together
     root_dir: str = ""
     runtimes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()  # CDI
@@ -64,9 +64,9 @@ def gather_docker(run: Run) -> DockerFacts:
     info = _object(ran.output)
     if not ran.is_good or not info.get("ServerVersion"):
         problem, detail = engine_problem(ran, info)
-        return DockerFacts(True, problem, detail, compose=compose_version)
+        return DockerFacts(is_installed=True, problem=problem, detail=detail, compose=compose_version)
     return DockerFacts(
-        True,
+        is_installed=True,
         engine=str(info["ServerVersion"]),
         compose=compose_version,
         os_type=str(info.get("OSType", "")),
@@ -79,19 +79,19 @@ def gather_docker(run: Run) -> DockerFacts:
 
 
 def engine_problem(ran: Ran, info: dict[str, Any]) -> tuple[str, str]:
-    """Why the engine did not answer, in one word and in its own."""
-    said = " ".join([ran.errors, *map(str, info.get("ServerErrors") or ())])
+    """Return why the engine did not answer: one word, and its own message."""
+    message = " ".join([ran.errors, *map(str, info.get("ServerErrors") or ())])
     if ran.is_late:
         return "late", f"no answer in {DOCKER_SECONDS:.0f} s"
-    if re.search(r"permission denied|access is denied", said, re.IGNORECASE):
-        return "permission", ran.said
-    if re.search(r"cannot connect|is the docker daemon running|error during connect|failed to connect", said, re.I):
-        return "stopped", ran.said
-    return "other", said.strip()[-300:] or ran.said
+    if re.search(r"permission denied|access is denied", message, re.IGNORECASE):
+        return "permission", ran.last_line
+    if re.search(r"cannot connect|is the docker daemon running|error during connect|failed to connect", message, re.I):
+        return "stopped", ran.last_line
+    return "other", message.strip()[-300:] or ran.last_line
 
 
-def check_docker(facts: DockerFacts, where: str, system: System, *, is_needed: bool) -> list[Outcome]:
-    """Engine and compose; where noodle runs without Docker (`noodle up`), what is wrong with it is no finding."""
+def check_docker(facts: DockerFacts, where: str, system: System, *, is_needed: bool) -> list[CheckResult]:
+    """Judge engine and compose; if noodle runs without Docker here (`noodle up`), its faults are no findings."""
     if not is_needed and (not facts.is_installed or facts.problem):
         return [skipped("docker", where, "noodle runs without Docker here, and Docker does not answer")]
     if not facts.is_installed:
@@ -99,10 +99,10 @@ def check_docker(facts: DockerFacts, where: str, system: System, *, is_needed: b
     return [_check_engine(facts, where, system), _check_compose(facts, where, system)]
 
 
-def _check_engine(facts: DockerFacts, where: str, system: System) -> Outcome:
+def _check_engine(facts: DockerFacts, where: str, system: System) -> CheckResult:
     if facts.problem == "permission":
-        what = "This user may not talk to the Docker engine (permission denied on its socket)."
-        return error("docker", where, what, why="without it no container can be started", cure=PERMIT[system])
+        what = "This user may not use the Docker engine (permission denied on its socket)."
+        return error("docker", where, what, why="no container can be started without it", cure=PERMIT[system])
     if facts.problem in ("stopped", "late"):
         what = f"The Docker engine does not answer: {facts.detail}."
         return error("docker", where, what, why=WHY_ENGINE, cure=START[system])
@@ -122,16 +122,15 @@ def _check_engine(facts: DockerFacts, where: str, system: System) -> Outcome:
     return ok("docker", where, f"engine {facts.engine}{', Docker Desktop' if facts.is_desktop else ''}")
 
 
-def _check_compose(facts: DockerFacts, where: str, system: System) -> Outcome:
-    why = "docker-compose.yml uses what compose knows since 2.20"
+def _check_compose(facts: DockerFacts, where: str, system: System) -> CheckResult:
+    why = "docker-compose.yml needs compose 2.20 or later"
     if not facts.compose:
-        what = "`docker compose` is not there (the old docker-compose is not enough)."
+        what = "`docker compose` is not installed (the old docker-compose is not enough)."
         return error("compose", where, what, why=why, cure=UPGRADE_COMPOSE[system])
     version = version_of(facts.compose)
     if not version:
-        return warning(
-            "compose", where, f"compose says it is {facts.compose!r}.", why=why, cure=UPGRADE_COMPOSE[system]
-        )
+        what = f"compose reports the version {facts.compose!r}."
+        return warning("compose", where, what, why=why, cure=UPGRADE_COMPOSE[system])
     if version < OLDEST_COMPOSE:
         what = f"compose is {facts.compose}, older than {_dotted(OLDEST_COMPOSE)}."
         return error("compose", where, what, why=why, cure=UPGRADE_COMPOSE[system])
@@ -139,7 +138,7 @@ def _check_compose(facts: DockerFacts, where: str, system: System) -> Outcome:
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """The first two numbers of a version, () for what is none."""
+    """Return the first two numbers of a version, () if it is not one."""
     found = re.match(r"v?(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else ()
 

@@ -1,22 +1,33 @@
-"""What `noodle doctor` makes of tries to reach services: closed, dropped, locked, slow, of another version; pure."""
+"""Judges names, addresses and links: unresolved, unreachable, locked, slow, or of another version."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ipaddress
+import socket
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import Struct
 
-from noodle.config.addresses import host_of
+from noodle.config.addresses import host_of, why_only_local
 from noodle.web.connectivity import ConnectionResult, ConnectivityReport
-from services.cli.doctor.addresses import LOOK_UP
-from services.cli.doctor.outcome import Outcome, error, ok, skipped, warning
+from services.cli.doctor.results import CheckResult, error, ok, skipped, warning
 from services.cli.project.programs import System
 
-# A wired home network makes trips of 0.3 to 1 ms and 110 MB/s; Wi-Fi 2 to 10 ms and 3 to 40 MB/s.
-SLOW_ROUND_TRIP_SECONDS = 0.002
-SLOW_BYTES_PER_SECOND = 30e6
-CLOCK_SECONDS = 5.0  # more than HTTP's whole seconds and a slow answer make
+# A wired home network has round trips of 0.3 to 1 ms and 110 MB/s; Wi-Fi 2 to 10 ms and 3 to 40 MB/s.
+SLOW_ROUND_TRIP_SECONDS = 0.002  # longer ones are as slow as Wi-Fi
+SLOW_BYTES_PER_SECOND = 30e6  # less is as slow as Wi-Fi
+CLOCK_SECONDS = 5.0  # of difference between two clocks; HTTP's whole seconds and a slow answer cause less
 
+LOOK_UP = {
+    "linux": "getent hosts {name}",
+    "windows": "Resolve-DnsName {name}",
+    "other": "ping {name}",
+}
+OWN_ADDRESS = {
+    "linux": "ip -4 -brief address",
+    "windows": "ipconfig",
+    "other": "ifconfig",
+}
 JOIN_CURE = (
     "on machine A: docker compose run --rm init   (prints B's join line again)\n"
     "on machine B: delete secrets/, docker compose run --rm init --machine b --join ..., docker compose up -d"
@@ -26,64 +37,64 @@ FIREWALL_CURE = (
     "on that machine: sudo deploy/firewall.sh --apply   (Linux), or deploy\\firewall.ps1 -Apply   (Windows)"
 )
 WHY = {
-    "coordinator": "requests, weights and the way back go through it",
+    "coordinator": "requests, weights and results go through it",
     "planner": "it makes the plan",
     "valkey": "stages register in it; without it there is no plan",
 }
-WHY_STAGE = "hidden states travel from stage to stage by this port"
+WHY_STAGE = "hidden states travel from stage to stage through this port"
 
 
-class Here(Struct, frozen=True):
-    """The one who looks."""
+class Here(Struct, frozen=True, kw_only=True):
+    """The machine that runs the doctor."""
 
     machine: str
     system: System
     version: str
-    host: str  # its own address; what has another one is on another machine
+    host: str  # its own address; other addresses are on other machines
     is_running: bool  # one of this machine's own services answers
     start_command: str = "docker compose up -d"
 
 
-def check_reached(reached: ConnectionResult, here: Here) -> list[Outcome]:
-    """One try from this machine."""
+def check_reached(reached: ConnectionResult, here: Here) -> list[CheckResult]:
+    """Judge one probe from this machine."""
     where = here.machine
     shown = f"{reached.name} at {reached.url}"
     if reached.outcome != "open":
         return [_not_reached(reached, here, where, shown, is_from_here=True)]
-    outcomes = [ok("reach", where, shown + _speed(reached))]
+    results = [ok("reach", where, shown + _speed(reached))]
     if reached.detail:
-        why = "a stolen password would open everything else that is kept there"
-        cure = "docker compose run --rm init && docker compose up -d   (on machine A: makes its access list)"
-        outcomes.append(warning("lock", where, f"{shown}: {reached.detail}.", why=why, cure=cure))
+        why = "a stolen password would also open everything else in it"
+        cure = "docker compose run --rm init && docker compose up -d   (on machine A: writes its access list)"
+        results.append(warning("lock", where, f"{shown}: {reached.detail}.", why=why, cure=cure))
     if host_of(reached.url) not in (here.host, "127.0.0.1", "localhost"):
-        outcomes += _check_speed(reached, where, shown)
-        outcomes += _check_clock(reached, where, here)
-    return outcomes
+        results += _check_speed(reached, where, shown)
+        results += _check_clock(reached, where, here)
+    return results
 
 
-def check_way_back(report: ConnectivityReport, machines: Mapping[str, str], here: Here) -> list[Outcome]:
-    """Whom another service reaches, as it says itself; `machines` by the names of services."""
+def check_way_back(report: ConnectivityReport, machines: Mapping[str, str], here: Here) -> list[CheckResult]:
+    """Judge a service's own report about which others it reaches; `machines` has the machine of each service."""
     where = report.machine or report.name
-    outcomes: list[Outcome] = []
+    results: list[CheckResult] = []
     for reached in report.results:
         shown = f"{report.name} to {reached.name} at {reached.url}"
         machine = reached.machine or machines.get(reached.name, "")
         if reached.outcome != "open":
-            outcomes.append(_not_reached(reached, here, where, shown, is_from_here=False))
+            results.append(_not_reached(reached, here, where, shown, is_from_here=False))
         elif report.machine and machine and machine != report.machine:
-            outcomes += _check_speed(reached, where, shown)
+            results += _check_speed(reached, where, shown)
     names = [f"{reached.name}{_speed(reached)}" for reached in report.results if reached.outcome == "open"]
     if names:
-        outcomes.insert(0, ok("way back", where, f"{report.name} reaches {', '.join(names)}"))
-    return outcomes
+        results.insert(0, ok("way back", where, f"{report.name} reaches {', '.join(names)}"))
+    return results
 
 
-def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, *, is_from_here: bool) -> Outcome:
+def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, *, is_from_here: bool) -> CheckResult:
     why = WHY.get(reached.name, WHY_STAGE)
     host = host_of(reached.url)
     if reached.outcome == "no_such_name":
         look = LOOK_UP[here.system].format(name=host)
-        cure = f"{look}   (asks again)\nor put the machine's IP address in its place, in .env"
+        cure = f"{look}   (asks again)\nor use the machine's IP address instead, in .env"
         return error(
             "reach",
             where,
@@ -92,10 +103,10 @@ def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, 
             cure=cure,
         )
     if reached.outcome == "silent":
-        what = f"{shown}: packets get no answer ({reached.detail}): a firewall drops them, or the machine is off."
+        what = f"{shown}: no answer ({reached.detail}): a firewall drops the packets, or the machine is off."
         return error("reach", where, what, why=why, cure=FIREWALL_CURE.format(host=host))
     if reached.outcome == "no_way":
-        what = f"{shown}: no way leads there ({reached.detail})."
+        what = f"{shown}: there is no route to it ({reached.detail})."
         return error("reach", where, what, why=why, cure=FIREWALL_CURE.format(host=host))
     if reached.outcome == "refused":
         what = f"{shown}: refused, nothing listens on that port."
@@ -107,26 +118,26 @@ def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, 
         return error(
             "lock",
             where,
-            f"{shown} accepts commands from everyone, without a password.",
-            why="whoever is on the network can read and change plans and requests",
-            cure="docker compose run --rm init && docker compose up -d   (makes its password and access list)",
+            f"{shown} accepts commands without a password.",
+            why="anyone on the network can read and change plans and requests",
+            cure="docker compose run --rm init && docker compose up -d   (writes its password and access list)",
         )
     if reached.outcome == "locked":
         secret = "Valkey password" if reached.name == "valkey" else "cluster token"
         what = f"{shown} answers, but refuses the {secret} of {where} (401: {reached.detail})."
-        return error("lock", where, what, why="the machines must share one", cure=JOIN_CURE)
+        return error("lock", where, what, why="all machines must have the same one", cure=JOIN_CURE)
     what = f"{shown}: {reached.detail}."
-    cure = "git pull && docker compose up -d --build   (on both machines), or correct address and port in .env"
+    cure = "git pull && docker compose up -d --build   (on both machines), or correct the address and port in .env"
     return error("reach", where, what, why=why, cure=cure)
 
 
-def _check_speed(reached: ConnectionResult, where: str, shown: str) -> list[Outcome]:
+def _check_speed(reached: ConnectionResult, where: str, shown: str) -> list[CheckResult]:
     seconds, speed = reached.round_trip_seconds, reached.bytes_per_second
     slow = []
     if seconds is not None and seconds > SLOW_ROUND_TRIP_SECONDS:
         slow.append(f"a round trip takes {seconds * 1000:.1f} ms (wired: under {SLOW_ROUND_TRIP_SECONDS * 1000:.0f})")
     if speed is not None and speed < SLOW_BYTES_PER_SECOND:
-        slow.append(f"bytes come at {speed / 1e6:.1f} MB/s (wired gigabit: over {SLOW_BYTES_PER_SECOND / 1e6:.0f})")
+        slow.append(f"the bandwidth is {speed / 1e6:.1f} MB/s (wired gigabit: over {SLOW_BYTES_PER_SECOND / 1e6:.0f})")
     if not slow:
         return []
     return [
@@ -140,7 +151,7 @@ def _check_speed(reached: ConnectionResult, where: str, shown: str) -> list[Outc
     ]
 
 
-def _check_clock(reached: ConnectionResult, where: str, here: Here) -> list[Outcome]:
+def _check_clock(reached: ConnectionResult, where: str, here: Here) -> list[CheckResult]:
     ahead_seconds = reached.clock_ahead_seconds
     if ahead_seconds is None:
         return []
@@ -149,25 +160,25 @@ def _check_clock(reached: ConnectionResult, where: str, here: Here) -> list[Outc
     cures = {
         "linux": "sudo timedatectl set-ntp true   (on both machines)",
         "windows": "w32tm /resync   (as administrator, on both machines)",
-        "other": "set both clocks by the network",
+        "other": "set both clocks from the network",
     }
-    way = "ahead of" if ahead_seconds > 0 else "behind"
+    side = "ahead of" if ahead_seconds > 0 else "behind"
     return [
         warning(
             "clock",
             where,
-            f"The clock of {reached.machine or host_of(reached.url)} is {abs(ahead_seconds):.0f} s {way} this one.",
-            why="logs and metrics of the two do not fit together (no token depends on it)",
+            f"The clock of {reached.machine or host_of(reached.url)} is {abs(ahead_seconds):.0f} s {side} this one.",
+            why="their logs and metrics do not match in time (tokens do not depend on it)",
             cure=cures[here.system],
         )
     ]
 
 
-def check_versions(seen: Sequence[tuple[str, str]], here: Here) -> Outcome:
-    """`seen`: names of services and the noodle version that each runs."""
+def check_versions(seen: Sequence[tuple[str, str]], here: Here) -> CheckResult:
+    """Judge the services' versions of noodle: (service, version)."""
     known = [(name, version) for name, version in dict.fromkeys(seen) if version]
     if not known:
-        return skipped("version", here.machine, "no service said which noodle it runs")
+        return skipped("version", here.machine, "no service reported its version")
     others = [f"{name} has {version}" for name, version in known if version != here.version]
     if not others:
         return ok("version", here.machine, f"noodle {here.version} everywhere")
@@ -175,16 +186,16 @@ def check_versions(seen: Sequence[tuple[str, str]], here: Here) -> Outcome:
         "version",
         here.machine,
         f"This noodle is {here.version}, but {', '.join(others)}.",
-        why="messages between versions are not promised to be understood",
+        why="different versions may not understand each other's messages",
         cure="git pull && docker compose up -d --build   (on every machine, the same commit)",
     )
 
 
-def check_digests(seen: Sequence[tuple[str, str]], here: Here) -> Outcome:
-    """`seen`: names of services and the digest of the model each has."""
+def check_digests(seen: Sequence[tuple[str, str]], here: Here) -> CheckResult:
+    """Judge the digests of the services' models: (service, digest)."""
     known = {name: digest for name, digest in seen if digest}
-    if len(known) < 2:  # one has nobody to be compared with
-        return skipped("weights", here.machine, "fewer than two services said which weights they have")
+    if len(known) < 2:
+        return skipped("weights", here.machine, "fewer than two services reported their weights")
     digests = sorted(set(known.values()))
     if len(digests) == 1:
         return ok("weights", here.machine, f"{', '.join(sorted(known))}: the same weights ({digests[0][:12]})")
@@ -193,7 +204,7 @@ def check_digests(seen: Sequence[tuple[str, str]], here: Here) -> Outcome:
         "weights",
         here.machine,
         f"The services have different weights: {shown}.",
-        why="layers of two models make no text, and the stages refuse the plan",
+        why="layers of different models do not work together, and the stages refuse the plan",
         cure="docker compose up -d   (on every machine: stages take A's weights unless NOODLE_MODEL says otherwise)",
     )
 
@@ -205,3 +216,68 @@ def _speed(reached: ConnectionResult) -> str:
     if reached.bytes_per_second is not None:
         parts.append(f"{reached.bytes_per_second / 1e6:.0f} MB/s")
     return f" ({', '.join(parts)})" if parts else ""
+
+
+def check_advertised(what: str, url: str, variable: str, where: str, system: System) -> CheckResult:
+    """Judge one URL or address by which other machines find a service."""
+    host = host_of(url) if "://" in url else url
+    reason = why_only_local(host) if host else "it is empty"
+    if not reason:
+        return ok("address", where, f"{what}: {url}")
+    return error(
+        "address",
+        where,
+        f"{what} is {url or 'empty'}, which other machines cannot use: {reason}.",
+        why="the other machine would connect to itself",
+        cure=f"{OWN_ADDRESS[system]}   (shows this machine's addresses)\n"
+        f"then set {variable} to the one on the home network, as 192.168.1.101, and restart",
+    )
+
+
+def unresolved(hosts: Sequence[str], resolve: Callable[[str], object]) -> list[str]:
+    """Return the names that do not resolve."""
+    missing = []
+    for host in dict.fromkeys(hosts):
+        try:
+            resolve(host)
+        except (socket.gaierror, UnicodeError):
+            missing.append(host)
+    return missing
+
+
+def resolve(host: str) -> object:
+    """Ask this system's resolver; raises socket.gaierror."""
+    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+
+
+def check_names(hosts: Sequence[str], missing: Sequence[str], where: str, system: System) -> list[CheckResult]:
+    """Judge every host that this machine's configuration names."""
+    if not hosts:
+        return [skipped("names", where, "no address of a service is configured yet")]
+    names = [host for host in dict.fromkeys(hosts) if not _is_address(host)]
+    if not names:
+        return [ok("names", where, "only IP addresses are used")]
+    results = []
+    for name in names:
+        if name not in missing:
+            results.append(ok("names", where, f"{name} resolves"))
+            continue
+        look = LOOK_UP[system].format(name=name)
+        results.append(
+            error(
+                "names",
+                where,
+                f"The name {name!r} does not resolve.",
+                why="no service can be reached by it",
+                cure=f"{look}   (asks again)\nor use the machine's IP address instead, in .env",
+            )
+        )
+    return results
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

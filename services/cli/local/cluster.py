@@ -1,9 +1,8 @@
-"""What `noodle up` starts: the processes of one cluster on loopback, their ports and environments; acts on nothing."""
+"""The processes that `noodle up` starts: one cluster on loopback, with its ports and environments."""
 
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from pathlib import Path
 from noodle.config.environment import read_variables
 from noodle.config.settings import CommandConfig
 from noodle.errors import ConfigurationError, PortInUse
-from services.cli.local.processes import usable_cores
-from services.cli.local.run_state import RunFolder
+from services.cli.local.processes import python_module, usable_cores
+from services.cli.local.run_folder import RunFolder
 from services.cli.local.supervisor import ServiceSpec
 
 LOOPBACK = "127.0.0.1"
 
-# `up` chooses these for each process it starts, so a value from outside would be ignored: it is refused instead
+# `up` chooses these for each process it starts, so a value from outside is refused and not ignored
 CHOSEN_BY_UP = (
     "NOODLE_COORDINATOR_BIND",
     "NOODLE_PLANNER_BIND",
@@ -29,13 +28,13 @@ CHOSEN_BY_UP = (
     "NOODLE_VALKEY_PASSWORD",
     "NOODLE_VALKEY_PASSWORD_FILE",
 )
-# the coordinator first, so that nothing new comes in; Valkey last, because all others write to it
+# the coordinator stops first, so that no new requests come in; Valkey last, because all others write to it
 COORDINATOR_RANK, STAGE_RANK, PLANNER_RANK, VALKEY_RANK = 0, 1, 2, 3
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What the operator asked for, checked as far as it can be without the model."""
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """What the operator asked for, checked as far as possible without the model."""
 
     stage_count: int
     model: str
@@ -47,11 +46,11 @@ class Wanted:
 
     @property
     def coordinator_url(self) -> str:
-        """Where requests go."""
+        """The URL for requests."""
         return f"http://{LOOPBACK}:{self.coordinator_port}"
 
     def ports(self) -> list[tuple[int, str, str]]:
-        """(port, what it is for, the variable that moves it) of everything that will listen."""
+        """Return (port, purpose, variable that moves it) of everything that will listen."""
         stages = [(port, f"stage {index}", "NOODLE_FIRST_STAGE_PORT") for index, port in enumerate(self.stage_ports)]
         return [
             (self.coordinator_port, "the coordinator", "NOODLE_COORDINATOR_PORT"),
@@ -67,13 +66,13 @@ def resolve(
     stage_count: int | None,
     model: str | None,
     split: str | None,
-) -> Wanted:
-    """Options over variables over defaults; raises ConfigurationError when they contradict one another."""
+) -> ClusterSpec:
+    """Merge options, variables and defaults, in this order; raises ConfigurationError if they contradict."""
     for name in CHOSEN_BY_UP:
         if environment.get(name):
             raise ConfigurationError(
-                f"{name} is set, but `noodle up` chooses it itself.",
-                cure="Unset it; the ports of `noodle up` are NOODLE_COORDINATOR_PORT, NOODLE_PLANNER_PORT, "
+                f"{name} is set, but `noodle up` chooses its value.",
+                cure="Unset it. The ports of `noodle up` are NOODLE_COORDINATOR_PORT, NOODLE_PLANNER_PORT, "
                 "NOODLE_FIRST_STAGE_PORT and NOODLE_VALKEY_PORT.",
             )
     split = ",".join(map(str, config.split or ())) if split is None else split
@@ -87,10 +86,10 @@ def resolve(
         stage_count = len(layers) if layers and not stages_are_set else read_variables(environment)["NOODLE_STAGES"]
     if layers and len(layers) != stage_count:
         raise ConfigurationError(
-            f"The split {split} is for {len(layers)} stages, but {stage_count} are asked for.",
-            cure="Give as many numbers as there are stages.",
+            f"The split {split} is for {len(layers)} stages, but {stage_count} are requested.",
+            cure="Give one number for each stage.",
         )
-    wanted = Wanted(
+    spec = ClusterSpec(
         stage_count=stage_count,
         model=config.model if model is None else model,
         split=",".join(part.strip() for part in layers),
@@ -99,38 +98,38 @@ def resolve(
         valkey_port=config.valkey_port,
         stage_ports=tuple(config.first_stage_port + index for index in range(stage_count)),
     )
-    _refuse_ports_that_meet(wanted)
-    return wanted
+    _refuse_shared_ports(spec)
+    return spec
 
 
-def _refuse_ports_that_meet(wanted: Wanted) -> None:
+def _refuse_shared_ports(spec: ClusterSpec) -> None:
     taken: dict[int, str] = {}
-    for port, purpose, variable in wanted.ports():
+    for port, purpose, variable in spec.ports():
         if port > 65535:
             raise ConfigurationError(f"{purpose} would listen on port {port}.", cure=f"Choose a lower {variable}.")
         if port in taken:
             raise ConfigurationError(
-                f"Port {port} is meant for {taken[port]} and for {purpose}.", cure=f"Set {variable} to another one."
+                f"Port {port} is assigned to {taken[port]} and to {purpose}.", cure=f"Set {variable} to another port."
             )
         taken[port] = purpose
 
 
-def refuse_ports_in_use(wanted: Wanted) -> None:
-    """Raise PortInUse when another program listens where one of ours is to listen."""
-    for port, purpose, variable in wanted.ports():
+def refuse_ports_in_use(spec: ClusterSpec) -> None:
+    """Raise PortInUse if another program listens on one of the ports."""
+    for port, purpose, variable in spec.ports():
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that lingers is no program
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT does not count
             try:
                 probe.bind((LOOPBACK, port))
             except OSError as error:
                 raise PortInUse(
-                    f"Port {port}, meant for {purpose}, is taken: {error.strerror}.",
+                    f"Port {port} for {purpose} is taken: {error.strerror}.",
                     cure=f"Stop the program that listens there, or set {variable} to another port.",
                 ) from error
 
 
 def children_environment(environment: Mapping[str, str], config: CommandConfig, folder: RunFolder) -> dict[str, str]:
-    """What every service gets: the operator's own variables, and secrets by file, never by value."""
+    """Return the environment of every service: the operator's variables, and secrets by file, never by value."""
     common = {
         name: value
         for name, value in environment.items()
@@ -140,53 +139,55 @@ def children_environment(environment: Mapping[str, str], config: CommandConfig, 
         "NOODLE_CLUSTER_TOKEN_FILE": str(folder.token_path),
         "NOODLE_VALKEY_PASSWORD_FILE": str(folder.valkey_password_path),
         "NOODLE_CACHE_DIR": str(config.cache_dir),
-        "PYTHONUNBUFFERED": "1",  # the last words of a process that dies are in its log
+        "PYTHONUNBUFFERED": "1",  # so that the log has the last lines of a process that dies
     }
 
 
-def python_module(name: str, *arguments: str) -> tuple[str, ...]:
-    """Run a module of the installed project; -P keeps a `services` folder in the current directory out of the way."""
-    return (sys.executable, "-P", "-m", name, *arguments)
-
-
-def valkey_spec(wanted: Wanted, binary: Path, configuration: Path) -> ServiceSpec:
-    """The queue; it needs nothing of noodle's."""
-    arguments = (str(binary), str(configuration))
-    return ServiceSpec("valkey", arguments, {"LC_ALL": "C"}, wanted.valkey_port, VALKEY_RANK)
+def valkey_spec(spec: ClusterSpec, binary: Path, configuration: Path) -> ServiceSpec:
+    """Return the queue's process."""
+    return ServiceSpec(
+        name="valkey",
+        arguments=(str(binary), str(configuration)),
+        environment={"LC_ALL": "C"},
+        port=spec.valkey_port,
+        stop_rank=VALKEY_RANK,
+    )
 
 
 def service_specs(
-    wanted: Wanted, config: CommandConfig, common: Mapping[str, str], model_folder: Path
+    spec: ClusterSpec, config: CommandConfig, common: Mapping[str, str], model_folder: Path
 ) -> Sequence[ServiceSpec]:
-    """Planner, stages and coordinator, in the order they are started in."""
+    """Return planner, stages and coordinator, in the order of their start."""
     shared = dict(common) | {
-        "NOODLE_VALKEY_URL": f"redis://{LOOPBACK}:{wanted.valkey_port}",
+        "NOODLE_VALKEY_URL": f"redis://{LOOPBACK}:{spec.valkey_port}",
         "NOODLE_MODEL": str(model_folder),
     }
-    threads = config.threads or max(1, usable_cores() // wanted.stage_count)
-    planner = shared | {
-        "NOODLE_PLANNER_BIND": f"{LOOPBACK}:{wanted.planner_port}",
-        "NOODLE_STAGES": str(wanted.stage_count),
-        "NOODLE_SPLIT": wanted.split,
+    threads = config.threads or max(1, usable_cores() // spec.stage_count)
+
+    def service(name: str, variables: Mapping[str, str], port: int, stop_rank: int) -> ServiceSpec:
+        module = python_module(f"services.{name.partition('-')[0]}")
+        return ServiceSpec(
+            name=name, arguments=module, environment={**shared, **variables}, port=port, stop_rank=stop_rank
+        )
+
+    planner = {
+        "NOODLE_PLANNER_BIND": f"{LOOPBACK}:{spec.planner_port}",
+        "NOODLE_STAGES": str(spec.stage_count),
+        "NOODLE_SPLIT": spec.split,
     }
-    # the coordinator calls the model by the name the operator gave; it finds the same folder in the cache
-    coordinator = shared | {
-        "NOODLE_MODEL": wanted.model,
-        "NOODLE_COORDINATOR_BIND": f"{LOOPBACK}:{wanted.coordinator_port}",
-        "NOODLE_PLANNER_URL": f"http://{LOOPBACK}:{wanted.planner_port}",
-    }
-    specs = [
-        ServiceSpec("planner", python_module("services.planner"), planner, wanted.planner_port, PLANNER_RANK),
-    ]
-    for index, port in enumerate(wanted.stage_ports):
-        stage = shared | {
+    specs = [service("planner", planner, spec.planner_port, PLANNER_RANK)]
+    for index, port in enumerate(spec.stage_ports):
+        stage = {
             "NOODLE_STAGE_ID": str(index),
             "NOODLE_STAGE_BIND": f"{LOOPBACK}:{port}",
             "NOODLE_ADVERTISE_URL": f"http://{LOOPBACK}:{port}",
-            "NOODLE_COORDINATOR_URL": wanted.coordinator_url,  # that of a command may be another one
+            "NOODLE_COORDINATOR_URL": spec.coordinator_url,  # the operator's variable may name another cluster
             "NOODLE_THREADS": str(threads),
         }
-        specs.append(ServiceSpec(f"stage-{index}", python_module("services.stage"), stage, port, STAGE_RANK))
-    arguments = python_module("services.coordinator")
-    specs.append(ServiceSpec("coordinator", arguments, coordinator, wanted.coordinator_port, COORDINATOR_RANK))
-    return specs
+        specs.append(service(f"stage-{index}", stage, port, STAGE_RANK))
+    coordinator = {
+        "NOODLE_MODEL": spec.model,  # the name that clients use; the cache has the same folder under it
+        "NOODLE_COORDINATOR_BIND": f"{LOOPBACK}:{spec.coordinator_port}",
+        "NOODLE_PLANNER_URL": f"http://{LOOPBACK}:{spec.planner_port}",
+    }
+    return [*specs, service("coordinator", coordinator, spec.coordinator_port, COORDINATOR_RANK)]

@@ -1,27 +1,35 @@
-"""`noodle up --detach`: a `noodle up` in the background, watched until it is ready; knows the pipe between the two."""
+"""`noodle up --detach`: a `noodle up` in the background, watched through a pipe until it is ready."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import IO
 
 import msgspec
 
 from noodle.errors import NoodleError, StartError
-from services.cli.client.progress import Finished, NotStarted, PipeProgress, Progress, Said, Shown, Started, StartEvent
-from services.cli.local.cluster import python_module
-from services.cli.local.processes import Signals, lines_of
+from services.cli.client.progress import (
+    Finished,
+    NotStarted,
+    PipeProgress,
+    Progress,
+    Shown,
+    Started,
+    StartEvent,
+)
+from services.cli.local.processes import Signals, python_module
 
-REPORT_OPTION = "--report-to"  # of `noodle up`, for this file only: the number of the pipe's descriptor
+REPORT_OPTION = "--report-to"  # of `noodle up`, for this file only: the descriptor of the pipe
+SILENCE_SECONDS = 60.0  # between two looks at a pipe that sends nothing
 
 
 def start_detached(arguments: Sequence[str], environment: Mapping[str, str], progress: Progress) -> int:
-    """Start `noodle up` with these arguments in a session of its own; exit code 0 when it is ready.
+    """Start `noodle up` with these arguments in its own session; return 0 when it is ready.
 
-    Raises StartError in its words when it is not. Ctrl-C before that stops it again.
+    Raises StartError with its message if it fails. Ctrl-C before that stops it again.
     """
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb", buffering=0) as output, Signals() as signals:
@@ -30,7 +38,7 @@ def start_detached(arguments: Sequence[str], environment: Mapping[str, str], pro
                 [*python_module("services.cli", "up"), *arguments, REPORT_OPTION, str(writer)],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # until it has a log of its own
+                stdout=subprocess.DEVNULL,  # until it opens its own log
                 pass_fds=[writer],
                 start_new_session=True,
             )
@@ -50,26 +58,39 @@ def start_detached(arguments: Sequence[str], environment: Mapping[str, str], pro
 def _follow(
     output: IO[bytes], process: subprocess.Popen[bytes], signals: Signals, progress: Progress
 ) -> Started | NotStarted | None:
-    """Show what it reports until its last word, or None when it ended without one."""
-    for line in lines_of(output, signals, lambda: process.send_signal(signal.SIGTERM)):
+    """Show its events until the last one; None if it ended without one."""
+    for line in _lines_of(output, signals, lambda: process.send_signal(signal.SIGTERM)):
         event: StartEvent = msgspec.json.decode(line, type=StartEvent)
         if isinstance(event, Started | NotStarted):
             return event
-        _show(event, progress)
+        if isinstance(event, Shown):
+            progress.show(event.key, event.text, event.fraction)
+        elif isinstance(event, Finished):
+            progress.finish(event.key, event.text)
+        else:
+            progress.log(event.text)
     return None
 
 
-def _show(event: Shown | Finished | Said, progress: Progress) -> None:
-    if isinstance(event, Shown):
-        progress.show(event.key, event.text, event.fraction)
-    elif isinstance(event, Finished):
-        progress.finish(event.key, event.text)
-    else:
-        progress.say(event.text)
+def _lines_of(output: IO[bytes], signals: Signals, on_stop: Callable[[], None]) -> Generator[bytes, None, None]:
+    """Yield each whole line of a pipe until it is closed; call `on_stop` once when a stop is requested."""
+    rest = b""
+    is_stopping = False
+    while True:
+        if signals.stop_requested and not is_stopping:
+            is_stopping = True
+            on_stop()
+        if not signals.wait(SILENCE_SECONDS, [output]):
+            continue
+        part = os.read(output.fileno(), 65536)
+        if not part:
+            return
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
 
 
 def report_to(descriptor: int, work: Callable[[PipeProgress, Callable[[], None]], int]) -> int:
-    """In the background process: run `work(progress, on_ready)` and let the watching one know how it starts."""
+    """In the background process: run `work(progress, on_ready)` and report to the watcher how the start went."""
     os.set_inheritable(descriptor, False)  # the services must not keep it open
     progress = PipeProgress(descriptor)
     try:
@@ -78,5 +99,5 @@ def report_to(descriptor: int, work: Callable[[PipeProgress, Callable[[], None]]
         progress.end(NotStarted(error.message, error.cure))
         raise
     except Exception as error:
-        progress.end(NotStarted(f"A fault in `noodle up`: {type(error).__name__}: {error}"))
+        progress.end(NotStarted(f"`noodle up` failed unexpectedly: {type(error).__name__}: {error}"))
         raise

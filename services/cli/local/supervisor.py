@@ -1,6 +1,6 @@
-"""Keeps a set of processes running: starts them, starts a dead one again with back-off, stops them in order.
+"""Keeps a set of processes running: starts them, restarts dead ones with back-off, and stops them in order.
 
-Knows processes, their logs and their order, not what they do. One thread: its owner waits and calls `look`.
+It runs no thread: its owner waits, and calls `look`.
 """
 
 from __future__ import annotations
@@ -14,29 +14,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from services.cli.local.processes import (
-    ProcessIdentity,
-    Signals,
-    end_group,
-    exit_code_without_reaping,
-    identify,
-    last_lines,
-    start_child,
-)
-from services.cli.local.run_state import RunFolder, ServicePhase, ServiceRecord
+from services.cli.client.run_record import ProcessIdentity, ServicePhase, ServiceRecord, identify
+from services.cli.local.processes import Signals, end_group, exit_code_without_reaping, last_lines, start_child
+from services.cli.local.run_folder import RunFolder
 
-FIRST_DELAY_SECONDS = 0.2  # before a service that died is started again; doubles with each death
-LONGEST_DELAY_SECONDS = 10.0
+FIRST_DELAY_SECONDS = 0.2  # from a service's first death to its restart; doubles with each further death
+LONGEST_DELAY_SECONDS = 10.0  # from a death to the restart
 HEALTHY_SECONDS = 60.0  # after running this long, the next death counts as the first
-STOP_GRACE_SECONDS = 15.0  # from SIGTERM to SIGKILL; gunicorn itself gives open requests 10
+STOP_GRACE_SECONDS = 15.0  # from SIGTERM to SIGKILL; gunicorn gives open requests 10
 KILL_SECONDS = 5.0  # from SIGKILL until the kernel has ended a process
-LOG_LIMIT_BYTES = 32 << 20  # of one service's log; then it becomes <name>.log.1
+LOG_LIMIT_BYTES = 32 << 20  # size of a service's log at which it becomes <name>.log.1
 SHOWN_LOG_LINES = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServiceSpec:
-    """A process to keep running. Services with a lower `stop_rank` are stopped, and have ended, before the higher."""
+    """A process to keep running. Services with a lower `stop_rank` are stopped first, and have ended, before others."""
 
     name: str
     arguments: tuple[str, ...]
@@ -45,22 +38,22 @@ class ServiceSpec:
     stop_rank: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A service that died by itself, or could not be started again.
+    """A service that died, or could not be restarted.
 
-    `exit_code` is minus the signal's number when it was killed, None when it never ran; then `failure` says why.
+    `exit_code` is minus the signal's number if it was killed, None if it never ran; then `failure` says why.
     """
 
     name: str
     exit_code: int | None
     log_lines: list[str]
-    deaths: int  # of this service since the start, this one counted
-    delay_seconds: float
+    deaths: int  # of this service, this one included
+    delay_seconds: float  # until the restart
     failure: str = ""
 
     def text(self) -> str:
-        """What happened, in one sentence."""
+        """Return what happened, without a full stop."""
         if self.exit_code is None:
             return f"{self.name} could not be started ({self.failure})"
         if self.exit_code < 0:
@@ -81,13 +74,24 @@ class _Supervised:
         self.deaths = 0
         self.last_exit_code: int | None = None
 
+    @property
+    def is_alive(self) -> bool:
+        return self.process is not None and exit_code_without_reaping(self.process) is None
+
     def record(self) -> ServiceRecord:
         phase: ServicePhase = "stopped"
         if self.process is not None:
             phase = "running"
         elif self.restart_at_seconds is not None:
             phase = "restarting"
-        return ServiceRecord(self.spec.name, self.spec.port, phase, self.identity, self.deaths, self.last_exit_code)
+        return ServiceRecord(
+            name=self.spec.name,
+            port=self.spec.port,
+            phase=phase,
+            process=self.identity,
+            restarts=self.deaths,
+            last_exit_code=self.last_exit_code,
+        )
 
 
 class Supervisor:
@@ -99,19 +103,19 @@ class Supervisor:
         self._services: list[_Supervised] = []
 
     def add(self, spec: ServiceSpec) -> None:
-        """Start a process and keep it running from now on; raises OSError when it can not be started."""
+        """Start a process and keep it running. Raises OSError if it cannot be started."""
         service = _Supervised(spec)
         self._services.append(service)
         self._start(service)
 
     def records(self) -> tuple[ServiceRecord, ...]:
-        """Every service as it is now."""
+        """Return the current state of every service."""
         return tuple(service.record() for service in self._services)
 
     def look(self) -> tuple[list[Ended], list[str]]:
-        """Notice who died since the last look and start again whose time has come: (the dead, the started).
+        """Notice deaths since the last look and restart the services that are due: (deaths, names restarted).
 
-        One that can not be started again is among the dead, and its next try has its time.
+        A service that cannot be restarted is among the deaths, and is due again after its delay.
         """
         ended = [end for service in self._services if (end := self._notice_end(service)) is not None]
         started = []
@@ -125,14 +129,14 @@ class Supervisor:
         return ended, started
 
     def seconds_until_restart(self) -> float:
-        """How long until the next start that is due; infinite when none is."""
+        """Return the time until the next restart that is due; infinite if there is none."""
         times = [service.restart_at_seconds for service in self._services if service.restart_at_seconds is not None]
         return max(0.0, min(times) - self._clock()) if times else float("inf")
 
     def limit_logs(self) -> list[str]:
-        """Move a log that has become too long aside and go on in an empty one; a line in that moment may be lost.
+        """Move each log that is too long aside and empty it; a line written at that moment may be lost.
 
-        Returns the names of services whose old lines could not be kept: the disk is full, and a log must not be why.
+        Returns the names of services whose old lines could not be kept because the disk is full.
         """
         lost: list[str] = []
         for service in self._services:
@@ -145,13 +149,13 @@ class Supervisor:
             except OSError:
                 aside.unlink(missing_ok=True)
                 lost.append(service.spec.name)
-            os.truncate(path, 0)  # it is written in append mode, so the writer goes on at the new end
+            os.truncate(path, 0)  # it is open in append mode, so its writer continues at the new end
         return lost
 
     def stop(self, signals: Signals) -> list[str]:
-        """End all services in the order of their ranks; a further request to stop ends them at once.
+        """End all services in the order of their ranks; a further request to stop kills them at once.
 
-        Returns the names of those that had to be killed.
+        Returns the names of those that were killed.
         """
         requests_before = signals.stop_requests
         killed: list[str] = []
@@ -160,11 +164,11 @@ class Supervisor:
         for rank in sorted({service.spec.stop_rank for service in self._services}):
             group = [service for service in self._services if service.spec.stop_rank == rank]
             for service in group:
-                if service.process is not None and exit_code_without_reaping(service.process) is None:
+                if service.process is not None and service.is_alive:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(service.process.pid, signal.SIGTERM)
             self._wait_for_end(group, signals, STOP_GRACE_SECONDS, lambda: signals.stop_requests > requests_before)
-            killed += [service.spec.name for service in group if _lives(service)]
+            killed += [service.spec.name for service in group if service.is_alive]
             for service in group:
                 if service.process is not None:
                     end_group(service.process, signal.SIGKILL)
@@ -189,7 +193,7 @@ class Supervisor:
         return self._count_end(service, exit_code)
 
     def _count_end(self, service: _Supervised, exit_code: int | None, failure: str = "") -> Ended:
-        """Note a death and when the next start is due."""
+        """Note a death and when the restart is due."""
         if exit_code is not None and self._clock() - service.started_seconds >= HEALTHY_SECONDS:
             service.delay_seconds = FIRST_DELAY_SECONDS
         delay_seconds = service.delay_seconds
@@ -197,8 +201,14 @@ class Supervisor:
         service.delay_seconds = min(2 * delay_seconds, LONGEST_DELAY_SECONDS)
         service.deaths += 1
         service.last_exit_code = exit_code
-        lines = last_lines(self._folder.log_path(service.spec.name), SHOWN_LOG_LINES)
-        return Ended(service.spec.name, exit_code, lines, service.deaths, delay_seconds, failure)
+        return Ended(
+            name=service.spec.name,
+            exit_code=exit_code,
+            log_lines=last_lines(self._folder.log_path(service.spec.name), SHOWN_LOG_LINES),
+            deaths=service.deaths,
+            delay_seconds=delay_seconds,
+            failure=failure,
+        )
 
     def _reap(self, service: _Supervised) -> None:
         if service.process is not None:
@@ -209,9 +219,5 @@ class Supervisor:
         self, group: list[_Supervised], signals: Signals, timeout_seconds: float, hurry: Callable[[], bool]
     ) -> None:
         deadline = time.monotonic() + timeout_seconds
-        while any(_lives(service) for service in group) and not hurry() and time.monotonic() < deadline:
+        while any(service.is_alive for service in group) and not hurry() and time.monotonic() < deadline:
             signals.wait(deadline - time.monotonic())
-
-
-def _lives(service: _Supervised) -> bool:
-    return service.process is not None and exit_code_without_reaping(service.process) is None

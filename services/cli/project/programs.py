@@ -1,4 +1,4 @@
-"""Runs other programs (docker, ssh, nvidia-smi) for their output, each with a limit in time; knows none of them."""
+"""Runs other programs, as docker, ssh and nvidia-smi, for their output, each with a time limit."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from typing import Literal
 
 Run = Callable[[Sequence[str], float], "Ran"]
 System = Literal["linux", "windows", "other"]
-KEPT_LINES = 40  # of a program that is followed
+KEPT_LINES = 40  # last lines of a program that is followed
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a program said before it ended, or why there is nothing."""
+    """What a program printed before it ended, or why it printed nothing."""
 
     code: int = 0
     output: str = ""
     errors: str = ""
-    is_missing: bool = False  # there is no such program
-    is_late: bool = False  # it was ended when its time was over
+    is_missing: bool = False  # the program is not installed
+    is_late: bool = False  # it was killed at its time limit
 
     @property
     def is_good(self) -> bool:
-        """It ran to its end and was content."""
+        """Whether it ran to its end with exit code 0."""
         return self.code == 0 and not self.is_missing and not self.is_late
 
     @property
-    def said(self) -> str:
-        """Its last words, for a message."""
+    def last_line(self) -> str:
+        """Its last line, for a message."""
         lines = [line.strip() for line in (self.errors or self.output).splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.code}"
 
 
 def run_program(arguments: Sequence[str], seconds: float, folder: Path | None = None, sent: str = "") -> Ran:
-    """Run it to its end or for so many seconds, `sent` on its standard input."""
+    """Run a program to its end or for `seconds`, with `sent` on its standard input."""
     try:
         done = subprocess.run(
             list(arguments),
@@ -60,29 +60,29 @@ def run_program(arguments: Sequence[str], seconds: float, folder: Path | None = 
 
 
 def this_system() -> System:
-    """Which system's commands cure something here."""
+    """Return the system whose commands work here."""
     if sys.platform == "win32":
         return "windows"
     return "linux" if sys.platform.startswith("linux") else "other"
 
 
 def is_wsl() -> bool:
-    """Whether this Linux runs inside Windows."""
+    """Return whether this Linux runs inside Windows."""
     try:
         return "microsoft" in Path("/proc/sys/kernel/osrelease").read_text(encoding="ascii").lower()
-    except OSError:  # no Linux at all
+    except OSError:  # not Linux
         return False
 
 
 def follow_program(
     arguments: Sequence[str],
     seconds: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     folder: Path | None = None,
     sent: bytes = b"",
 ) -> Ran:
-    """The same for a program that takes minutes: each line that it prints is said at once, the last ones are kept."""
+    """Run a program that takes minutes: log each line at once, and return the last ones."""
     try:
         process = subprocess.Popen(
             list(arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
@@ -102,11 +102,11 @@ def follow_program(
     feeder.start()
     kept: deque[str] = deque(maxlen=KEPT_LINES)
     try:
-        assert process.stdout is not None  # noqa: S101  # asked for above
+        assert process.stdout is not None  # noqa: S101  # Popen was given PIPE
         for raw in process.stdout:
             line = raw.decode(errors="replace").rstrip()
             kept.append(line)
-            say(line)
+            log(line)
         code = process.wait()
     finally:
         timer.cancel()
@@ -119,8 +119,8 @@ def follow_program(
 
 
 def _feed(process: subprocess.Popen[bytes], sent: bytes) -> None:
-    assert process.stdin is not None  # noqa: S101  # asked for by whoever calls this
-    with contextlib.suppress(OSError):  # it ended, or takes no input; its exit code tells
+    assert process.stdin is not None  # noqa: S101  # the caller gave PIPE
+    with contextlib.suppress(OSError):  # it ended or takes no input; its exit code shows it
         process.stdin.write(sent)
     with contextlib.suppress(OSError):
         process.stdin.close()

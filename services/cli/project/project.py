@@ -1,7 +1,4 @@
-"""The project folder as `noodle init` left it: .env, secrets, and which ports that makes this machine publish.
-
-Reads files and decides by their values; starts nothing and asks nobody.
-"""
+"""A project folder as `noodle init` leaves it: the text of .env, and the values, ports and secrets in it."""
 
 from __future__ import annotations
 
@@ -11,12 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from noodle.errors import ConfigurationError
-from services.cli.project.env_file import read_values
 
 ENV_NAME = ".env"
 COMPOSE_NAME = "docker-compose.yml"
 SECRETS_NAME = "secrets"
-ROLES = ("single", "a", "b")
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORTS = {
     "NOODLE_COORDINATOR_PORT": 8080,
@@ -28,22 +23,23 @@ DEFAULT_PORTS = {
 SECOND_STAGE_ON_ONE_MACHINE = 8082
 
 Role = Literal["single", "a", "b"]
-Readers = Literal["machine", "people"]  # the other machine's services; or people with a browser or a client
+ROLES: tuple[Role, ...] = ("single", "a", "b")
+Clients = Literal["machine", "people"]  # the other machine's services; people with a browser or a client
 
 
 @dataclass(frozen=True)
 class Published:
-    """A port that this machine opens to the network, and for whom."""
+    """A port that this machine opens to the network, and who connects to it."""
 
-    service: str  # as compose names it
+    service: str  # its name in compose
     variable: str
     port: int
-    readers: tuple[Readers, ...]
+    clients: tuple[Clients, ...]
 
 
 @dataclass(frozen=True)
 class Project:
-    """One machine's part of the cluster."""
+    """One machine's part of a cluster under Docker."""
 
     folder: Path
     role: Role
@@ -51,55 +47,57 @@ class Project:
 
     @property
     def lan_address(self) -> str:
-        """This machine's address, under which its ports are published."""
+        """The address on which this machine publishes its ports."""
         return self.values.get("NOODLE_LAN_ADDRESS") or LOOPBACK
 
     @property
     def peer_address(self) -> str:
-        """The other machine's address, empty when there is none."""
+        """The other machine's address; empty if there is none."""
         return self.values.get("NOODLE_PEER_ADDRESS", "")
 
     @property
     def machine(self) -> str:
-        """The name of this machine."""
+        """This machine's name."""
         default = "machine-b" if self.role == "b" else "machine-a"
         return self.values.get("NOODLE_MACHINE") or default
 
     @property
     def coordinator_url(self) -> str:
-        """Where this machine finds the coordinator."""
+        """The coordinator's URL from this machine."""
         if self.role == "b":
-            return self.values.get("NOODLE_COORDINATOR_URL") or f"http://{self.peer_address}:{DEFAULT_COORDINATOR}"
+            default = f"http://{self.peer_address}:{DEFAULT_PORTS['NOODLE_COORDINATOR_PORT']}"
+            return self.values.get("NOODLE_COORDINATOR_URL") or default
         return f"http://{self.lan_address}:{self.port('NOODLE_COORDINATOR_PORT')}"
 
     @property
     def valkey_url(self) -> str:
-        """Where this machine finds Valkey."""
+        """Valkey's URL from this machine."""
         if self.role == "b":
-            return self.values.get("NOODLE_VALKEY_URL") or f"redis://noodle@{self.peer_address}:{DEFAULT_VALKEY}"
+            default = f"redis://noodle@{self.peer_address}:{DEFAULT_PORTS['NOODLE_VALKEY_PORT']}"
+            return self.values.get("NOODLE_VALKEY_URL") or default
         return f"redis://noodle@{self.lan_address}:{self.port('NOODLE_VALKEY_PORT')}"
 
     @property
     def compose_files(self) -> list[str]:
-        """The compose files that make this machine's set."""
+        """The compose files of this machine."""
         separator = self.values.get("COMPOSE_PATH_SEPARATOR") or ":"
         return [name for name in self.values.get("COMPOSE_FILE", COMPOSE_NAME).split(separator) if name]
 
     def port(self, variable: str) -> int:
-        """A published port; raises ConfigurationError for what is none."""
+        """Return a published port; raises ConfigurationError if the value is not a port."""
         default = DEFAULT_PORTS[variable]
         if variable == "NOODLE_STAGE_1_PORT" and self.role == "single":
             default = SECOND_STAGE_ON_ONE_MACHINE
         text = self.values.get(variable) or str(default)
         if not text.isdigit() or not 0 < int(text) < 65536:
             raise ConfigurationError(
-                f"{variable} in {self.folder / ENV_NAME} is {text!r}, which is no port.", cure="Write 1 to 65535."
+                f"{variable} in {self.folder / ENV_NAME} is {text!r}, which is not a port.", cure="Write 1 to 65535."
             )
         return int(text)
 
     def published(self) -> list[Published]:
-        """The ports that this machine's set opens."""
-        both: tuple[Readers, ...] = ("machine", "people")
+        """Return the ports that this machine opens."""
+        both: tuple[Clients, ...] = ("machine", "people")
         first_stage = self._published("stage-0", "NOODLE_STAGE_0_PORT", ("machine",))
         second_stage = self._published("stage-1", "NOODLE_STAGE_1_PORT", ("machine",))
         if self.role == "b":
@@ -114,38 +112,34 @@ class Project:
         return [*ports, self._published("grafana", "NOODLE_GRAFANA_PORT", ("people",))]
 
     def secret(self, name: str) -> str:
-        """One of the files of secrets; raises ConfigurationError when it can not be read or is empty."""
+        """Return a secret from its file; raises ConfigurationError if it cannot be read or is empty."""
         path = self.folder / SECRETS_NAME / name
         again = "Run `docker compose run --rm init` (or `noodle init`) again: it keeps what is there."
         try:
             secret = path.read_text(encoding="utf-8").strip()
         except PermissionError as error:
             raise ConfigurationError(
-                f"{path} may not be read by this user.", cure="Run this command with sudo, or as the file's owner."
+                f"This user may not read {path}.", cure="Run this command with sudo, or as the file's owner."
             ) from error
         except OSError as error:
-            raise ConfigurationError(f"{path} can not be read ({error.strerror}).", cure=again) from error
+            raise ConfigurationError(f"{path} cannot be read ({error.strerror}).", cure=again) from error
         if not secret:
             raise ConfigurationError(f"{path} is empty.", cure=f"Delete it. {again}")
         return secret
 
-    def _published(self, service: str, variable: str, readers: tuple[Readers, ...]) -> Published:
-        return Published(service, variable, self.port(variable), readers)
-
-
-DEFAULT_COORDINATOR = DEFAULT_PORTS["NOODLE_COORDINATOR_PORT"]
-DEFAULT_VALKEY = DEFAULT_PORTS["NOODLE_VALKEY_PORT"]
+    def _published(self, service: str, variable: str, clients: tuple[Clients, ...]) -> Published:
+        return Published(service, variable, self.port(variable), clients)
 
 
 def find_project(folder: Path) -> Project | None:
-    """The project of a folder, None when it has no .env that `noodle init` wrote; raises ConfigurationError."""
+    """Return the project in a folder, None if `noodle init` wrote no .env there; raises ConfigurationError."""
     path = folder / ENV_NAME
     try:
         values = read_values(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} can not be read ({error}).", cure="Run `noodle init` again.") from error
+        raise ConfigurationError(f"{path} cannot be read ({error}).", cure="Run `noodle init` again.") from error
     profiles = [name for name in values.get("COMPOSE_PROFILES", "").split(",") if name]
     if not profiles:
         return None
@@ -155,11 +149,11 @@ def find_project(folder: Path) -> Project | None:
             f"COMPOSE_PROFILES in {path} is {','.join(profiles)!r}, which is none of {', '.join(ROLES)}.",
             cure="Run `noodle init --machine single`, `a` or `b`.",
         )
-    return Project(folder, role, values)  # type: ignore[arg-type]  # one of ROLES
+    return Project(folder, role, values)
 
 
 def require_project(folder: Path) -> Project:
-    """The project of a folder; raises ConfigurationError where there is none."""
+    """Return the project in a folder; raises ConfigurationError if there is none."""
     project = find_project(folder)
     if project is None:
         raise ConfigurationError(
@@ -167,3 +161,42 @@ def require_project(folder: Path) -> Project:
             cure="Go to noodle's folder and run `docker compose run --rm init` first (or `noodle init --machine a`).",
         )
     return project
+
+
+HEAD = """\
+# What this machine runs, read by `docker compose`. `noodle init` wrote it. Run again, it keeps your own lines.
+# .env.example lists every variable for this file.
+"""
+
+
+def read_values(text: str) -> dict[str, str]:
+    """Return names and values as `docker compose` reads them: a later line wins, quotes around a value are dropped."""
+    values = {}
+    for line in text.splitlines():
+        if (name := _name_in(line)) is not None:
+            value = line.partition("=")[2].strip()
+            if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+                value = value[1:-1]
+            else:
+                value = value.partition(" #")[0].rstrip()
+            values[name] = value
+    return values
+
+
+def with_values(text: str, values: Mapping[str, str]) -> str:
+    """Return the text with these values in their old places, new ones at the end, and all other lines kept."""
+    left = dict(values)
+    lines = []
+    for line in (text or HEAD).splitlines():
+        name = _name_in(line)
+        if name in values:
+            if name in left:
+                lines.append(f"{name}={left.pop(name)}")
+            continue  # a second line of a name would hide the first one
+        lines.append(line)
+    return "\n".join([*lines, *(f"{name}={value}" for name, value in left.items())]) + "\n"
+
+
+def _name_in(line: str) -> str | None:
+    name, equals, _ = line.strip().removeprefix("export ").strip().partition("=")
+    return name.strip() if equals and not name.startswith("#") else None

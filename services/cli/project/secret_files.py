@@ -1,7 +1,7 @@
-"""The folder `secrets/` of a project: makes what is missing, keeps what is there; knows no machine and no .env.
+"""The folder `secrets/` of a project: adds what is missing and keeps what is there.
 
-The folder is its owner's alone. The files in it can be read by anyone who gets past it: compose mounts them one by one
-into containers whose users are other ones.
+Only its owner may enter the folder. The files in it are readable by all, because compose mounts them one by one into
+containers with other users.
 """
 
 from __future__ import annotations
@@ -15,53 +15,54 @@ from pathlib import Path
 
 from noodle.cluster.valkey_access import acl_text
 from noodle.errors import ConfigurationError, NotWritable
+from services.cli.project.project import SECRETS_NAME
 
-FOLDER_NAME = "secrets"
-CLUSTER_TOKEN, VALKEY_PASSWORD, VALKEY_ACL = "cluster_token", "valkey_password", "valkey.acl"  # names
-API_KEY, GRAFANA_PASSWORD = "api_key", "grafana_password"  # a name
-OF_MACHINE_A = (CLUSTER_TOKEN, VALKEY_PASSWORD, API_KEY, GRAFANA_PASSWORD)
+CLUSTER_TOKEN, VALKEY_PASSWORD, VALKEY_ACL = "cluster_token", "valkey_password", "valkey.acl"
+API_KEY, GRAFANA_PASSWORD = "api_key", "grafana_password"
+SECRETS_OF_A = (CLUSTER_TOKEN, VALKEY_PASSWORD, API_KEY, GRAFANA_PASSWORD)
+SECRETS_OF_B = (CLUSTER_TOKEN, VALKEY_PASSWORD)
 SECRET_BYTES = 32
-MINIMUM_CHARACTERS = 16  # what services ask of the cluster token
+MINIMUM_CHARACTERS = 16  # length of a cluster token that services accept
 FOLDER_MODE, SECRET_MODE, FILE_MODE = 0o700, 0o644, 0o644
 
 
 @dataclass(frozen=True)
 class Owner:
-    """To whom files that are made belong: the folder's owner, also when a container's root makes them."""
+    """The owner of new files: the folder's owner, even if root in a container makes them."""
 
     user_id: int
     group_id: int
 
     @classmethod
     def of(cls, folder: Path) -> Owner:
-        """Who owns a folder."""
+        """Return a folder's owner."""
         status = folder.stat()
         return cls(status.st_uid, status.st_gid)
 
-    def give(self, path: Path) -> None:
-        """Make a path theirs, where this process may and has to."""
-        if hasattr(os, "geteuid") and os.geteuid() == 0:  # not on Windows, where files have no such owner
+    def assign(self, path: Path) -> None:
+        """Change a path's owner to this one; only root needs to and may, and never on Windows."""
+        if hasattr(os, "geteuid") and os.geteuid() == 0:
             os.chown(path, self.user_id, self.group_id)
 
 
 def read_secrets(folder: Path) -> dict[str, str]:
-    """What is there, by name; an empty file is as none. Raises ConfigurationError for one that can not be used."""
+    """Return the secrets that exist, by name; an empty file counts as missing. Raises ConfigurationError."""
     found = {}
-    for name in OF_MACHINE_A:
-        path = folder / FOLDER_NAME / name
+    for name in SECRETS_OF_A:
+        path = folder / SECRETS_NAME / name
         try:
             secret = path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(
-                f"{FOLDER_NAME}/{name} can not be read: {getattr(error, 'strerror', None) or error}.",
-                cure="Run this as the folder's owner, or delete the file so that a new one is made.",
+                f"{SECRETS_NAME}/{name} cannot be read: {getattr(error, 'strerror', None) or error}.",
+                cure="Run this as the folder's owner, or delete the file to get a new one.",
             ) from error
         if secret and len(secret) < MINIMUM_CHARACTERS:
             raise ConfigurationError(
-                f"{FOLDER_NAME}/{name} is shorter than {MINIMUM_CHARACTERS} characters.",
-                cure="Delete the file so that a new one is made, on every machine.",
+                f"{SECRETS_NAME}/{name} is shorter than {MINIMUM_CHARACTERS} characters.",
+                cure="Delete the file on every machine to get a new one.",
             )
         if secret:
             found[name] = secret
@@ -69,27 +70,27 @@ def read_secrets(folder: Path) -> dict[str, str]:
 
 
 def completed(found: dict[str, str], names: Sequence[str]) -> dict[str, str]:
-    """These secrets: those that were found, and new ones for the rest."""
+    """Return the named secrets: those found, and new ones for the rest."""
     return {name: found.get(name) or secrets.token_urlsafe(SECRET_BYTES) for name in names}
 
 
 def write_secrets(folder: Path, values: dict[str, str], owner: Owner, *, with_valkey: bool) -> list[str]:
-    """Write the folder, and Valkey's ACL where it runs here; gives the names of the files. Raises NotWritable."""
-    secrets_folder = folder / FOLDER_NAME
+    """Write the folder, with Valkey's ACL if it runs here; return the names of the files. Raises NotWritable."""
+    secrets_folder = folder / SECRETS_NAME
     texts = {name: f"{value}\n" for name, value in values.items()}
     if with_valkey:
         texts[VALKEY_ACL] = acl_text(values[VALKEY_PASSWORD])
     with _writing(secrets_folder):
         secrets_folder.mkdir(exist_ok=True)
         secrets_folder.chmod(FOLDER_MODE)
-        owner.give(secrets_folder)
+        owner.assign(secrets_folder)
     for name, text in texts.items():
         write_file(secrets_folder / name, text, owner, SECRET_MODE)
     return sorted(texts)
 
 
 def write_file(path: Path, text: str, owner: Owner, mode: int) -> None:
-    """Write a file whole or not at all; one that says the same already is left alone but for its mode and owner."""
+    """Write a file whole or not at all; if the content is the same, set only mode and owner."""
     with _writing(path):
         if not (path.is_file() and path.read_bytes() == text.encode()):
             beside = path.with_name(f".{path.name}.new")
@@ -97,11 +98,11 @@ def write_file(path: Path, text: str, owner: Owner, mode: int) -> None:
                 beside.write_bytes(text.encode())
                 beside.replace(path)
             except OSError:
-                with contextlib.suppress(OSError):  # the first one is told
+                with contextlib.suppress(OSError):  # the first error is the one to report
                     beside.unlink(missing_ok=True)
                 raise
         path.chmod(mode)
-        owner.give(path)
+        owner.assign(path)
 
 
 @contextlib.contextmanager
@@ -110,6 +111,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise NotWritable(
-            f"{path} can not be written ({error.strerror or error}).",
-            cure="Run this in noodle's folder as its owner, and see that its disk has room.",
+            f"{path} cannot be written ({error.strerror or error}).",
+            cure="Run this in noodle's folder as its owner, and check that its disk has room.",
         ) from error

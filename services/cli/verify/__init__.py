@@ -1,0 +1,1 @@
+"""`noodle verify`: compares the cluster's tokens with the unsplit model's."""

@@ -1,4 +1,4 @@
-"""What "equal to the unsplit model" means for each number format (design D3); values in, a verdict out."""
+"""What "equal to the unsplit model" means for each number format (design D3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from noodle.errors import UnsupportedModel
 
 
 class Difference(Struct, frozen=True):
-    """A place where the cluster's token is not the reference's likeliest one."""
+    """A token of the cluster that is not the reference's most likely one."""
 
     index: int  # among the new tokens of its prompt, from 0
     token_id: int
@@ -22,7 +22,7 @@ class Difference(Struct, frozen=True):
 
 
 class PromptResult(Struct, frozen=True):
-    """One prompt: the cluster's tokens, fed to the unsplit model."""
+    """One prompt, with the cluster's tokens fed to the unsplit model."""
 
     prompt_tokens: int
     tokens: int
@@ -32,21 +32,21 @@ class PromptResult(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Bound:
-    """How far a cluster may be from the unsplit model."""
+    """The limits for a cluster's difference from the unsplit model."""
 
     largest_logprob_error: float
-    top1_agreement: float  # share of tokens that are the reference's likeliest
-    largest_tie_gap: float | None = None  # a token that differs must be this near to the best; None: it may differ
+    top1_agreement: float  # share of tokens that are the reference's most likely
+    largest_tie_gap: float | None = None  # logit gap within which a token may differ; None: any
 
 
-# In float32 two ways of computing the same sum differ by 2e-4 in the largest logit (measured); a token may differ
-# only where the two best are closer than that would explain, and TOKENS_PER_TIE says how often that may happen.
-# float16 and bfloat16 are set by what their rounding should give; they are to be confirmed on real cards.
+# In float32 two orders of the same sum differ by 2e-4 in the largest logit (measured), so a token may differ only if
+# the two best are closer than 1e-3, and only once in TOKENS_PER_TIE tokens. The bounds of float16 and bfloat16 follow
+# from their rounding and are not yet confirmed on real cards.
 BOUNDS = {
     "float32": Bound(1e-3, 0.0, largest_tie_gap=1e-3),
     "float16": Bound(0.05, 0.95),
     "bfloat16": Bound(0.3, 0.90),
-    # ggml's, about twice what was measured on 785 tokens of the default model (0.03, 0.1, 0.5 and 5.5)
+    # ggml's: about twice what was measured on 785 tokens of the default model (0.03, 0.1, 0.5 and 5.5)
     "f16": Bound(0.1, 0.95),
     "bf16": Bound(0.3, 0.90),
     "q8_0": Bound(1.0, 0.85),
@@ -54,14 +54,14 @@ BOUNDS = {
     "q4_K": Bound(8.0, 0.45),
     "q4_0": Bound(8.0, 0.45),
 }
-# what the unsplit model is computed in to be compared; ggml's formats are held against the weights they were made of
+# dtypes of the unsplit model; ggml's formats are compared with the weights that they were made from
 REFERENCE_DTYPES = ("float32", "float16", "bfloat16")
-TOKENS_PER_TIE = 1000
+TOKENS_PER_TIE = 1000  # tokens of which one may differ by a tie
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the bound holds, and each way in which it does not."""
+    """Whether the bound holds, and each limit that is broken."""
 
     dtype: str
     tokens: int
@@ -71,7 +71,7 @@ class Verdict:
 
 
 def format_of(stage: Mapping[str, Any]) -> str:
-    """The name of a stage's bound, by what the coordinator says of it."""
+    """Return the name of a stage's bound from what the coordinator reports about it."""
     dtype = str(stage.get("dtype"))
     if stage.get("executor") == "ggml" and (stage.get("weights"), stage.get("kv_dtype")) != ("f32", "f32"):
         return str(stage["weights"])
@@ -80,21 +80,21 @@ def format_of(stage: Mapping[str, Any]) -> str:
 
 
 def reference_dtype(bound: str) -> str:
-    """What the unsplit model is to be computed in."""
+    """Return the dtype of the unsplit model for a bound."""
     return bound if bound in REFERENCE_DTYPES else "float32"
 
 
 def loosest(dtypes: Sequence[str]) -> str:
-    """The format whose rounding decides in a cluster of several; raises UnsupportedModel for one without a bound."""
+    """Return the format with the loosest bound; raises UnsupportedModel for a format without one."""
     order = list(BOUNDS)
     for dtype in dtypes:
         if dtype not in BOUNDS:
-            raise UnsupportedModel(f"`noodle verify` has no bound for {dtype}.", cure=f"It has them for {order}.")
+            raise UnsupportedModel(f"`noodle verify` has no bound for {dtype}.", cure=f"It has bounds for {order}.")
     return max(dtypes, key=order.index)
 
 
 def judge(dtype: str, results: Sequence[PromptResult]) -> Verdict:
-    """Hold all prompts to the bound of their format."""
+    """Judge all prompts by the bound of their format."""
     bound = BOUNDS[dtype]
     tokens = sum(result.tokens for result in results)
     differences = [difference for result in results for difference in result.differences]
@@ -103,10 +103,10 @@ def judge(dtype: str, results: Sequence[PromptResult]) -> Verdict:
     broken = []
     if not tokens:
         broken.append("nothing was generated")
-    if not error <= bound.largest_logprob_error:  # not a number is not within it either
-        broken.append(f"a log-probability is {error:.2g} off, the bound is {bound.largest_logprob_error:g}")
+    if not error <= bound.largest_logprob_error:  # written so that not-a-number breaks it
+        broken.append(f"a log-probability differs by {error:.2g}, the bound is {bound.largest_logprob_error:g}")
     if agreement < bound.top1_agreement:
-        broken.append(f"{agreement:.1%} of the tokens are the likeliest, the bound is {bound.top1_agreement:.0%}")
+        broken.append(f"{agreement:.1%} of the tokens are the most likely, the bound is {bound.top1_agreement:.0%}")
     if bound.largest_tie_gap is not None:
         broken += _broken_ties(differences, tokens, bound.largest_tie_gap)
     return Verdict(dtype, tokens, agreement, error, tuple(broken))
@@ -120,5 +120,5 @@ def _broken_ties(differences: Sequence[Difference], tokens: int, largest_gap: fl
         worst = max(each.logit_gap for each in far)
         broken.append(f"{len(far)} tokens differ by more than rounding (a logit gap of {worst:.2g})")
     if len(differences) > allowed:
-        broken.append(f"{len(differences)} tokens differ, {allowed} in {tokens} may")
+        broken.append(f"{len(differences)} tokens differ, the bound is {allowed} of {tokens}")
     return broken

@@ -1,4 +1,4 @@
-"""The prompts of `noodle verify`: 20 of about 5 to 400 tokens, English, German, numbers and code; text only."""
+"""The prompts of `noodle verify`: 20 of about 5 to 400 tokens, in English and German, with numbers and code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ stone and is too cold to bathe in even in August. At the second, below the old p
 carry things: leaves, branches, once a whole wooden bridge, which the people of the village found two days later \
 in a meadow eleven kilometres further down, upside down but otherwise in good health. At the third step it \
 enters the plain and becomes slow and brown and a little proud, as rivers do when ships begin to use them. \
-Whoever walks along it from the spring to the harbour needs four days and good shoes. On the first evening there \
+Walkers who follow it from the spring to the harbour need four days and good shoes. On the first evening there \
 is an inn whose owner cooks only what she likes herself, so that guests either stay for a week or leave before \
 breakfast. On the second evening there is nothing at all, and one sleeps under a roof of hazel and listens to \
 the water, which talks all night and never repeats itself. On the third evening the first lights of the town can \

@@ -75,7 +75,7 @@ def test_a_service_that_died_is_started_again_and_its_last_words_are_shown(runs:
     runs.start_until_ready()
     os.kill(runs.service("stage-1")["process"]["pid"], signal.SIGKILL)
     wait_for(lambda: "Everything is ready again." in runs.output(), "the stage to come back")
-    assert "stage-1 was ended by SIGKILL; starting it again in 0.2 s" in runs.output()
+    assert "stage-1 was ended by SIGKILL; restarting it in 0.2 s" in runs.output()
     assert "    stage-1 serves" in runs.output()
     assert len(runs.starts("stage-1")) == 2
     assert runs.service("stage-1")["restarts"] == 1
@@ -86,9 +86,7 @@ def test_a_service_that_goes_on_dying_is_given_more_and_more_time(runs: UpRuns) 
     runs.order("stage-0.exit", "3\nnoodle stage: the disk is full")
     os.kill(runs.service("stage-0")["process"]["pid"], signal.SIGTERM)
     wait_for(lambda: "in 1.6 s" in runs.output(), "the fourth death")
-    delays = [
-        line.split(" in ")[1].split(" s")[0] for line in runs.output().splitlines() if "starting it again" in line
-    ]
+    delays = [line.split(" in ")[1].split(" s")[0] for line in runs.output().splitlines() if "restarting it" in line]
     assert delays[:4] == ["0.2", "0.4", "0.8", "1.6"]
     (runs.orders / "stage-0.exit").unlink()
     wait_for(lambda: "Everything is ready again." in runs.output(), "the stage to come back")
@@ -116,7 +114,7 @@ def test_nothing_outlives_a_killed_up_and_the_next_one_clears_what_it_left(runs:
 
     second = runs.start("--stages", "1")
     wait_for(lambda: runs.output().count("noodle is ready") == 2, "the second up")
-    assert "was killed; ended what it left running: 1." in runs.output()
+    assert "was killed; ended 1 process that it left." in runs.output()
     assert worker not in runs.living()
     second.send_signal(signal.SIGTERM)
     assert second.wait(30) == 0
@@ -134,7 +132,7 @@ def test_a_stranger_with_the_number_of_an_old_child_is_left_alone(runs: UpRuns) 
     (runs.run_dir / "run.json").write_text(json.dumps(record))
     down = runs.noodle("down")
     assert down.returncode == 0
-    assert "cleared what a killed one had left" in down.stdout
+    assert "cleaned up after one that was killed" in down.stdout
     assert not runs.run_dir.exists()
 
 
@@ -243,7 +241,7 @@ def test_a_service_that_ignores_sigterm_is_killed_by_a_second_ctrl_c(runs: UpRun
     wait_for(lambda: "stage-1" in runs.lines("stops"), "the stop to reach the stages")
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 0
-    assert "stage-0 did not stop by itself and was killed." in runs.output()
+    assert "stage-0 did not stop in time and was killed." in runs.output()
     assert runs.nothing_is_left()
 
 
@@ -253,7 +251,7 @@ def test_a_port_in_use_is_refused_with_its_purpose_and_its_variable(runs: UpRuns
         other.listen()
         up = runs.noodle("up")
     assert up.returncode == 1
-    assert f"Port {runs.first_port + 4}, meant for stage 1, is taken" in up.stderr
+    assert f"Port {runs.first_port + 4}, for stage 1 is taken" in up.stderr
     assert "NOODLE_FIRST_STAGE_PORT" in up.stderr
     assert not runs.starts("model")
     assert not runs.state_dir.exists()
@@ -287,7 +285,7 @@ def test_a_full_state_disk_and_a_death_are_said_and_end_nothing(runs: UpRuns, sm
     for deaths in (1, 2):
         os.kill(runs.starts("stage-1")[-1], signal.SIGKILL)
         wait_for(lambda: len(runs.starts("stage-1")) == deaths + 1, "the stage to come back")  # noqa: B023
-    wait_for(lambda: runs.output().count("stage-1 was started again.") == 2, "that to be said")
+    wait_for(lambda: runs.output().count("stage-1 was restarted.") == 2, "that to be said")
     assert runs.output().count("run.json can not be written (No space left on device)") == 1
     assert "Free some space on that disk" in runs.output()
     assert runs.service("stage-1")["restarts"] == 0  # the last complete version

@@ -15,7 +15,7 @@ from typing import Any
 from noodle.cluster.plan import Plan, StageAssignment
 from noodle.cluster.valkey import WorkQueue
 from noodle.model.files import model_digest, read_config
-from services.cli.local.run_state import RunFolder
+from services.cli.local.run_folder import RunFolder
 from services.cli.local.valkey import answers, server_binary, write_configuration
 from tests.support.network.relay import Relay
 from tests.support.processes.cluster import EXACT, Services, free_ports, request, wait_until

@@ -32,7 +32,7 @@ def test_a_wrong_option_exits_with_2(arguments: list[str], capsys: pytest.Captur
     assert "usage: noodle" in capsys.readouterr().err
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
     assert exit_.value.code == 0
@@ -47,7 +47,7 @@ def test_an_error_is_one_line_and_its_cure(capsys: pytest.CaptureFixture[str], m
     )
 
 
-def test_windows_is_told_to_use_docker_or_wsl(
+def test_windows_is_referred_to_docker_or_wsl(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.platform", "win32")

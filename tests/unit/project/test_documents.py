@@ -9,7 +9,7 @@ import pytest
 
 from noodle.config.settings import VARIABLES
 from noodle.model.families import FAMILIES
-from services.cli.main import _parser
+from services.cli.main import command_parser
 
 ROOT = Path(__file__).parents[3]
 README = ROOT / "README.md"
@@ -82,7 +82,7 @@ def test_the_readme_names_every_command_and_option():
 
 
 def options_by_command():
-    subparsers = next(each for each in _parser()._actions if isinstance(each, argparse._SubParsersAction))
+    subparsers = next(each for each in command_parser()._actions if isinstance(each, argparse._SubParsersAction))
     return {
         name: {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
         for name, parser in subparsers.choices.items()

@@ -9,7 +9,7 @@ import yaml
 
 from noodle import __version__
 from noodle.config.settings import VARIABLES
-from services.cli.project.machine_settings import DEFAULT_PORTS, PORTS
+from services.cli.project.project import Project
 
 ROOT = Path(__file__).parents[3]
 CPU, GPU = (ROOT / f"Dockerfile.{kind}" for kind in ("cpu", "gpu"))
@@ -168,7 +168,7 @@ def test_planner_and_prometheus_are_not_published():
 
 def test_the_published_ports_are_those_that_init_writes():
     text = text_of(ROOT / "docker-compose.yml")
-    written = {f"NOODLE_{what}_PORT": DEFAULT_PORTS[what] for what in PORTS["single"]}
+    written = {each.variable: str(each.port) for each in Project(ROOT, "single", {}).published()}
     assert dict(re.findall(r"\$\{(NOODLE_\w+_PORT):-(\d+)\}", text)) == written
 
 

@@ -264,6 +264,7 @@ def test_the_command_imports_without_posix_and_with_only_the_base_install():
     modules = [name for name in MODULES if is_below(name, ("services.cli",)) and not name.endswith("__main__")]
     code = f"""
 import sys
+import psutil  # of the base install; it loads other modules on Windows
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {blocked!r}:

@@ -16,8 +16,7 @@ from noodle.cluster.measuring import (
 )
 from services.cli.bench import plots
 from services.cli.bench.profile_report import ProfileConditions, ProfileReport, headline, remarks
-from services.cli.bench.report import BenchConditions, BenchReport, StageConditions, StreamsResult
-from services.cli.bench.statistics import Figures, Ratio
+from services.cli.bench.report import BenchConditions, BenchReport, Figures, Ratio, StageConditions, StreamsResult
 
 HEAD = {"made_at": "2026-01-02T03:04:05+00:00", "machine": "laptop", "model": "SmolLM2-135M-Instruct", "headline": ""}
 
@@ -98,7 +97,7 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch)
 
 def test_a_profile_says_when_it_was_disturbed_and_what_was_left_out():
     report = profile_report()
-    assert [remark.split()[0] for remark in report.remarks] == ["x.", "This", "A"]
+    assert [remark.split()[0] for remark in report.remarks] == ["x.", "This", "`noodle"]
     quiet = ProfileConditions("0.1.0", False, 512, 0.1, False)
     assert remarks(quiet, report.profile) == ("x.",)
 

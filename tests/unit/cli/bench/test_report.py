@@ -1,4 +1,4 @@
-"""What a reader of `noodle bench` is told, what the control may compute with, and which prompts are used."""
+"""The remarks of `noodle bench`, the resources of the control, and the prompts."""
 
 from pathlib import Path
 
@@ -7,8 +7,15 @@ import pytest
 from noodle.cluster.measuring import ControlReady
 from services.cli.bench.cluster import prompts_of
 from services.cli.bench.control import control_question
-from services.cli.bench.report import BenchConditions, StageConditions, StreamsResult, headline, remarks
-from services.cli.bench.statistics import Figures, Ratio
+from services.cli.bench.report import (
+    BenchConditions,
+    Figures,
+    Ratio,
+    StageConditions,
+    StreamsResult,
+    headline,
+    remarks,
+)
 
 HERE, THERE = "laptop", "desktop"
 
@@ -21,7 +28,7 @@ def control(dtype="float32", device="cpu", threads=2):
     return ControlReady(device, "a processor", dtype, threads, 2, 1, "2.14.1", "5")
 
 
-def said(stages, with_control=None, streams=(1,), cores=2, load=0.0, control_model="m"):
+def remarks_on(stages, with_control=None, streams=(1,), cores=2, load=0.0, control_model="m"):
     conditions = BenchConditions(
         noodle_version="0.1.0",
         coordinator_version="0.1.0",
@@ -44,48 +51,48 @@ def said(stages, with_control=None, streams=(1,), cores=2, load=0.0, control_mod
 
 
 def test_an_even_comparison_is_not_called_unequal():
-    assert "nequal" not in said([stage(0), stage(1)], control())
-    assert "not idle" not in said([stage(0), stage(1)], control())
+    assert "nequal" not in remarks_on([stage(0), stage(1)], control())
+    assert "not idle" not in remarks_on([stage(0), stage(1)], control())
 
 
-def test_unequal_number_formats_are_said():
-    assert "float16 and float32, the control in float32" in said([stage(0, dtype="float16"), stage(1)], control())
-    text = said([stage(0, dtype="bfloat16"), stage(1, dtype="bfloat16")], control())
+def test_unequal_number_formats_are_reported():
+    assert "float16 and float32, the control in float32" in remarks_on([stage(0, dtype="float16"), stage(1)], control())
+    text = remarks_on([stage(0, dtype="bfloat16"), stage(1, dtype="bfloat16")], control())
     assert "the cluster computes in bfloat16, the control in float32" in text
 
 
-def test_unequal_threads_machines_and_devices_are_said():
+def test_unequal_threads_machines_and_devices_are_reported():
     stages = [stage(0, threads=2), stage(1, machine=THERE, threads=6, device="cuda")]
-    text = said(stages, control())
+    text = remarks_on(stages, control())
     assert "2 + 6, the control has 2" in text
     assert "the cluster is desktop, laptop; the control is laptop alone" in text
     assert "compute on cpu and cuda, the control on cpu" in text
 
 
-def test_a_stage_that_does_not_say_its_threads_is_not_taken_for_equal():
-    assert "Not every stage says" in said([stage(0, threads=0), stage(1)], control())
+def test_a_stage_that_does_not_report_its_threads_is_not_taken_for_equal():
+    assert "Not every stage reports" in remarks_on([stage(0, threads=0), stage(1)], control())
 
 
-def test_more_threads_than_cores_and_a_busy_machine_are_said():
-    assert "4 threads for its 2 cores" in said([stage(0, threads=2), stage(1, threads=2)], control(threads=2))
-    assert "not idle" in said([stage()], control(), load=1.5)
-    assert "not idle" not in said([stage()], control(), load=None)
+def test_more_threads_than_cores_and_a_busy_machine_are_reported():
+    assert "4 threads for its 2 cores" in remarks_on([stage(0, threads=2), stage(1, threads=2)], control(threads=2))
+    assert "not idle" in remarks_on([stage()], control(), load=1.5)
+    assert "not idle" not in remarks_on([stage()], control(), load=None)
 
 
-def test_what_several_streams_and_one_stream_mean_is_said():
-    assert "one batch through generate()" in said([stage()], control(), streams=(1, 2))
-    assert "one batch" not in said([stage()], control(), streams=(1,))
-    assert "one after another" in said([stage(0), stage(1)], control(), streams=(1, 2))
-    assert "one after another" not in said([stage(0), stage(1)], control(), streams=(2,))
+def test_what_several_streams_and_one_stream_mean_is_reported():
+    assert "one batch through generate()" in remarks_on([stage()], control(), streams=(1, 2))
+    assert "one batch" not in remarks_on([stage()], control(), streams=(1,))
+    assert "one after another" in remarks_on([stage(0), stage(1)], control(), streams=(1, 2))
+    assert "one after another" not in remarks_on([stage(0), stage(1)], control(), streams=(2,))
 
 
-def test_a_missing_control_and_another_model_are_said():
-    assert "no control" in said([stage()])
-    assert "calls its model m, the control's is other" in said([stage()], control(), control_model="other")
+def test_a_missing_control_and_another_model_are_reported():
+    assert "no control" in remarks_on([stage()])
+    assert "model is m, the control's is other" in remarks_on([stage()], control(), control_model="other")
 
 
 def question(stages, stage_cores=(), own_cores=8):
-    return control_question(Path("/model"), 256, stages, HERE, stage_cores, own_cores)
+    return control_question(Path("/model"), 256, stages, HERE, stage_cores=stage_cores, own_cores=own_cores)
 
 
 def test_the_control_gets_what_the_stages_of_this_machine_have():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from services.cli.bench.statistics import RunTimes, figures_of, percentile, ratio_of
+from services.cli.bench.report import RunTimes, figures_of, percentile, ratio_of
 
 TWO_STREAMS = RunTimes(prompt_tokens=10, arrivals_seconds=((0.5, 0.6, 0.8), (1.0, 1.1, 2.0)))
 

@@ -45,7 +45,7 @@ def test_all_rows_stand_in_one_line_and_one_that_is_done_goes(monkeypatch: pytes
     ]
 
 
-def test_what_did_not_change_is_not_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_did_not_change_is_not_printed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     stream = io.StringIO()
     lines = LineProgress(stream)
@@ -65,20 +65,20 @@ def test_a_terminal_gets_bars_and_text_with_brackets_stays_whole() -> None:
     if not isinstance(bars, TerminalProgress):
         pytest.skip("TERM is dumb here")
     bars.show("a", "loading [bold]x[/bold]", 0.5)
-    bars.say("[red]said[/red]")
+    bars.log("[red]logged[/red]")
     bars.finish("a", "")
     bars.close()
     assert "[bold]x[/bold]" in terminal.getvalue()
-    assert "[red]said[/red]" in terminal.getvalue()
+    assert "[red]logged[/red]" in terminal.getvalue()
 
 
-def test_a_background_process_goes_on_when_its_watcher_has_gone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_background_process_goes_on_when_its_watcher_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
     reader, writer = os.pipe()
     pipe = PipeProgress(writer)
     pipe.show("a", "loading", 0.5)
     assert os.read(reader, 1000) == b'{"type":"show","key":"a","text":"loading","fraction":0.5}\n'
     os.close(reader)
     pipe.show("a", "loading", 0.6)
-    pipe.say("a line for the log")
+    pipe.log("a line for the log")
     pipe.end(Started())
     assert capsys.readouterr().out == "a line for the log\n"

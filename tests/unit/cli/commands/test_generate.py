@@ -7,7 +7,7 @@ import pytest
 
 from noodle.errors import InvalidRequest, LinkLost, NoodleError
 from services.cli.client.target import Target
-from services.cli.commands.generate import _writer, generate
+from services.cli.commands.generate import _writer, stream_answer
 from tests.support.network.http_stand_in import StandIn, http_stand_in
 
 
@@ -29,7 +29,7 @@ def chat_event(text: str) -> dict[str, object]:
 def test_a_chat_streams_its_text(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     usage = {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
     server.stream("/v1/chat/completions", chat_event("Hel"), ": waiting\n\n", chat_event("lo"), usage)
-    assert generate(target(server), "Say hello", {"seed": 1}, raw=False) == 0
+    assert stream_answer(target(server), "Say hello", {"seed": 1}, raw=False) == 0
     assert capsys.readouterr().out == "Hello\n"
     asked = server.asked[-1]
     assert asked.authorization == "Bearer a-key"
@@ -44,7 +44,7 @@ def test_a_chat_streams_its_text(server: StandIn, capsys: pytest.CaptureFixture[
 
 def test_raw_text_is_gone_on_from_without_a_template(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     server.stream("/v1/completions", {"choices": [{"text": " three"}]})
-    generate(target(server), "one, two,", {}, raw=True)
+    stream_answer(target(server), "one, two,", {}, raw=True)
     assert capsys.readouterr().out == " three\n"
     assert server.asked[-1].body["prompt"] == "one, two,"
 
@@ -54,30 +54,30 @@ def test_an_error_in_the_stream_is_raised_after_the_text_before_it(
 ) -> None:
     server.stream("/v1/chat/completions", chat_event("Hel"), {"error": {"message": "Stage 1 is gone."}})
     with pytest.raises(NoodleError, match=r"Stage 1 is gone\."):
-        generate(target(server), "Say hello", {}, raw=False)
+        stream_answer(target(server), "Say hello", {}, raw=False)
     assert capsys.readouterr().out == "Hel\n"
 
 
 def test_a_stream_without_its_end_is_not_taken_for_an_answer(server: StandIn) -> None:
     server.stream("/v1/chat/completions", chat_event("Hel"), end="")
     with pytest.raises(LinkLost):
-        generate(target(server), "Say hello", {}, raw=False)
+        stream_answer(target(server), "Say hello", {}, raw=False)
 
 
 def test_a_refused_prompt_prints_nothing(server: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     server.answer("/v1/chat/completions", {"error": {"message": "No."}}, 400)
     with pytest.raises(NoodleError):
-        generate(target(server), "Say hello", {}, raw=False)
+        stream_answer(target(server), "Say hello", {}, raw=False)
     assert capsys.readouterr().out == ""
 
 
 def test_an_empty_prompt_is_not_sent(server: StandIn) -> None:
     with pytest.raises(InvalidRequest):
-        generate(target(server), "", {}, raw=False)
+        stream_answer(target(server), "", {}, raw=False)
     assert not server.asked
 
 
-def test_a_model_can_not_steer_the_terminal() -> None:
+def test_a_model_cannot_steer_the_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -9,9 +9,10 @@ import time
 import pytest
 
 from noodle.errors import ConfigurationError
+from services.cli.commands.init import join_of
 from services.cli.deploy import copy
 from services.cli.deploy.command import by_hand_on_windows
-from services.cli.deploy.machine_a import MachineA, prepare_project
+from services.cli.deploy.machines import prepare_project
 from services.cli.deploy.ssh import Remote, refusal, ssh_problem
 from services.cli.project.join_line import decode, encode
 from services.cli.project.programs import Ran, follow_program, run_program
@@ -36,15 +37,15 @@ REMOTE = Remote("192.168.1.102", "anna")
             "host_changed",
             "ssh-keygen -R",
         ),
-        ("No ED25519 host key is known for pc and you have requested strict checking.", "host_unknown", "say yes"),
-        ("Host key verification failed.", "host_unknown", "say yes"),
+        ("No ED25519 host key is known for pc and you have requested strict checking.", "host_unknown", "answer yes"),
+        ("Host key verification failed.", "host_unknown", "answer yes"),
         ("kex_exchange_identification: read: Connection reset by peer", "other", "ssh -v"),
     ],
 )
-def test_why_ssh_failed_is_told_apart_with_its_cure(said, problem, cure):
+def test_why_ssh_failed_is_recognised_with_its_cure(said, problem, cure):
     ran = Ran(255, "", said)
     assert ssh_problem(ran) == problem
-    error = refusal(problem, REMOTE, ran.said, "linux")
+    error = refusal(problem, REMOTE, ran.last_line, "linux")
     assert cure in error.cure
 
 
@@ -118,7 +119,7 @@ def test_this_folder_becomes_machine_a_and_stays_it(folder, capsys):
     assert again.secret("cluster_token") == token
     moved = prepare_project(folder, None, "192.168.1.103", "linux")
     assert (moved.peer_address, moved.secret("cluster_token")) == ("192.168.1.103", token)
-    join = MachineA(folder, print).join(moved)
+    join = join_of(moved)
     assert (join.address, join.peer_address, join.cluster_token) == ("192.168.1.101", "192.168.1.103", token)
     assert decode(encode(join)) == join
 
@@ -133,7 +134,7 @@ def test_this_machines_address_is_the_one_towards_the_other(folder):
     assert prepare_project(folder, None, "192.168.1.102", "linux").lan_address != "127.0.0.1"
 
 
-def test_a_windows_machine_b_is_told_what_to_run():
+def test_a_windows_machine_b_gets_the_commands_to_run():
     text = by_hand_on_windows("JOIN", "192.168.1.102", "192.168.1.101")
     for line in (
         "init --machine b --address 192.168.1.102 --join JOIN",
@@ -143,17 +144,17 @@ def test_a_windows_machine_b_is_told_what_to_run():
         assert line in text
 
 
-def test_a_followed_program_is_heard_line_by_line_and_ended_when_late():
-    heard = []
+def test_a_followed_program_is_logged_line_by_line_and_ended_when_late():
+    lines = []
     program = "import sys; print('one'); print(sys.stdin.read()); sys.exit(3)"
-    ran = follow_program([sys.executable, "-c", program], 30, heard.append, sent=b"two")
-    assert (ran.code, heard, ran.said) == (3, ["one", "two"], "two")
+    ran = follow_program([sys.executable, "-c", program], 30, lines.append, sent=b"two")
+    assert (ran.code, lines, ran.last_line) == (3, ["one", "two"], "two")
     began = time.monotonic()
-    late = follow_program([sys.executable, "-c", "import time; time.sleep(60)"], 0.2, heard.append)
+    late = follow_program([sys.executable, "-c", "import time; time.sleep(60)"], 0.2, lines.append)
     assert late.is_late
     assert not late.is_good
     assert time.monotonic() - began < 30
-    assert follow_program(["no-such-program-here"], 1, heard.append).is_missing
+    assert follow_program(["no-such-program-here"], 1, lines.append).is_missing
 
 
 def test_a_program_is_run_for_its_output_and_not_longer_than_it_may():

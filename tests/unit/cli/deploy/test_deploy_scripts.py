@@ -9,9 +9,9 @@ import tree_sitter_powershell
 from tree_sitter import Language, Parser
 
 from services.cli.doctor.firewall import ASK_WINDOWS
-from services.cli.main import _parser
-from services.cli.project import firewall_rules
-from services.cli.project.firewall_rules import Opening
+from services.cli.main import command_parser
+from services.cli.project import firewall as firewall_rules
+from services.cli.project.firewall import Opening
 
 FOLDER = Path(__file__).parents[4] / "deploy"
 POWERSHELL_SCRIPTS = sorted(FOLDER.glob("*.ps1"))
@@ -32,7 +32,7 @@ def errors_in(script):
     return found
 
 
-def test_the_parser_finds_what_is_broken():
+def test_thecommand_parser_finds_what_is_broken():
     assert errors_in("if ($x) { 'a' ")
     assert not errors_in("if ($x) { 'a' }")
 
@@ -63,7 +63,7 @@ def test_scripts_use_only_options_that_the_command_has(path):
     if command is None:
         assert path.stem == "command"
         return
-    subparsers = next(action for action in _parser()._actions if hasattr(action, "choices") and action.choices)
+    subparsers = next(action for action in command_parser()._actions if hasattr(action, "choices") and action.choices)
     known = set(subparsers.choices[command[1]]._option_string_actions)
     assert set(re.findall(r"'(--[a-z-]+)'", text)) <= known
 

@@ -8,8 +8,9 @@ import pytest
 
 from noodle.errors import NoodleError, RequestTimedOut
 from noodle.web.connectivity import ConnectionResult, ConnectivityReport, Target, try_all
+from services.cli.doctor.capacity import Planned, check_plan
 from services.cli.doctor.command import check_links
-from services.cli.doctor.jobs import Job
+from services.cli.doctor.context import MachineContext
 from services.cli.doctor.links import (
     CLOCK_SECONDS,
     SLOW_BYTES_PER_SECOND,
@@ -20,12 +21,10 @@ from services.cli.doctor.links import (
     check_versions,
     check_way_back,
 )
-from services.cli.doctor.outcome import Report, error, ok, skipped, text_of, warning
-from services.cli.doctor.plan import Planned, check_plan
-from services.cli.doctor.situation import Situation
-from services.cli.doctor.tries import Links
+from services.cli.doctor.probes import Job, Links
+from services.cli.doctor.results import Report, error, ok, skipped, text_of, warning
 
-HERE = Here("machine-a", "linux", "0.1.0", "192.168.1.101", is_running=True)
+HERE = Here(machine="machine-a", system="linux", version="0.1.0", host="192.168.1.101", is_running=True)
 STAGE_1 = ConnectionResult(
     "stage 1",
     "http://192.168.1.102:8081",
@@ -44,8 +43,8 @@ def changed(**changes):
     return msgspec.structs.replace(STAGE_1, **changes)
 
 
-def statuses(outcomes):
-    return [outcome.status for outcome in outcomes]
+def statuses(results):
+    return [result.status for result in results]
 
 
 def test_a_peer_that_answers_fast_is_in_order():
@@ -56,14 +55,14 @@ def test_a_peer_that_answers_fast_is_in_order():
     ("outcome", "says", "cure"),
     [
         ("refused", "nothing listens", "docker compose up -d"),
-        ("silent", "a firewall drops them", "ping 192.168.1.102"),
-        ("no_way", "no way leads there", "ping 192.168.1.102"),
+        ("silent", "a firewall drops the packets", "ping 192.168.1.102"),
+        ("no_way", "no route to it", "ping 192.168.1.102"),
         ("no_such_name", "does not resolve", "getent hosts"),
         ("locked", "refuses the cluster token", "init --machine b --join"),
         ("foreign", "another version", "docker compose up -d --build"),
     ],
 )
-def test_each_way_not_to_be_reached_is_told_apart_with_its_cure(outcome, says, cure):
+def test_each_way_not_to_be_reached_is_recognised_with_its_cure(outcome, says, cure):
     (finding,) = check_reached(changed(outcome=outcome, detail="another version"), HERE)
     assert finding.status == "error"
     assert says in finding.what
@@ -83,9 +82,9 @@ def test_before_this_machine_runs_a_refusal_is_only_a_warning():
     assert statuses(check_reached(changed(outcome="silent"), before)) == ["error"]
 
 
-def test_a_link_as_slow_as_wifi_is_told_with_its_figures():
+def test_a_link_as_slow_as_wifi_is_reported_with_its_figures():
     slow = changed(round_trip_seconds=SLOW_ROUND_TRIP_SECONDS * 2, bytes_per_second=SLOW_BYTES_PER_SECOND / 6)
-    finding = next(outcome for outcome in check_reached(slow, HERE) if outcome.check == "speed")
+    finding = next(result for result in check_reached(slow, HERE) if result.check == "speed")
     assert finding.status == "warning"
     assert "4.0 ms" in finding.what
     assert "5.0 MB/s" in finding.what
@@ -106,7 +105,7 @@ def test_a_clock_that_is_off_is_a_warning(ahead_seconds, way):
     assert way in finding.what
 
 
-def test_the_way_back_is_told_by_the_other_service():
+def test_the_way_back_is_reported_by_the_other_service():
     report = ConnectivityReport("stage 1", "machine-b", "0.1.0", "", (changed(name="stage 0", machine="machine-a"),))
     assert statuses(check_way_back(report, {}, HERE)) == ["ok"]
     blocked = ConnectivityReport("stage 1", "machine-b", "0.1.0", "", (changed(name="coordinator", outcome="silent"),))
@@ -129,7 +128,7 @@ def test_another_version_and_other_weights_are_errors():
     assert check_digests([("stage 0", "a" * 64), ("stage 1", "")], HERE).status == "skipped"
 
 
-def situation(**changes):
+def machine_context(**changes):
     given = {
         "role": "a",
         "machine": "machine-a",
@@ -142,21 +141,21 @@ def situation(**changes):
         "is_alone": False,
         "token": "t",
     }
-    return Situation(**{**given, **changes})
+    return MachineContext(**{**given, **changes})
 
 
-def test_a_stage_that_registered_itself_as_localhost_is_told_with_its_machine():
+def test_a_stage_that_registered_itself_as_localhost_is_reported_with_its_machine():
     wrong = changed(url="http://localhost:8081", outcome="refused")
     report = ConnectivityReport("coordinator", "machine-a", "0.1.0", "", (wrong,))
-    outcomes = check_links(situation(), Links((), (report,)))
-    (finding,) = [outcome for outcome in outcomes if outcome.check == "address"]
+    results = check_links(machine_context(), Links((), (report,)))
+    (finding,) = [result for result in results if result.check == "address"]
     assert (finding.status, finding.where) == ("error", "machine-b")
     assert "localhost means the machine that uses it" in finding.what
 
 
-def test_a_lock_that_can_not_be_tried_for_want_of_the_secret_is_skipped():
-    outcomes = check_links(situation(token=""), Links((changed(outcome="locked"),)))
-    assert [outcome.check for outcome in outcomes if outcome.status == "skipped"] == [
+def test_a_lock_that_cannot_be_tried_for_want_of_the_secret_is_skipped():
+    results = check_links(machine_context(token=""), Links((changed(outcome="locked"),)))
+    assert [result.check for result in results if result.status == "skipped"] == [
         "lock",
         "way back",
         "version",
@@ -165,8 +164,8 @@ def test_a_lock_that_can_not_be_tried_for_want_of_the_secret_is_skipped():
 
 
 def test_a_service_that_does_not_say_whom_it_reaches_is_skipped_with_the_reason():
-    outcomes = check_links(situation(), Links((STAGE_1,), (), (("stage 1", "Another doctor is being answered."),)))
-    assert [outcome.what for outcome in outcomes if outcome.where == "stage 1"] == ["Another doctor is being answered."]
+    results = check_links(machine_context(), Links((STAGE_1,), (), (("stage 1", "Another doctor is being answered."),)))
+    assert [result.what for result in results if result.where == "stage 1"] == ["Another doctor is being answered."]
 
 
 def test_a_model_that_does_not_fit_is_an_error_with_every_cure():
@@ -180,16 +179,14 @@ def test_a_model_that_does_not_fit_is_an_error_with_every_cure():
 
 
 def test_a_report_shows_every_outcome_and_fails_only_by_errors():
-    outcomes = (
+    results = (
         ok("docker", "a", "engine 27"),
         warning("speed", "a", "slow", why="because", cure="a cable"),
         skipped("plan", "a", "not yet"),
     )
-    report = Report("a", "single", "linux", "0.1.0", 1.0, outcomes)
+    report = Report(machine="a", role="single", system="linux", version="0.1.0", seconds=1.0, results=results)
     assert report.is_healthy
-    broken = msgspec.structs.replace(
-        report, outcomes=(*outcomes, error("reach", "b", "gone", why="w", cure="one\ntwo"))
-    )
+    broken = msgspec.structs.replace(report, results=(*results, error("reach", "b", "gone", why="w", cure="one\ntwo")))
     assert not broken.is_healthy
     text = text_of(broken)
     for shown in (

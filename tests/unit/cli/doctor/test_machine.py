@@ -7,14 +7,14 @@ from contextlib import closing
 import pytest
 
 from noodle.config.addresses import why_only_local
-from services.cli.doctor.addresses import check_advertised, check_names, unresolved
+from services.cli.doctor.capacity import MemoryFacts, Need, check_memory, need_of
 from services.cli.doctor.docker import DockerFacts, check_docker, gather_docker, version_of
 from services.cli.doctor.firewall import FirewallFacts, check_firewall, ports_in
 from services.cli.doctor.gpu import Card, GpuFacts, check_gpu, parse_cards, runs_on
-from services.cli.doctor.memory import MemoryFacts, Need, check_memory, need_of
-from services.cli.doctor.ports import PortFacts, check_port, gather_port
-from services.cli.project import firewall_rules
-from services.cli.project.firewall_rules import Opening
+from services.cli.doctor.links import check_advertised, check_names, unresolved
+from services.cli.doctor.ports import Port, PortFacts, check_port, gather_port
+from services.cli.project import firewall as firewall_rules
+from services.cli.project.firewall import Opening
 from services.cli.project.programs import Ran
 
 GOOD = DockerFacts(True, engine="27.1.2", compose="2.29.1", os_type="linux", memory_bytes=16 << 30)
@@ -23,12 +23,12 @@ CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "compute_120")
 
 
-def statuses(outcomes):
-    return [outcome.status for outcome in outcomes]
+def statuses(results):
+    return [result.status for result in results]
 
 
-def only(outcomes, check):
-    (found,) = [outcome for outcome in outcomes if outcome.check == check]
+def only(results, check):
+    (found,) = [result for result in results if result.check == check]
     return found
 
 
@@ -60,7 +60,7 @@ def answering(**by_last_word):
         ("something nobody has seen before", "other"),
     ],
 )
-def test_why_the_engine_does_not_answer_is_told_apart(said, problem):
+def test_why_the_engine_does_not_answer_is_recognised(said, problem):
     refused = Ran(1, '{"ServerVersion":""}', said)
     run = answering(info=refused, version=Ran(0, "2.29.1"))
     facts = gather_docker(run)
@@ -136,12 +136,12 @@ def test_nvidia_smi_is_read():
     ],
 )
 def test_a_pascal_card_wants_a_driver_from_525_to_580(driver, capability, status):
-    facts = GpuFacts((Card("NVIDIA GeForce", driver, capability),), has_driver=True)
+    facts = GpuFacts(cards=(Card("NVIDIA GeForce", driver, capability),), has_driver=True)
     assert only(check_gpu(facts, GOOD, "m", "linux", is_wanted=False), "driver").status == status
 
 
 def test_a_card_that_its_driver_no_longer_names_is_a_finding():
-    facts = GpuFacts((), "No devices were found", has_driver=True, has_device=True)
+    facts = GpuFacts(detail="No devices were found", has_driver=True, has_device=True)
     (finding,) = check_gpu(facts, GOOD, "m", "windows", is_wanted=True)
     assert finding.status == "error"
     assert "580" in finding.cure
@@ -149,13 +149,13 @@ def test_a_card_that_its_driver_no_longer_names_is_a_finding():
 
 
 def test_a_machine_without_a_card_is_in_order_unless_its_set_wants_one():
-    facts = GpuFacts((), has_device=False)
+    facts = GpuFacts(has_device=False)
     assert statuses(check_gpu(facts, GOOD, "m", "linux", is_wanted=False)) == ["ok"]
     assert statuses(check_gpu(facts, GOOD, "m", "linux", is_wanted=True)) == ["error"]
 
 
 def test_containers_need_a_way_to_the_card():
-    facts = GpuFacts((PASCAL,), has_driver=True, image="noodle-stage-gpu", architectures=CU126)
+    facts = GpuFacts(cards=(PASCAL,), has_driver=True, image="noodle-stage-gpu", architectures=CU126)
     finding = only(check_gpu(facts, GOOD, "m", "linux", is_wanted=True), "gpu runtime")
     assert finding.status == "error"
     assert "nvidia-ctk" in finding.cure
@@ -165,14 +165,14 @@ def test_containers_need_a_way_to_the_card():
 
 
 def test_an_image_without_kernels_for_the_card_is_a_finding():
-    facts = GpuFacts((PASCAL,), has_driver=True, image="noodle-stage-gpu", architectures=CU130)
+    facts = GpuFacts(cards=(PASCAL,), has_driver=True, image="noodle-stage-gpu", architectures=CU130)
     finding = only(check_gpu(facts, GOOD, "m", "linux", is_wanted=True), "kernels")
     assert finding.status == "error"
     assert "cu126" in finding.cure
 
 
 def test_an_image_that_is_not_built_is_skipped_with_the_reason():
-    facts = GpuFacts((PASCAL,), has_driver=True, image_detail="the image is not built yet")
+    facts = GpuFacts(cards=(PASCAL,), has_driver=True, image_detail="the image is not built yet")
     finding = only(check_gpu(facts, GOOD, "m", "linux", is_wanted=True), "kernels")
     assert (finding.status, finding.what) == ("skipped", "the image is not built yet")
 
@@ -195,33 +195,37 @@ def memory(**changes):
 
 def test_memory_that_the_plan_does_not_find_is_an_error():
     need = Need(cpu_bytes=20 << 30, weight_bytes=1 << 30, is_loaded=False)
-    finding = only(check_memory(memory(), GOOD, need, "", "m", "linux"), "memory")
+    finding = only(check_memory(memory(), GOOD, need, "m", "linux", why_no_need=""), "memory")
     assert finding.status == "error"
     assert "21.5 GB" in finding.what
     assert (
-        only(check_memory(memory(), GOOD, Need(20 << 30, 0, is_loaded=True), "", "m", "linux"), "memory").status == "ok"
+        only(
+            check_memory(memory(), GOOD, Need(20 << 30, 0, is_loaded=True), "m", "linux", why_no_need=""), "memory"
+        ).status
+        == "ok"
     )
 
 
 def test_without_a_plan_memory_is_skipped_with_the_reason():
-    finding = only(check_memory(memory(), GOOD, None, "there is no plan yet", "m", "linux"), "memory")
+    finding = only(check_memory(memory(), GOOD, None, "m", "linux", why_no_need="there is no plan yet"), "memory")
     assert finding.status == "skipped"
     assert "there is no plan yet" in finding.what
     assert (
-        only(check_memory(memory(available_bytes=1 << 28), GOOD, None, "", "m", "linux"), "memory").status == "warning"
+        only(check_memory(memory(available_bytes=1 << 28), GOOD, None, "m", "linux", why_no_need=""), "memory").status
+        == "warning"
     )
 
 
-def test_wsl_that_gives_docker_half_of_the_memory_is_told_with_the_file_to_change():
+def test_wsl_that_gives_docker_half_of_the_memory_is_reported_with_the_file_to_change():
     desktop = DockerFacts(True, engine="27", compose="2.29", is_desktop=True, memory_bytes=7 << 30)
-    finding = only(check_memory(memory(), desktop, None, "", "m", "windows"), "memory cap")
+    finding = only(check_memory(memory(), desktop, None, "m", "windows", why_no_need=""), "memory cap")
     assert finding.status == "warning"
     assert ".wslconfig" in finding.cure
     assert "memory=13GB" in finding.cure
     needed = Need(cpu_bytes=8 << 30, weight_bytes=0, is_loaded=False)
-    assert only(check_memory(memory(), desktop, needed, "", "m", "windows"), "memory cap").status == "error"
+    assert only(check_memory(memory(), desktop, needed, "m", "windows", why_no_need=""), "memory cap").status == "error"
     enough = Need(cpu_bytes=4 << 30, weight_bytes=0, is_loaded=False)
-    assert only(check_memory(memory(), desktop, enough, "", "m", "windows"), "memory cap").status == "ok"
+    assert only(check_memory(memory(), desktop, enough, "m", "windows", why_no_need=""), "memory cap").status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +240,7 @@ def test_wsl_that_gives_docker_half_of_the_memory_is_told_with_the_file_to_chang
 )
 def test_disk_must_hold_images_that_are_not_built_yet(free_bytes, has_images, status):
     facts = memory(disk_free_bytes=free_bytes, has_images=has_images)
-    assert only(check_memory(facts, GOOD, None, "", "m", "linux"), "disk").status == status
+    assert only(check_memory(facts, GOOD, None, "m", "linux", why_no_need=""), "disk").status == status
 
 
 def test_what_a_plan_puts_on_a_machine_is_the_sum_over_its_stages():
@@ -253,8 +257,12 @@ def test_what_a_plan_puts_on_a_machine_is_the_sum_over_its_stages():
 # ports
 
 
+def coordinator_port(address="127.0.0.1", number=8080):
+    return Port("coordinator", "NOODLE_COORDINATOR_PORT", address, number)
+
+
 def gathered(port, run=None, own_ports=()):
-    return gather_port(run or answering(), "coordinator", "NOODLE_COORDINATOR_PORT", "127.0.0.1", port, own_ports)
+    return gather_port(run or answering(), coordinator_port("127.0.0.1", port), own_ports)
 
 
 def test_a_free_port_is_free_and_a_taken_one_names_its_holder():
@@ -276,7 +284,7 @@ def test_a_free_port_is_free_and_a_taken_one_names_its_holder():
 
 
 def test_an_address_that_is_not_this_machines_is_a_finding():
-    facts = gather_port(answering(), "coordinator", "NOODLE_COORDINATOR_PORT", "192.0.2.1", 8080, ())
+    facts = gather_port(answering(), coordinator_port("192.0.2.1"), ())
     assert facts.holder == "no_address"
     finding = check_port(facts, "m", "windows")
     assert (finding.status, finding.check) == ("error", "address")
@@ -287,7 +295,7 @@ def test_an_address_that_is_not_this_machines_is_a_finding():
     ("system", "looks"), [("linux", "ss -ltnp"), ("windows", "Get-NetTCPConnection"), ("other", "lsof")]
 )
 def test_a_port_of_another_program_is_an_error_that_says_how_to_find_it(system, looks):
-    facts = PortFacts("coordinator", "NOODLE_COORDINATOR_PORT", "127.0.0.1", 8080, "other", "nginx")
+    facts = PortFacts(coordinator_port(), "other", "nginx")
     finding = check_port(facts, "m", system)
     assert finding.status == "error"
     assert looks in finding.cure
@@ -301,7 +309,7 @@ def test_a_port_of_another_program_is_an_error_that_says_how_to_find_it(system, 
     "host",
     ["localhost", "127.0.0.1", "127.9.9.9", "0.0.0.0", "::", "::1", "172.17.0.2", "stage-1", "host.docker.internal"],
 )
-def test_hosts_that_point_at_whoever_reads_them(host):
+def test_hosts_that_point_at_their_reader(host):
     assert why_only_local(host)
 
 
@@ -337,23 +345,31 @@ RULES = tuple(line for line in EXPECTED.splitlines() if line.startswith("-A"))
 
 
 def test_open_ports_are_a_warning_with_the_command_that_closes_them():
-    facts = FirewallFacts(EXPECTED, rules=(), is_called=False)
+    facts = FirewallFacts(expected_script=EXPECTED, rules=(), is_called=False)
     (finding,) = check_firewall(facts, "m", "linux")
     assert finding.status == "warning"
     assert "firewall.sh --apply" in finding.cure
-    assert statuses(check_firewall(FirewallFacts(EXPECTED, unread="not root"), "m", "linux")) == ["warning"]
+    assert statuses(check_firewall(FirewallFacts(expected_script=EXPECTED, unread="not root"), "m", "linux")) == [
+        "warning"
+    ]
 
 
 def test_rules_that_stand_are_in_order_unless_a_port_is_missing():
-    assert statuses(check_firewall(FirewallFacts(EXPECTED, rules=RULES, is_called=True), "m", "linux")) == ["ok"]
-    assert statuses(check_firewall(FirewallFacts(EXPECTED, rules=RULES, is_called=False), "m", "linux")) == ["warning"]
-    (finding,) = check_firewall(FirewallFacts(EXPECTED, rules=RULES[:2], is_called=True), "m", "linux")
+    assert statuses(
+        check_firewall(FirewallFacts(expected_script=EXPECTED, rules=RULES, is_called=True), "m", "linux")
+    ) == ["ok"]
+    assert statuses(
+        check_firewall(FirewallFacts(expected_script=EXPECTED, rules=RULES, is_called=False), "m", "linux")
+    ) == ["warning"]
+    (finding,) = check_firewall(FirewallFacts(expected_script=EXPECTED, rules=RULES[:2], is_called=True), "m", "linux")
     assert finding.status == "warning"
     assert "8081" in finding.what
 
 
 def test_rules_that_only_root_may_read_are_skipped_with_the_reason():
-    (finding,) = check_firewall(FirewallFacts(EXPECTED, script=EXPECTED, unread="Permission denied"), "m", "linux")
+    (finding,) = check_firewall(
+        FirewallFacts(expected_script=EXPECTED, script=EXPECTED, unread="Permission denied"), "m", "linux"
+    )
     assert finding.status == "skipped"
     assert "sudo bash" in finding.what
 
@@ -379,7 +395,9 @@ def test_ports_are_read_from_rules_as_iptables_prints_them():
     ],
 )
 def test_the_windows_firewall_is_judged_by_profiles_and_rules(windows, expected):
-    assert statuses(check_firewall(FirewallFacts(EXPECTED, windows=windows), "m", "windows")) == expected
+    assert (
+        statuses(check_firewall(FirewallFacts(expected_script=EXPECTED, windows=windows), "m", "windows")) == expected
+    )
 
 
 def test_a_machine_that_is_alone_has_nothing_to_close():

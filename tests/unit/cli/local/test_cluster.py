@@ -6,8 +6,8 @@ import pytest
 
 from noodle.config.environment import command_config
 from noodle.errors import ConfigurationError
-from services.cli.local.cluster import Wanted, children_environment, resolve, service_specs
-from services.cli.local.run_state import RunFolder
+from services.cli.local.cluster import ClusterSpec, children_environment, resolve, service_specs
+from services.cli.local.run_folder import RunFolder
 
 
 def resolved(
@@ -16,12 +16,12 @@ def resolved(
     stages: int | None = None,
     model: str | None = None,
     split: str | None = None,
-) -> Wanted:
+) -> ClusterSpec:
     environment = environment or {}
     return resolve(command_config(environment), environment, stages, model, split)
 
 
-def test_two_stages_of_the_default_model_unless_told_otherwise() -> None:
+def test_two_stages_of_the_default_model_by_default() -> None:
     wanted = resolved()
     assert (wanted.stage_count, wanted.model, wanted.split) == (2, "SmolLM2-135M-Instruct", "")
     assert wanted.stage_ports == (8081, 8082)
@@ -39,18 +39,18 @@ def test_a_split_says_how_many_stages_there_are() -> None:
 
 
 @pytest.mark.parametrize("split", ["10,", "a,b", "0,12", "-1,13", ","])
-def test_a_split_that_is_none_is_refused(split: str) -> None:
+def test_an_invalid_split_is_refused(split: str) -> None:
     with pytest.raises(ConfigurationError):
         resolved(split=split)
 
 
 def test_a_split_for_another_number_of_stages_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="for 2 stages, but 3 are asked for"):
+    with pytest.raises(ConfigurationError, match="for 2 stages, but 3 are requested"):
         resolved(stages=3, split="10,2")
 
 
 def test_two_services_on_one_port_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="8082 is meant for the planner and for stage 1"):
+    with pytest.raises(ConfigurationError, match="8082 is assigned to the planner and to stage 1"):
         resolved({"NOODLE_PLANNER_PORT": "8082"})
 
 
@@ -71,9 +71,9 @@ def test_the_cores_are_divided_among_the_stages(monkeypatch: pytest.MonkeyPatch)
     assert threads_of(resolved(stages=3), {"NOODLE_THREADS": "5"}) == ["5", "5", "5"]
 
 
-def threads_of(wanted: Wanted, environment: dict[str, str]) -> list[str]:
-    specs = service_specs(wanted, command_config(environment), environment, Path("/model"))
-    return [spec.environment["NOODLE_THREADS"] for spec in specs if spec.name.startswith("stage")]
+def threads_of(spec: ClusterSpec, environment: dict[str, str]) -> list[str]:
+    specs = service_specs(spec, command_config(environment), environment, Path("/model"))
+    return [each.environment["NOODLE_THREADS"] for each in specs if each.name.startswith("stage")]
 
 
 def test_children_get_secrets_by_file_only(tmp_path: Path) -> None:

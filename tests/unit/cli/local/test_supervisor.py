@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.local.processes import Signals, identify, is_running, leftovers_of
-from services.cli.local.run_state import RunFolder, acquire
+from services.cli.client.run_record import identify, is_running
+from services.cli.local.processes import Signals, leftovers_of
+from services.cli.local.run_folder import RunFolder, acquire
 from services.cli.local.supervisor import HEALTHY_SECONDS, LOG_LIMIT_BYTES, Ended, ServiceSpec, Supervisor
 from tests.support.processes.up_runs import wait_for
 
@@ -31,7 +32,7 @@ class Supervised:
         self.supervisor = Supervisor(folder, lambda: self.now_seconds)
 
     def add(self, arguments: tuple[str, ...], name: str = "one", rank: int = 0) -> int:
-        self.supervisor.add(ServiceSpec(name, arguments, {}, 0, rank))
+        self.supervisor.add(ServiceSpec(name=name, arguments=arguments, environment={}, port=0, stop_rank=rank))
         return self.pid(name)
 
     def pid(self, name: str = "one") -> int:
@@ -79,7 +80,7 @@ def test_a_minute_of_health_is_a_new_beginning(supervised: Supervised) -> None:
     assert supervised.next_end().delay_seconds == 0.2
 
 
-def test_who_killed_a_service_is_said(supervised: Supervised) -> None:
+def test_the_signal_that_killed_a_service_is_named(supervised: Supervised) -> None:
     os.kill(supervised.add(WAITS), signal.SIGKILL)
     assert supervised.next_end().text() == "one was ended by SIGKILL"
 
@@ -133,7 +134,7 @@ def test_only_one_holds_a_run_folder(tmp_path: Path) -> None:
     second.remove()
 
 
-def test_a_service_that_can_not_be_started_again_is_tried_later_and_later(supervised: Supervised) -> None:
+def test_a_service_that_cannot_be_started_again_is_tried_later_and_later(supervised: Supervised) -> None:
     supervised.add(ENDS)
     supervised.next_end()
     spec = supervised.supervisor._services[0].spec
@@ -150,7 +151,7 @@ def test_a_service_that_can_not_be_started_again_is_tried_later_and_later(superv
     supervised.restart(2.0)
 
 
-def test_a_log_that_no_disk_has_room_to_keep_is_emptied_and_told(
+def test_a_log_that_no_disk_has_room_to_keep_is_emptied_and_reported(
     supervised: Supervised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervised.add(WAITS)

@@ -10,21 +10,34 @@ import pytest
 
 from noodle.config.environment import read_variables
 from noodle.errors import ConfigurationError
-from services.cli.commands.init import init
+from services.cli.commands.init import prepare
 from services.cli.main import main
 from services.cli.project import join_line
-from services.cli.project.env_file import read_values, with_values
 from services.cli.project.join_line import Join
-from services.cli.project.machine_settings import Wish, settings
+from services.cli.project.machine_settings import InitOptions, settings
+from services.cli.project.project import read_values, with_values
 
 ROOT = Path(__file__).parents[4]
-A = Wish(machine="a", address="192.168.1.101", peer="192.168.1.102")
+A = InitOptions(machine="a", address="192.168.1.101", peer="192.168.1.102")
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "docker-compose.yml").touch()
     return tmp_path
+
+
+def join_of_a():
+    return Join(
+        noodle_version="0.1.0",
+        machine="machine-a",
+        address="192.168.1.101",
+        coordinator_port=8080,
+        valkey_port=6379,
+        peer_address="192.168.1.102",
+        cluster_token="t" * 40,
+        valkey_password="p" * 40,
+    )
 
 
 def env_of(folder):
@@ -41,14 +54,14 @@ def join_text_of(printed):
 
 def joined(folder, tmp_path_factory, capsys):
     """Machine A in one folder; the text that B is given."""
-    init(folder, A, None)
+    prepare(folder, A, None)
     other = tmp_path_factory.mktemp("b")
     (other / "docker-compose.yml").touch()
     return other, join_text_of(capsys.readouterr().out)
 
 
 def test_one_host_is_what_it_makes_without_options(folder, capsys):
-    assert init(folder, Wish(), None) == 0
+    assert prepare(folder, InitOptions(), None) == 0
     values = env_of(folder)
     assert values["COMPOSE_PROFILES"] == "single"
     assert values["COMPOSE_FILE"] == "docker-compose.yml"
@@ -62,12 +75,12 @@ def test_one_host_is_what_it_makes_without_options(folder, capsys):
 
 
 def test_what_it_writes_is_taken_by_the_services(folder):
-    init(folder, A, None)
+    prepare(folder, A, None)
     read_variables({name: value for name, value in env_of(folder).items() if name.startswith("NOODLE_")})
 
 
 def test_the_secrets_are_the_owners_alone_and_readable_for_the_users_of_containers(folder):
-    init(folder, Wish(), None)
+    prepare(folder, InitOptions(), None)
     assert stat.S_IMODE((folder / "secrets").stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in (folder / "secrets").iterdir()} == {0o644}
 
@@ -75,17 +88,17 @@ def test_the_secrets_are_the_owners_alone_and_readable_for_the_users_of_containe
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
 def test_what_root_writes_belongs_to_the_folders_owner(folder):
     os.chown(folder, 12345, 12346)
-    init(folder, Wish(), None)
+    prepare(folder, InitOptions(), None)
     made = [folder / ".env", folder / "secrets", folder / "models", *(folder / "secrets").iterdir()]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(12345, 12346)}
 
 
 def test_a_second_run_keeps_secrets_and_the_lines_of_others(folder):
-    init(folder, A, None)
+    prepare(folder, A, None)
     before = secrets_of(folder)
     with (folder / ".env").open("a", encoding="utf-8") as file:
         file.write("# mine\nNOODLE_SPLIT=10,20\nNOODLE_GRAFANA_PORT=3001\n")
-    init(folder, Wish(gpu=True, name="laptop"), None)
+    prepare(folder, InitOptions(gpu=True, name="laptop"), None)
     values = env_of(folder)
     assert secrets_of(folder) == before
     assert "# mine" in (folder / ".env").read_text(encoding="utf-8")
@@ -93,18 +106,18 @@ def test_a_second_run_keeps_secrets_and_the_lines_of_others(folder):
     assert values["NOODLE_GRAFANA_PORT"] == "3001"
     assert values["NOODLE_MACHINE"] == "laptop"
     assert values["COMPOSE_FILE"] == "docker-compose.yml:docker-compose.lan.yml:docker-compose.gpu.yml"
-    init(folder, Wish(), None)
+    prepare(folder, InitOptions(), None)
     assert env_of(folder) == values
-    init(folder, Wish(gpu=False), None)
+    prepare(folder, InitOptions(gpu=False), None)
     assert "gpu" not in env_of(folder)["COMPOSE_FILE"]
 
 
-def test_a_secret_that_is_missing_or_empty_is_made_anew_and_the_others_stay(folder):
-    init(folder, Wish(), None)
+def test_a_secret_that_is_missing_or_empty_is_made_again_and_the_others_stay(folder):
+    prepare(folder, InitOptions(), None)
     before = secrets_of(folder)
     (folder / "secrets" / "api_key").unlink()
     (folder / "secrets" / "valkey_password").write_text("")
-    init(folder, Wish(), None)
+    prepare(folder, InitOptions(), None)
     after = secrets_of(folder)
     assert {name for name in before if before[name] != after[name]} == {"api_key", "valkey_password", "valkey.acl"}
 
@@ -113,13 +126,13 @@ def test_a_secret_that_is_too_short_is_refused(folder):
     (folder / "secrets").mkdir()
     (folder / "secrets" / "cluster_token").write_text("short")
     with pytest.raises(ConfigurationError, match=r"secrets/cluster_token is shorter than 16"):
-        init(folder, Wish(), None)
+        prepare(folder, InitOptions(), None)
     assert not (folder / ".env").exists()
 
 
 def test_machine_b_gets_what_it_needs_from_the_join_line_and_nothing_else(folder, tmp_path_factory, capsys):
     other, text = joined(folder, tmp_path_factory, capsys)
-    init(other, Wish(machine="b"), text)
+    prepare(other, InitOptions(machine="b"), text)
     values = env_of(other)
     assert values["COMPOSE_PROFILES"] == "b"
     assert (values["NOODLE_LAN_ADDRESS"], values["NOODLE_PEER_ADDRESS"]) == ("192.168.1.102", "192.168.1.101")
@@ -129,72 +142,81 @@ def test_machine_b_gets_what_it_needs_from_the_join_line_and_nothing_else(folder
     assert values["NOODLE_MACHINE"] == "machine-b"
     own, of_a = secrets_of(other), secrets_of(folder)
     assert own == {name: of_a[name] for name in ("cluster_token", "valkey_password")}
-    init(other, Wish(), None)  # again, without the line
+    prepare(other, InitOptions(), None)  # again, without the line
     assert (env_of(other), secrets_of(other)) == (values, own)
 
 
 def test_ports_that_a_has_moved_reach_b(folder, tmp_path_factory, capsys):
-    init(folder, A, None)
+    prepare(folder, A, None)
     text = (folder / ".env").read_text(encoding="utf-8")
     (folder / ".env").write_text(with_values(text, {"NOODLE_COORDINATOR_PORT": "9000", "NOODLE_VALKEY_PORT": "9001"}))
     other, text = joined(folder, tmp_path_factory, capsys)
-    init(other, Wish(machine="b"), text)
+    prepare(other, InitOptions(machine="b"), text)
     assert env_of(other)["NOODLE_COORDINATOR_URL"] == "http://192.168.1.101:9000"
     assert env_of(other)["NOODLE_VALKEY_URL"] == "redis://noodle@192.168.1.101:9001"
 
 
 def test_a_join_line_of_another_cluster_is_refused_while_the_old_secrets_are_there(folder, tmp_path_factory, capsys):
     other, text = joined(folder, tmp_path_factory, capsys)
-    init(other, Wish(machine="b"), text)
+    prepare(other, InitOptions(machine="b"), text)
     (folder / "secrets" / "cluster_token").unlink()
-    init(folder, Wish(), None)
+    prepare(folder, InitOptions(), None)
     with pytest.raises(ConfigurationError, match="another cluster") as refused:
-        init(other, Wish(), join_text_of(capsys.readouterr().out))
+        prepare(other, InitOptions(), join_text_of(capsys.readouterr().out))
     assert "delete secrets/" in refused.value.cure
 
 
 def test_two_machines_of_one_name_are_refused(folder, tmp_path_factory, capsys):
     other, text = joined(folder, tmp_path_factory, capsys)
     with pytest.raises(ConfigurationError, match="Machine A is called machine-a too"):
-        init(other, Wish(machine="b", name="machine-a"), text)
+        prepare(other, InitOptions(machine="b", name="machine-a"), text)
 
 
 def test_machine_b_without_its_secrets_asks_for_the_join_line(folder, tmp_path_factory, capsys):
     other, text = joined(folder, tmp_path_factory, capsys)
-    init(other, Wish(machine="b"), text)
+    prepare(other, InitOptions(machine="b"), text)
     (other / "secrets" / "valkey_password").unlink()
     with pytest.raises(ConfigurationError, match="secrets/valkey_password is missing") as refused:
-        init(other, Wish(), None)
+        prepare(other, InitOptions(), None)
     assert "--join" in refused.value.cure
 
 
 @pytest.mark.parametrize(
-    ("wish", "said"),
+    ("options", "said"),
     [
-        (Wish(machine="single", peer="192.168.1.102"), "--peer means nothing with --machine single"),
-        (Wish(machine="single", address="192.168.1.101"), "--address means nothing"),
-        (Wish(machine="single", stages=3), "--stages 3"),
-        (Wish(machine="a"), "Machine a needs --address"),
-        (Wish(machine="a", address="192.168.1.101"), "Machine a needs --peer"),
-        (Wish(machine="a", address="localhost", peer="192.168.1.102"), "--address localhost is no IPv4 address"),
-        (Wish(machine="a", address="127.0.0.1", peer="192.168.1.102"), "--address 127.0.0.1 is nothing that another"),
-        (Wish(machine="a", address="0.0.0.0", peer="192.168.1.102"), r"--address 0.0.0.0 is nothing that another"),
-        (Wish(machine="a", address="192.168.1.101", peer="192.168.1.101"), "have the same address"),
-        (Wish(machine="b"), "Machine b needs --address"),
-        (Wish(machine="b", address="192.168.1.102"), "Machine b needs --join"),
-        (Wish(machine="b", gpu=True), "--gpu means nothing with --machine b"),
-        (Wish(machine="b", stages=2), "--stages means nothing with --machine b"),
-        (Wish(machine="b", model="gpt2"), "--model means nothing with --machine b"),
-        (Wish(name="my laptop"), "--name 'my laptop'"),
-        (Wish(model="/home/me/llama"), "--model /home/me/llama"),
-        (Wish(model="../llama"), r"--model \.\./llama"),
-        (Wish(model="C:\\llama"), "--model C:"),
-        (Wish(model="models/../../llama"), "--model models/"),
+        (InitOptions(machine="single", peer="192.168.1.102"), "--peer means nothing with --machine single"),
+        (InitOptions(machine="single", address="192.168.1.101"), "--address means nothing"),
+        (InitOptions(machine="single", stages=3), "--stages 3"),
+        (InitOptions(machine="a"), "Machine a needs --address"),
+        (InitOptions(machine="a", address="192.168.1.101"), "Machine a needs --peer"),
+        (
+            InitOptions(machine="a", address="localhost", peer="192.168.1.102"),
+            "--address localhost is not an IPv4 address",
+        ),
+        (
+            InitOptions(machine="a", address="127.0.0.1", peer="192.168.1.102"),
+            "--address 127.0.0.1 cannot be reached from another",
+        ),
+        (
+            InitOptions(machine="a", address="0.0.0.0", peer="192.168.1.102"),
+            r"--address 0.0.0.0 cannot be reached from another",
+        ),
+        (InitOptions(machine="a", address="192.168.1.101", peer="192.168.1.101"), "have the same address"),
+        (InitOptions(machine="b"), "Machine b needs --address"),
+        (InitOptions(machine="b", address="192.168.1.102"), "Machine b needs --join"),
+        (InitOptions(machine="b", gpu=True), "--gpu means nothing with --machine b"),
+        (InitOptions(machine="b", stages=2), "--stages means nothing with --machine b"),
+        (InitOptions(machine="b", model="gpt2"), "--model means nothing with --machine b"),
+        (InitOptions(name="my laptop"), "--name 'my laptop'"),
+        (InitOptions(model="/home/me/llama"), "--model /home/me/llama"),
+        (InitOptions(model="../llama"), r"--model \.\./llama"),
+        (InitOptions(model="C:\\llama"), "--model C:"),
+        (InitOptions(model="models/../../llama"), "--model models/"),
     ],
 )
-def test_what_contradicts_itself_is_refused_by_name(wish, said):
+def test_what_contradicts_itself_is_refused_by_name(options, said):
     with pytest.raises(ConfigurationError, match=said) as refused:
-        settings(wish, {}, 4)
+        settings(options, {}, 4)
     assert refused.value.cure
 
 
@@ -211,19 +233,19 @@ def test_what_contradicts_itself_is_refused_by_name(wish, said):
 )
 def test_what_is_wrong_in_an_env_file_is_named(before, said):
     with pytest.raises(ConfigurationError, match=said) as refused:
-        settings(Wish(), before, 4)
+        settings(InitOptions(), before, 4)
     assert refused.value.cure
 
 
 def test_a_folder_does_not_become_another_machine(folder):
-    init(folder, Wish(machine="single"), None)
+    prepare(folder, InitOptions(machine="single"), None)
     with pytest.raises(ConfigurationError, match="is machine 'single'"):
-        init(folder, A, None)
+        prepare(folder, A, None)
 
 
 def test_files_that_others_added_to_the_set_stay():
     before = {"COMPOSE_FILE": "docker-compose.yml:mine.yml"}
-    assert settings(Wish(), before, 4)["COMPOSE_FILE"] == "docker-compose.yml:mine.yml"
+    assert settings(InitOptions(), before, 4)["COMPOSE_FILE"] == "docker-compose.yml:mine.yml"
 
 
 @pytest.mark.parametrize(
@@ -237,21 +259,19 @@ def test_files_that_others_added_to_the_set_stay():
     ],
 )
 def test_a_model_is_named_as_the_container_sees_it(given, written):
-    assert settings(Wish(model=given), {}, 4)["NOODLE_MODEL"] == written
+    assert settings(InitOptions(model=given), {}, 4)["NOODLE_MODEL"] == written
 
 
 @pytest.mark.parametrize("change", [lambda text: text[:-5], lambda text: "nonsense", lambda text: text[4:]])
 def test_a_join_line_that_was_not_copied_whole_is_refused(change):
-    text = join_line.encode(
-        Join("0.1.0", "machine-a", "192.168.1.101", 8080, 6379, "192.168.1.102", "t" * 40, "p" * 40)
-    )
+    text = join_line.encode(join_of_a())
     with pytest.raises(ConfigurationError, match=r"join line") as refused:
         join_line.decode(change(text))
     assert "machine A" in refused.value.cure
 
 
 def test_a_join_line_that_was_wrapped_is_read():
-    join = Join("0.1.0", "machine-a", "192.168.1.101", 8080, 6379, "192.168.1.102", "t" * 40, "p" * 40)
+    join = join_of_a()
     text = join_line.encode(join)
     assert join_line.decode(text[:30] + "\n  " + text[30:]) == join
 

@@ -59,14 +59,14 @@ def test_a_folder_without_a_part_in_a_cluster_is_no_project(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("COMPOSE_PROFILES=c\n", "none of single, a, b"), ("COMPOSE_PROFILES=b\nNOODLE_STAGE_1_PORT=0\n", "no port")],
+    [("COMPOSE_PROFILES=c\n", "none of single, a, b"), ("COMPOSE_PROFILES=b\nNOODLE_STAGE_1_PORT=0\n", "not a port")],
 )
 def test_an_env_with_a_value_that_means_nothing_is_refused_by_name(tmp_path, text, says):
     with pytest.raises(ConfigurationError, match=says):
         project_of(tmp_path, text).published()
 
 
-def test_a_secret_that_is_missing_or_empty_is_told_with_its_path(tmp_path):
+def test_a_secret_that_is_missing_or_empty_is_reported_with_its_path(tmp_path):
     project = project_of(tmp_path, OF_B)
     with pytest.raises(ConfigurationError, match="cluster_token") as refused:
         project.secret("cluster_token")

@@ -1,29 +1,36 @@
-"""Which of this machine's published ports are open to whom: from .env to rules, for Linux and Windows; pure.
+"""Firewall rules for the ports that this machine publishes: from .env to scripts for Linux and Windows.
 
-On Linux the ports that Docker publishes pass by INPUT, and with it by ufw: the rules stand in DOCKER-USER, and match
-the port and address that a packet had before Docker rewrote them. On Windows every allow rule counts, and Docker
-Desktop brings one for everybody: that is narrowed to the same addresses.
+On Linux, packets to ports that Docker publishes do not pass INPUT, and so not ufw: the rules are in DOCKER-USER, and
+match the port and address that a packet had before Docker rewrote them. On Windows every allow rule counts, and Docker
+Desktop adds one for everybody: it is narrowed to the same addresses.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
+from pathlib import Path
 
 from msgspec import Struct
 
 from noodle.errors import ConfigurationError
+from services.cli.project.programs import run_program
 from services.cli.project.project import LOOPBACK, Project, Published
 
 CHAIN = "NOODLE"
 DOCKER_CHAIN = "DOCKER-USER"
-LOCK_SECONDS = 5  # for another program that changes rules
+LOCK_SECONDS = 5  # waiting for another program that changes rules
 WINDOWS_GROUP = "noodle"
 DOCKER_RULE = "Docker Desktop Backend"
+SCRIPT_PATH = Path("/usr/local/sbin/noodle-firewall")
+UNIT_NAME = "noodle-firewall.service"
+UNIT_PATH = Path("/etc/systemd/system") / UNIT_NAME
+DOCKER_SECONDS = 10.0  # Docker's answer about a network
+OWN_NETWORK = "{{range .IPAM.Config}}{{.Subnet}} {{end}}"
 
 
 class Opening(Struct, frozen=True):
-    """One port, and the addresses or networks that may come to it; for all others it is closed."""
+    """One port, and the addresses or networks that may connect to it; it is closed to all others."""
 
     service: str
     port: int
@@ -31,14 +38,15 @@ class Opening(Struct, frozen=True):
 
 
 def openings_of(project: Project, clients: Sequence[str], own_networks: Sequence[str] = ()) -> list[Opening]:
-    """`clients` are addresses of people's machines; `own_networks` those of this machine's containers.
+    """Return who may connect to which port.
 
-    Raises ConfigurationError where there is nothing to open, or an address is none.
+    `clients` are addresses of people's machines, `own_networks` those of this machine's containers. Raises
+    ConfigurationError if the machine publishes nothing to the network, or for an invalid address.
     """
     if project.role == "single":
         raise ConfigurationError(
-            "This machine runs everything itself, and publishes its ports on 127.0.0.1 alone.",
-            cure="Nothing is open to the network, and nothing needs to be closed.",
+            "This machine runs everything itself and publishes its ports only on 127.0.0.1.",
+            cure="Nothing is open to the network, so nothing needs to be closed.",
         )
     peers = [_network(project.peer_address, "NOODLE_PEER_ADDRESS in .env")]
     people = [_network(client, "--clients") for client in clients]
@@ -46,8 +54,18 @@ def openings_of(project: Project, clients: Sequence[str], own_networks: Sequence
     return [_opening(published, peers, people, own) for published in project.published()]
 
 
+def own_networks(project: Project) -> list[str]:
+    """Return the networks of this machine's containers, which also connect to each other by published ports.
+
+    There are none before the first `docker compose up`.
+    """
+    name = project.values.get("COMPOSE_PROJECT_NAME") or "noodle"
+    ran = run_program(["docker", "network", "inspect", f"{name}_default", "--format", OWN_NETWORK], DOCKER_SECONDS)
+    return [text for text in ran.output.split() if ":" not in text] if ran.is_good else []
+
+
 def _opening(published: Published, peers: list[str], people: list[str], own: list[str]) -> Opening:
-    sources = (peers if "machine" in published.readers else []) + (people if "people" in published.readers else [])
+    sources = (peers if "machine" in published.clients else []) + (people if "people" in published.clients else [])
     return Opening(published.service, published.port, tuple(dict.fromkeys([*sources, *own])))
 
 
@@ -56,18 +74,18 @@ def _network(text: str, what: str) -> str:
         network = ipaddress.ip_network(text, strict=False)
     except ValueError as error:
         raise ConfigurationError(
-            f"{what} is {text!r}, which is no IP address.",
+            f"{what} is {text!r}, which is not an IP address.",
             cure="Give the other machine's address, as 192.168.1.102: run `noodle init` again with --peer.",
         ) from error
     if network.version != 4 or network.prefixlen == 0:
-        raise ConfigurationError(f"{what} is {text!r}: an IPv4 address or network is needed, and not all of them.")
+        raise ConfigurationError(f"{what} is {text!r}, which is not an IPv4 address or network, or is all of them.")
     return str(network.network_address) if network.num_addresses == 1 else str(network)
 
 
 def linux_script(openings: Sequence[Opening], lan_address: str) -> str:
-    """A shell script that puts the rules in place of whatever stood in noodle's chain, at once; may run again.
+    """Return a shell script that replaces the rules in noodle's chain at once; it may run again.
 
-    It touches no packet but those to this machine's published ports, and so never ssh.
+    It affects only packets to this machine's published ports, never ssh.
     """
     if lan_address == LOOPBACK:
         raise ConfigurationError("NOODLE_LAN_ADDRESS in .env is 127.0.0.1.", cure="Run `noodle init` again.")
@@ -79,8 +97,8 @@ def linux_script(openings: Sequence[Opening], lan_address: str) -> str:
     return "\n".join(
         [
             "#!/bin/sh",
-            "# Written by `noodle firewall --apply`, removed by `noodle firewall --undo`: who may come to the ports",
-            "# that noodle's containers publish. Packets to any other port, ssh among them, are not looked at.",
+            "# Written by `noodle firewall --apply`, removed by `noodle firewall --undo`: who may connect to the ports",
+            "# that noodle's containers publish. Packets to other ports, as ssh, are not affected.",
             "set -e",
             f"iptables-restore -w {LOCK_SECONDS} --noflush <<'RULES'",
             "*filter",
@@ -96,7 +114,7 @@ def linux_script(openings: Sequence[Opening], lan_address: str) -> str:
 
 
 def linux_undo() -> list[list[str]]:
-    """The commands that take the rules away; each fails where there is nothing to take away."""
+    """Return the commands that remove the rules; each fails if there is nothing to remove."""
     iptables = ["iptables", "-w", str(LOCK_SECONDS)]
     return [
         [*iptables, "-D", DOCKER_CHAIN, "-j", CHAIN],
@@ -106,11 +124,11 @@ def linux_undo() -> list[list[str]]:
 
 
 def systemd_unit(script_path: str) -> str:
-    """The unit that runs the script after Docker, at each boot and when Docker is started anew."""
+    """Return the unit that runs the script after each start of Docker."""
     return "\n".join(
         [
             "[Unit]",
-            "Description=Who may come to the ports that noodle publishes",
+            "Description=Firewall rules for the ports that noodle publishes",
             "Requires=docker.service",
             "After=docker.service",
             "PartOf=docker.service",
@@ -128,7 +146,7 @@ def systemd_unit(script_path: str) -> str:
 
 
 def windows_script(openings: Sequence[Opening]) -> str:
-    """PowerShell that puts the rules in place of noodle's old ones, and narrows Docker Desktop's own; may run again."""
+    """Return PowerShell that replaces noodle's rules and narrows Docker Desktop's own; it may run again."""
     lines = [
         "$ErrorActionPreference = 'Stop'",
         f"Get-NetFirewallRule -Group '{WINDOWS_GROUP}' -ErrorAction SilentlyContinue | Remove-NetFirewallRule",
@@ -149,7 +167,7 @@ def windows_script(openings: Sequence[Opening]) -> str:
 
 
 def windows_undo() -> str:
-    """PowerShell that takes noodle's rules away, and lets Docker Desktop's own apply to everybody, as it came."""
+    """Return PowerShell that removes noodle's rules and resets Docker Desktop's own to everybody."""
     return "\n".join(
         [
             "$ErrorActionPreference = 'Stop'",
@@ -162,10 +180,10 @@ def windows_undo() -> str:
 
 
 def in_words(openings: Sequence[Opening]) -> list[str]:
-    """One line a port."""
+    """Return one line for each port."""
     return [
         f"{opening.port:5} {opening.service:12} open to "
-        + (", ".join(opening.sources) if opening.sources else "nobody but this machine")
+        + (", ".join(opening.sources) if opening.sources else "this machine only")
         for opening in openings
     ]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from noodle.errors import ConfigurationError
-from services.cli.project import firewall_rules
+from services.cli.project import firewall as firewall_rules
 from services.cli.project.project import find_project
 
 
@@ -27,7 +27,7 @@ def test_each_port_is_open_to_the_other_machine_alone_and_grafana_to_nobody(of_a
         8081: ("192.168.1.102",),
         3000: (),
     }
-    assert "nobody but this machine" in firewall_rules.in_words(openings)[-1]
+    assert "this machine only" in firewall_rules.in_words(openings)[-1]
 
 
 def test_people_may_come_to_the_coordinator_and_grafana_from_where_it_is_said(of_a):
@@ -46,7 +46,7 @@ def test_clients_must_be_addresses_and_not_all_of_them(of_a, clients):
 
 
 def test_a_machine_alone_and_one_without_a_peer_are_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"127\.0\.0\.1 alone"):
+    with pytest.raises(ConfigurationError, match=r"only on 127\.0\.0\.1"):
         firewall_rules.openings_of(project(tmp_path, "COMPOSE_PROFILES=single\n"), [])
     with pytest.raises(ConfigurationError, match="NOODLE_PEER_ADDRESS"):
         firewall_rules.openings_of(project(tmp_path, "COMPOSE_PROFILES=a\nNOODLE_LAN_ADDRESS=192.168.1.101\n"), [])
