@@ -1,4 +1,4 @@
-"""Runs the coordinator: `python -m services.coordinator`, told everything by its environment."""
+"""Run the coordinator: `python -m services.coordinator`, configured by environment variables."""
 
 from noodle.config.environment import coordinator_config, process_environment
 from noodle.web.service import run_service

@@ -1,4 +1,4 @@
-"""The coordinator put together: model files, tokenizer, loop, lead and records; the routes act on this."""
+"""The coordinator's parts put together: model, tokenizer, loop, lease and records. The routes use this."""
 
 from __future__ import annotations
 
@@ -41,10 +41,9 @@ from services.coordinator.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-
-RESUME_BY_KEY_SECONDS = 60.0  # how long a request with an Idempotency-Key goes on without a reader, unless it says so
-RETURN_SECONDS = 30.0  # that the client of any request has to come back after the coordinator's restart
-TAKE_UP_RETRY_SECONDS = 1
+RESUME_BY_KEY_SECONDS = 60.0  # `resume_seconds` of a request with an Idempotency-Key, unless it gives them
+RETURN_SECONDS = 30.0  # time for any client to come back after the coordinator's restart
+READ_RECORDS_RETRY_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What the coordinator knows of the model: its text side and its name."""
+    """The model's folder, name and tokenizer."""
 
     folder: Path
     served: ServedModel
@@ -87,15 +86,15 @@ class Coordinator:
         self.weights = WeightStore(config.cache_dir)
         self.kept = KeptRequests(config.maximum_open_requests + config.maximum_waiting_requests)
         self._is_loaded = threading.Event()
-        self._knows_records = threading.Event()  # of the coordinator that led before; nobody is told 404 until then
+        self._knows_records = threading.Event()  # of the coordinator that led before; no 404 until then
         self.loaded: LoadedModel | None = None
         self.detail = "the tokenizer to load"
         self.failure = ""
 
     def load(self) -> None:
-        """Fetch the model's files if need be and load its tokenizer; a failure ends the start."""
+        """Fetch the model's files if they are missing, and load its tokenizer. A failure ends the start."""
         try:
-            prepared = prepare_model(self._config.model, self._config.cache_dir, self._say)
+            prepared = prepare_model(self._config.model, self._config.cache_dir, self._note_progress)
             tokenizer = Tokenizer(prepared.folder)
         except StartError as error:
             self.failure = str(error)
@@ -107,7 +106,7 @@ class Coordinator:
         log.info("serving %s from %s", prepared.name, prepared.folder)
 
     def ready_model(self) -> LoadedModel:
-        """The model's text side; raises NotReady with progress while anything is missing."""
+        """Return the model, or raise NotReady with the progress while anything is missing."""
         loaded = self.loaded
         if loaded is None or not self.loop.state.up:
             view, state = self.leadership.view, self.loop.state
@@ -119,13 +118,13 @@ class Coordinator:
         return loaded
 
     def token_ids(self, prompt: str | tuple[int, ...], *, add_special_tokens: bool = True) -> list[int]:
-        """A prompt as token ids; a text that can not fit into the context is refused before it is tokenised."""
+        """Tokenize a prompt; a text that cannot fit into the context is refused before."""
         if not isinstance(prompt, str):
             return list(prompt)
         return self.ready_model().tokenizer.encode(prompt, add_special_tokens, self.context_length)
 
     def chat_token_ids(self, messages: Sequence[Mapping[str, str]], request: Request) -> list[int]:
-        """A conversation as token ids; one that can not fit into the context is refused before it is rendered."""
+        """Render and tokenize a conversation; one that cannot fit into the context is refused before."""
         tokenizer = self.ready_model().tokenizer
         refuse_what_cannot_fit(
             request,
@@ -137,7 +136,7 @@ class Coordinator:
 
     @property
     def plan(self) -> Plan:
-        """The active plan; raises NotReady without one."""
+        """The active plan. Raises NotReady if there is none."""
         plan = self.loop.state.plan
         if plan is None:
             raise NotReady("No plan is active.", retry_after_seconds=2)
@@ -145,11 +144,11 @@ class Coordinator:
 
     @property
     def context_length(self) -> int:
-        """Tokens of the longest session that the active plan promises."""
+        """Tokens of the longest sequence that the active plan allows."""
         return self.plan.context_length
 
     def reports(self) -> list[MachineReport]:
-        """What every registered stage said of its machine; empty while Valkey is away."""
+        """Return the machine reports of all registered stages; empty while Valkey is away."""
         try:
             return self._work_queue.reports()
         except QueueUnavailable as error:
@@ -157,8 +156,8 @@ class Coordinator:
             return []
 
     def plan_seen(self) -> PlanSeen:
-        """The active plan and whether it is computed by, for /metrics."""
-        state, said = self.loop.state, self.leadership.view.stages
+        """Return the active plan and whether its pipeline is up, for /metrics."""
+        state, reported = self.loop.state, self.leadership.view.stages
         if state.plan is None:
             return PlanSeen(0, (), is_up=False)
         stages = [
@@ -169,7 +168,7 @@ class Coordinator:
                 stage.end_layer,
                 stage.dtype,
                 stage.decode_seconds,
-                said[stage.stage_id].device_name if stage.stage_id in said else "",
+                reported[stage.stage_id].device_name if stage.stage_id in reported else "",
             )
             for stage in state.plan.stages
         ]
@@ -207,21 +206,21 @@ class Coordinator:
         if not (self._knows_records.is_set() and self.leadership.leads):
             raise NotReady(
                 "The coordinator has not read the requests that are recorded yet.",
-                retry_after_seconds=TAKE_UP_RETRY_SECONDS,
+                retry_after_seconds=READ_RECORDS_RETRY_SECONDS,
             )
 
-    def take_up(self, stream: RequestStream) -> Answer:
+    def resume(self, stream: RequestStream) -> Answer:
         """Read a request again from its beginning."""
-        return Answer(stream.request, self.kept.open_reader(stream), self._text_side().tokenizer)
+        return Answer(stream.request, self.kept.open_reader(stream), self._loaded_model().tokenizer)
 
-    def _text_side(self) -> LoadedModel:
-        """What makes text of tokens, whether or not the stages are there; raises NotReady until it is loaded."""
+    def _loaded_model(self) -> LoadedModel:
+        """Return the loaded model, whether or not the stages are ready. Raises NotReady until it is loaded."""
         if self.loaded is None:
             raise NotReady("The coordinator has not loaded the tokenizer yet.", retry_after_seconds=2)
         return self.loaded
 
-    def take_up_recorded(self) -> None:
-        """Whenever this coordinator takes the lead, go on with what one before it had in progress; a loop's thread."""
+    def resume_recorded(self) -> None:
+        """Continue the requests of an earlier coordinator whenever this one takes the lead; a thread runs it."""
         while True:
             self.leadership.led.acquire()
             if self.leadership.stopping.is_set():
@@ -229,15 +228,15 @@ class Coordinator:
             self._knows_records.clear()
             self._is_loaded.wait()
             try:
-                self._take_up_all()
+                self._resume_all()
                 self._knows_records.set()
             except QueueUnavailable as error:
-                log.warning("requests that were in progress can not be read, they are tried again: %s", error)
-                self.leadership.stopping.wait(TAKE_UP_RETRY_SECONDS)
+                log.warning("the recorded requests cannot be read, retrying: %s", error)
+                self.leadership.stopping.wait(READ_RECORDS_RETRY_SECONDS)
                 self.leadership.led.release()
 
-    def _take_up_all(self) -> None:
-        end_token_ids = frozenset(self._text_side().tokenizer.eos_token_ids)
+    def _resume_all(self) -> None:
+        end_token_ids = frozenset(self._loaded_model().tokenizer.eos_token_ids)
         for request, tokens in self.recorder.recorded():
             if request.outcome:
                 self.kept.add(ended_stream(request, tokens))
@@ -256,5 +255,5 @@ class Coordinator:
             travel=self.metrics.travel,
         )
 
-    def _say(self, progress: Progress) -> None:
+    def _note_progress(self, progress: Progress) -> None:
         self.detail = progress.text()

@@ -1,7 +1,7 @@
-"""Who leads, and by which plan: keeps the lease, watches for plans, activates one when every stage is ready.
+"""Which coordinator leads, and by which plan: keeps the lease, and activates a plan when all its stages are ready.
 
 One coordinator leads by a lease in Valkey; its epoch is in every step, and stages refuse older ones (design D14).
-While Valkey is away the leader goes on: nobody else can take the lead then.
+While Valkey is away the leader continues: no other can take the lead then.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from noodle.cluster.plan import Plan, PlannerState, StageState
 from noodle.cluster.valkey import WorkQueue
 from noodle.errors import NotReady, QueueUnavailable
+from services.coordinator.engine.admission import Activate, LimitsChanged, StandBy
 from services.coordinator.engine.loop import EngineLoop
 from services.coordinator.engine.sequence import PlanLimits
 
@@ -22,17 +23,17 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
 RENEW_SECONDS = 1.0  # the lease lasts five
-SEARCH_SECONDS = 1.0  # between two looks at which stages there are: a search takes longer than a look at known ones
-# A prompt's token costs this share of a decode token until it is measured on the pipeline; it only scales deadlines.
+SEARCH_SECONDS = 1.0  # between two searches for stages, which take longer than a look at known ones
+# Cost of a prompt's token as a share of a decode token, until it is measured; it only scales deadlines.
 ASSUMED_PREFILL_SHARE = 0.5
 
 
 @dataclass(slots=True)
 class ClusterView:
-    """What was last seen in Valkey, for /health."""
+    """What this coordinator last saw in Valkey, for /health."""
 
     queue_error: str = ""
-    disagreement: str = ""  # of stages and this coordinator about NOODLE_TRANSPORT
+    disagreement: str = ""  # between stages and this coordinator about NOODLE_TRANSPORT
     leader: str = ""
     planner: PlannerState | None = None
     plan: Plan | None = None
@@ -40,7 +41,7 @@ class ClusterView:
 
 
 class Leadership:
-    """`run` is its thread."""
+    """This coordinator's lease and its view of the cluster; `run` is its thread."""
 
     def __init__(self, machine: str, work_queue: WorkQueue, loop: EngineLoop, transport: str) -> None:
         self._transport = transport
@@ -67,10 +68,9 @@ class Leadership:
                 if now >= renew_at or self._epoch is None:
                     self._keep_lead()
                     renew_at = now + RENEW_SECONDS
-                searches = now >= search_at
-                self._look(searches=searches)
-                if searches:
+                if searches := now >= search_at:
                     search_at = now + SEARCH_SECONDS
+                self._look(searches=searches)
                 if self.view.queue_error:
                     log.info("Valkey answers again")
                 self.view.queue_error = ""
@@ -81,7 +81,7 @@ class Leadership:
             self.stopping.wait(LOOK_SECONDS)
 
     def stop(self) -> None:
-        """Give the lead away at once."""
+        """Give up the lease at once."""
         self.stopping.set()
         self.led.release()
         try:
@@ -95,7 +95,7 @@ class Leadership:
             return
         lost = self._epoch is not None
         self._epoch = self._queue.take_lease(self._name)
-        self._active_version = 0  # activate anew under the new epoch
+        self._active_version = 0  # activate the plan again under the new epoch
         if self._epoch is not None:
             log.info("this coordinator leads, epoch %d", self._epoch)
             self.led.release()
@@ -104,19 +104,15 @@ class Leadership:
         self.view.leader = self._queue.leader() or ""
         if lost:
             log.warning("another coordinator leads: %s", self.view.leader)
-            self._loop.stand_by(
-                NotReady(f"The coordinator {self.view.leader} leads now.", cure="Send requests to that one.")
-            )
+            error = NotReady(f"The coordinator {self.view.leader} leads now.", cure="Send requests to that one.")
+            self._loop.notify(StandBy(error))
 
     def _look(self, *, searches: bool) -> None:
-        known: set[int] = set()
-        if not searches:
-            known.update(
-                self.view.stages, (stage.stage_id for stage in self.view.plan.stages) if self.view.plan else ()
-            )
-        self.view.planner, plan, known_stages = self._queue.look(known)
-        self.view.plan = plan
+        planned = self.view.plan.stages if self.view.plan else ()
+        known = () if searches else {*self.view.stages, *(stage.stage_id for stage in planned)}
+        self.view.planner, self.view.plan, known_stages = self._queue.look(known)
         self.view.stages = self._queue.stage_states() if searches else known_stages
+        plan = self.view.plan
         if self._epoch is None or plan is None:
             return
         states = [self.view.stages.get(stage.stage_id) for stage in plan.stages]
@@ -129,40 +125,38 @@ class Leadership:
         limits = limits_of(plan, ready)
         if plan.version > self._active_version:
             self._active_version = plan.version
-            self._loop.activate(plan, limits, self._epoch)
+            self._loop.notify(Activate(plan, limits, self._epoch))
         elif limits != self._limits:
-            self._loop.limits_changed(limits)
+            self._loop.notify(LimitsChanged(limits))
         self._limits = limits
 
 
 def disagreement_of(states: list[StageState], transport: str) -> str:
-    """Which stages let steps travel another way than this coordinator, and the cure; empty when they agree."""
+    """Name the stages whose NOODLE_TRANSPORT differs from this coordinator's, with the cure; empty if none does."""
     others = [state for state in states if state.transport != transport]
     if not others:
         return ""
-    said = ", ".join(f"stage {state.stage_id} on {state.machine} has {state.transport}" for state in others)
-    return f"one NOODLE_TRANSPORT for all (the coordinator has {transport}, {said}): start them with the same"
+    named = ", ".join(f"stage {state.stage_id} on {state.machine} has {state.transport}" for state in others)
+    return f"one NOODLE_TRANSPORT for all (the coordinator has {transport}, {named}): start them with the same"
 
 
 def limits_of(plan: Plan, states: list[StageState]) -> PlanLimits:
-    """What the plan allows, the tightest stage deciding about KV rows."""
+    """Return the limits of a plan; the tightest stage decides about KV rows."""
     decode_seconds = sum(stage.decode_seconds for stage in plan.stages)
     rooms = [(state.kv_budget_bytes // max(1, state.kv_bytes_per_token), state) for state in states]
-    kv_tokens = min(room for room, _ in rooms)
-    reserved = min((room for room, state in rooms if state.kv_counts_reservations), default=None)
     return PlanLimits(
         plan_version=plan.version,
         stage_count=len(plan.stages),
-        kv_tokens=kv_tokens,
+        kv_tokens=min(room for room, _ in rooms),
         context_length=plan.context_length,
         decode_seconds=decode_seconds,
         prefill_seconds_per_token=decode_seconds * ASSUMED_PREFILL_SHARE,
-        reserved_kv_tokens=reserved,
+        reserved_kv_tokens=min((room for room, state in rooms if state.kv_counts_reservations), default=None),
     )
 
 
 def warnings_of(view: ClusterView) -> list[str]:
-    """What works, but less than one may think."""
+    """Return what is degraded but working."""
     if view.plan is None:
         return []
     rooms = [
@@ -178,12 +172,12 @@ def warnings_of(view: ClusterView) -> list[str]:
     return [
         f"Stage {tightest.stage_id} on {tightest.machine} has room for KV rows of {kv_tokens} tokens, less than the "
         f"context of {view.plan.context_length}: a request of more tokens is refused. Give it more (NOODLE_KV_BYTES), "
-        "or promise less (NOODLE_CONTEXT_LENGTH)."
+        "or lower the context (NOODLE_CONTEXT_LENGTH)."
     ]
 
 
 def waiting_for(view: ClusterView, leads: bool, loop_detail: str, up: bool) -> list[str]:
-    """What stands between now and ready, in the order in which it has to happen; empty when nothing does."""
+    """Return what this coordinator waits for until it is ready, in the order in which it must happen."""
     if up:
         return []
     if view.queue_error:
@@ -206,7 +200,7 @@ def waiting_for(view: ClusterView, leads: bool, loop_detail: str, up: bool) -> l
 
 
 def progress_of(view: ClusterView, up: bool) -> float:
-    """How far the start is, 0 to 1: half of it is measuring, half loading."""
+    """Return the progress of the start, 0 to 1: half of it is measuring, half loading."""
     if up:
         return 1.0
     if not view.stages:

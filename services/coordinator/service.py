@@ -40,7 +40,7 @@ class CoordinatorService(Service):
         start_loop("recorder", self._engine.recorder.run, self.name)
         start_loop("leadership", self._engine.leadership.run, self.name)
         start_loop("model", self._engine.load, self.name)
-        start_loop("take up", self._engine.take_up_recorded, self.name)
+        start_loop("resume", self._engine.resume_recorded, self.name)
 
     def stop(self) -> None:
         """Let open requests finish, end those that can not, give the lead away, write the last records."""

@@ -67,7 +67,7 @@ def request_routes(coordinator: Coordinator, clients: Clients) -> Blueprint:
     def events(name: str) -> Response:
         stream = coordinator.find(clients.require(), name)
         after = _after(stream)
-        return event_stream(generate_events(coordinator.take_up(stream), "", after))
+        return event_stream(generate_events(coordinator.resume(stream), "", after))
 
     @routes.delete("/v1/requests/<name>")
     def end(name: str) -> Response:

@@ -35,7 +35,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Activate:
-    """Compute by this plan."""
+    """Compute by this plan as soon as the steps in flight are back."""
 
     plan: Plan
     limits: PlanLimits
@@ -44,21 +44,21 @@ class Activate:
 
 @dataclass(frozen=True, slots=True)
 class LimitsChanged:
-    """The active plan has other limits, as the room for KV rows has changed."""
+    """The active plan has other limits: a stage came back with more or less room for KV rows."""
 
     limits: PlanLimits
 
 
 @dataclass(frozen=True, slots=True)
 class StandBy:
-    """Another coordinator leads."""
+    """End every open request with this error and compute nothing: another coordinator leads."""
 
     error: NoodleError
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End the loop."""
+    """End the loop; open requests end with an error."""
 
 
 LoopEvent = PipelineEvent | Submitted | Ended | Activate | LimitsChanged | StandBy | Stop

@@ -40,7 +40,7 @@ from services.coordinator.engine.recorder import Recorder
 from services.coordinator.engine.recovery import Recovery
 from services.coordinator.engine.request import FINISHED, PromptComputed, Token
 from services.coordinator.engine.scheduler import MAXIMUM_REPLAYS, ROOM_REASON, Counts, Scheduler
-from services.coordinator.engine.sequence import InFlightStep, PlanLimits, Sequence
+from services.coordinator.engine.sequence import InFlightStep, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class EngineLoop:
         self.admission = Admission(
             self._open,
             recorder,
-            self._events.put,
+            self.notify,
             limits=lambda: self._scheduler.limits,
             state=lambda: self.state,
         )
@@ -92,19 +92,9 @@ class EngineLoop:
         """KV rows of ended requests that every stage keeps, for /health."""
         return self._scheduler.kept_rows
 
-    # called by the thread that leads
-
-    def activate(self, plan: Plan, limits: PlanLimits, coordinator_epoch: int) -> None:
-        """Compute by this plan as soon as the steps in flight are back."""
-        self._events.put(Activate(plan, limits, coordinator_epoch))
-
-    def limits_changed(self, limits: PlanLimits) -> None:
-        """Take new limits of the active plan: a stage came back with more or less room for KV rows."""
-        self._events.put(LimitsChanged(limits))
-
-    def stand_by(self, error: NoodleError) -> None:
-        """End every open request with this error and compute nothing: another coordinator leads."""
-        self._events.put(StandBy(error))
+    def notify(self, event: LoopEvent) -> None:
+        """Hand an event to the loop; `leadership.py` sends those about plans."""
+        self._events.put(event)
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests, and return when the open ones have ended or the time is over."""
@@ -113,7 +103,7 @@ class EngineLoop:
 
     def stop(self) -> None:
         """End the loop; open requests end with an error."""
-        self._events.put(Stop())
+        self.notify(Stop())
 
     # the loop
 
@@ -342,7 +332,7 @@ class EngineLoop:
         self._scheduler.coordinator_epoch = activate.coordinator_epoch
         self._metrics.steps.begin_plan((stage.stage_id, stage.machine) for stage in activate.plan.stages)
         self._replay("new_plan")
-        self._pipeline = self._make_pipeline(activate.plan, activate.coordinator_epoch, self._events.put)
+        self._pipeline = self._make_pipeline(activate.plan, activate.coordinator_epoch, self.notify)
         log.info("plan %d is active, coordinator epoch %d", activate.plan.version, activate.coordinator_epoch)
 
     def _stand_by(self, error: NoodleError) -> None:

@@ -1,8 +1,4 @@
-"""The coordinator's ways into the pipeline: steps to stage 0, results from the last stage, and whether it stands.
-
-Knows whether every stage of one plan is reachable, by connections and by the queue as NOODLE_TRANSPORT says, and tells
-its owner; nothing of requests.
-"""
+"""The coordinator's connections to the stages of one plan: steps to stage 0, results from the last, and their state."""
 
 from __future__ import annotations
 
@@ -37,21 +33,21 @@ from noodle.wire.queue_end import QueueEnd, Streams
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.25  # between two looks at the stages' own beats, where the queue is in use
+LOOK_SECONDS = 0.25  # between two looks at the stages' heartbeats, if the queue is in use
 
 
 class PipelineQueue(Streams, Protocol):
     """The part of WorkQueue that a pipeline needs."""
 
     def states_of(self, stage_ids: Sequence[int]) -> dict[int, StageState]:
-        """What these stages say of themselves, without the silent ones."""
+        """Return the states of these stages, without the silent ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineUp:
-    """Every stage is reachable; a `boot_id` that differs from before is a KV cache that is gone.
+    """Every stage is reachable. A `boot_id` that differs from before means that a KV cache is gone.
 
-    Told again with the same ones when a way between them changed, and steps on their way may be lost with it.
+    Sent again with equal ones after a lost connection between them, as steps in flight may be lost with it.
     """
 
     plan_version: int
@@ -60,7 +56,7 @@ class PipelineUp:
 
 @dataclass(frozen=True, slots=True)
 class PipelineDown:
-    """Some stage is not reachable, and why."""
+    """Some stage is not reachable."""
 
     plan_version: int
     reason: str
@@ -68,7 +64,7 @@ class PipelineDown:
 
 @dataclass(frozen=True, slots=True)
 class ResultArrived:
-    """One result from the last stage."""
+    """The last stage returned the result of a step."""
 
     result: StepResult
 
@@ -77,31 +73,31 @@ PipelineEvent = PipelineUp | PipelineDown | ResultArrived
 
 
 class Pipeline:
-    """All ways of one plan, until it is closed."""
+    """All connections of one plan, direct and by the queue as `transport` says, until it is closed."""
 
     def __init__(
         self,
         plan: Plan,
         coordinator_epoch: int,
         cluster_token: str,
-        tell: Callable[[PipelineEvent], None],
+        notify: Callable[[PipelineEvent], None],
         *,
         transport: str,
         work_queue: PipelineQueue,
         travel: TravelMetrics,
     ) -> None:
-        self._plan, self._transport, self._tell, self._travel = plan, transport, tell, travel
+        self._plan, self._transport, self._notify, self._travel = plan, transport, notify, travel
         self._work_queue = work_queue
-        self._chain: list[ChainLink] = []  # as the hop's answer says it
-        self._states: dict[int, StageState] = {}  # as the stages' beats say it
-        self._losses: dict[tuple[int, str], int] = {}  # by stage and boot, of its own next link
+        self._chain: list[ChainLink] = []  # as keep-alives of stage 0 report it
+        self._states: dict[int, StageState] = {}  # as heartbeats report it
+        self._losses: dict[tuple[int, str], int] = {}  # of a stage's connection to the next, by stage and boot id
         self._results_changes = 0
         self._reasons = {
             "hop": f"{_named(plan.stages[0])} is not connected",
             "results": f"{_named(plan.stages[-1])} does not send its results yet",
         }
-        self._told: tuple[object, ...] | None = None  # what the pipeline stood with when that was told
-        self._lock = threading.RLock()  # held while telling, so that news arrive in their order
+        self._notified: tuple[object, ...] | None = None  # what the last PipelineUp was sent for, None while it is down
+        self._lock = threading.RLock()  # held while notifying, so that events arrive in order
         self._closed = threading.Event()
         self._hop: KeptOpen[HopConnection] | None = None
         self._results: KeptOpen[ResultsConnection] | None = None
@@ -109,13 +105,13 @@ class Pipeline:
 
         def open_hop(when_lost: Callable[[str], None]) -> HopConnection:
             connection = HopConnection(
-                plan.stages[0].url, cluster_token, self._heard, when_lost, travel.round_trip.observe
+                plan.stages[0].url, cluster_token, self._receive, when_lost, travel.round_trip.observe
             )
             connection.open(plan.version)
             return connection
 
         def open_results(when_lost: Callable[[str], None]) -> ResultsConnection:
-            connection = ResultsConnection(plan.stages[-1].url, cluster_token, self._heard, when_lost)
+            connection = ResultsConnection(plan.stages[-1].url, cluster_token, self._receive, when_lost)
             connection.open(plan.version, coordinator_epoch)
             return connection
 
@@ -124,24 +120,24 @@ class Pipeline:
                 self._queue = QueueEnd(
                     work_queue,
                     RESULTS_STREAM,
-                    take=self._taken,
+                    take=self._take_entry,
                     changed=self._look,
                     refused=lambda reason: travel.refused_entries.labels(reason).inc(),
                 )
                 self._queue.start("coordinator")
-                start_loop("beats", self._watch_beats, "coordinator")
+                start_loop("heartbeats", self._watch_heartbeats, "coordinator")
             if transport != "queue":
                 self._results = KeptOpen("results", "coordinator", open_results, self._results_changed)
                 self._hop = KeptOpen("hop", "coordinator", open_hop, self._hop_changed)
 
     def send(self, message: Step | LiveSessions, body: bytes = b"") -> None:
-        """Send one message to stage 0; raises LinkLost when no way leads there."""
+        """Send one message to stage 0. Raises LinkLost if neither the connection nor the queue takes it."""
         hop = self._hop.connection if self._hop is not None else None
         try:
             if hop is None:
                 raise LinkLost(f"{self._plan.stages[0].url} is not connected.")
             hop.send(message, body)
-            way = "direct"
+            transport = "direct"
         except LinkLost:
             if self._queue is None:
                 raise
@@ -150,22 +146,22 @@ class Pipeline:
                 self._queue.write(hop_stream(self._plan.stages[0].stage_id), entry)
             except QueueUnavailable as error:
                 raise LinkLost(str(error)) from error
-            way = "queue"
+            transport = "queue"
         if isinstance(message, Step):
-            self._travel.step(way, len(body))
+            self._travel.step(transport, len(body))
 
     def close(self) -> None:
-        """Close every way; nothing more is told."""
+        """Close every connection; no event follows."""
         self._closed.set()
-        for way in (self._hop, self._results, self._queue):
-            if way is not None:
-                way.close()
+        for connection in (self._hop, self._results, self._queue):
+            if connection is not None:
+                connection.close()
 
-    # what is heard
+    # messages from stages
 
-    def _heard(self, message: HopMessage) -> None:
+    def _receive(self, message: HopMessage) -> None:
         if isinstance(message, StepResult):
-            self._say(ResultArrived(self._within_vocabulary(message)))
+            self._send_event(ResultArrived(self._within_vocabulary(message)))
         elif isinstance(message, KeepAlive) and message.chain:
             with self._lock:
                 self._chain = message.chain
@@ -173,15 +169,15 @@ class Pipeline:
         elif isinstance(message, HopRefused):
             log.warning("stage %d refused a frame: %s (%s)", message.stage_id, message.message, message.reason)
 
-    def _taken(self, entry: QueueEntry) -> None:
+    def _take_entry(self, entry: QueueEntry) -> None:
         if not isinstance(entry, StepResult):
             raise WireError(f"a {type(entry).__name__} is no result.")
-        self._say(ResultArrived(self._within_vocabulary(entry)))
+        self._send_event(ResultArrived(self._within_vocabulary(entry)))
 
     def _within_vocabulary(self, result: StepResult) -> StepResult:
-        """The result with a refusal in the place of each span whose tokens the model does not have.
+        """Replace each span that has a token outside the model's vocabulary by a refusal.
 
-        One of them in a session would be refused by stage 0, could not be made text, and would be recorded for good.
+        Such a token would be refused by stage 0, has no text, and would stay in the request's record.
         """
         vocab_size, last = self._plan.vocab_size, self._plan.stages[-1].stage_id
         wrong = [span for span in result.spans if _largest_token_id(span) >= vocab_size]
@@ -194,8 +190,8 @@ class Pipeline:
                 span.session_epoch,
                 span.first_position,
                 last,
-                "unknown_token",
-                f"it answered token {_largest_token_id(span)}, and the model has {vocab_size}; "
+                reason="unknown_token",
+                message=f"it answered token {_largest_token_id(span)}, and the model has {vocab_size}; "
                 "does every machine have the same model?",
             )
             for span in wrong
@@ -212,11 +208,11 @@ class Pipeline:
     def _results_changed(self, reason: str) -> None:
         with self._lock:
             was, self._reasons["results"] = self._reasons["results"], _lost(self._plan.stages[-1], reason)
-            if bool(was) != bool(reason):  # also one that is there again: the stage may have used the old one till now
+            if bool(was) != bool(reason):  # also when it is back: the stage may have used the old one until now
                 self._results_changes += 1
         self._look()
 
-    def _watch_beats(self) -> None:
+    def _watch_heartbeats(self) -> None:
         stage_ids = [stage.stage_id for stage in self._plan.stages]
         while not self._closed.is_set():
             try:
@@ -225,33 +221,33 @@ class Pipeline:
                     self._states = states
                 self._look()
             except QueueUnavailable as error:
-                log.debug("no beats read: %s", error)
+                log.debug("no heartbeats read: %s", error)
             self._closed.wait(LOOK_SECONDS)
 
-    # what it means
+    # the pipeline's state
 
     def _look(self) -> None:
-        """Compare what is known with the plan, and tell the change."""
+        """Compare the known state with the plan, and notify of a change."""
         with self._lock:
             links = self._links()
             missing = self._missing(links)
             if missing is not None:
-                was_up, self._told = self._told is not None, None
+                was_up, self._notified = self._notified is not None, None
                 if was_up:
-                    self._say(PipelineDown(self._plan.version, missing))
+                    self._send_event(PipelineDown(self._plan.version, missing))
                 return
             boot_ids = tuple(link.boot_id for link in links)
-            stands_with = (boot_ids, self._losses_of(links), self._results_changes)
-            if stands_with != self._told:
-                self._told = stands_with
-                self._say(PipelineUp(self._plan.version, boot_ids))
+            state = (boot_ids, self._losses_of(links), self._results_changes)
+            if state != self._notified:
+                self._notified = state
+                self._send_event(PipelineUp(self._plan.version, boot_ids))
 
     def _links(self) -> list[ChainLink]:
-        """What is known of each stage: by the connections as far as they reach, from there on by the stages' beats."""
+        """Return the link of each stage: as far as connections reach from their reports, then from heartbeats."""
         links: list[ChainLink] = []
         for link in self._chain:
             links.append(link)
-            if link.by_queue:  # what it once heard of those behind may be old
+            if link.by_queue:  # its view of downstream stages may be stale
                 break
         for stage in self._plan.stages[len(links) :]:
             state = self._states.get(stage.stage_id)
@@ -261,7 +257,7 @@ class Pipeline:
         return links
 
     def _missing(self, links: list[ChainLink]) -> str | None:
-        """What is missing for the whole pipeline, None when nothing is."""
+        """Return why the pipeline is incomplete, None if it is complete."""
         queue_failure = self._queue.failure if self._queue is not None else None
         for name, kept in (("hop", self._hop), ("results", self._results)):
             if (kept is None or kept.connection is None) and queue_failure != "":
@@ -282,7 +278,7 @@ class Pipeline:
         return None
 
     def _losses_of(self, links: list[ChainLink]) -> tuple[int, ...]:
-        """How often each connection was lost; a beat may be older than what its stage said over a connection."""
+        """Return how often each connection was lost. A heartbeat may be older than its stage's last report."""
         counts = [self._hop.losses if self._hop is not None else 0]
         for link in links:
             key = (link.stage_id, link.boot_id)
@@ -290,15 +286,15 @@ class Pipeline:
             counts.append(self._losses[key])
         return tuple(counts)
 
-    def _say(self, event: PipelineEvent) -> None:
+    def _send_event(self, event: PipelineEvent) -> None:
         if not self._closed.is_set():
-            self._tell(event)
+            self._notify(event)
 
 
 def _largest_token_id(span: SpanResult) -> int:
-    """Of all that a span's result names; -1 when it names none."""
+    """Return the largest token id that a span's result names, -1 if it names none."""
     if span.token_id is None and not span.scores:
-        return -1  # as most spans of a prompt
+        return -1  # most spans of a prompt
     scored = [each.token_id for score in span.scores for each in score.top]
     return max(-1 if span.token_id is None else span.token_id, *(each.token_id for each in span.top), *scored, -1)
 
@@ -308,5 +304,5 @@ def _named(stage: StageAssignment) -> str:
 
 
 def _lost(stage: StageAssignment, reason: str) -> str:
-    """What KeptOpen says of a connection, with the stage named; empty when it stands."""
+    """Name the stage whose connection KeptOpen reports as lost; empty if it is not."""
     return f"{_named(stage)} is lost ({reason.rstrip('.')})" if reason else ""

@@ -1,8 +1,8 @@
-"""How long open requests wait for a pipeline that broke; pure, time is given.
+"""How long open requests wait for a broken pipeline. Time is passed in.
 
-The rule: a request ends when the pipeline broke and nothing was computed for it since, for as long as a lost stage may
-take to return. It is counted from the first break and not from the newest one, so that a pipeline that comes and goes
-ends it too. What breaks while a request still waits for its place is forgotten as soon as the pipeline computes again.
+A request ends if the pipeline broke and nothing was computed for it since, for as long as a lost stage may take to
+return. The time counts from the first break, not from the newest, so that a pipeline that comes and goes ends it too.
+A break while a request still waits for its place is forgotten as soon as the pipeline computes again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Recovery:
         self._recovery_seconds = recovery_seconds
         self._broken_since: dict[str, float] = {}
         self._reason = ""
-        self._computed_at = 0.0  # when the pipeline last showed that it computes, or got its first step after none
+        self._computed_at = 0.0  # when the pipeline last returned a result, or got its first step after none
 
     def began(self, now: float) -> None:
-        """The pipeline got a step after it had none."""
+        """Note a step that was sent while none was in flight."""
         self._computed_at = now
 
     def computed(self, now: float, request_ids: Iterable[str]) -> None:
-        """Something was computed for these requests; they have their full time again."""
+        """Give these requests their full time again: something was computed for them."""
         self._computed_at = now
         for request_id in request_ids:
             self._broken_since.pop(request_id, None)
@@ -38,9 +38,9 @@ class Recovery:
         return not self._broken_since
 
     def broke(self, reason: str, now: float, arrived_at: Mapping[str, float], *, is_busy: bool) -> None:
-        """The pipeline is broken while these requests are open; of one that was hit before, the older break counts.
+        """Note a break while these requests are open; a request's older break counts.
 
-        A stage that froze is noticed by its silence, so with steps on their way that silence counts.
+        A frozen stage is noticed by its silence, so with steps in flight the time counts from the last result.
         """
         since = max(self._computed_at, now - SILENCE_SECONDS) if is_busy else now
         self._reason = reason.rstrip(".")
@@ -48,17 +48,17 @@ class Recovery:
             self._broken_since.setdefault(request_id, max(since, arrived))
 
     def forget(self, request_id: str) -> None:
-        """The request has ended."""
+        """Drop a request that has ended."""
         self._broken_since.pop(request_id, None)
 
     def out_of_time(self, now: float) -> dict[str, GenerationFailed]:
-        """Requests that have waited too long, each with the error to end it with."""
+        """Return the requests that have waited too long, each with the error that ends it."""
         return {
             request_id: GenerationFailed(
                 f"The pipeline broke, and nothing was computed for this request for {now - since:.0f} seconds: "
                 f"{self._reason}.",
                 cure="See `noodle status` and that stage's log, then send the request again. NOODLE_RECOVERY_SECONDS "
-                "says how long a stage may take to return.",
+                "sets how long a stage may take to return.",
             )
             for request_id, since in self._broken_since.items()
             if now - since >= self._recovery_seconds

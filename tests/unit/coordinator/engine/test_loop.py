@@ -19,6 +19,7 @@ from noodle.wire.messages import (
 )
 from services.coordinator.engine import loop
 from services.coordinator.engine import scheduler as scheduler_module
+from services.coordinator.engine.admission import Activate
 from services.coordinator.engine.loop import EngineLoop
 from services.coordinator.engine.pipeline import PipelineDown, PipelineUp, ResultArrived
 from services.coordinator.engine.request import LOOPBACK, Token
@@ -86,11 +87,11 @@ class Rig:
         )
         self.thread = threading.Thread(target=self.loop.run)
         self.thread.start()
-        self.loop.activate(PLAN, plan_limits(2, kv_tokens, 256), 1)
+        self.tell(Activate(PLAN, plan_limits(2, kv_tokens, 256), 1))
         self.up()
 
     def tell(self, event):
-        self.loop._events.put(event)
+        self.loop.notify(event)
 
     def up(self, *boot_ids):
         self.tell(PipelineUp(1, boot_ids or ("boot 0", "boot 1")))
