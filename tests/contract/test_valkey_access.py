@@ -107,7 +107,7 @@ def test_nobody_else_is_let_in(port, who):
 
 
 def test_a_wrong_password_is_said_with_its_cure(port):
-    with pytest.raises(QueueUnavailable, match="refuses the password") as refused:
+    with pytest.raises(QueueUnavailable, match="rejects the password") as refused:
         WorkQueue(f"redis://{USER}@127.0.0.1:{port}", "guess").plan()
     assert "NOODLE_VALKEY_PASSWORD" in refused.value.cure
 
@@ -121,3 +121,22 @@ def test_a_number_belongs_to_the_stage_that_has_it_until_that_is_silent_or_gone(
     assert work.claim_stage(7, URL_1) == URL_0
     work.forget_stage(7, URL_0)
     assert work.claim_stage(7, URL_1) == URL_1
+
+
+def test_records_that_another_version_left_are_ignored_with_one_line_each(port, caplog):
+    work = WorkQueue(f"redis://{USER}@127.0.0.1:{port}", PASSWORD)
+    state, plan = StageState(1, "vm", "boot", "ready"), Plan(2, "digest", 1, 1, 1, 1, ())
+    keys = ("noodle:plan", "noodle:planner", "noodle:stage:0:report", "noodle:stage:0:state")
+    with redis.Redis(port=port, username=USER, password=PASSWORD) as client:
+        for key, junk in zip(keys, (b'{"version": "one"}', b"[]", b'{"stage": 0}', b"\xff"), strict=True):
+            client.set(key, junk)
+    work.put_stage_state(state)
+    for _ in range(3):
+        assert work.plan() is None
+        assert work.reports() == []
+        assert work.stage_states() == work.states_of([0, 1]) == {1: state}
+        assert work.look([0, 1]) == (None, None, {1: state})
+    ignored = [record.getMessage() for record in caplog.records if record.getMessage().startswith("ignoring")]
+    assert sorted(message.split()[1] for message in ignored) == sorted(keys)
+    work.put_plan(plan)
+    assert work.plan() == plan
