@@ -12,38 +12,16 @@ from noodle.config.settings import CoordinatorConfig
 from noodle.logs import bind_request
 from noodle.web.connectivity_routes import install_connectivity_routes
 from noodle.web.service import install_error_handlers, install_metrics_route
-from services.coordinator.api import about, generate, manual, openai, openapi, requests
+from services.coordinator.api import generate, manual, openai, openapi, requests
 from services.coordinator.api.auth import Clients, take_request_id
 from services.coordinator.api.body import JsonObject
 from services.coordinator.api.openapi import ANY_OBJECT, Operation
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.cors import install_cors
 from services.coordinator.models.weight_server import install_weight_routes
-from services.coordinator.ops import log_metrics, reports
-from services.coordinator.ops.connectivity import OPERATIONS as CONNECTIVITY_OPERATIONS
-from services.coordinator.ops.connectivity import reach_targets
-from services.coordinator.ops.prometheus import install_targets_route
+from services.coordinator.ops import connectivity, health, log_metrics, prometheus, reports
 
-CLUSTER_OPERATIONS = (
-    Operation(
-        method="get",
-        path="/prometheus/targets",
-        summary="Targets for Prometheus",
-        description="Lists every /metrics of the cluster for Prometheus' HTTP service discovery; requires the cluster "
-        "token.",
-        answer={
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {
-                    "targets": {"type": "array", "items": {"type": "string"}},
-                    "labels": {"type": "object", "additionalProperties": {"type": "string"}},
-                },
-                "required": ["targets", "labels"],
-            },
-        },
-        errors=(401,),
-    ),
+WEIGHT_OPERATIONS = (
     Operation(
         method="get",
         path="/weights",
@@ -62,15 +40,16 @@ CLUSTER_OPERATIONS = (
     ),
 )
 OPERATIONS = (
-    *about.OPERATIONS,
+    *health.OPERATIONS,
     *openai.OPERATIONS,
     *generate.OPERATIONS,
     *requests.OPERATIONS,
     *manual.OPERATIONS,
     *log_metrics.OPERATIONS,
     *reports.OPERATIONS,
-    *CLUSTER_OPERATIONS,
-    *CONNECTIVITY_OPERATIONS,
+    *prometheus.OPERATIONS,
+    *WEIGHT_OPERATIONS,
+    *connectivity.OPERATIONS,
     openapi.METRICS,
     openapi.OPENAPI,
 )
@@ -87,11 +66,11 @@ def create_app(config: CoordinatorConfig, coordinator: Coordinator, registry: Co
     app.url_map.merge_slashes = False  # no answer of ours is a redirection
     install_error_handlers(app)
     install_metrics_route(app, registry, config.cluster_token)
-    install_targets_route(app, config, coordinator)
+    prometheus.install_targets_route(app, config, coordinator)
     install_request_ids(app)
     install_cors(app, config.cors_origins)
     clients = Clients(config)
-    app.register_blueprint(about.about_routes(config, coordinator, clients))
+    app.register_blueprint(health.health_routes(config, coordinator, clients))
     app.register_blueprint(openai.openai_routes(config, coordinator, clients))
     app.register_blueprint(generate.generate_routes(config, coordinator, clients))
     app.register_blueprint(requests.request_routes(coordinator, clients))
@@ -105,7 +84,7 @@ def create_app(config: CoordinatorConfig, coordinator: Coordinator, registry: Co
         valkey_password=config.valkey_password,
         name="coordinator",
         machine=config.machine,
-        targets=lambda: reach_targets(config, coordinator),
+        targets=lambda: connectivity.reachable_targets(config, coordinator),
     )
     app.register_blueprint(openapi.openapi_routes(document(), clients))
     return app

@@ -1,0 +1,1 @@
+"""What operators use: health, stored reports and metrics, Prometheus' targets, connectivity. Computes nothing."""

@@ -27,6 +27,10 @@ MAXIMUM_NODE_CHARACTERS = 100
 ENTRY_ID_CHARACTERS = 64
 
 
+MetricsObject = Annotated[dict[str, Any], Meta(min_length=1)]
+MetricsBody = MetricsObject | Annotated[list[MetricsObject], Meta(min_length=1, max_length=MAXIMUM_ENTRIES)]
+
+
 class MetricsEntry(Record, frozen=True, kw_only=True):
     """One entry as it is stored."""
 
@@ -61,7 +65,7 @@ OPERATIONS = (
         answer=MetricsStored,
         errors=GUIDE_ERRORS,
         is_guide=True,
-        body={"type": ["object", "array"]},
+        body=MetricsBody,
     ),
     Operation(
         method="get",
@@ -109,22 +113,18 @@ def log_metrics_routes(path: Path, require_client: Callable[[], object]) -> Blue
 
 
 def parse_metrics(body: bytes, received_at_seconds: float) -> list[MetricsEntry]:
-    """The entries of a body that is one object or a list of objects; raises InvalidRequest.
+    """Parse one object or a list of objects; raises InvalidRequest.
 
-    An object's numbers are its own fields or stand in its field `metrics`; they are stored unchanged.
+    The numbers of an object are its own fields or the fields of its `metrics`; they are stored unchanged.
     """
     try:
-        value = msgspec.json.decode(body)
+        value = msgspec.json.decode(body, type=MetricsBody)
     except (RecursionError, UnicodeDecodeError, msgspec.MsgspecError) as error:
         raise InvalidRequest(
-            f"The body is not JSON: {str(error)[:200]}.", cure="Send one object, or a list of objects."
+            f"The body is not JSON metrics: {str(error)[:200]}.",
+            cure=f'Send {{"node_id": "...", "metrics": {{...}}}}, or a list of 1 to {MAXIMUM_ENTRIES} such objects.',
         ) from error
     entries = value if isinstance(value, list) else [value]
-    if not 1 <= len(entries) <= MAXIMUM_ENTRIES or not all(isinstance(entry, dict) and entry for entry in entries):
-        raise InvalidRequest(
-            "The body is not an object of metrics, nor a list of them.",
-            cure=f'Send {{"node_id": "...", "metrics": {{...}}}}, or a list of 1 to {MAXIMUM_ENTRIES} such objects.',
-        )
     return [_parse_entry(entry, received_at_seconds) for entry in entries]
 
 

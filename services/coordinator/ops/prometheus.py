@@ -1,40 +1,59 @@
-"""`GET /prometheus/targets`: where Prometheus finds every /metrics of the cluster, as its HTTP service discovery asks.
+"""`GET /prometheus/targets`: every /metrics of the cluster, for Prometheus' HTTP service discovery.
 
-A stage of the plan stays in the list while it is silent: that it does not answer is what one wants to see.
+A stage of the plan stays in the list while it is silent, so that its silence shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, request
+from msgspec import Struct
 
 from noodle.cluster.plan import MachineReport, Plan
 from noodle.config.settings import CoordinatorConfig
 from noodle.web.service import json_response, require_token
+from services.coordinator.api.openapi import Operation
 from services.coordinator.coordinator import Coordinator
 
 HTTP_PORT = 80
 
-Target = dict[str, Any]
+
+class ScrapeTarget(Struct):
+    """One entry of Prometheus' HTTP service discovery."""
+
+    targets: list[str]  # one host:port
+    labels: dict[str, str]
 
 
-def install_targets_route(app: Flask, config: CoordinatorConfig, engine: Coordinator) -> None:
-    """With the cluster token alone, as /metrics."""
+OPERATIONS = (
+    Operation(
+        method="get",
+        path="/prometheus/targets",
+        summary="Targets for Prometheus",
+        description="Lists every /metrics of the cluster for Prometheus' HTTP service discovery; requires the cluster "
+        "token.",
+        answer=list[ScrapeTarget],
+        errors=(401,),
+    ),
+)
+
+
+def install_targets_route(app: Flask, config: CoordinatorConfig, coordinator: Coordinator) -> None:
+    """Needs the cluster token, like /metrics."""
 
     @app.get("/prometheus/targets")
     def prometheus_targets() -> Response:
         require_token(config.cluster_token)
-        # whoever asks has reached the coordinator under this name: it knows no better one of itself
+        # the client reached the coordinator under this name; the coordinator knows no better one
         own = _target(_with_port(request.host), service="coordinator", machine=config.machine)
         planner = _target(urlsplit(config.planner_url).netloc, service="planner")
-        return json_response([own, planner, *stage_targets(engine.leadership.view.plan, engine.reports())])
+        return json_response([own, planner, *stage_targets(coordinator.leadership.view.plan, coordinator.reports())])
 
 
-def stage_targets(plan: Plan | None, reports: Iterable[MachineReport]) -> list[Target]:
-    """Every stage that is registered or in the plan, by number; what it says of itself now holds before the plan."""
+def stage_targets(plan: Plan | None, reports: Iterable[MachineReport]) -> list[ScrapeTarget]:
+    """Every stage that is registered or planned, by number; its own report takes precedence over the plan."""
     planned = {stage.stage_id: (stage.url, stage.machine) for stage in plan.stages} if plan else {}
     registered = {report.stage_id: (report.url, report.machine) for report in reports}
     return [
@@ -43,10 +62,10 @@ def stage_targets(plan: Plan | None, reports: Iterable[MachineReport]) -> list[T
     ]
 
 
-def _target(address: str, **labels: str) -> Target:
-    return {"targets": [address], "labels": labels}
+def _target(address: str, **labels: str) -> ScrapeTarget:
+    return ScrapeTarget([address], labels)
 
 
 def _with_port(host: str) -> str:
-    """As Prometheus wants it; a client leaves the port of HTTP out."""
+    """The host with a port, which Prometheus needs and clients omit for HTTP."""
     return host if host.rpartition(":")[2].isdigit() else f"{host}:{HTTP_PORT}"

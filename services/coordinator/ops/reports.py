@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 MAXIMUM_REPORTS = 200
 REPORTS_FILE_BYTES = 32 << 20  # of each of the two files
-MAXIMUM_HEAD_CHARACTERS = 200  # of each field in a report's head
 REPORT_FILE_PATTERN = re.compile(r"\d{8}-\d{6}-\d{6}-([a-z]+)-[0-9a-f]{6}")  # stem of a file with one report
 
 OPERATIONS = (
@@ -78,7 +77,7 @@ def install_report_routes(app: Flask, folder: Path, require_client: Callable[[],
             raise NotFound(
                 f"There are no reports of the kind {kind[:40]!r}.", cure=f"The kinds are {', '.join(KINDS)}."
             )
-        document = decode_object(json_body(MAXIMUM_REPORT_BYTES, f"A report has {MAXIMUM_REPORT_BYTES} bytes at most."))
+        document = decode_object(json_body(MAXIMUM_REPORT_BYTES, f"A report has at most {MAXIMUM_REPORT_BYTES} bytes."))
         head = checked_head(document)
         report_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}-{kind}-{secrets.token_hex(3)}"
         report = _stored_report(report_id, kind, document)
@@ -107,17 +106,15 @@ def install_report_routes(app: Flask, folder: Path, require_client: Callable[[],
 
 
 def checked_head(document: dict[str, Any]) -> ReportHead:
-    """The head of a report; raises InvalidRequest if it is not made of short strings."""
+    """The head of a report; raises InvalidRequest."""
     try:
-        head = msgspec.convert(document, ReportHead)
+        return msgspec.convert(document, ReportHead)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"The report's head is wrong: {error}.", cure="Its fields are strings.") from error
-    for name in ReportHead.__struct_fields__:
-        if len(getattr(head, name)) > MAXIMUM_HEAD_CHARACTERS:
-            raise InvalidRequest(
-                f"'{name}' has more than the {MAXIMUM_HEAD_CHARACTERS} characters of a report's head.", param=name
-            )
-    return head
+        problem, _, path = str(error).partition(" - at `$.")
+        field = path.rstrip("`")
+        raise InvalidRequest(
+            f"The report's head is wrong: {field}: {problem}.", cure="Its fields are short strings.", param=field
+        ) from error
 
 
 def adopt_report_files(folder: Path, store: RecordStore) -> None:

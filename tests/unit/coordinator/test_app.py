@@ -96,7 +96,7 @@ def test_a_stage_is_a_target_where_it_says_it_is_and_stays_one_while_it_is_silen
     plan = Plan(1, "digest", 6, 64, 300, 256, tuple(planned))
     assert stage_targets(None, []) == []
     spare = msgspec.structs.replace(report, stage_id=10, url="http://[fd00::7]:8081")
-    assert [(each["targets"], each["labels"]["stage"]) for each in stage_targets(plan, [spare, report])] == [
+    assert [(each.targets, each.labels["stage"]) for each in stage_targets(plan, [spare, report])] == [
         (["192.168.1.101:8081"], "0"),
         (["192.168.1.103:8081"], "1"),
         (["[fd00::7]:8081"], "10"),
