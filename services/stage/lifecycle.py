@@ -23,7 +23,8 @@ from noodle.model.files import names_a_path
 from noodle.model.formats import Quality
 from noodle.model.weight_cache import WeightCache
 from services.stage.loading import load_role, return_freed_memory
-from services.stage.selection.report import card_reader, import_early, measured_report
+from services.stage.selection.device import card_use
+from services.stage.selection.report import build_machine_report, import_early
 from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Lifecycle:
         """Measure the machine, then load what each newer plan gives this stage, until `stop`."""
         import_early()
         folder = self._model_folder()
-        report = self._report = measured_report(
+        report = self._report = build_machine_report(
             self._config,
             self._stage.boot_id,
             folder,
@@ -120,7 +121,7 @@ class Lifecycle:
             known_quality=self._known_quality,
         )
         if report.device == "cuda":
-            self._stage.read_card = card_reader()
+            self._stage.read_card = card_use
         return_freed_memory()
         self._update(
             phase="waiting",
@@ -286,7 +287,7 @@ class Lifecycle:
             ready_version=plan.version,
             kv_budget_bytes=self._stage.kv_budget_bytes,
             kv_bytes_per_token=model_slice.kv_bytes_per_token,
-            kv_counts_reservations=model_slice.counts_reservations,
+            kv_counts_reservations=model_slice.reserves_upfront,
             weight_bytes=model_slice.weight_bytes,
             executor=mine.executor,
             weights=mine.weights,

@@ -12,6 +12,8 @@ from noodle.config.settings import StageConfig
 from noodle.errors import PlanDoesNotFit
 from noodle.model.formats import FORMAT_BY_DTYPE
 from services.stage.executors.candidate import Candidate
+from services.stage.executors.load import load_by
+from services.stage.selection.device import free_memory
 from services.stage.stage import Stage
 from services.stage.worker.manual_sessions import FORWARD_KV_BYTES, ForwardSessions
 from services.stage.worker.worker import Role
@@ -35,13 +37,8 @@ def load_role(
 
     `fetch` brings the tensors that `folder` lacks.
     """
-    import torch  # takes seconds: /health answers before
-
-    from services.stage.executors.load import load_by
-    from services.stage.selection.device import free_memory_bytes
-
     config, mine = stage.config, plan.stages[index]
-    if stage.role is not None and free_memory_bytes(report.device, torch) < 2 * mine.weight_bytes:
+    if stage.role is not None and free_memory(report.device).free_bytes < 2 * mine.weight_bytes:
         log.info("the old and the new layers do not fit side by side: dropping the old ones first")
         stage.become(0, None)
     weights = mine.weights or FORMAT_BY_DTYPE[mine.dtype]  # a plan that names no weights is for transformers
@@ -58,7 +55,7 @@ def load_role(
         fetch=fetch,
     )
     stages_here = sum(other.machine == mine.machine for other in plan.stages)
-    free_bytes = free_memory_bytes(report.device, torch)
+    free_bytes = free_memory(report.device).free_bytes
     kv_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / stages_here)
     check_kv_room(config, plan, index, kv_bytes, model_slice.kv_bytes_per_token)
     stage.kv_budget_bytes = kv_bytes

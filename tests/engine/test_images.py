@@ -53,10 +53,10 @@ def test_a_stage_has_ggml_with_the_kernels_of_this_processor():
 
 def test_a_stage_has_noodles_own_kernels_as_far_as_this_processor_runs_them():
     code = (
-        "from services.stage.executors.ggml.calls import GgmlCalls; "
+        "from services.stage.executors.ggml.graph import GgmlCalls; "
         "from services.stage.executors.ggml.backend import load_ggml; "
-        "from services.stage.executors.ggml.gemm import packed_rows; "
-        "found = packed_rows(GgmlCalls(load_ggml().module)); "
+        "from services.stage.executors.ggml.kernels import packed_weights; "
+        "found = packed_weights(GgmlCalls(load_ggml().module)); "
         "print(sorted(found.types) if found else [])"
     )
     done = in_image(STAGE, "python", "-P", "-c", code)

@@ -1,8 +1,8 @@
-"""Hidden states in the number format of a hop, which need not be the one a stage computes in; numpy, no torch.
+"""Hidden states in the activation dtype of a hop, which may differ from the dtype that a stage computes in.
 
-int8 is a format of hops alone: each token's row is its scale, a float32, and then one byte for each number, so rows can
-still be cut apart. A number too large for float16 becomes the largest there is; what is not finite stays so, because
-whoever computes with it must see that something overflowed.
+int8 is a dtype of hops alone: a token's row is its float32 scale followed by one byte per number, so rows can still be
+split. A number too large for float16 becomes the largest float16. Infinities and NaN are kept, so that the next stage
+sees the overflow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rows = npt.NDArray[np.float32]  # [tokens, hidden_size]
 
 
 def encode(values: Rows, dtype: str) -> ActivationTensor:
-    """Rows as they cross a hop in `dtype`."""
+    """Encode rows for a hop in `dtype`."""
     values = np.ascontiguousarray(values, np.float32)
     if dtype == "float32":
         encoded: npt.NDArray[np.generic] = values
@@ -31,13 +31,13 @@ def encode(values: Rows, dtype: str) -> ActivationTensor:
     elif dtype == "int8":
         encoded = _int8(values)
     else:
-        raise ValueError(f"{dtype} is no format of hidden states")
+        raise ValueError(f"{dtype} is not a dtype of hidden states")
     data = encoded.view(np.uint8).reshape(-1).data if encoded.size else memoryview(b"")
     return ActivationTensor(dtype, tuple(values.shape), data)
 
 
 def decode(tensor: ActivationTensor) -> Rows:
-    """The rows in float32 of a tensor that was checked (noodle.wire.frames); exact but for the product of int8."""
+    """Decode a checked tensor (noodle.wire.frames) to float32, exactly except for int8."""
     tokens, hidden_size = tensor.shape
     if tensor.dtype == "bfloat16":
         halves = np.frombuffer(tensor.data, np.uint16).astype(np.uint32)
@@ -47,12 +47,12 @@ def decode(tensor: ActivationTensor) -> Rows:
         scales = np.ascontiguousarray(rows[:, :SCALE_BYTES]).view(np.float32)
         return rows[:, SCALE_BYTES:].view(np.int8) * scales
     if tensor.dtype not in ("float32", "float16"):
-        raise ValueError(f"{tensor.dtype} is no format of hidden states")
+        raise ValueError(f"{tensor.dtype} is not a dtype of hidden states")
     return np.frombuffer(tensor.data, tensor.dtype).astype(np.float32, copy=False).reshape(tensor.shape)
 
 
-def recast(tensor: ActivationTensor, dtype: str) -> ActivationTensor:
-    """The same rows in another format; itself where it has that one."""
+def cast(tensor: ActivationTensor, dtype: str) -> ActivationTensor:
+    """The same rows in another dtype; the tensor itself if it has that dtype."""
     return tensor if tensor.dtype == dtype else encode(decode(tensor), dtype)
 
 
@@ -66,7 +66,7 @@ def _float16(values: Rows) -> npt.NDArray[np.float16]:
 
 
 def _bfloat16(values: Rows) -> npt.NDArray[np.uint16]:
-    """The upper half of a float32, rounded to the nearest and to the even one of two."""
+    """Upper halves of float32, rounded to nearest even."""
     bits = values.view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     rounded[np.isnan(values)] = NOT_A_NUMBER_BFLOAT16

@@ -1,10 +1,10 @@
-"""KV rows by session under a byte budget; knows sizes, neither what rows are made of nor models nor attention.
+"""KV rows by session, within a byte budget.
 
-A session's rows are allocated once, for as many tokens as it reserves, so that a served request, which knows how many
-that is, copies nothing. A session that reserves more later gets larger rows, and what is computed is copied.
+A session's rows are allocated once for all the tokens that it reserves, so a served request, which knows its length,
+copies nothing. If a session reserves more later, it gets larger rows and its computed rows are copied.
 
-On a CPU the rows are pages that the system commits as they are written, so a session counts by what it has computed.
-The memory of a card can not be had like that: there it counts by what it reserves.
+On a CPU the system commits pages as they are written, so a session counts with the rows that it has computed. A card
+has no such pages: there a session counts with the rows that it reserves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AnyRows = TypeVar("AnyRows", bound=Rows)
 
 
 class KvCache(Generic[AnyRows]):
-    """The rows of all sessions of one slice, made by `new_rows(reserve_tokens)`; `budget_bytes` None is no bound."""
+    """The rows of all sessions of one slice, made by `new_rows(reserve_tokens)`; `budget_bytes` None is no limit."""
 
     def __init__(
         self,
@@ -45,22 +45,22 @@ class KvCache(Generic[AnyRows]):
         budget_bytes: int | None = None,
         bytes_per_token: int = 0,
         *,
-        counts_reservations: bool = False,
+        reserves_upfront: bool = False,
     ) -> None:
         self._new_rows = new_rows
         self.budget_bytes = budget_bytes
         self.bytes_per_token = bytes_per_token  # over all layers of the slice
-        self.counts_reservations = counts_reservations
+        self.reserves_upfront = reserves_upfront
         self._sessions: dict[str, AnyRows] = {}
         self._counted_tokens = 0
 
     def open(self, session_id: str, reserve_tokens: int, end: int) -> AnyRows:
-        """The rows of a session that is to have them up to `end`, larger ones when it reserves more than before.
+        """Rows of a session up to `end`, moved to larger ones if it reserves more than before.
 
-        Raises StepRefused with reason `kv_budget` when that would pass the budget; nothing changes then.
+        Raises StepRefused with reason `kv_budget` if they exceed the budget; nothing changes then.
         """
         rows = self._sessions.get(session_id)
-        counted = reserve_tokens if self.counts_reservations else end
+        counted = reserve_tokens if self.reserves_upfront else end
         more_tokens = max(0, counted - (rows.counted_tokens if rows else 0))
         taken_bytes = self._counted_tokens * self.bytes_per_token
         wanted_bytes = taken_bytes + more_tokens * self.bytes_per_token
@@ -80,7 +80,7 @@ class KvCache(Generic[AnyRows]):
         return rows
 
     def open_spans(self, spans: Sequence[Span]) -> list[AnyRows]:
-        """The rows of each span of a step, checked; no session is left with rows that are new when one is refused."""
+        """Rows of each span of a step, checked. If one is refused, rows opened for the others are released."""
         opened: list[str] = []
         found: list[AnyRows] = []
         try:
@@ -97,14 +97,14 @@ class KvCache(Generic[AnyRows]):
         return found
 
     def copy(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
-        """Let a session have the first rows of another; raises PositionGap when that one has fewer, else as `open`."""
+        """Copy the first rows of a session to another; raises PositionGap if the source has fewer, else as `open`."""
         source = self._sessions.get(from_session_id)
         if source is None or source.length < tokens:
             raise PositionGap(f"session {from_session_id} has no {tokens} rows for session {to_session_id}.")
         self.open(to_session_id, reserve_tokens, tokens).copy_from(source, tokens)
 
     def check_span(self, session_id: str, rows: AnyRows, first_position: int, token_count: int) -> None:
-        """Refuse rows that were not reserved, or that leave a gap before them."""
+        """Refuse rows that were not reserved, and rows after a gap."""
         if first_position > rows.length:
             raise PositionGap(
                 f"session {session_id}: position {first_position} came, but only {rows.length} rows are computed."
@@ -117,11 +117,10 @@ class KvCache(Generic[AnyRows]):
             )
 
     def holds(self, session_id: str) -> bool:
-        """Whether rows are reserved for a session."""
         return session_id in self._sessions
 
     def release(self, session_id: str) -> None:
-        """Free a session's rows; one that holds none is fine."""
+        """Free a session's rows, if it holds any."""
         rows = self._sessions.pop(session_id, None)
         if rows is not None:
             self._counted_tokens -= rows.counted_tokens
@@ -131,5 +130,5 @@ class KvCache(Generic[AnyRows]):
         return self._counted_tokens * self.bytes_per_token
 
     def bytes_allocated(self) -> int:
-        """Bytes of the rows that all sessions reserve, committed or not."""
+        """Bytes of all allocated rows, committed or not."""
         return sum(rows.bytes_allocated for rows in self._sessions.values())

@@ -1,4 +1,4 @@
-"""The one door to both executors: loads a slice by whichever a candidate names, and says why ggml can not."""
+"""Loads a slice by the executor that a candidate names; the only module that knows both executors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from noodle.errors import GgmlUnavailable
-from services.stage.executors.base import ModelSlice
+from services.stage.executors.base import Fetch, ModelSlice, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.ggml.backend import ggml_build, ggml_version, load_ggml
 from services.stage.executors.ggml.families import ggml_lacks
-from services.stage.executors.reading import Fetch, Progress, ignore_progress, nothing_to_fetch
 
 
 def load_by(
@@ -23,17 +22,20 @@ def load_by(
     threads: int,
     context_length: int,
     cache_dir: Path | None,
-    progress: Progress = ignore_progress,
+    progress: ReadProgress = ignore_progress,
     fetch: Fetch = nothing_to_fetch,
 ) -> ModelSlice:
-    """Layers [start_layer, end_layer) of the model in `folder`, as the candidate computes them."""
+    """Load layers [start_layer, end_layer) of the model in `folder` as the candidate computes them."""
+    # importing torch and transformers takes seconds
     if candidate.executor == "ggml":
         from services.stage.executors.ggml.loading import load_ggml_slice
+        from services.stage.executors.transformers.runtime import read_model_config
 
         return load_ggml_slice(
             folder,
             start_layer,
             end_layer,
+            config=read_model_config(folder),
             weights=candidate.weights,
             kv_dtype=candidate.kv_dtype,
             context_length=context_length,
@@ -43,7 +45,7 @@ def load_by(
             fetch=fetch,
             cache_dir=cache_dir,
         )
-    from services.stage.executors.transformers.loading import load_slice  # takes seconds: torch and transformers
+    from services.stage.executors.transformers.loading import load_slice
 
     return load_slice(
         folder,
@@ -58,7 +60,7 @@ def load_by(
 
 
 def ggml_device(device: str) -> str:
-    """ggml's own name of what a stage computes on, as CUDA0 for cuda; raises GgmlUnavailable when it has no such."""
+    """ggml's name of a stage's device, as CUDA0 for cuda; raises GgmlUnavailable if this build does not have it."""
     devices = load_ggml().devices
     found = next((name for name in devices if name.rstrip("0123456789").lower() == device), None)
     if found is None:
@@ -71,13 +73,13 @@ def ggml_device(device: str) -> str:
 
 
 def ggml_hindrance(config: dict[str, Any], device: str, *, is_asked_for: bool = True) -> str:
-    """Why ggml can not compute this model here, with the cure; empty when it can.
+    """Reason why ggml cannot compute this model here, with the cure; empty if it can.
 
-    On a CUDA card it is compared only where it `is_asked_for`: what its kernels do there has not been seen, and some of
-    ggml's errors end the process.
+    On a CUDA card ggml is compared only if it `is_asked_for`: its kernels are untested there, and some of ggml's errors
+    end the process.
     """
     if device == "cuda" and not is_asked_for:
-        return "on a CUDA card ggml computes where it is asked for (NOODLE_EXECUTOR=ggml)."
+        return "on a CUDA card ggml computes only if asked for (NOODLE_EXECUTOR=ggml)."
     if lacks := ggml_lacks(config):
         return f"{lacks.rstrip('.')}."
     try:
@@ -88,12 +90,14 @@ def ggml_hindrance(config: dict[str, Any], device: str, *, is_asked_for: bool = 
 
 
 def version_of(executor: str) -> str:
-    """Of the package that computes, on every machine the same."""
-    import torch
+    """Name and version of the package that computes, the same on every machine."""
+    if executor == "ggml":
+        return f"ggml-python {ggml_version()}"
+    from services.stage.executors.transformers.runtime import torch_version
 
-    return f"ggml-python {ggml_version()}" if executor == "ggml" else f"torch {torch.__version__}"
+    return f"torch {torch_version()}"
 
 
 def build_of(executor: str) -> str:
-    """The version as this machine has it, for what is kept of its speed and its quality here."""
+    """The version and this machine's build of it, as the key of its measured speed and quality."""
     return f"{version_of(executor)} {ggml_build()}" if executor == "ggml" else version_of(executor)

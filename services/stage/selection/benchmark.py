@@ -1,52 +1,57 @@
-"""Seconds that a layer and the head of this model take on this machine, by the real code; kept in a file.
+"""Measures the seconds of a layer and of the head of this model on this machine, and keeps them in a file.
 
-Two stages on one machine measure one after the other, and the second finds the first's numbers.
+Stages on one machine measure one after another; later ones use the kept numbers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import json
 import logging
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from noodle.cluster.plan import Source
 from noodle.errors import StartError
 from noodle.folders import not_writable, writing
-from services.stage.executors.base import ModelSlice
+from noodle.wire.messages import SamplingParameters
+from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from services.stage.executors.candidate import Candidate
+from services.stage.executors.hidden_states import encode
 from services.stage.executors.load import load_by
-from services.stage.selection.kept_file import read_kept, write_kept
-from services.stage.selection.slice_timing import SliceTimer
+from services.stage.worker.sampler import sample
 
 log = logging.getLogger(__name__)
 
 FILE_NAME = "measurements.json"
 LOCK_TIMEOUT_SECONDS = 300.0  # several other stages may measure before this one
 LOCK_POLL_SECONDS = 0.1
-CONTEXT_TOKENS = 128  # rows a decode token attends to here, and tokens of a prefill chunk
-FURTHER_LAYERS = 2  # beside the one that every slice has
-BATCHED_SESSIONS = 4  # that share a step, where one is timed
+CONTEXT_TOKENS = 128  # rows that a decode token attends to, and tokens of a prefill chunk
+FURTHER_LAYERS = 2  # beyond the one that every slice has
+BATCHED_SESSIONS = 4  # that share a batched step
 MINIMUM_ROUNDS = 3
 MAXIMUM_ROUNDS = 15
-BUDGET_SECONDS = 1.0  # for the rounds of each kind of step, once the minimum is done
+BUDGET_SECONDS = 1.0  # for the rounds of each kind of step beyond the minimum
+CACHE_BYTES = 128 << 20  # written before a step, so that layers are read from memory and not from the processor's cache
+SAMPLING = SamplingParameters(temperature=0.8, top_p=0.95)
 
 MeasureProgress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredSeconds:
-    """What the planner needs of a machine's speed, for one model, device and dtype."""
+    """A machine's speed for one model, device and candidate, as the planner needs it."""
 
     decode_layer_seconds: float  # one layer, one token
     prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
@@ -54,12 +59,12 @@ class MeasuredSeconds:
     batched_layer_seconds: float  # one layer, for each token of a step of BATCHED_SESSIONS sessions
     batched_head_seconds: float  # head and sampling, for each of its rows
     source: Source = "measured"
-    layer_weight_bytes: float = 0.0  # of one layer as it is held; 0 where a model has too few layers to tell
+    layer_weight_bytes: float = 0.0  # of one layer in memory; 0 if the model has too few layers to tell
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasurementKey:
-    """What the numbers hold for; another of any of these is measured again."""
+    """What a measurement is valid for; a change of any field means a new measurement."""
 
     model_digest: str
     device: str
@@ -77,7 +82,7 @@ class MeasurementKey:
 
     @property
     def candidate(self) -> Candidate:
-        """What computes."""
+        """The measured candidate."""
         return Candidate(self.executor, self.weights, self.kv_dtype, self.dtype)
 
 
@@ -85,15 +90,15 @@ def measure_machine(
     folder: Path,
     layer_count: int,
     context_length: int,
+    *,
     key: MeasurementKey,
     cache_dir: Path,
     progress: MeasureProgress,
 ) -> MeasuredSeconds:
-    """The numbers of this machine for the model in `folder`, from the file in `cache_dir` or measured now.
+    """This machine's numbers for the model in `folder`, kept in `cache_dir` or measured now, which takes a few seconds.
 
-    Takes a few seconds when measured. `progress` gets the part done, 0 to 1, and what is being done.
-    Raises NotWritable when there is no such folder and none can be made; where only the result can not be kept, it is
-    measured anew at each start.
+    `progress` receives the share done, 0 to 1, and a description. Raises NotWritable if the folder does not exist and
+    cannot be made. A result that cannot be kept is measured again at each start.
     """
     with writing(cache_dir, "NOODLE_CACHE_DIR"):
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,7 @@ def measure_machine(
             write_kept(path, kept)
         except OSError as error:
             log.warning(
-                "the measurement is used, but not kept: %s It is made anew at each start.",
+                "the measurement is used, but not kept: %s It is made again at each start.",
                 not_writable(path, "NOODLE_CACHE_DIR", error),
             )
     progress(1.0, "measured")
@@ -124,10 +129,10 @@ def _measure(
     key: MeasurementKey,
     progress: MeasureProgress,
 ) -> MeasuredSeconds:
-    """By what further layers add to a step of one layer: what a step costs beside its layers is no layer's time.
+    """Measure what further layers add to a step of one layer, which leaves out the costs of the step itself.
 
-    Layers and head are timed in turn. A machine that others disturb is half as fast in one second as in the next, and
-    what layers take against the head decides where the model is cut.
+    Layers and head are timed in turn: under other load a machine may be half as fast in one second as in the next, and
+    the ratio of layers to head decides where the model is cut.
     """
     further = min(FURTHER_LAYERS, layer_count - 1)
     start = (layer_count - 1 - further) // 2
@@ -141,12 +146,12 @@ def _measure(
             device=key.device,
             threads=key.threads,
             context_length=context_length,
-            cache_dir=None,  # the weights may be holes that nobody has fetched yet: nothing of them is kept
+            cache_dir=None,  # the weights may be holes that were not fetched yet: keep nothing made of them
         )
 
     def timer_of(first: int, end: int) -> SliceTimer:
         timer = SliceTimer(load(first, end), device=key.device, reserve_tokens=CONTEXT_TOKENS + 1)
-        # warm-up, and the rows that decode attends to
+        # warms up, and computes the rows that decode attends to
         timer.step_seconds(BATCHED_SESSIONS, CONTEXT_TOKENS, first_position=0)
         return timer
 
@@ -184,10 +189,62 @@ def _measure(
     )
 
 
-def seconds_per_layer(seconds: list[float], further_layers: int) -> float:
-    """From a step of one layer and, where the model has more, one with further layers.
+class SliceTimer:
+    """Times steps of a slice of its own; sessions reserve `reserve_tokens` rows each. One thread at a time uses it."""
 
-    Never less than an even share of the longer step by half: a disturbed first step must not make layers free.
+    def __init__(self, model_slice: ModelSlice, *, device: str, reserve_tokens: int) -> None:
+        self.slice = model_slice
+        self.reserve_tokens = reserve_tokens  # of new sessions
+        self._random = np.random.default_rng(0)
+        self._unused = np.zeros(CACHE_BYTES, np.uint8) if device == "cpu" else None
+
+    def fill_rows(self, sessions: int, tokens: int) -> None:
+        """Give sessions rows 0 to `tokens` without computing them: noise takes as long to attend to."""
+        for session in range(sessions):
+            self.step_seconds(1, 1, first_position=0, first_session=session)
+            self.slice.fill_rows_with_noise(f"measurement {session}", tokens)
+
+    def step_seconds(
+        self,
+        sessions: int,
+        tokens: int,
+        *,
+        first_position: int,
+        sampled: bool = False,
+        embedded: bool = True,
+        first_session: int = 0,
+    ) -> float:
+        """Seconds of a step with `tokens` of each session, from token ids if the slice is the first and `embedded`.
+
+        `sampled` computes logits for the last token of each session and samples from them. Rows that exist already are
+        computed again into the same place.
+        """
+        spans = tuple(
+            Span(f"measurement {session}", first_position, tokens, self.reserve_tokens)
+            for session in range(first_session, first_session + sessions)
+        )
+        rows = np.arange(1, sessions + 1, dtype=np.int64) * tokens - 1 if sampled else np.zeros(0, np.int64)
+        if self.slice.is_first and embedded:
+            ids = self._random.integers(0, self.slice.vocab_size, sessions * tokens)
+            batch = PackedBatch(spans, rows, token_ids=ids)
+        else:
+            values = self._random.standard_normal((sessions * tokens, self.slice.hidden_size), np.float32)
+            batch = PackedBatch(spans, rows, hidden_states=encode(values, self.slice.dtype))
+        if self._unused is not None:
+            self._unused += 1
+        start_seconds = time.perf_counter()
+        output = self.slice.forward(batch)
+        if sampled and output.logits is not None:
+            for row in output.logits:
+                sample(row, SAMPLING, first_position, False)
+        self.slice.synchronize()  # a last slice without requested logits has copied nothing from its card
+        return time.perf_counter() - start_seconds
+
+
+def seconds_per_layer(seconds: list[float], further_layers: int) -> float:
+    """Seconds per layer from a step of one layer and, if the model has more, a step with further layers.
+
+    At least half an even share of the longer step: a disturbed first step must not make layers look free.
     """
     if len(seconds) == 1:
         return seconds[0]
@@ -195,7 +252,7 @@ def seconds_per_layer(seconds: list[float], further_layers: int) -> float:
 
 
 def _median_seconds(kinds: Mapping[str, Sequence[Callable[[], float]]]) -> dict[str, list[float]]:
-    """The seconds of each step of each kind, all taken in turn; their rows are computed again each time."""
+    """Median seconds of each step of each kind, taken in turn; each round computes the same rows again."""
     rounds: list[dict[str, list[float]]] = []
     end = time.monotonic() + BUDGET_SECONDS * sum(map(len, kinds.values()))
     while len(rounds) < MINIMUM_ROUNDS or (len(rounds) < MAXIMUM_ROUNDS and time.monotonic() < end):
@@ -206,13 +263,13 @@ def _median_seconds(kinds: Mapping[str, Sequence[Callable[[], float]]]) -> dict[
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def one_at_a_time(
     folder: Path, progress: MeasureProgress, timeout_seconds: float = LOCK_TIMEOUT_SECONDS
 ) -> Iterator[None]:
-    """Holds the machine's measuring lock, which is on the folder itself: a full or read-only one can be locked too.
+    """Hold the machine's measuring lock. It is on the folder itself, so a full or read-only folder can be locked too.
 
-    The system frees it when the process ends.
+    The system releases it when the process ends.
     """
     end = time.monotonic() + timeout_seconds
     with writing(folder, "NOODLE_CACHE_DIR"):
@@ -227,7 +284,7 @@ def one_at_a_time(
                     raise StartError(
                         f"another stage has been measuring this machine for {timeout_seconds:.0f} seconds "
                         f"({folder} is locked).",
-                        cure="Look for a stage that hangs, stop it, and start this one again.",
+                        cure="Find the stage that hangs, stop it, and start this one again.",
                     ) from error
                 progress(0.0, "waiting for another stage on this machine to measure")
                 threading.Event().wait(LOCK_POLL_SECONDS)
@@ -243,7 +300,28 @@ def _measurement_in(kept: dict[str, Any], key: str) -> MeasuredSeconds | None:
     try:
         measured = msgspec.convert(entry, MeasuredSeconds)
     except msgspec.ValidationError:
-        return None  # damaged, or written by hand: it can be measured again
+        return None  # damaged or edited: measure again
     layers = (measured.decode_layer_seconds, measured.batched_layer_seconds, measured.prefill_layer_seconds_per_token)
     heads = (measured.head_decode_seconds, measured.batched_head_seconds)
     return measured if min(layers) > 0 and min(heads) >= 0 else None
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """Entries of a JSON file of measurements; none if it is missing or damaged, since they can be measured again."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def write_kept(path: Path, kept: dict[str, Any]) -> None:
+    """Replace the file as a whole; raises OSError."""
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        beside.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is raised
+            beside.unlink(missing_ok=True)
+        raise

@@ -1,7 +1,8 @@
-"""The unsplit model under transformers' generate(), timed: the control of `noodle bench`; knows no cluster.
+"""Times the unsplit model under transformers' generate(), the control of `noodle bench`.
 
-A process (`python -m services.stage.control`) that talks in JSON lines (noodle/measuring.py): a ControlQuestion, then
-a ControlRun for each run; a ControlLine answers each. It ends with its standard input.
+A process (`python -m services.stage.tools.control`) that exchanges JSON lines (noodle/cluster/measuring.py): it
+receives a ControlQuestion and a ControlRun for each run, and answers each with a ControlLine. It ends with its standard
+input.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ import msgspec
 
 from noodle.cluster.measuring import ControlLine, ControlQuestion, ControlReady, ControlRun, ControlTimes, ProcessError
 from noodle.errors import ConfigurationError, GenerationFailed, NoodleError
-from services.stage.tools.reference import load_whole_model
+from services.stage.tools.reference import load_whole_model, write_line
 
 
 def main() -> int:
-    """Answer until standard input ends; exit status 1 after an error, which is the last line then."""
+    """Answer until standard input ends; after an error the last line describes it and the exit status is 1."""
     lines = iter(sys.stdin.buffer)
     try:
         control = Control(msgspec.json.decode(next(lines), type=ControlQuestion))
-        _say(ControlLine(ready=control.ready()))
+        write_line(ControlLine(ready=control.ready()))
         for line in lines:
-            _say(ControlLine(times=control.run(msgspec.json.decode(line, type=ControlRun))))
+            write_line(ControlLine(times=control.run(msgspec.json.decode(line, type=ControlRun))))
     except NoodleError as error:
-        _say(ControlLine(error=ProcessError(error.message, error.cure)))
+        write_line(ControlLine(error=ProcessError(error.message, error.cure)))
         return 1
     return 0
 
 
 class Control:
-    """The unsplit model, loaded with the cores and threads that it may use."""
+    """The unsplit model, loaded with the cores and threads of the question."""
 
     def __init__(self, question: ControlQuestion) -> None:
         if question.cores:
@@ -56,7 +57,7 @@ class Control:
             raise _no_memory(question.device) from error
 
     def ready(self) -> ControlReady:
-        """What it computes with, as it came out."""
+        """Describe the device, threads and versions that it computes with."""
         import torch
         import transformers
 
@@ -64,7 +65,7 @@ class Control:
 
         return ControlReady(
             device=self._question.device,
-            device_name=device_name(self._question.device, torch),
+            device_name=device_name(self._question.device),
             dtype=self._question.dtype,
             threads=torch.get_num_threads(),
             cores=len(os.sched_getaffinity(0)),
@@ -74,9 +75,9 @@ class Control:
         )
 
     def run(self, run: ControlRun) -> ControlTimes:
-        """Generate from all prompts as one batch, greedily, past any end of text; they are of one length.
+        """Generate greedily from prompts of equal length as one batch, past any end of text.
 
-        Raises GenerationFailed when the device runs out of memory, or other than the asked number of tokens came.
+        Raises GenerationFailed if the device runs out of memory, or the number of tokens is wrong.
         """
         import torch
 
@@ -105,12 +106,12 @@ class Control:
 
 
 class _Arrivals:
-    """A streamer for generate(): notes when each token of the batch is there."""
+    """A streamer for generate(): records the time of each token of the batch."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self._start_seconds = 0.0
-        self._is_prompt = True  # it is handed over first
+        self._is_prompt = True  # which generate() puts first
 
     def start(self) -> None:
         self._start_seconds = time.perf_counter()
@@ -130,11 +131,6 @@ def _no_memory(device: str) -> GenerationFailed:
         f"The unsplit model does not fit into the memory of {device} beside the cluster's stages.",
         cure="Use --no-control: a model that fits no machine whole is what the cluster is for.",
     )
-
-
-def _say(line: ControlLine) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")
-    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

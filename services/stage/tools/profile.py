@@ -1,7 +1,7 @@
-"""Measures this machine for one model with the slices a stage would load: layers, embedding and head, each apart.
+"""Measures layers, embedding and head of one model on this machine, with the slices that a stage would load.
 
-A process for `noodle profile` (`python -m services.stage.profile`): a ProfileQuestion on standard input, ProfileLines
-on standard output, the last with the profile (noodle/measuring.py). Knows no cluster.
+A process for `noodle profile` (`python -m services.stage.tools.profile`): it reads a ProfileQuestion from standard
+input and writes ProfileLines to standard output, the last one with the profile (noodle/cluster/measuring.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,29 +19,31 @@ from noodle.cluster.measuring import MachineProfile, ProcessError, ProfileLine, 
 from noodle.errors import ConfigurationError, NoodleError
 from noodle.folders import writing
 from noodle.model.files import model_digest
-from services.stage.tools.profile_points import FULL, QUICK, thread_counts
+from services.stage.tools.reference import write_line
 
-Say = Callable[[float, str], None]
+MeasureProgress = Callable[[float, str], None]
 
 
 def main() -> int:
-    """Measure; exit status 1 after an error, which is the last line then."""
+    """Measure; after an error the last line describes it and the exit status is 1."""
     try:
         question = msgspec.json.decode(sys.stdin.buffer.readline(), type=ProfileQuestion)
-        profile = profile_machine(question, lambda done, text: _say(ProfileLine(progress=ProfileProgress(done, text))))
+        profile = profile_machine(
+            question, lambda done, text: write_line(ProfileLine(progress=ProfileProgress(done, text)))
+        )
     except NoodleError as error:
-        _say(ProfileLine(error=ProcessError(error.message, error.cure)))
+        write_line(ProfileLine(error=ProcessError(error.message, error.cure)))
         return 1
-    _say(ProfileLine(profile=profile))
+    write_line(ProfileLine(profile=profile))
     return 0
 
 
-def profile_machine(question: ProfileQuestion, say: Say) -> MachineProfile:
-    """Every device that is asked for, while no stage measures here; `say` is told how far it is.
+def profile_machine(question: ProfileQuestion, progress: MeasureProgress) -> MachineProfile:
+    """Measure every requested device while no stage measures; `progress` receives the share done and a description.
 
-    Raises ConfigurationError without torch, or for a device or number format that this machine has not.
+    Raises ConfigurationError without torch, or for a device or dtype that this machine does not support.
     """
-    say(0.0, "starting torch")
+    progress(0.0, "starting torch")
     try:
         import torch
         import transformers
@@ -49,20 +52,19 @@ def profile_machine(question: ProfileQuestion, say: Say) -> MachineProfile:
             "Measuring needs torch and transformers, which are not installed here.",
             cure="Run `noodle profile` where a stage is installed (`make setup`, or noodle's extra `stage`).",
         ) from error
-    from services.stage.executors.transformers.loading import read_config
+    from services.stage.executors.transformers.runtime import read_model_config
     from services.stage.selection.benchmark import one_at_a_time
-    from services.stage.tools.profile_device import DeviceProfiler
+    from services.stage.tools.profile_device import FULL, QUICK, DeviceProfiler, thread_counts
 
     folder, cache_dir = Path(question.folder), Path(question.cache_dir)
-    read_config(folder)
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = read_model_config(folder)
     cores = len(os.sched_getaffinity(0))
     notes: list[str] = []
     start_seconds = time.monotonic()
     with writing(cache_dir, "NOODLE_CACHE_DIR"):
         cache_dir.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(cache_dir, say):
-        devices = devices_of(question.device, torch, notes)
+    with one_at_a_time(cache_dir, progress):
+        devices = devices_of(question.device, notes)
         extent = QUICK if question.is_quick else FULL
         profiles = []
         for index, device in enumerate(devices):
@@ -75,7 +77,7 @@ def profile_machine(question: ProfileQuestion, say: Say) -> MachineProfile:
                 layer_count=int(config.num_hidden_layers),
                 context_length=int(config.max_position_embeddings),
                 budget_seconds=extent.measuring_seconds / len(devices),
-                say=lambda done, text, index=index: say((index + done) / len(devices), text),  # type: ignore[misc]
+                progress=partial(_report_device, progress, index, len(devices)),
                 notes=notes,
             )
             most = question.threads or cores
@@ -96,28 +98,27 @@ def profile_machine(question: ProfileQuestion, say: Say) -> MachineProfile:
     )
 
 
-def devices_of(wanted: str, torch: object, notes: list[str]) -> list[str]:
-    """The card first where there is one that this torch can use; what is left out is noted."""
+def _report_device(progress: MeasureProgress, index: int, count: int, done: float, text: str) -> None:
+    progress((index + done) / count, text)
+
+
+def devices_of(wanted: str, notes: list[str]) -> list[str]:
+    """The devices to measure, a card that this torch can use first; what is left out is noted."""
     from services.stage.selection.device import TORCH_DEVICES, choose_device
 
     if wanted not in ("auto", *TORCH_DEVICES):
         notes.append(
-            f"NOODLE_DEVICE={wanted} is not measured: this measures transformers, and ggml alone computes there."
+            f"NOODLE_DEVICE={wanted} is not measured: ggml alone computes there, and this measures transformers."
         )
         return ["cpu"]
     if wanted != "auto":
-        return [choose_device(wanted, torch).value]
+        return [choose_device(wanted).value]
     try:
-        chosen = choose_device("auto", torch).value
+        chosen = choose_device("auto").value
     except ConfigurationError as error:
         notes.append(f"The card is not measured: {error}")
         return ["cpu"]
     return ["cuda", "cpu"] if chosen == "cuda" else ["cpu"]
-
-
-def _say(line: ProfileLine) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")
-    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

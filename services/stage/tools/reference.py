@@ -1,7 +1,7 @@
-"""The unsplit model, computed by transformers on the CPU: feeds it what a cluster generated and says how far it is off.
+"""Compares what a cluster generated with the unsplit model, computed by transformers on the CPU.
 
-A process for `noodle verify` (`python -m services.stage.reference`): one JSON object on standard input, JSON lines on
-standard output, the last one with the results. Knows no cluster.
+A process for `noodle verify` (`python -m services.stage.tools.reference`): it reads one JSON object from standard input
+and writes JSON lines to standard output, the last one with the results.
 """
 
 from __future__ import annotations
@@ -9,19 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError
 
-if TYPE_CHECKING:
-    import torch
-
 
 class Answered(Struct, frozen=True):
-    """A prompt and what a cluster made of it, greedily."""
+    """A prompt and the tokens that a cluster generated greedily."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -29,16 +26,16 @@ class Answered(Struct, frozen=True):
 
 
 class Question(Struct, frozen=True):
-    """What is to be compared."""
+    """The prompts to compare, and the model."""
 
     folder: str
     dtype: str  # float32, float16 or bfloat16
-    context_length: int  # that the cluster promises: it fixes longrope's frequencies
+    context_length: int  # of the cluster's plan, which fixes longrope's frequencies
     prompts: tuple[Answered, ...]
 
 
 class Difference(Struct, frozen=True):
-    """A token that is not the reference's likeliest; see services/cli/verify/bounds.py, which reads this."""
+    """A token that is not the reference's most likely one; services/cli/verify/bounds.py reads this."""
 
     index: int
     token_id: int
@@ -48,7 +45,7 @@ class Difference(Struct, frozen=True):
 
 
 class Result(Struct, frozen=True):
-    """One prompt's comparison."""
+    """The comparison of one prompt."""
 
     prompt_tokens: int
     tokens: int
@@ -57,21 +54,21 @@ class Result(Struct, frozen=True):
 
 
 def main() -> int:
-    """Compare; exit status 1 after an error, which is the last line then."""
+    """Compare; after an error the last line describes it and the exit status is 1."""
     try:
         question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
-        results = compare(question, lambda done: _say({"compared": done}))
+        results = compare(question, lambda done: write_line({"compared": done}))
     except NoodleError as error:
-        _say({"error": {"message": error.message, "cure": error.cure}})
+        write_line({"error": {"message": error.message, "cure": error.cure}})
         return 1
-    _say({"results": msgspec.to_builtins(results)})
+    write_line({"results": msgspec.to_builtins(results)})
     return 0
 
 
 def compare(question: Question, compared: Callable[[int], None]) -> list[Result]:
-    """Feed each prompt with its tokens to the unsplit model; `compared` is told how many are done.
+    """Compute each prompt with its tokens by the unsplit model; `compared` receives the number of finished prompts.
 
-    Raises ConfigurationError without torch, ModelNotFound when the folder can not be loaded.
+    Raises ConfigurationError without torch, ModelNotFound if the folder cannot be loaded.
     """
     model, tokenizer = _load(question)
     compared(0)
@@ -84,7 +81,7 @@ def compare(question: Question, compared: Callable[[int], None]) -> list[Result]
 
 
 def compare_tokens(model: Any, prompt_ids: list[int], answered: Answered) -> Result:
-    """The logits at every new token, given all tokens before it as the cluster has them."""
+    """Compare each new token with the logits computed from the cluster's tokens before it."""
     import torch
 
     count = len(answered.token_ids)
@@ -96,20 +93,23 @@ def compare_tokens(model: Any, prompt_ids: list[int], answered: Answered) -> Res
     errors = (logprobs - torch.tensor(answered.logprobs)).abs()
     best = logits.topk(2, dim=-1)
     gaps = best.values[:, 0] - logits.gather(1, chosen)[:, 0]
-    # two tokens with exactly the best logit are both the likeliest
-    differences = tuple(_difference(index, answered, best, gaps) for index in range(count) if float(gaps[index]) > 0)
+    # two tokens with exactly the best logit are both the most likely
+    differences = tuple(
+        Difference(
+            index=index,
+            token_id=answered.token_ids[index],
+            best_token_id=int(best.indices[index, 0]),
+            logit_gap=float(gaps[index]),
+            two_best_gap=float(best.values[index, 0] - best.values[index, 1]),
+        )
+        for index in range(count)
+        if float(gaps[index]) > 0
+    )
     return Result(len(prompt_ids), count, float(errors.max()), differences)
 
 
-def _difference(index: int, answered: Answered, best: torch.return_types.topk, gaps: torch.Tensor) -> Difference:
-    first, second = best.values[index].tolist()
-    return Difference(
-        index, answered.token_ids[index], int(best.indices[index, 0]), float(gaps[index]), float(first - second)
-    )
-
-
 def load_whole_model(folder: Path, dtype: str, context_length: int, device: str = "cpu") -> Any:
-    """transformers' own unsplit model, ready to compute; raises ModelNotFound when the folder can not be loaded."""
+    """Load transformers' unsplit model; raises ModelNotFound if the folder cannot be loaded."""
     import torch
     import transformers
 
@@ -122,14 +122,14 @@ def load_whole_model(folder: Path, dtype: str, context_length: int, device: str 
             folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"The unsplit model can not be loaded from {folder}: {error}") from error
+        raise ModelNotFound(f"The unsplit model cannot be loaded from {folder}: {error}") from error
     fix_rotary(model, context_length)
     return model.eval().to(device)
 
 
 def _load(question: Question) -> tuple[Any, Any]:
     try:
-        import torch  # noqa: F401  # looked for here, so that its absence is said before anything is loaded
+        import torch  # noqa: F401  # reports its absence before anything is loaded
         import transformers
     except ImportError as error:
         raise ConfigurationError(
@@ -141,11 +141,12 @@ def _load(question: Question) -> tuple[Any, Any]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"The tokenizer can not be loaded from {folder}: {error}") from error
+        raise ModelNotFound(f"The tokenizer cannot be loaded from {folder}: {error}") from error
     return model, tokenizer
 
 
-def _say(value: object) -> None:
+def write_line(value: object) -> None:
+    """Write a value as a line of JSON to standard output."""
     sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
     sys.stdout.buffer.flush()
 

@@ -12,7 +12,7 @@ from noodle.errors import StepRefused
 from noodle.wire.frames import MAXIMUM_STEP_TOKENS, ActivationTensor, checked_tensor
 from noodle.wire.messages import SpanRefusal, Step, StepSpan, total_tokens
 from services.stage.executors.base import PackedBatch, Span
-from services.stage.executors.hidden_states import recast
+from services.stage.executors.hidden_states import cast
 
 
 def check_step(step: Step, body: memoryview, plan: Plan, index: int) -> None:
@@ -87,7 +87,7 @@ def packed_batch(step: Step, body: memoryview, *, is_first: bool, is_last: bool)
         return PackedBatch(tuple(spans), logits_rows, token_ids=np.frombuffer(body, np.int32).astype(np.int64))
     hidden = ActivationTensor(step.dtype, tuple(step.shape), body)
     if step.dtype == "int8":  # travels over hops only: no slice computes with it
-        hidden = recast(hidden, "float32")
+        hidden = cast(hidden, "float32")
     return PackedBatch(tuple(spans), logits_rows, hidden_states=hidden)
 
 

@@ -29,7 +29,7 @@ from noodle.wire.messages import (
     total_tokens,
 )
 from services.stage.executors.base import ModelSlice
-from services.stage.executors.hidden_states import recast
+from services.stage.executors.hidden_states import cast
 from services.stage.worker.inbox import Arrival, Inbox
 from services.stage.worker.manual_sessions import ForwardSessions
 from services.stage.worker.results import span_results
@@ -264,7 +264,7 @@ class Worker:
         return step, output.hidden_states, results
 
     def _hand_on(self, role: Role, next_stage: NextStage, step: Step, hidden: ActivationTensor) -> None:
-        hidden = recast(hidden, role.plan.stages[role.index].hands_on(total_tokens(step)))
+        hidden = cast(hidden, role.plan.stages[role.index].hands_on(total_tokens(step)))
         onward = replace(step, dtype=hidden.dtype, shape=list(hidden.shape))
         if not next_stage.send(onward, hidden.data):
             self._metrics.dropped_spans.labels("next_stage_down").inc(len(step.spans))

@@ -96,7 +96,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
             f"this {model_type} model attends to later tokens too, so it can not generate token by token.",
             cure="Choose a generative model.",
         )
-    for rotary_type in _rotary_types(config):
+    for rotary_type in rotary_types(config):
         if rotary_type == "dynamic":
             raise UnsupportedModel(
                 "this model's rotary scaling is 'dynamic': it takes the frequencies from the longest session that "
@@ -111,7 +111,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
             )
 
 
-def _rotary_types(config: Mapping[str, Any]) -> Iterator[str]:
+def rotary_types(config: Mapping[str, Any]) -> Iterator[str]:
     """Every rotary type that a config names: at its top, or for each type of layer."""
     for name in ("rope_parameters", "rope_scaling"):
         parameters = config.get(name)

@@ -82,23 +82,31 @@ def names_a_path(model: str) -> bool:
     return model.startswith(("/", "./", "../", "~"))
 
 
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Names of the weight files by tensor, as the folder's index has them; None without an index."""
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return None
+    try:
+        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except msgspec.DecodeError as error:
+        raise UnsupportedModel(f"{index} is not a weight index ({error}).", cure="Fetch the model again.") from error
+    outside = sorted(
+        name for name in weight_map.values() if Path(name).name != name or not name.endswith(".safetensors")
+    )
+    if outside:
+        raise UnsupportedModel(
+            f"{index} names {outside[0]!r}, which is not a safetensors file beside it.",
+            cure="Fetch the model's safetensors files again.",
+        )
+    return weight_map
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files that make the model, as its index says or as there are; some may be missing."""
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
-        except msgspec.DecodeError as error:
-            raise UnsupportedModel(
-                f"{index} is not a weight index ({error}).", cure="Fetch the model again."
-            ) from error
-        outside = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
-        if outside:
-            raise UnsupportedModel(
-                f"{index} names {outside[0]!r}, which is not a safetensors file beside it.",
-                cure="Fetch the model's safetensors files again.",
-            )
-        return tuple(folder / name for name in sorted(names))
+    weight_map = read_index(folder)
+    if weight_map is not None:
+        return tuple(folder / name for name in sorted(set(weight_map.values())))
     single = folder / SINGLE_NAME
     return (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))
 
@@ -119,7 +127,7 @@ def read_tensor_entries(folder: Path) -> dict[str, TensorEntry]:
         )
     entries: dict[str, TensorEntry] = {}
     for path in weight_files(folder):
-        for name, entry in _read_header(path).items():
+        for name, entry in read_header(path).items():
             if name in entries:
                 raise UnsupportedModel(
                     f"{folder} holds the tensor {name} twice ({entries[name].file.name} and {path.name}).",
@@ -178,13 +186,17 @@ def sampled_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    with path.open("rb") as file:
-        file_bytes = os.fstat(file.fileno()).st_size
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or header_bytes > min(HEADER_BYTES_CAP, file_bytes - 8):
-            raise _broken(path, "its header is longer than the file")
-        encoded = file.read(header_bytes)
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file; raises ModelNotFound or, for a damaged file, UnsupportedModel."""
+    try:
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or header_bytes > min(HEADER_BYTES_CAP, file_bytes - 8):
+                raise _broken(path, "its header is longer than the file")
+            encoded = file.read(header_bytes)
+    except OSError as error:
+        raise ModelNotFound(f"{path} can not be read ({error.strerror}).", cure="Fetch the model again.") from error
     try:
         raw = msgspec.json.decode(encoded, type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)

@@ -9,12 +9,10 @@ import weakref
 
 import numpy as np
 
-from services.stage.executors.ggml.backend import load_ggml
-from services.stage.executors.ggml.calls import GgmlCalls
-from services.stage.executors.ggml.device import CPU, GgmlDevice
-from services.stage.executors.ggml.gemm import PackedRows, packed_rows
-from services.stage.executors.ggml.graph import GraphMemory
-from services.stage.executors.ggml.weights import TYPE_NUMBERS, Block, Placed, own_memory
+from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml
+from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory
+from services.stage.executors.ggml.kernels import PackedWeights, packed_weights
+from services.stage.executors.ggml.weights import TYPE_NUMBERS, TensorLayout, WeightBlock, own_memory
 from tests.measure.report import Section, spread
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -30,7 +28,7 @@ def measure() -> Section:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     library = load_ggml()
     ggml = GgmlCalls(library.module)
-    kernels = packed_rows(ggml)
+    kernels = packed_weights(ggml)
     if kernels is None:
         raise SystemExit("This processor runs none of noodle's own kernels, or they were not built (make setup).")
     device = GgmlDevice(ggml, CPU, library.backend(1))
@@ -44,7 +42,7 @@ def measure() -> Section:
     return section
 
 
-def compare(device: GgmlDevice, kernels: PackedRows, kind: str, count: int) -> list[object]:
+def compare(device: GgmlDevice, kernels: PackedWeights, kind: str, count: int) -> list[object]:
     """Return one row of the table."""
     outputs, length = SHAPE
     row_bytes = int(device.ggml.ggml_row_size(TYPE_NUMBERS[kind], length))
@@ -71,7 +69,7 @@ def compare(device: GgmlDevice, kernels: PackedRows, kind: str, count: int) -> l
     ]
 
 
-def products(device: GgmlDevice, kernels: PackedRows | None, kind: str, count: int, copies: int) -> GraphMemory:
+def products(device: GgmlDevice, kernels: PackedWeights | None, kind: str, count: int, copies: int) -> GraphMemory:
     """Return a graph that multiplies the same rows with each of many weights."""
     ggml, (outputs, length) = device.ggml, SHAPE
     number = TYPE_NUMBERS[kind]
@@ -96,7 +94,7 @@ def products(device: GgmlDevice, kernels: PackedRows | None, kind: str, count: i
             product = ggml.ggml_mul_mat(graph.context, weight, given)
         else:
             kernels.pack(
-                {"0": Block((Placed("weight", number, (length, outputs), 0, byte_count),), memory)},
+                {"0": WeightBlock((TensorLayout("weight", number, (length, outputs), 0, byte_count),), memory)},
                 also_embedding=False,
             )
             tiles = tiles or kernels.tiles(graph.context, given, kernels.tiles_of(weight))

@@ -12,7 +12,9 @@ from noodle.errors import GgmlUnavailable
 from services.stage.executors.base import ModelSlice
 from services.stage.executors.ggml.backend import load_ggml
 from services.stage.executors.ggml.loading import load_ggml_slice
+from services.stage.executors.ggml.slice import GgmlSlice
 from services.stage.executors.transformers.loading import load_slice
+from services.stage.executors.transformers.runtime import read_model_config
 
 EXECUTORS = ("transformers", "ggml")
 
@@ -40,4 +42,9 @@ def load_exact(executor: str, folder: Path, start: int, end: int, **options: Any
     if executor == "transformers":
         return load_slice(folder, start, end, **{"device": "cpu", "dtype": "float32", **settings})
     need_ggml()
-    return load_ggml_slice(folder, start, end, **{"weights": "f32", "kv_dtype": "f32", "threads": 1, **settings})
+    return load_by_ggml(folder, start, end, **{"weights": "f32", "kv_dtype": "f32", "threads": 1, **settings})
+
+
+def load_by_ggml(folder: Path, start: int, end: int, **options: Any) -> GgmlSlice:
+    """Load a slice that ggml computes, with the config that transformers reads."""
+    return load_ggml_slice(folder, start, end, config=read_model_config(folder), **options)

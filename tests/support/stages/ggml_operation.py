@@ -8,10 +8,8 @@ import os
 import numpy as np
 import pytest
 
-from services.stage.executors.ggml.backend import load_ggml, processor_flags
-from services.stage.executors.ggml.calls import GgmlCalls
-from services.stage.executors.ggml.device import CPU, GgmlDevice
-from services.stage.executors.ggml.graph import GraphMemory
+from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml, processor_flags
+from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory
 from services.stage.executors.ggml.kernels import LIBRARY_NAME
 from services.stage.executors.ggml.weights import TYPE_NUMBERS
 from tests.support.stages.executors import need_ggml

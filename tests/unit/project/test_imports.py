@@ -220,8 +220,6 @@ PENDING = {
     "api imports coordinator, request, text",
     "worker imports executors.base",
     "transport imports worker.inbox",
-    "torch is imported in its rooms alone",
-    "stage imports without torch",
     "rooms import one another in no circle",
     "a folder has at most 12 entries",
     "a file has at most 450 lines",

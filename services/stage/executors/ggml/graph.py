@@ -1,7 +1,7 @@
-"""One graph of ggml for a step of given token counts, and what of it changes from step to step; knows no layer's maths.
+"""A ggml graph for a step of given token counts, and the fields that change from step to step.
 
-A graph is made once for the token counts of a step's spans and computed many times. Where the sessions' rows are, and
-how many there are, is written into its tensors before each time: building a graph takes longer than computing a token.
+A graph is built once for the token counts of a step's spans and computed many times. The places and lengths of the
+sessions' rows are written into its tensors before each step: building a graph takes longer than computing a token.
 """
 
 from __future__ import annotations
@@ -15,29 +15,92 @@ import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import GenerationFailed, GgmlUnavailable
-from services.stage.executors.ggml.device import DeviceMemory, GgmlDevice
+from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
 
 Words = npt.NDArray[np.uint64]
 NO_WINDOW = 1 << 40
 ROW_MASKED = np.uint16(0xFC00)  # minus infinity in float16
-MEMORY_CURE = "Give this stage fewer layers (NOODLE_SPLIT), less KV cache (NOODLE_KV_BYTES) or smaller steps "
+MEMORY_CURE = (
+    "Give this stage fewer layers (NOODLE_SPLIT), less KV cache (NOODLE_KV_BYTES) or smaller steps "
+    "(NOODLE_STEP_TOKENS)."
+)
+EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
+
+_FUNCTION: Any = type(ctypes.pythonapi.Py_IncRef).__mro__[1]  # base class of all libraries' functions
+_POINTER: Any = ctypes.POINTER(ctypes.c_int).__mro__[1]
+
+
+class GgmlCalls:
+    """The module `ggml` with pointers as plain ints in its functions.
+
+    Graphs pass tensors by the thousand, and ctypes' pointer objects cost more than the calls.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if isinstance(found, _FUNCTION):
+            arguments = [_plain(each) for each in found.argtypes or ()]
+            address = ctypes.cast(found, ctypes.c_void_p).value or 0
+            found = ctypes.CFUNCTYPE(_plain(found.restype), *arguments)(address)
+        setattr(self, name, found)
+        return found
+
+
+def _plain(kind: Any) -> Any:
+    """c_void_p for a pointer to anything but text."""
+    return ctypes.c_void_p if isinstance(kind, type) and issubclass(kind, _POINTER) else kind
+
+
+class CustomOperations:
+    """Functions of noodle's own library as operations of ggml's graphs (GGML_OP_CUSTOM), on the CPU alone."""
+
+    def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL) -> None:
+        self.ggml, self.library = ggml, library
+        self._functions: dict[str, Any] = {}
+        fields = ggml.ggml_tensor
+        offsets = (fields.data.offset, fields.ne.offset, fields.nb.offset, fields.src.offset)
+        library.noodle_set_tensor_fields(*(ctypes.c_size_t(offset) for offset in offsets))
+
+    def add(
+        self, context: Any, name: str, *, kind: int, sizes: Sequence[int], sources: Sequence[int], parameters: int = 0
+    ) -> int:
+        """Add a tensor of type `kind` that `noodle_{name}` computes; `parameters` is an address that it receives."""
+        tensors = (ctypes.c_void_p * len(sources))(*sources)
+        function = self._function(name)
+        options = (ctypes.addressof(tensors), len(sources), function, EVERY_THREAD, parameters or None)
+        return int(self.ggml.ggml_custom_4d(context, kind, *(*sizes, 1, 1, 1)[:4], *options))
+
+    def supports(self, instructions: str) -> bool:
+        """Ask the library whether this processor has the instructions of some kernels (noodle_has_*)."""
+        supports = getattr(self.library, f"noodle_has_{instructions}")
+        supports.restype = ctypes.c_bool
+        return bool(supports())
+
+    def _function(self, name: str) -> Any:
+        if name not in self._functions:
+            address = ctypes.cast(getattr(self.library, f"noodle_{name}"), ctypes.c_void_p).value
+            self._functions[name] = self.ggml.ggml_custom_op_t(address)
+        return self._functions[name]
 
 
 @dataclass(frozen=True, slots=True)
 class SpanRows:
-    """Where one span's session has its rows, and which of them the step computes."""
+    """Where the rows of one span's session are, and which of them the step computes."""
 
     address: int
-    buffer: int  # of a card's memory, 0 in the machine's
+    buffer: int  # of a card's memory, 0 in host memory
     area_bytes: int
     first_position: int
     token_count: int
 
 
 class GraphMemory:
-    """A context of ggml in memory of our own, so that its tensors' fields can be written many at once.
+    """A ggml context in memory of our own, whose tensor fields can be written many at once.
 
-    What the tensors hold is in the device's memory.
+    The tensors' data is in the device's memory.
     """
 
     def __init__(self, device: GgmlDevice, tensor_count: int) -> None:
@@ -55,13 +118,13 @@ class GraphMemory:
         graph_bytes = ggml.ggml_graph_overhead_custom(tensor_count, False)
         self.byte_count = (tensor_count + 8) * ggml.ggml_tensor_overhead() + graph_bytes
         memory = np.empty(self.byte_count // 8 + 8, np.uint64)
-        first = (-memory.ctypes.data // 8) % 2  # ggml wants 16 bytes' alignment
+        first = (-memory.ctypes.data // 8) % 2  # ggml requires an alignment of 16 bytes
         self.words: Words = memory[first:]
         self.base = int(self.words.ctypes.data)
         parameters = ggml.ggml_init_params(mem_size=self.byte_count, mem_buffer=self.base, no_alloc=True)
         self.context = ggml.ggml_init(parameters)
         if not self.context:
-            raise GenerationFailed("ggml could not make a graph.", cure=f"{MEMORY_CURE}(NOODLE_STEP_TOKENS).")
+            raise GenerationFailed("ggml could not make a graph.", cure=MEMORY_CURE)
         self.graph = ggml.ggml_new_graph_custom(self.context, tensor_count, False)
         self.allocator: Any = None
 
@@ -74,7 +137,7 @@ class GraphMemory:
         return int(self.words[self.word(tensor) + self.at_data])
 
     def outside(self, tensor: int) -> int:
-        """Mark a tensor's memory as not ggml's to allocate: its address is written before each step."""
+        """Keep ggml from allocating a tensor's data: its address is written before each step."""
         self.words[self.word(tensor) + self.at_data] = self.base  # any address but null
         return tensor
 
@@ -84,8 +147,14 @@ class GraphMemory:
         self.words[at + self.at_view_source] = whole
         self.words[at + self.at_view_offset] = offset
 
+    def persist(self, tensor: int) -> int:
+        """Keep ggml from reusing a tensor's memory within the graph."""
+        self.ggml.ggml_set_input(tensor)
+        self.ggml.ggml_set_output(tensor)
+        return tensor
+
     def allocate(self) -> None:
-        """Give every tensor that is computed here its memory; raises GgmlUnavailable for what the device has not."""
+        """Allocate every tensor of the graph; raises GgmlUnavailable for an operation that the device lacks."""
         ggml = self.ggml
         try:
             self.device.check_graph(self.graph)
@@ -95,19 +164,16 @@ class GraphMemory:
         self.allocator = ggml.ggml_gallocr_new(self.device.buffer_type)
         if not ggml.ggml_gallocr_alloc_graph(self.allocator, self.graph):
             self.close()
-            raise GenerationFailed("no memory for this step.", cure=f"{MEMORY_CURE}(NOODLE_STEP_TOKENS).")
+            raise GenerationFailed("no memory for this step.", cure=MEMORY_CURE)
         self.byte_count += ggml.ggml_gallocr_get_buffer_size(self.allocator, 0)
 
     def compute(self) -> None:
-        """Compute the graph with what its inputs now hold; then its outputs hold what came of it."""
+        """Compute the graph from its current inputs."""
         for tensor, values in self._uploads:
             self.upload(tensor, values)
         status = self.ggml.ggml_backend_graph_compute(self.device.backend, self.graph)
         if status != 0:
-            raise GenerationFailed(
-                f"ggml could not compute a step (status {status}).", cure=f"{MEMORY_CURE}(NOODLE_STEP_TOKENS)."
-            )
-
+            raise GenerationFailed(f"ggml could not compute a step (status {status}).", cure=MEMORY_CURE)
         for tensor, values in self._downloads:
             self.ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
 
@@ -116,27 +182,27 @@ class GraphMemory:
         self.ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
 
     def input(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Where a tensor's values are to be written before each time; `allocate` comes first."""
+        """The array to write a tensor's values to before each step. Call after `allocate`."""
         if self.device.is_host:
             return self.array(tensor, shape, dtype)
         self._uploads.append((tensor, np.zeros(shape, dtype)))
         return self._uploads[-1][1]
 
     def output(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Where a tensor's values are to be read after each time."""
+        """The array to read a tensor's values from after each step. Call after `allocate`."""
         if self.device.is_host:
             return self.array(tensor, shape, dtype)
         self._downloads.append((tensor, np.zeros(shape, dtype)))
         return self._downloads[-1][1]
 
     def array(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """A tensor's data in the machine's memory as an array, without a copy; only as long as this is open."""
+        """A tensor's data in host memory, without a copy; valid until `close`."""
         items = int(np.prod(shape))
         memory = (ctypes.c_uint8 * (items * np.dtype(dtype).itemsize)).from_address(self.data_of(tensor))
         return np.frombuffer(memory, dtype).reshape(shape)
 
     def close(self) -> None:
-        """Free what is ggml's, once."""
+        """Free what ggml holds, once."""
         if self.allocator:
             self.ggml.ggml_gallocr_free(self.allocator)
             self.allocator = None
@@ -147,7 +213,7 @@ class GraphMemory:
 
 @dataclass(frozen=True, slots=True)
 class MaskSlot:
-    """A mask of a graph: of which of its spans, for which window, with how many rows, and its tensor's first word."""
+    """A graph's mask of one span and window, with its row count and its tensor's first word."""
 
     span: int
     window: int
@@ -157,46 +223,56 @@ class MaskSlot:
 
 @dataclass
 class SlotTensors:
-    """The tensors of a graph that stand for sessions' rows: word indices of their fields, layer by layer, by span."""
+    """Word indices of the fields that place sessions' rows, in the order in which `SlotPatches` writes them.
 
-    key_data: list[list[int]] = field(default_factory=list)
-    value_data: list[list[int]] = field(default_factory=list)
+    Each list holds one list per layer with an index per span.
+    """
+
     key_count: list[list[int]] = field(default_factory=list)
     value_count: list[list[int]] = field(default_factory=list)
+    key_data: list[list[int]] = field(default_factory=list)
+    value_data: list[list[int]] = field(default_factory=list)
     key_written: list[list[int]] = field(default_factory=list)
     value_written: list[list[int]] = field(default_factory=list)
-    key_target: list[list[int]] = field(default_factory=list)  # what is written into, which a card looks at
+    key_target: list[list[int]] = field(default_factory=list)  # destination tensors of the copies, which cards read
     value_target: list[list[int]] = field(default_factory=list)
     masks: list[MaskSlot] = field(default_factory=list)
 
+    def fields(self) -> list[list[list[int]]]:
+        """All lists of word indices."""
+        counts, data = [self.key_count, self.value_count], [self.key_data, self.value_data]
+        return [*counts, *data, self.key_written, self.value_written, self.key_target, self.value_target]
+
+    def add_layer(self) -> None:
+        """Begin the lists of the next layer."""
+        for each in self.fields():
+            each.append([])
+
 
 class SlotPatches:
-    """Writes where a step's sessions have their rows into a graph's tensors."""
+    """Writes the places of a step's session rows into a graph's tensors."""
 
     def __init__(self, memory: GraphMemory, slots: SlotTensors, windows: Sequence[int], row_bytes: int) -> None:
         self._memory = memory
         self._row_bytes = row_bytes
         self._masks = slots.masks
-        self._mask_memory: list[npt.NDArray[np.uint16]] = []  # until the step is computed
+        self._mask_memory: list[npt.NDArray[np.uint16]] = []  # held until the step is computed
         self._mask_on_card: dict[int, DeviceMemory] = {}  # by its tensor's word
         self._windows = np.array([window or NO_WINDOW for window in windows], np.int64)[:, None]
         self._areas = 2 * np.arange(len(windows), dtype=np.int64)[:, None]
-        addresses = [slots.key_data, slots.value_data, slots.key_written, slots.value_written]
         self._is_host = memory.device.is_host
-        if not self._is_host:
-            addresses += [slots.key_target, slots.value_target]
-            # which memory an address is in: on a card it is not told by the address
-            self._buffer_fields = np.array(addresses, np.int64) - memory.at_data + memory.at_buffer
-        self._fields = np.array([slots.key_count, slots.value_count, *addresses], np.int64)
+        self._fields = np.array(slots.fields()[: 6 if self._is_host else 8], np.int64)
+        # on a card an address alone does not tell which buffer it is in
+        self._buffer_fields = self._fields[2:] - memory.at_data + memory.at_buffer
         self._values = np.empty(self._fields.shape, np.int64)
 
     def write(self, spans: Sequence[SpanRows]) -> None:
-        """For the spans of this step, in their order."""
+        """Write the places for the spans of a step, in their order."""
         address = np.array([span.address for span in spans], np.int64)
         area_bytes = np.array([span.area_bytes for span in spans], np.int64)
         first = np.array([span.first_position for span in spans], np.int64)
         end = first + np.array([span.token_count for span in spans], np.int64)
-        # keys before all of a span's windows are left out
+        # keys before all windows of a span are left out
         begin = np.maximum(first + 1 - self._windows, 0)
         keys = address + self._areas * area_bytes
         values = self._values
@@ -216,7 +292,7 @@ class SlotPatches:
                 self._write_mask(spans[mask.span], mask)
 
     def _write_mask(self, span: SpanRows, slot: MaskSlot) -> None:
-        """Which keys each row of a span attends to, float16 [rows, keys]: 0, or minus infinity."""
+        """Write which keys each row of a span attends to, float16 [rows, keys]: 0 or minus infinity."""
         memory, first, end = self._memory, span.first_position, span.first_position + span.token_count
         window, at = slot.window or NO_WINDOW, slot.word
         begin = max(0, first + 1 - window)

@@ -1,37 +1,27 @@
-"""K and V of one session where ggml computes, in the machine's memory or a card's; knows bytes and rows, no budget."""
+"""K and V of one session where ggml computes: in host memory or in a card's."""
 
 from __future__ import annotations
 
 import mmap
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from services.stage.executors.ggml.device import DeviceMemory, GgmlDevice
+from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
 
-AREA_ALIGNMENT = 256
-NOISE = 0x2C  # any bytes will do that are small numbers in every type: 0x2c2c is 0.065 in float16
+AREA_ALIGNMENT = 256  # whole cache lines, and the alignment that cards want for their tensors
+NOISE = 0x2C  # any byte that gives small numbers in every type: 0x2c2c is 0.065 in float16
 
 
 class GgmlRows:
-    """Rows 0 to `reserve_tokens` of K and of V in every layer: an area each, in pages that commit as they are written.
+    """Rows 0 to `reserve_tokens` of K and of V in every layer, an area each, in pages committed as they are written.
 
-    Area 2 * layer holds the layer's K and the next one its V; a row is one token's, of all KV heads.
+    Area 2 * layer holds the layer's K and the next one its V; a row holds one token's values of all KV heads.
     """
 
-    buffer = 0  # the system's memory is none of ggml's
-
-    __slots__ = (
-        "_areas",
-        "_row_bytes",
-        "address",
-        "area_bytes",
-        "bytes_allocated",
-        "counted_tokens",
-        "length",
-        "memory",
-        "reserve_tokens",
-    )
+    address: int  # of the first area
+    buffer: int = 0  # ggml's buffer of a card's memory; 0 in host memory
+    memory: Any
 
     def __init__(self, reserve_tokens: int, *, layers: int, row_bytes: int) -> None:
         self.counted_tokens = 0  # in the budget
@@ -42,76 +32,53 @@ class GgmlRows:
 
     def grow(self, reserve_tokens: int) -> None:
         """Make room for more tokens; computed rows are kept."""
-        before, kept_bytes = self.memory, self.length * self._row_bytes
+        before, area_bytes = self.memory, self.area_bytes
         self._allocate(reserve_tokens)
-        self.memory[:, :kept_bytes] = before[:, :kept_bytes]
+        self._copy(before, area_bytes, self.length)
 
     def copy_from(self, other: GgmlRows, tokens: int) -> None:
-        """Take the first rows of another session as one's own: its tokens up to there are the same."""
-        taken_bytes = tokens * self._row_bytes
-        self.memory[:, :taken_bytes] = other.memory[:, :taken_bytes]
+        """Copy the first rows of a session whose tokens up to there are the same."""
+        self._copy(other.memory, other.area_bytes, tokens)
         self.length = max(self.length, tokens)
 
     def fill_with_noise(self, tokens: int) -> None:
-        """Let so many rows hold numbers that were not computed."""
+        """Fill rows with numbers that were not computed."""
         self.memory[:, : tokens * self._row_bytes] = NOISE
         self.length = max(self.length, tokens)
 
     def _allocate(self, reserve_tokens: int) -> None:
         self.reserve_tokens = reserve_tokens
-        self.area_bytes = _area_bytes(reserve_tokens, self._row_bytes)
+        self.area_bytes = -(-max(1, reserve_tokens) * self._row_bytes // AREA_ALIGNMENT) * AREA_ALIGNMENT
         self.bytes_allocated = self._areas * self.area_bytes
+        self._new_memory()
+
+    def _new_memory(self) -> None:
         pages = mmap.mmap(-1, self.bytes_allocated, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_NOHUGEPAGE)  # large pages would commit 2 MB for the first row
-        self.memory: npt.NDArray[np.uint8] = np.frombuffer(pages, np.uint8).reshape(self._areas, self.area_bytes)
+        pages.madvise(mmap.MADV_NOHUGEPAGE)  # a large page would commit 2 MB for the first row
+        self.memory = np.frombuffer(pages, np.uint8).reshape(self._areas, self.area_bytes)
         self.address = int(self.memory.ctypes.data)
 
+    def _copy(self, source: Any, _area_bytes: int, tokens: int) -> None:
+        copied_bytes = tokens * self._row_bytes
+        self.memory[:, :copied_bytes] = source[:, :copied_bytes]
 
-class DeviceRows:
-    """The same in a card's memory, which is taken whole at once."""
+
+class DeviceRows(GgmlRows):
+    """The same in a card's memory, which is allocated as a whole."""
 
     def __init__(self, reserve_tokens: int, *, layers: int, row_bytes: int, device: GgmlDevice) -> None:
-        self.counted_tokens = self.length = 0
-        self._areas, self._row_bytes, self._device = 2 * layers, row_bytes, device
-        self._allocate(reserve_tokens)
-
-    @property
-    def address(self) -> int:
-        """Of the first area, as the card has it."""
-        return self._memory.address
-
-    @property
-    def buffer(self) -> int:
-        """What ggml knows the memory by."""
-        return int(self._memory.buffer)
-
-    def grow(self, reserve_tokens: int) -> None:
-        """Make room for more tokens; computed rows are kept."""
-        before, area_bytes = self._memory, self.area_bytes
-        self._allocate(reserve_tokens)
-        self._copy(before, area_bytes, self.length)
-
-    def copy_from(self, other: DeviceRows, tokens: int) -> None:
-        """Take the first rows of another session as one's own: its tokens up to there are the same."""
-        self._copy(other._memory, other.area_bytes, tokens)
-        self.length = max(self.length, tokens)
+        self._device = device
+        super().__init__(reserve_tokens, layers=layers, row_bytes=row_bytes)
 
     def fill_with_noise(self, tokens: int) -> None:
-        """Let so many rows hold numbers that were not computed."""
-        self._memory.fill(NOISE)
+        """Fill all rows with noise."""
+        self.memory.fill(NOISE)
         self.length = max(self.length, tokens)
+
+    def _new_memory(self) -> None:
+        self.memory = DeviceMemory(self._device, self.bytes_allocated)
+        self.address, self.buffer = self.memory.address, int(self.memory.buffer)
 
     def _copy(self, source: DeviceMemory, area_bytes: int, tokens: int) -> None:
         for area in range(self._areas):
-            self._memory.copy_from(source, area * area_bytes, area * self.area_bytes, tokens * self._row_bytes)
-
-    def _allocate(self, reserve_tokens: int) -> None:
-        self.reserve_tokens = reserve_tokens
-        self.area_bytes = _area_bytes(reserve_tokens, self._row_bytes)
-        self.bytes_allocated = self._areas * self.area_bytes
-        self._memory = DeviceMemory(self._device, self.bytes_allocated)
-
-
-def _area_bytes(reserve_tokens: int, row_bytes: int) -> int:
-    """Areas begin at whole cache lines, and at what cards want their tensors to begin at."""
-    return -(-max(1, reserve_tokens) * row_bytes // AREA_ALIGNMENT) * AREA_ALIGNMENT
+            self.memory.copy_from(source, area * area_bytes, area * self.area_bytes, tokens * self._row_bytes)

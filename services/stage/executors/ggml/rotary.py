@@ -1,7 +1,7 @@
-"""Rotary frequencies of a model, by the rules of transformers' modeling_rope_utils.py; knows numpy, not ggml.
+"""Rotary frequencies by the rules of transformers' modeling_rope_utils.py.
 
-longrope takes its short or long factors by the context length that the plan promises, as rotary.py does: frequencies
-never depend on who shares a step.
+longrope uses its short or long factors by the plan's context length, as in transformers/rotary.py: the frequencies
+never depend on which sessions share a step.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import numpy.typing as npt
 
 Frequencies = npt.NDArray[np.float32]
 
-# "su" is what Phi-3's first configs call longrope
-ROTARY_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "su")
-
 
 @dataclass(frozen=True)
 class Rotary:
-    """Pair i of the first `2 * len(frequencies)` dimensions of a head turns by position times `frequencies[i]`."""
+    """Pair i of the first `2 * len(frequencies)` dimensions of a head rotates by position times `frequencies[i]`."""
 
     frequencies: Frequencies
     scaling: float  # of cosine and sine
@@ -31,7 +28,7 @@ class Rotary:
 def rotary_of(
     parameters: Mapping[str, Any], head_dim: int, maximum_positions: int, original_positions: int, context_length: int
 ) -> Rotary:
-    """The frequencies that `parameters` (a config's rope_parameters, of one layer type) describe."""
+    """The frequencies that `parameters` (a config's rope_parameters of one layer type) describe."""
     dimensions = int(head_dim * float(parameters.get("partial_rotary_factor") or 1.0))
     base = float(parameters["rope_theta"])
     exponents = np.arange(0, dimensions, 2, dtype=np.float32) / np.float32(dimensions)
@@ -47,19 +44,18 @@ def rotary_of(
     original = int(parameters.get("original_max_position_embeddings") or original_positions)
     factor = float(parameters.get("factor") or maximum_positions / original)
     if kind == "yarn":
-        return _yarn(parameters, wavelengths, base, dimensions, factor, original)
-    if kind in ("longrope", "su"):
-        named = "long_factor" if context_length > original else "short_factor"
+        return _yarn(parameters, wavelengths, factor, original)
+    if kind in ("longrope", "su"):  # "su" is longrope in Phi-3's first configs
         scaling = parameters.get("attention_factor")
         if scaling is None:
             scaling = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
-        factors = np.asarray(parameters[named], np.float32)
+        factors = np.asarray(parameters["long_factor" if context_length > original else "short_factor"], np.float32)
         return Rotary(np.float32(1.0) / (factors * wavelengths), float(scaling))
-    raise ValueError(f"rotary type {kind!r} was to be refused before")
+    raise ValueError(f"rotary type {kind!r} must be refused earlier")
 
 
 def _llama3(parameters: Mapping[str, Any], plain: Frequencies) -> Frequencies:
-    """Long waves are stretched, short ones stay, those between are mixed."""
+    """Stretch long waves, keep short ones, and interpolate between them."""
     factor = float(parameters["factor"])
     low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
     original = float(parameters["original_max_position_embeddings"])
@@ -71,14 +67,9 @@ def _llama3(parameters: Mapping[str, Any], plain: Frequencies) -> Frequencies:
     return np.where(between, mixed, stretched).astype(np.float32)
 
 
-def _yarn(
-    parameters: Mapping[str, Any],
-    wavelengths: Frequencies,
-    base: float,
-    dimensions: int,
-    factor: float,
-    original: int,
-) -> Rotary:
+def _yarn(parameters: Mapping[str, Any], wavelengths: Frequencies, factor: float, original: int) -> Rotary:
+    dimensions, base = 2 * len(wavelengths), float(parameters["rope_theta"])
+
     def magnitude(scale: float, by: float = 1.0) -> float:
         return 1.0 if scale <= 1 else 0.1 * by * math.log(scale) + 1.0
 

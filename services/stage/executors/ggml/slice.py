@@ -1,6 +1,6 @@
-"""A slice computed by ggml (design D13): packed batches in, hidden states or logits out; knows no file.
+"""A slice computed by ggml (design D13): packed batches in, hidden states or logits out.
 
-One thread at a time computes with a slice. What ggml would end the process for is checked before it is called.
+One thread at a time computes with a slice. Inputs for which ggml would end the process are refused first.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ import numpy.typing as npt
 from noodle.errors import WireError
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
-from services.stage.executors.ggml.device import GgmlDevice
+from services.stage.executors.ggml.backend import GgmlDevice
+from services.stage.executors.ggml.families import ModelShape
 from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SpanRows
+from services.stage.executors.ggml.kernels import write_expert_zero
 from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
 from services.stage.executors.ggml.layers import LAYER_TENSORS, SPAN_TENSORS, LayerGraph, SliceTensors
-from services.stage.executors.ggml.shape import ModelShape
-from services.stage.executors.ggml.small_batch import zero_lone_expert
 from services.stage.executors.ggml.weights import GgmlTensors
 from services.stage.executors.hidden_states import decode
 from services.stage.executors.kv_cache import KvCache
 
 Floats = npt.NDArray[np.float32]
 
-# kept between steps: enough for every number of decoding sessions, and a chunk beside them
+# kept between steps: enough for every number of decoding sessions, and one chunk
 MAXIMUM_GRAPHS = 96
 MAXIMUM_GRAPH_BYTES = 256 << 20
-# Of steps with more tokens one is kept, until a smaller step comes: chunks of prompts are seldom of the same size, take
-# megabytes each, and so long to compute that it matters little to build one anew.
+# Of larger steps one graph is kept, until a smaller step comes: prompt chunks seldom have the same size, their graphs
+# take megabytes, and building one takes little of such a step's time.
 LARGE_STEP_TOKENS = 32
+
+_GraphKey = tuple[bool, tuple[int, ...]]  # whether from token ids, and the token count of each span
 
 
 @dataclass
@@ -53,9 +55,9 @@ class _HeadGraph:
 
 
 class GgmlSlice:
-    """Layers [start_layer, end_layer) of one model; a `ModelSlice` (slice_interface.py)."""
+    """Layers [start_layer, end_layer) of one model; a `ModelSlice`."""
 
-    dtype = "float32"  # of the hidden states it hands on
+    dtype = "float32"  # of the hidden states that it sends
 
     def __init__(
         self,
@@ -79,28 +81,28 @@ class GgmlSlice:
         self.weight_bytes = weights.byte_count
         layers = end_layer - start_layer
         self.kv_bytes_per_token = 2 * layers * tensors.row_bytes
-        self.counts_reservations = not device.is_host
+        self.reserves_upfront = not device.is_host
         self._ggml = device.ggml
         self._device = device
         self._weights = weights
         self._tensors = tensors
         self._shape = shape
 
-        def new_rows(reserve_tokens: int) -> GgmlRows | DeviceRows:
+        def new_rows(reserve_tokens: int) -> GgmlRows:
             if device.is_host:
                 return GgmlRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes)
             return DeviceRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes, device=device)
 
-        self._cache: KvCache[Any] = KvCache(
-            new_rows, kv_budget_bytes, self.kv_bytes_per_token, counts_reservations=self.counts_reservations
+        self._cache = KvCache(
+            new_rows, kv_budget_bytes, self.kv_bytes_per_token, reserves_upfront=self.reserves_upfront
         )
-        self._graphs: OrderedDict[tuple[bool, tuple[int, ...]], _StepGraph | _HeadGraph] = OrderedDict()
+        self._graphs: OrderedDict[_GraphKey, _StepGraph | _HeadGraph] = OrderedDict()
         self._graph_bytes = 0
         self._last_hidden: Floats = np.empty((0, self.hidden_size), np.float32)
         self._finalizer = weakref.finalize(self, _free, device, weights, self._graphs)
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
-        """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
+        """See ModelSlice. Raises StepRefused without room for KV rows, PositionGap if earlier rows are missing."""
         total_tokens = sum(span.token_count for span in batch.spans)
         inputs = self._inputs(batch, total_tokens)
         rows = self._open(batch.spans)
@@ -111,9 +113,9 @@ class GgmlSlice:
         step = self._step_graph(inputs.ndim == 1, tuple(span.token_count for span in batch.spans))
         step.inputs[...] = inputs
         begin = 0
-        for span in batch.spans:
-            end = begin + span.token_count
-            step.positions[begin:end] = np.arange(span.first_position, span.first_position + span.token_count)
+        for place in spans:
+            end = begin + place.token_count
+            step.positions[begin:end] = np.arange(place.first_position, place.first_position + place.token_count)
             begin = end
         step.patches.write(spans)
         step.memory.compute()
@@ -126,15 +128,12 @@ class GgmlSlice:
         return SliceOutput(logits=self.logits_of(batch.logits_rows))
 
     def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
-        """See slice_interface.py."""
         self._cache.open(session_id, reserve_tokens, end)
 
     def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
-        """See slice_interface.py."""
         self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
 
     def logits_of(self, rows: npt.NDArray[np.int64]) -> Floats:
-        """See slice_interface.py."""
         if not self.is_last or not len(rows) or not len(self._last_hidden):
             return np.empty((0, self.vocab_size), np.float32)
         graph = self._head_graph(len(rows))
@@ -143,23 +142,22 @@ class GgmlSlice:
         return graph.logits.copy()
 
     def release(self, session_id: str) -> None:
-        """Free the KV rows of a session; one that it does not hold is fine."""
         self._cache.release(session_id)
 
     def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
-        """Let a session that holds rows have `tokens` of them, not computed: to measure steps far into a context."""
         self._cache.open(session_id, tokens, tokens).fill_with_noise(tokens)
 
     def kv_bytes_held(self) -> int:
-        """Bytes that KV rows of all sessions count for now."""
         return self._cache.bytes_held()
 
     def set_kv_budget(self, budget_bytes: int | None) -> None:
-        """The most bytes that sessions may hold from now on; None is no bound."""
         self._cache.budget_bytes = budget_bytes
 
+    def synchronize(self) -> None:
+        """Return at once: ggml's steps are complete when `forward` returns."""
+
     def close(self) -> None:
-        """Free all that ggml holds for this slice; it computes nothing after that."""
+        """Free what ggml holds; the slice cannot compute after that."""
         self._finalizer()
 
     def _inputs(self, batch: PackedBatch, total_tokens: int) -> npt.NDArray[Any]:
@@ -173,8 +171,8 @@ class GgmlSlice:
             return ids.astype(np.int32)
         return decode(checked_hidden_states(self, batch))
 
-    def _open(self, spans: tuple[Span, ...]) -> list[Any]:
-        """Every span's session's rows; nothing is reserved if one is refused."""
+    def _open(self, spans: tuple[Span, ...]) -> list[GgmlRows]:
+        """Rows of each span's session; nothing is reserved if one is refused."""
         if self._tensors.positions:
             last = max(span.first_position + span.token_count for span in spans) - 1
             if last >= self._shape.maximum_positions:
@@ -196,7 +194,8 @@ class GgmlSlice:
     def _new_step_graph(self, from_tokens: bool, counts: tuple[int, ...]) -> _StepGraph:
         ggml, shape, tensors = self._ggml, self._shape, self._tensors
         layers = self.end_layer - self.start_layer
-        memory = GraphMemory(self._device, 32 + layers * (self._layer_tensors() + SPAN_TENSORS * len(counts)))
+        layer_tensors = LAYER_TENSORS + 2 * shape.experts_per_token + SPAN_TENSORS * len(counts)
+        memory = GraphMemory(self._device, 32 + layers * layer_tensors)
         build = LayerGraph(memory, shape, tensors, self.start_layer)
         tokens = sum(counts)
         positions = ggml.ggml_new_tensor_1d(memory.context, ggml.GGML_TYPE_I32, tokens)
@@ -205,34 +204,29 @@ class GgmlSlice:
         else:
             inputs = ggml.ggml_new_tensor_2d(memory.context, ggml.GGML_TYPE_F32, self.hidden_size, tokens)
         for tensor in (positions, inputs):
-            ggml.ggml_set_input(tensor)
-            ggml.ggml_set_output(tensor)  # its memory is given to nothing else
+            memory.persist(tensor)
         hidden = build.embed(inputs) if from_tokens else inputs
         if self.is_first:
             hidden = build.enter(hidden, positions)
         output = build.layers(hidden, positions, counts)
         ggml.ggml_set_output(output)
-        # in a model without rotary or learned positions nothing reads them
+        # nothing reads them in a model without rotary or learned positions
         ggml.ggml_build_forward_expand(memory.graph, positions)
         ggml.ggml_build_forward_expand(memory.graph, output)
         memory.allocate()
-        zero_lone_expert(memory, build.lone_expert, tokens)
+        write_expert_zero(memory, build.expert_zero, tokens)
         windows = shape.windows[self.start_layer : self.end_layer]
+        sizes, dtype = ((tokens,), "<i4") if from_tokens else ((tokens, self.hidden_size), "<f4")
         return _StepGraph(
             memory,
             SlotPatches(memory, build.slots, windows, tensors.row_bytes),
-            memory.input(
-                inputs, (tokens,) if from_tokens else (tokens, self.hidden_size), "<i4" if from_tokens else "<f4"
-            ),
+            memory.input(inputs, sizes, dtype),
             memory.input(positions, (tokens,), "<i4"),
             memory.output(output, (tokens, self.hidden_size), "<f4"),
         )
 
-    def _layer_tensors(self) -> int:
-        return LAYER_TENSORS + 2 * self._shape.experts_per_token
-
     def _head_graph(self, row_count: int) -> _HeadGraph:
-        key = (False, (-row_count,))  # no span has fewer than no tokens
+        key = (False, (-row_count,))  # a span never has fewer than 0 tokens
         found = self._graphs.get(key)
         if isinstance(found, _HeadGraph):
             self._graphs.move_to_end(key)
@@ -246,7 +240,7 @@ class GgmlSlice:
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(memory.graph, logits)
         memory.allocate()
-        zero_lone_expert(memory, build.lone_expert, row_count)
+        write_expert_zero(memory, build.expert_zero, row_count)
         made = _HeadGraph(
             memory,
             memory.input(inputs, (row_count, self.hidden_size), "<f4"),
@@ -255,8 +249,8 @@ class GgmlSlice:
         self._keep(key, made)
         return made
 
-    def _keep(self, key: tuple[bool, tuple[int, ...]], graph: _StepGraph | _HeadGraph) -> None:
-        """Keep a new graph, and free large ones, and those not used for longest when they are too many or too large."""
+    def _keep(self, key: _GraphKey, graph: _StepGraph | _HeadGraph) -> None:
+        """Keep a new graph; free large ones, and the least recently used ones beyond the limits."""
         if sum(key[1]) > LARGE_STEP_TOKENS:
             self._drop_large()
         self._graphs[key] = graph
@@ -268,13 +262,13 @@ class GgmlSlice:
         for key in [key for key in self._graphs if sum(key[1]) > LARGE_STEP_TOKENS]:
             self._drop(key)
 
-    def _drop(self, key: tuple[bool, tuple[int, ...]]) -> None:
+    def _drop(self, key: _GraphKey) -> None:
         memory = self._graphs.pop(key).memory
         self._graph_bytes -= memory.byte_count
         memory.close()
 
 
-def _free(device: GgmlDevice, weights: GgmlTensors, graphs: OrderedDict[Any, _StepGraph | _HeadGraph]) -> None:
+def _free(device: GgmlDevice, weights: GgmlTensors, graphs: OrderedDict[_GraphKey, _StepGraph | _HeadGraph]) -> None:
     for graph in graphs.values():
         graph.memory.close()
     graphs.clear()

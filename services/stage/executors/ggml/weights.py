@@ -1,7 +1,7 @@
-"""Weights as ggml computes with them: made once from safetensors and kept in files; knows no layer and no graph.
+"""Makes weights in ggml's types from safetensors, keeps them in files, and hands them to ggml.
 
-A kept file holds one layer, or the embeddings, or the head, in one type. It is read, not mapped: a slice's weights
-stand in large pages, in which decoding was measured to be 1.25 times as fast as in a file's pages of 4 kB.
+A kept file holds one block in one type: a layer, the embeddings or the head. It is read, not mapped: weights in large
+pages decode 1.25 times as fast as in a file's pages of 4 kB.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import ctypes
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,22 @@ import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import ModelNotFound
-from services.stage.executors.ggml.device import DeviceMemory, GgmlDevice
-from services.stage.executors.ggml.tensor_map import Recipe, keys_of
-from services.stage.executors.reading import Fetch, ReadCounter
-from services.stage.executors.safetensors import SafetensorsFolder
+from services.stage.executors.base import Fetch, ReadCounter
+from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
+from services.stage.executors.ggml.tensor_map import TensorSource, keys_of
+from services.stage.executors.safetensors import SafetensorsFolder, read_into, unsupported_dtype
 
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
-# the types that weights are made in, by ggml's numbers
+# the types that weights are made in, with ggml's numbers
 TYPE_NUMBERS = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "q4_K": 12, "bf16": 30}
-# what a matrix is stored in where its rows are no multiple of a type's blocks
-NEXT_BEST = {"q4_K": "q8_0", "q4_0": "f16", "q8_0": "f16"}
+# the type of a matrix whose row length is not a multiple of a type's blocks
+FALLBACK_TYPES = {"q4_K": "q8_0", "q4_0": "f16", "q8_0": "f16"}
 ALIGNMENT = 64
 HEADER_BYTES = 1 << 16
-PIECE_ITEMS = 1 << 20  # converted at once, so that no float32 copy of a large matrix stands beside it
+PIECE_ITEMS = 1 << 20  # converted at once, which avoids a float32 copy of a large matrix
 MAGIC = b"noodle ggml weights 1\n"
 SAMPLES, SAMPLE_BYTES = 64, 4096
 FLOAT_TYPES: dict[str, np.dtype[Any]] = {
@@ -49,8 +50,8 @@ FLOAT_TYPES: dict[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """One tensor in a block of memory."""
+class TensorLayout:
+    """Type and place of one tensor in a block of memory."""
 
     name: str
     type_number: int
@@ -60,30 +61,33 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Block:
+class WeightBlock:
     """Memory with tensors in it."""
 
-    tensors: tuple[Placed, ...]
+    tensors: tuple[TensorLayout, ...]
     memory: Bytes
 
+    def bytes_of(self, tensor: TensorLayout) -> Bytes:
+        """One tensor's part of the memory."""
+        return self.memory[tensor.offset : tensor.offset + tensor.byte_count]
 
-def layout_of(ggml: Any, recipes: Sequence[Recipe], weights: str) -> tuple[Placed, ...]:
-    """Where each tensor of some recipes goes, and in which type."""
-    placed: list[Placed] = []
+
+def layout_of(
+    ggml: Any, tensors: Sequence[TensorSource], type_of: Callable[[TensorSource], int]
+) -> tuple[TensorLayout, ...]:
+    """Place tensors one after another; `type_of` gives ggml's number of each tensor's type."""
+    layouts: list[TensorLayout] = []
     offset = 0
-    for recipe in recipes:
-        kind = weights if recipe.is_matrix else "f32"
-        while recipe.sizes[0] % ggml.ggml_blck_size(TYPE_NUMBERS[kind]):
-            kind = NEXT_BEST[kind]
-        row_bytes = ggml.ggml_row_size(TYPE_NUMBERS[kind], recipe.sizes[0])
-        byte_count = row_bytes * recipe.row_count
-        placed.append(Placed(recipe.name, TYPE_NUMBERS[kind], recipe.sizes, offset, byte_count))
-        offset += -(-byte_count // ALIGNMENT) * ALIGNMENT
-    return tuple(placed)
+    for tensor in tensors:
+        number = type_of(tensor)
+        byte_count = int(ggml.ggml_row_size(number, tensor.sizes[0])) * tensor.row_count
+        layouts.append(TensorLayout(tensor.name, number, tensor.sizes, offset, byte_count))
+        offset += _aligned(byte_count)
+    return tuple(layouts)
 
 
 class WeightMaker:
-    """Makes blocks from one model's safetensors, or takes those that were kept in `kept_folder`."""
+    """Makes blocks from one model's safetensors, or reads those kept in `kept_folder`."""
 
     def __init__(self, ggml: Any, files: SafetensorsFolder, counter: ReadCounter, kept_folder: Path | None) -> None:
         self._ggml = ggml
@@ -91,24 +95,37 @@ class WeightMaker:
         self._counter = counter
         self._kept_folder = kept_folder
 
-    def blocks(self, wanted: Mapping[str, Sequence[Recipe]], weights: str, fetch: Fetch) -> dict[str, Block]:
-        """The tensors of each name's recipes, as they were kept or made now; `fetch` gets the keys that are read."""
-        layouts = {name: layout_of(self._ggml, recipes, weights) for name, recipes in wanted.items()}
-        blocks = empty_blocks(layouts)
-        lacking = [name for name, block in blocks.items() if not self._take_kept(name, block)]
-        recipes = [recipe for name in lacking for recipe in wanted[name]]
-        self._counter.total_bytes = sum(self._bytes_of(recipe) for recipe in recipes)
-        if recipes:
-            fetch(keys_of(recipes))
+    def blocks(
+        self, wanted: Mapping[str, Sequence[TensorSource]], weights: str, fetch: Fetch
+    ) -> dict[str, WeightBlock]:
+        """Blocks with the tensors of each name, read if kept, otherwise made; `fetch` receives the keys to be read."""
+
+        def type_of(tensor: TensorSource) -> int:
+            name = weights if tensor.is_matrix else "f32"
+            while tensor.sizes[0] % self._ggml.ggml_blck_size(TYPE_NUMBERS[name]):
+                name = FALLBACK_TYPES[name]
+            return TYPE_NUMBERS[name]
+
+        blocks = empty_blocks({name: layout_of(self._ggml, tensors, type_of) for name, tensors in wanted.items()})
+        lacking = [name for name, block in blocks.items() if not self._read_kept(name, block)]
+        tensors = [tensor for name in lacking for tensor in wanted[name]]
+        self._counter.total_bytes = sum(
+            self._files.entry(key).byte_count for tensor in tensors for key in dict.fromkeys(tensor.sources)
+        )
+        if tensors:
+            fetch(keys_of(tensors))
         self._counter.add(0)
         for name in lacking:
-            block = blocks[name]
-            self._fill(block.memory, wanted[name], block.tensors)
-            self._keep(name, block)
+            for tensor, layout in zip(wanted[name], blocks[name].tensors, strict=True):
+                self._fill(blocks[name].bytes_of(layout), tensor, layout)
+            self._keep(name, blocks[name])
         return blocks
 
-    def _take_kept(self, name: str, block: Block) -> bool:
-        """Read a block from its kept file; False where there is none, or it is damaged or of another layout."""
+    def _path(self, name: str) -> Path | None:
+        return None if self._kept_folder is None else self._kept_folder / f"{name}.weights"
+
+    def _read_kept(self, name: str, block: WeightBlock) -> bool:
+        """Read a block from its kept file; False if the file is missing, damaged or of another layout."""
         path = self._path(name)
         if path is None:
             return False
@@ -129,20 +146,12 @@ class WeightMaker:
         except (OSError, ValueError):
             return False
         if described.get("digest") != _sampled_digest(block.memory):
-            log.warning("%s is damaged and made anew", path)
+            log.warning("%s is damaged and is made again", path)
             return False
         return True
 
-    def _bytes_of(self, recipe: Recipe) -> int:
-        """Bytes that making its tensor reads."""
-        entries = (self._files.find(key).entries[key]["data_offsets"] for key in dict.fromkeys(recipe.sources))
-        return sum(int(end) - int(begin) for begin, end in entries)
-
-    def _path(self, name: str) -> Path | None:
-        return None if self._kept_folder is None else self._kept_folder / f"{name}.weights"
-
-    def _keep(self, name: str, block: Block) -> None:
-        """Write a block's file, whole or not at all; where it can not be written, the block is made at each start."""
+    def _keep(self, name: str, block: WeightBlock) -> None:
+        """Write a block's file as a whole; a block that cannot be written is made again at each start."""
         path = self._path(name)
         if path is None:
             return
@@ -156,96 +165,93 @@ class WeightMaker:
                 file.write(block.memory.data)
             beside.replace(path)
         except OSError as error:
-            log.warning("%s is not kept (%s): it is made anew at each start", path, error.strerror or error)
-            with contextlib.suppress(OSError):  # the first one is told
+            log.warning("%s is not kept (%s): it is made again at each start", path, error.strerror or error)
+            with contextlib.suppress(OSError):  # the first error is logged
                 beside.unlink(missing_ok=True)
 
-    def _fill(self, memory: Bytes, recipes: Sequence[Recipe], layout: Sequence[Placed]) -> None:
-        for recipe, placed in zip(recipes, layout, strict=True):
-            target = memory[placed.offset : placed.offset + placed.byte_count]
-            row_bytes = placed.byte_count // recipe.row_count
-            if not recipe.is_matrix:
-                values = {key: self._whole(key) + np.float32(recipe.offset) for key in dict.fromkeys(recipe.sources)}
-                flat = np.concatenate([values[key].reshape(-1) for key in recipe.sources])
-                target[:] = flat.astype("<f4").view(np.uint8)
-                continue
-            row = 0
-            for key in recipe.sources:
-                row += self._convert(key, recipe, placed.type_number, target[row * row_bytes :], row_bytes)
+    def _fill(self, target: Bytes, tensor: TensorSource, layout: TensorLayout) -> None:
+        if not tensor.is_matrix:
+            values = {key: self._whole(key) + np.float32(tensor.offset) for key in dict.fromkeys(tensor.sources)}
+            flat = np.concatenate([values[key].reshape(-1) for key in tensor.sources])
+            target[:] = flat.astype("<f4").view(np.uint8)
+            return
+        row_bytes = layout.byte_count // tensor.row_count
+        row = 0
+        for key in tensor.sources:
+            row += self._convert(key, tensor, layout.type_number, target[row * row_bytes :], row_bytes)
 
-    def _convert(self, key: str, recipe: Recipe, type_number: int, target: Bytes, row_bytes: int) -> int:
-        """Write one source's rows to the beginning of `target`; how many they were comes back."""
-        length = recipe.sizes[0]
-        if recipe.transposed:
+    def _convert(self, key: str, tensor: TensorSource, type_number: int, target: Bytes, row_bytes: int) -> int:
+        """Write one source's rows to the beginning of `target`; returns their number."""
+        length = tensor.sizes[0]
+        if tensor.transposed:
             whole = np.ascontiguousarray(self._whole(key).T)
-            self._quantize(type_number, whole, target)
+            quantize(self._ggml, type_number, whole, target)
             return len(whole)
-        rows = int(np.prod(self._files.find(key).entries[key]["shape"])) // length
+        rows = math.prod(self._files.entry(key).shape) // length
         step = max(1, PIECE_ITEMS // length)
         for first in range(0, rows, step):
             count = min(step, rows - first)
             values = self._read(key, first * length, count * length).reshape(count, length)
-            self._quantize(type_number, values, target[first * row_bytes :])
+            quantize(self._ggml, type_number, values, target[first * row_bytes :])
         return rows
 
-    def _quantize(self, type_number: int, values: npt.NDArray[np.float32], target: Bytes) -> None:
-        if type_number == TYPE_NUMBERS["f32"]:
-            target[: values.nbytes] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-            return
-        values = np.ascontiguousarray(values, np.float32)
-        rows, length = values.shape
-        self._ggml.ggml_quantize_chunk(type_number, values.ctypes.data, target.ctypes.data, 0, rows, length, None)
-
     def _whole(self, key: str) -> npt.NDArray[np.float32]:
-        shape = self._files.find(key).entries[key]["shape"]
-        return self._read(key, 0, int(np.prod(shape))).reshape(shape)
+        shape = self._files.entry(key).shape
+        return self._read(key, 0, math.prod(shape)).reshape(shape)
 
     def _read(self, key: str, first_item: int, items: int) -> npt.NDArray[np.float32]:
-        file = self._files.find(key)
-        entry = file.entries[key]
-        stored = FLOAT_TYPES.get(entry["dtype"])
+        entry = self._files.entry(key)
+        stored = FLOAT_TYPES.get(entry.dtype)
         if stored is None:
-            raise file.not_computed_with(key)
+            raise unsupported_dtype(key, entry)
         values = np.empty(items, stored)
-        file.read_into(values.view(np.uint8).data, int(entry["data_offsets"][0]) + first_item * stored.itemsize)
+        read_into(entry, values.view(np.uint8).data, first_item * stored.itemsize)
         self._counter.add(values.nbytes)
-        if entry["dtype"] == "BF16":
+        if entry.dtype == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return np.asarray(values, np.float32)
 
 
-def empty_blocks(layouts: Mapping[str, tuple[Placed, ...]]) -> dict[str, Block]:
-    """One piece of memory for all, so that little of its last large page is left over."""
-    memory = own_memory(sum(bytes_in(layout) for layout in layouts.values()))
-    blocks: dict[str, Block] = {}
+def quantize(ggml: Any, type_number: int, values: npt.NDArray[np.float32], target: Bytes) -> None:
+    """Write rows [rows, length] in one of ggml's types to the beginning of `target`."""
+    values = np.ascontiguousarray(values, np.float32)
+    if type_number == TYPE_NUMBERS["f32"]:
+        target[: values.nbytes] = values.view(np.uint8).reshape(-1)
+    else:
+        arguments = (values.ctypes.data, target.ctypes.data, 0, *values.shape, None)
+        ggml.ggml_quantize_chunk(type_number, *arguments)
+
+
+def empty_blocks(layouts: Mapping[str, tuple[TensorLayout, ...]]) -> dict[str, WeightBlock]:
+    """Blocks in one piece of memory, which wastes little of its last large page."""
+    sizes = {name: _aligned(layout[-1].offset + layout[-1].byte_count) for name, layout in layouts.items()}
+    memory = own_memory(sum(sizes.values()))
+    blocks: dict[str, WeightBlock] = {}
     begin = 0
     for name, layout in layouts.items():
-        end = begin + bytes_in(layout)
-        blocks[name] = Block(layout, memory[begin:end])
-        begin = end
+        blocks[name] = WeightBlock(layout, memory[begin : begin + sizes[name]])
+        begin += sizes[name]
     return blocks
 
 
 def own_memory(byte_count: int) -> Bytes:
-    """Zeros in pages of their own, large ones where the system has them; freed with the last array of them."""
+    """Zeros in pages of their own, large ones if the system has them; freed with the last array on them."""
     pages = mmap.mmap(-1, max(1, byte_count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system without large pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)
 
 
-def bytes_in(layout: Sequence[Placed]) -> int:
-    """Bytes of a block, to the next one's beginning."""
-    last = layout[-1]
-    return -(-(last.offset + last.byte_count) // ALIGNMENT) * ALIGNMENT
+def _aligned(byte_count: int) -> int:
+    return -(-byte_count // ALIGNMENT) * ALIGNMENT
 
 
-def _described(layout: Sequence[Placed]) -> list[list[Any]]:
+def _described(layout: Sequence[TensorLayout]) -> list[list[Any]]:
     return [[each.name, each.type_number, list(each.sizes), each.offset, each.byte_count] for each in layout]
 
 
 def _sampled_digest(data: Bytes) -> str:
-    """sha256 of pieces spread evenly over the data, both ends among them."""
+    """sha256 of samples spread evenly over the data, both ends included."""
     digest = hashlib.sha256()
     last = max(0, len(data) - SAMPLE_BYTES)
     for sample in range(SAMPLES):
@@ -255,48 +261,44 @@ def _sampled_digest(data: Bytes) -> str:
 
 
 class GgmlTensors:
-    """Blocks of weights as ggml's tensors, each by its name in its block; frees what it made in `close`.
+    """Blocks of weights as ggml's tensors, by block and name. `close` frees what ggml holds for them.
 
-    In the machine's memory they stay where they are, to a card's they are copied.
+    Weights in host memory stay in place; for a card they are copied to its memory.
     """
 
-    def __init__(self, device: GgmlDevice, blocks: dict[str, Block]) -> None:
+    def __init__(self, device: GgmlDevice, blocks: dict[str, WeightBlock]) -> None:
         ggml = self._ggml = device.ggml
         self._blocks = blocks if device.is_host else {}  # keeps their memory alive
         self._memory: list[DeviceMemory] = []
+        self._buffers: list[Any] = []
         count = sum(len(block.tensors) for block in blocks.values())
         self._context = ggml.ggml_init(
             ggml.ggml_init_params(mem_size=ggml.ggml_tensor_overhead() * (count + 1), mem_buffer=None, no_alloc=True)
         )
-        self._buffers: list[Any] = []
-        self.by_block: dict[str, dict[str, int]] = {}
-        self.byte_count = 0
-        for name, block in blocks.items():
-            place = self._stay if device.is_host else self._copy
-            self.by_block[name] = place(device, block)
-            self.byte_count += sum(tensor.byte_count for tensor in block.tensors)
+        place = self._place_in_host_memory if device.is_host else self._copy_to_card
+        self.by_block = {name: place(device, block) for name, block in blocks.items()}
+        self.byte_count = sum(tensor.byte_count for block in blocks.values() for tensor in block.tensors)
 
-    def _stay(self, device: GgmlDevice, block: Block) -> dict[str, int]:
+    def _place_in_host_memory(self, device: GgmlDevice, block: WeightBlock) -> dict[str, int]:
         ggml, address = self._ggml, int(block.memory.ctypes.data)
         largest = max(tensor.byte_count for tensor in block.tensors)
         ggml_device = ggml.ggml_backend_get_device(device.backend)
         buffer = ggml.ggml_backend_dev_buffer_from_host_ptr(ggml_device, address, len(block.memory), largest)
         if not buffer:
-            raise ModelNotFound("ggml can not take weights from this machine's memory.", cure="Report this.")
-        # so that ggml takes them for weights where it asks
+            raise ModelNotFound("ggml cannot use weights in this machine's memory.", cure="Report this.")
         ggml.ggml_backend_buffer_set_usage(buffer, ggml.GGML_BACKEND_BUFFER_USAGE_WEIGHTS)
         self._buffers.append(buffer)
         tensors: dict[str, int] = {}
-        for placed in block.tensors:
-            tensor = tensors[placed.name] = self._tensor(placed)
-            ggml.ggml_backend_tensor_alloc(buffer, tensor, address + placed.offset)
+        for layout in block.tensors:
+            tensor = tensors[layout.name] = self._tensor(layout)
+            ggml.ggml_backend_tensor_alloc(buffer, tensor, address + layout.offset)
         return tensors
 
-    def _copy(self, device: GgmlDevice, block: Block) -> dict[str, int]:
-        """Where a card has room for a block, at the bounds and with the surplus that it wants."""
+    def _copy_to_card(self, device: GgmlDevice, block: WeightBlock) -> dict[str, int]:
+        """Copy a block with the alignment and padding that the card needs."""
         ggml, kind = self._ggml, device.buffer_type
         alignment = int(ggml.ggml_backend_buft_get_alignment(kind))
-        tensors = {placed.name: self._tensor(placed) for placed in block.tensors}
+        tensors = {layout.name: self._tensor(layout) for layout in block.tensors}
         offsets, end = [], 0
         for tensor in tensors.values():
             offsets.append(end)
@@ -304,22 +306,21 @@ class GgmlTensors:
         memory = DeviceMemory(device, end)
         ggml.ggml_backend_buffer_set_usage(memory.buffer, ggml.GGML_BACKEND_BUFFER_USAGE_WEIGHTS)
         self._memory.append(memory)
-        for placed, tensor, offset in zip(block.tensors, tensors.values(), offsets, strict=True):
+        for layout, tensor, offset in zip(block.tensors, tensors.values(), offsets, strict=True):
             ggml.ggml_backend_tensor_alloc(memory.buffer, tensor, memory.address + offset)
-            begin = int(block.memory.ctypes.data) + placed.offset
-            ggml.ggml_backend_tensor_set(tensor, begin, 0, placed.byte_count)
+            ggml.ggml_backend_tensor_set(tensor, block.bytes_of(layout).ctypes.data, 0, layout.byte_count)
         return tensors
 
-    def _tensor(self, placed: Placed) -> int:
+    def _tensor(self, layout: TensorLayout) -> int:
         ggml = self._ggml
-        sizes = (ctypes.c_int64 * len(placed.sizes))(*placed.sizes)
-        tensor = ggml.ggml_new_tensor(self._context, placed.type_number, len(placed.sizes), ctypes.addressof(sizes))
-        if ggml.ggml_nbytes(tensor) != placed.byte_count:
-            raise ModelNotFound(f"{placed.name} takes other bytes in this ggml than in its file.", cure="Report this.")
+        sizes = (ctypes.c_int64 * len(layout.sizes))(*layout.sizes)
+        tensor = ggml.ggml_new_tensor(self._context, layout.type_number, len(layout.sizes), ctypes.addressof(sizes))
+        if ggml.ggml_nbytes(tensor) != layout.byte_count:
+            raise ModelNotFound(f"{layout.name} has another size in this ggml than in its file.", cure="Report this.")
         return int(tensor)
 
     def close(self) -> None:
-        """Free ggml's side of it, once."""
+        """Free what ggml holds, once."""
         for buffer in self._buffers:
             self._ggml.ggml_backend_buffer_free(buffer)
         self._buffers.clear()

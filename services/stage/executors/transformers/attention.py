@@ -1,12 +1,12 @@
-"""Attention over a packed batch: the rows of several sessions side by side, each attending to its own KV rows alone.
+"""Attention over a packed batch: rows of several sessions, each attending to its own session's KV rows.
 
-Registered with transformers' attention interface under the name `noodle`; every attention module of a slice carries
-the slice's StepSpans (`attach`), so that slices in one process do not meet.
+It is registered with transformers' attention interface as `noodle`. Every attention module of a slice carries the
+slice's StepSpans (`attach`), which keeps slices in one process apart.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,7 +19,7 @@ _ATTRIBUTE = "noodle_step_spans"
 
 
 class AttentionSpan:
-    """Rows [begin, end) of the packed axis belong to one session, the first of them at `first_position`."""
+    """Rows [begin, end) of the packed axis: one session's tokens from `first_position` on."""
 
     __slots__ = ("begin", "end", "first_position", "masks", "rows")
 
@@ -28,10 +28,10 @@ class AttentionSpan:
         self.begin = begin
         self.end = end
         self.first_position = first_position
-        self.masks: dict[int | None, torch.Tensor] = {}  # by window; the same for every layer of the step
+        self.masks: dict[int | None, torch.Tensor] = {}  # by window; shared by all layers of the step
 
     def mask(self, first_key: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """Which keys from `first_key` on each of the span's rows attends to, bool [rows, keys]."""
+        """Whether each row of the span attends to each key from `first_key` on, bool [rows, keys]."""
         mask = self.masks.get(window)
         if mask is None:
             end_position = self.first_position + self.end - self.begin
@@ -44,8 +44,17 @@ class AttentionSpan:
         return mask
 
 
+class _Options(NamedTuple):
+    """What transformers passes to the attention of a layer."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
 class StepSpans:
-    """The spans of the step that a slice computes now, in the order of the packed axis; shared with its attention."""
+    """The spans of a slice's current step, in the order of the packed axis; shared with its attention modules."""
 
     __slots__ = ("spans",)
 
@@ -54,15 +63,15 @@ class StepSpans:
 
 
 def register() -> None:
-    """Make `noodle` an attention implementation of transformers; doing it again changes nothing.
+    """Register `noodle` as an attention implementation of transformers. Idempotent.
 
-    No mask function is registered with it, and so transformers builds no mask: who attends to what is in the spans.
+    Without a registered mask function transformers builds no mask: the spans tell what each row attends to.
     """
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
 
 
 def attach(model: torch.nn.Module, step_spans: StepSpans) -> None:
-    """Let every attention module of a model see the step in progress of its slice."""
+    """Give every attention module of a model its slice's current step."""
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             setattr(module, _ATTRIBUTE, step_spans)
@@ -73,9 +82,9 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 - transformers' signature; always None here
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - transformers' signature, always None
     scaling: float | None = None,
-    dropout: float = 0.0,  # noqa: ARG001 - transformers' signature; nothing drops out at inference
+    dropout: float = 0.0,  # noqa: ARG001 - transformers' signature
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -83,61 +92,44 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Write K and V `[1, kv_heads, total_tokens, head_dim]` to their sessions' rows and attend session by session.
 
-    Comes back as [1, total_tokens, heads, value_dim], as transformers wants it.
+    Returns [1, total_tokens, heads, value_dim].
     """
     spans: list[AttentionSpan] = getattr(module, _ATTRIBUTE).spans
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if len(spans) == 1:
-        return _attend(spans[0], layer, query, key, value, scaling, sliding_window, softcap, s_aux), None
+    options = _Options(scaling, sliding_window, softcap, s_aux)
     outputs = []
     for span in spans:
-        tokens = span.end - span.begin
-        outputs.append(
-            _attend(
-                span,
-                layer,
-                query.narrow(2, span.begin, tokens),
-                key.narrow(2, span.begin, tokens),
-                value.narrow(2, span.begin, tokens),
-                scaling,
-                sliding_window,
-                softcap,
-                s_aux,
-            )
-        )
-    return torch.cat(outputs, 1), None
+        own_query, own_key, own_value = query, key, value
+        if len(spans) > 1:
+            tokens = span.end - span.begin
+            own_query, own_key, own_value = (each.narrow(2, span.begin, tokens) for each in (query, key, value))
+        keys, values = span.rows.write(layer, span.first_position, own_key, own_value)
+        outputs.append(_attend(span, own_query, keys, values, options))
+    return (torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]), None
 
 
 def _attend(
-    span: AttentionSpan,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    span: AttentionSpan, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, options: _Options
 ) -> torch.Tensor:
     """One session's rows of one layer: [1, tokens, heads, value_dim]."""
     _, heads, tokens, _ = query.shape
     first_position = span.first_position
     end_position = first_position + tokens
-    keys, values = span.rows.write(layer, first_position, key, value)
-    # a window that no row of the span reaches the edge of is no window; keys before all windows are left out
+    # a window that covers all keys is no window; keys before all windows are left out
+    window = options.window
     if window is not None and end_position <= window:
         window = None
     first_key = 0 if window is None else max(0, first_position + 1 - window)
     keys = keys.narrow(2, first_key, end_position - first_key)
     values = values.narrow(2, first_key, end_position - first_key)
     kv_heads = keys.shape[1]
-    if softcap is not None or sinks is not None:
+    if options.softcap is not None or options.sinks is not None:
         mask = span.mask(first_key, window, query.device) if tokens > 1 else None
-        return _attend_by_hand(query, keys, values, mask, scaling, softcap, sinks)
+        return _attend_unfused(query, keys, values, mask, options)
     if tokens == 1:
-        # the heads that share a KV head become rows of it: no mask and no copy of K and V is needed
+        # heads that share a KV head become its rows, which needs no mask and no copy of K and V
         grouped = query.reshape(1, kv_heads, heads // kv_heads, -1)
-        output = scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+        output = scaled_dot_product_attention(grouped, keys, values, scale=options.scaling)
         return output.reshape(1, 1, heads, -1)
     whole_prompt = first_position == 0 and window is None
     output = scaled_dot_product_attention(
@@ -146,22 +138,17 @@ def _attend(
         values,
         attn_mask=None if whole_prompt else span.mask(first_key, window, query.device),
         is_causal=whole_prompt,
-        scale=scaling,
+        scale=options.scaling,
         enable_gqa=heads != kv_heads,
     )
     return output.transpose(1, 2)
 
 
-def _attend_by_hand(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+def _attend_unfused(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, options: _Options
 ) -> torch.Tensor:
-    """Attention with a soft cap on its scores or with sinks, which torch's fused one does not know."""
+    """Attention with a soft cap on its scores or with sinks, which torch's fused attention lacks."""
+    scaling, softcap, sinks = options.scaling, options.softcap, options.sinks
     _, heads, tokens, head_dim = query.shape
     groups = heads // keys.shape[1]
     if groups > 1:

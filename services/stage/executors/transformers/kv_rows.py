@@ -1,6 +1,6 @@
-"""K and V of one session as torch tensors, a layer's rows in one allocation; knows sizes and devices, no budget.
+"""K and V of one session as torch tensors, one allocation per layer.
 
-On a CPU the rows are pages that the system commits as they are written. The memory of a card can not be had like that.
+On a CPU the rows are pages that the system commits as they are written; a card has no such pages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SessionRows:
     def write(
         self, layer: int, first_position: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put K and V `[1, kv_heads, tokens, head_dim]` at their rows; the layer's whole K and V come back."""
+        """Write K and V `[1, kv_heads, tokens, head_dim]` to their rows; returns the layer's whole K and V."""
         keys = self.keys.get(layer)
         if keys is None:
             keys = self._allocate(self.keys, layer, key)
@@ -39,7 +39,7 @@ class SessionRows:
         return keys, values
 
     def grow(self, reserve_tokens: int) -> None:
-        """Make room for more tokens; computed rows are kept. One layer after the other, so little is held twice."""
+        """Make room for more tokens; computed rows are kept. Layers move one by one, so little is held twice."""
         for rows_by_layer in (self.keys, self.values):
             for layer, old in rows_by_layer.items():
                 _, kv_heads, held_tokens, head_dim = old.shape
@@ -51,7 +51,7 @@ class SessionRows:
         self.reserve_tokens = reserve_tokens
 
     def copy_from(self, other: SessionRows, tokens: int) -> None:
-        """Take the first rows of another session as one's own: its tokens up to there are the same."""
+        """Copy the first rows of a session whose tokens up to there are the same."""
         for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, rows in theirs.items():
                 if layer not in ours:
@@ -68,9 +68,9 @@ class SessionRows:
 
 
 def _empty_rows(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Rows on the same device; on a CPU small pages that are committed when they are written, and freed with them.
+    """Rows on the same device; on a CPU in small pages of their own, committed when written and freed with the tensor.
 
-    Not from torch's own allocator: what that frees it may keep, and large pages would commit 2 MB for the first row.
+    torch's allocator may keep freed memory, and a large page would commit 2 MB for the first row.
     """
     if like.device.type != "cpu":
         return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -1,43 +1,28 @@
-"""Makes a slice from a model folder, reading its own tensors and no others; knows keys and families, not steps."""
+"""Loads a slice that transformers computes, reading only the slice's own tensors."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from noodle.errors import ModelNotFound, PlanDoesNotFit
-from noodle.model.families import check_supported
-from services.stage.executors.reading import Fetch, Progress, ReadCounter, ignore_progress, nothing_to_fetch
+from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
+from services.stage.executors.safetensors import SafetensorsFolder
 from services.stage.executors.transformers import attention
+from services.stage.executors.transformers.linear import choose_gemm_layouts
 from services.stage.executors.transformers.model_cut import cut_class, layer_list_name
 from services.stage.executors.transformers.rotary import fix_rotary
+from services.stage.executors.transformers.runtime import read_model_config
 from services.stage.executors.transformers.slice import TransformersSlice
-from services.stage.executors.transformers.small_batch import choose_ways
-from services.stage.executors.transformers.weight_files import LazyTensor, WeightFiles
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, checked to be of a model that noodle runs."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelNotFound(f"{path} can not be read: {error.strerror}.", cure="A model folder needs it.") from error
-    except ValueError as error:
-        raise ModelNotFound(f"{path} is not JSON: {error}.", cure="Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise ModelNotFound(f"{path} is not an object.", cure="Fetch it again.")
-    check_supported(config)
-    return config
+from services.stage.executors.transformers.weight_files import LazyTensor
 
 
 def load_slice(
@@ -49,33 +34,36 @@ def load_slice(
     dtype: str,
     context_length: int,
     kv_budget_bytes: int | None = None,
-    progress: Progress = ignore_progress,
+    progress: ReadProgress = ignore_progress,
     fetch: Fetch = nothing_to_fetch,
 ) -> TransformersSlice:
-    """Layers [start_layer, end_layer) of the model in `folder`, with embeddings or head when they are at an end.
+    """Load layers [start_layer, end_layer) of the model in `folder`, with embeddings and head at the model's ends.
 
-    `dtype` is float32, float16 or bfloat16. Reads the tensors it computes with and no other bytes; `bytes_read` of
-    what comes back says how many. `progress` gets bytes done and in all, from several threads. Before the first byte is
-    read, `fetch` gets the keys of the tensors that will be, to bring those that are not in the folder yet.
-    Raises ModelNotFound, UnsupportedModel, or PlanDoesNotFit for layers that the model has not.
+    `dtype` is float32, float16 or bfloat16. Only the slice's tensors are read; the slice's `bytes_read` counts them.
+    `progress` receives bytes done and in all, from several threads. `fetch` receives the keys of the tensors before the
+    first one is read, to bring those that the folder lacks.
+    Raises ModelNotFound, UnsupportedModel, or PlanDoesNotFit for layers that the model does not have.
     """
-    read_config(folder)
-    weights = WeightFiles(folder)
+    config = read_model_config(folder)
+    files = SafetensorsFolder(folder)
     attention.register()
-    _silence_transformers()
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # progress bars and warnings would garble noodle's log; what matters of them is an error here
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     layer_count = int(config.num_hidden_layers)
     if not 0 <= start_layer < end_layer <= layer_count:
         raise PlanDoesNotFit(
-            f"layers {start_layer} to {end_layer} were asked for, but {folder} has {layer_count}.",
+            f"layers {start_layer} to {end_layer} were requested, but {folder} has {layer_count}.",
             cure="Make the split add up to the model's layers.",
         )
     counter = ReadCounter(progress)
     model_class = cut_class(config, start_layer, end_layer)
     with torch.device("meta"):
-        described = model_class(_copy(config))
+        described = model_class(type(config).from_dict(config.to_dict()))
     in_layers = re.compile(rf"^((?:.+\.)?{re.escape(layer_list_name(described))}\.)(\d+)(\..+)$")
-    state = _state_of_slice(described, in_layers, weights, counter, getattr(torch, dtype), start_layer, end_layer)
+    lazy = partial(LazyTensor, files, counter=counter, dtype=getattr(torch, dtype))
+    state = _state_of_slice(described, in_layers, files, lazy, range(start_layer, end_layer))
+    counter.total_bytes = sum(tensor.nbytes for tensor in state.values())
     fetch([tensor.key for tensor in state.values()])
     try:
         model, loading = model_class.from_pretrained(
@@ -84,22 +72,22 @@ def load_slice(
             state_dict=state,
             dtype=getattr(torch, dtype),
             attn_implementation=attention.IMPLEMENTATION,
-            ignore_mismatched_sizes=True,  # refused by _check_loading, with the file's names
+            ignore_mismatched_sizes=True,  # refused by _check_loading, which names the file
             output_loading_info=True,
             local_files_only=True,
         )
         _check_loading(loading, in_layers, start_layer, config.model_type, folder)
         fix_rotary(model, context_length)
         model.requires_grad_(False).to(device)
-        choose_ways(model)
+        choose_gemm_layouts(model)
     except torch.OutOfMemoryError as error:
         raise PlanDoesNotFit(
-            f"{device} has not the memory for layers {start_layer} to {end_layer} ({counter.total_bytes} bytes).",
+            f"{device} has no memory for layers {start_layer} to {end_layer} ({counter.total_bytes} bytes).",
             cure="Give this stage fewer layers (NOODLE_SPLIT), or free memory on its machine.",
         ) from error
     except RuntimeError as error:
         raise ModelNotFound(
-            f"the weights in {folder} can not be loaded: {error}.", cure="Fetch the folder again."
+            f"the weights in {folder} cannot be loaded: {error}.", cure="Fetch the folder again."
         ) from error
     return TransformersSlice(
         model,
@@ -112,55 +100,41 @@ def load_slice(
     )
 
 
-def _copy(config: Any) -> Any:
-    return type(config).from_dict(config.to_dict())
-
-
-def _silence_transformers() -> None:
-    """Its bars and warnings would tear noodle's own; what matters of them becomes an error here."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 def _state_of_slice(
     model: Any,
     in_layers: re.Pattern[str],
-    weights: WeightFiles,
-    counter: ReadCounter,
-    dtype: torch.dtype,
-    start_layer: int,
-    end_layer: int,
+    files: SafetensorsFolder,
+    lazy: Callable[[str], LazyTensor],
+    layers: range,
 ) -> dict[str, LazyTensor]:
-    """The tensors a cut model computes with, by the keys they have in it; files of no use to it are not opened.
+    """The tensors of a cut model by their keys in it; files that it does not need are not opened.
 
-    Keys of its layers are renumbered from 0; what they become beyond that is transformers' to say, and so is which
-    of the other keys belong to which of the model's tensors.
+    Layers are renumbered from 0; all other renaming is transformers'.
     """
     wanted = set(model.state_dict())
     tied = model.tied_keys_of_whole_model
     name_in_model = _names_in_model(model, wanted | set(tied.values()))
     state: dict[str, LazyTensor] = {}
-    for key in weights.file_by_key:
+    for key in files.file_by_key:
         match = in_layers.match(key)
         if match is None:
             if name_in_model(key) in wanted:
-                state[key] = weights.lazy(key, counter, dtype)
-        elif start_layer <= int(match[2]) < end_layer:
-            state[f"{match[1]}{int(match[2]) - start_layer}{match[3]}"] = weights.lazy(key, counter, dtype)
-    if start_layer > 0:
-        # where a model ties its head to its embeddings, the last stage reads the embeddings as its own head
+                state[key] = lazy(key)
+        elif int(match[2]) in layers:
+            state[f"{match[1]}{int(match[2]) - layers.start}{match[3]}"] = lazy(key)
+    if layers.start > 0:
+        # the last stage of a model with tied embeddings reads them as its head
         present = {name_in_model(key) for key in state}
         heads = {source: target for target, source in tied.items() if target in wanted and target not in present}
-        for key in weights.file_by_key:
+        for key in files.file_by_key:
             head = heads.get(name_in_model(key))
             if head is not None:
-                state[head] = weights.lazy(key, counter, dtype)
-    counter.total_bytes = sum(tensor.nbytes for tensor in state.values())
+                state[head] = lazy(key)
     return state
 
 
 def _names_in_model(model: Any, known: set[str]) -> Callable[[str], str]:
-    """How transformers' loader renames a checkpoint's key for this model."""
+    """How transformers' loader renames a checkpoint's keys for this model."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -176,11 +150,11 @@ def _names_in_model(model: Any, known: set[str]) -> Callable[[str], str]:
 def _check_loading(
     loading: dict[str, Any], in_layers: re.Pattern[str], start_layer: int, model_type: str, folder: Path
 ) -> None:
-    """Refuse weights that transformers would have filled up at random or left out with a warning."""
+    """Refuse weights that transformers would initialize at random or skip with a warning."""
     problems = {
         "lack": loading["missing_keys"],
         "hold in another shape": {str(key) for key, *_ in loading["mismatched_keys"]},
-        # outside the layers they are other stages' business
+        # keys outside the layers belong to other stages
         "hold beside those": {key for key in loading["unexpected_keys"] if in_layers.match(key)},
     }
     for problem, keys in problems.items():
@@ -189,5 +163,5 @@ def _check_loading(
             raise ModelNotFound(
                 f"the weights in {folder} are not those of its {model_type} config: they {problem} {len(keys)} of this "
                 f"slice's tensors, as {first}.",
-                cure="Fetch the folder again, and see that config and weights are of the same model.",
+                cure="Fetch the folder again, and check that config and weights belong to the same model.",
             )

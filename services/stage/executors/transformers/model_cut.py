@@ -1,11 +1,12 @@
-"""A transformers model of which only some layers exist; knows module structure, not weights.
+"""Transformers models cut to some of their layers.
 
-The whole model is described on torch's meta device, where nothing takes memory, so that every layer is made with its
-true index; then what other stages compute is taken out, before any weight is allocated.
+The whole model is built on torch's meta device, which takes no memory, so that every layer gets its true index. The
+modules of other stages are then removed, before any weight is allocated.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,19 +16,19 @@ from noodle.errors import UnsupportedModel
 from noodle.model.families import FAMILIES
 
 
-class _HandsOn(torch.nn.Module):
-    """Stands for a module of another stage: what comes in goes on."""
+class _Identity(torch.nn.Module):
+    """Replaces a module of another stage: returns its input."""
 
     def forward(self, hidden_states: torch.Tensor, *_arguments: Any, **_options: Any) -> torch.Tensor:
         return hidden_states
 
 
 class _NoPositions(torch.nn.Module):
-    """Stands for learned positions, which the first stage has added already."""
+    """Replaces learned positions, which the first stage has already added."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        # no dimensions, so that it may be added on any device; no buffer, for it is nothing to be loaded
+        # without dimensions it can be added on any device; a buffer would have to be loaded
         self.zero = torch.zeros((), dtype=dtype, device="cpu")
 
     def forward(self, *_arguments: Any, **_options: Any) -> torch.Tensor:
@@ -35,7 +36,7 @@ class _NoPositions(torch.nn.Module):
 
 
 class _Layers(torch.nn.ModuleList):
-    """The layers of a slice. Transformers takes `layers[:count]` in each step, which makes a list of modules anew."""
+    """A slice's layers; `layers[:count]`, which transformers evaluates in each step, creates no new list."""
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice) and range(*index.indices(len(self))) == range(len(self)):
@@ -49,18 +50,39 @@ def base_model_of(model: Any) -> Any:
     return model.model if base is None else base
 
 
-def cut_class(config: Any, start_layer: int, end_layer: int) -> Any:
-    """A subclass of the config's CausalLM class whose instances hold layers [start_layer, end_layer) alone.
+class _Computed:
+    """Overrides a base model's forward: returns an output that was computed before."""
 
-    Without the embeddings unless the first layer is in, and without norm and head unless the last one is.
+    output: Any = None
+
+    def forward(self, *_arguments: Any, **_options: Any) -> Any:
+        return self.output
+
+
+def with_computed_layers(model: Any) -> tuple[Any, Any]:
+    """The same model with a base whose `output` is set instead of computed, to apply the head alone; and that base.
+
+    Both are shallow copies that share all modules and weights with the model.
+    """
+    base = base_model_of(model)
+    computed, head = copy.copy(base), copy.copy(model)
+    computed.__class__ = type(type(base).__name__, (_Computed, type(base)), {})
+    head._modules = {name: computed if child is base else child for name, child in model._modules.items()}
+    return head, computed
+
+
+def cut_class(config: Any, start_layer: int, end_layer: int) -> Any:
+    """A subclass of the config's CausalLM class with layers [start_layer, end_layer) alone.
+
+    It has embeddings only with the first layer, and norm and head only with the last one.
     """
     whole_class = AutoModelForCausalLM._model_mapping[type(config)]
 
     def build(self: Any, config: Any, *arguments: Any, **options: Any) -> None:
         whole_class.__init__(self, config, *arguments, **options)
-        _take_out_foreign_modules(self, start_layer, end_layer)
+        _remove_foreign_modules(self, start_layer, end_layer)
 
-    # the same name and module, because transformers finds a model's checkpoint conversions by them
+    # transformers finds a model's checkpoint conversions by class name and module
     return type(whole_class.__name__, (whole_class,), {"__init__": build, "__module__": whole_class.__module__})
 
 
@@ -70,14 +92,14 @@ def layer_list_name(model: Any) -> str:
     names = [str(name) for name, child in base.named_children() if isinstance(child, torch.nn.ModuleList)]
     if len(names) != 1:
         raise UnsupportedModel(
-            f"a {model.config.model_type} model has {len(names)} lists of layers ({', '.join(names)}), and exactly one "
-            "can be cut.",
+            f"a {model.config.model_type} model has {len(names)} lists of layers ({', '.join(names)}), and noodle cuts "
+            "models with exactly one.",
             cure="Choose a model of another type.",
         )
     return names[0]
 
 
-def _take_out_foreign_modules(model: Any, start_layer: int, end_layer: int) -> None:
+def _remove_foreign_modules(model: Any, start_layer: int, end_layer: int) -> None:
     base, config = base_model_of(model), model.config
     layer_count: int = config.num_hidden_layers
     list_name = layer_list_name(model)
@@ -86,7 +108,7 @@ def _take_out_foreign_modules(model: Any, start_layer: int, end_layer: int) -> N
     setattr(base, list_name, _Layers(list(getattr(base, list_name))[start_layer:end_layer]))
     for each in {id(config): config, id(base.config): base.config}.values():
         each.num_hidden_layers = end_layer - start_layer
-        # the one per-layer list that transformers reads while it computes; by the layer's place in the list
+        # the only per-layer list that transformers reads while computing, indexed by place in the list
         if getattr(each, "layer_types", None):
             each.layer_types = list(each.layer_types)[start_layer:end_layer]
     learned_positions = FAMILIES[config.model_type].learned_positions
@@ -95,14 +117,14 @@ def _take_out_foreign_modules(model: Any, start_layer: int, end_layer: int) -> N
             if name == learned_positions:
                 setattr(base, name, _NoPositions(torch.get_default_dtype()))
             else:
-                setattr(base, name, _HandsOn())
+                setattr(base, name, _Identity())
     if end_layer < layer_count:
         for name in after:
-            setattr(base, name, _HandsOn())
+            setattr(base, name, _Identity())
         for name, child in model.named_children():
             if child is not base:
-                setattr(model, name, _HandsOn())
-    # with both ends here tying is transformers' own business; else each end has its own copy of the tensor
+                setattr(model, name, _Identity())
+    # a slice with both ends lets transformers tie them; otherwise each end has its own copy of the tensor
     model.tied_keys_of_whole_model = dict(model.all_tied_weights_keys)
     if not (start_layer == 0 and end_layer == layer_count):
         model.all_tied_weights_keys = {}
@@ -112,8 +134,8 @@ def _take_out_foreign_modules(model: Any, start_layer: int, end_layer: int) -> N
 def _around_layers(base: Any, names: list[str], list_name: str) -> tuple[list[str], list[str]]:
     """Children of the base model that belong to the first stage, and those that belong to the last.
 
-    By transformers' own pipeline plan, or, where a family has none, by order among those that have weights.
-    Children without weights of their own (rotary, dropout) are on every stage.
+    Taken from transformers' pipeline plan or, in a family without one, from the order of the children with weights.
+    Children without weights (rotary, dropout) are on every stage.
     """
     plan = [name for name in (getattr(base.config, "base_model_pp_plan", None) or {}) if name in names]
     if not plan:

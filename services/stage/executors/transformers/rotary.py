@@ -1,8 +1,8 @@
-"""Rotary frequencies that never depend on who shares a step; knows transformers' rotary modules, nothing else.
+"""Makes rotary frequencies independent of the sessions that share a step.
 
-Transformers chooses longrope's short or long factors by the largest position of the batch. Here the choice is made
-once, by the context length that the plan promises. default, linear, llama3 and yarn are fixed at construction as they
-are; dynamic is refused before (families.py).
+Transformers chooses longrope's short or long factors by the largest position of a batch. Here they are chosen once, by
+the plan's context length. default, linear, llama3 and yarn are constant already; dynamic is refused earlier
+(families.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-_FIXED = "longrope_fixed"  # a name that transformers' forward does not recompute anything for
+_FIXED = "longrope_fixed"  # transformers' forward recomputes nothing for this name
 
 
 def fix_rotary(model: torch.nn.Module, context_length: int) -> None:
-    """Set every longrope module to the factors for `context_length` tokens, and keep it from changing them."""
+    """Fix every longrope module to the factors for `context_length` tokens."""
     for module in model.modules():
         rope_type = getattr(module, "rope_type", None)
         if rope_type == "longrope":

@@ -1,4 +1,4 @@
-"""A slice computed by transformers' own modules with noodle's KV rows (design D4); knows tensors, not the network.
+"""A slice computed by transformers' modules with noodle's KV rows (design D4).
 
 One thread at a time computes with a slice.
 """
@@ -19,14 +19,14 @@ from services.stage.executors.transformers import attention
 from services.stage.executors.transformers.attention import AttentionSpan, StepSpans
 from services.stage.executors.transformers.kv_rows import SessionRows
 from services.stage.executors.transformers.linear import weight_bytes
-from services.stage.executors.transformers.model_cut import base_model_of
+from services.stage.executors.transformers.model_cut import base_model_of, with_computed_layers
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
 
 
 class TransformersSlice:
-    """Layers [start_layer, end_layer) of one model; a `ModelSlice` (slice_interface.py)."""
+    """Layers [start_layer, end_layer) of one model; a `ModelSlice`."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class TransformersSlice:
         self.hidden_size = int(model.config.hidden_size)
         self.vocab_size = int(model.config.vocab_size)
         self.bytes_read = bytes_read  # from disk, as stored there
-        self._model = model
         self._base = base_model_of(model)
+        self._head, self._computed = with_computed_layers(model)
         self._device = torch.device(device)
         self._torch_dtype: torch.dtype = model.dtype
         self.dtype = _NAMES[self._torch_dtype]
@@ -57,13 +57,13 @@ class TransformersSlice:
         attention.attach(model, self._step_spans)
         self._cache = KvCache(SessionRows)
         self.kv_bytes_per_token = self._measured_kv_bytes_per_token()
-        self.counts_reservations = self._device.type != "cpu"
+        self.reserves_upfront = self._device.type != "cpu"
         self._cache = KvCache(
-            SessionRows, kv_budget_bytes, self.kv_bytes_per_token, counts_reservations=self.counts_reservations
+            SessionRows, kv_budget_bytes, self.kv_bytes_per_token, reserves_upfront=self.reserves_upfront
         )
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
-        """See slice_interface.py; StepRefused when KV rows can not be had, PositionGap when earlier ones lack."""
+        """See ModelSlice. Raises StepRefused without room for KV rows, PositionGap if earlier rows are missing."""
         total_tokens = sum(span.token_count for span in batch.spans)
         inputs = self._inputs(batch)
         attention_spans = self._attention_spans(batch.spans)
@@ -84,34 +84,29 @@ class TransformersSlice:
         return output
 
     def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
-        """See slice_interface.py."""
         self._cache.open(session_id, reserve_tokens, end)
 
     def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
-        """See slice_interface.py."""
         with torch.inference_mode():
             self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
 
     def logits_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """See slice_interface.py. The model's own way from hidden states to logits, soft caps and scales included."""
+        """See ModelSlice. The model's own head computes them, with its soft caps and scales."""
         if self._base_output is None or not len(rows):
             return np.empty((0, self.vocab_size), np.float32)
         with torch.inference_mode():
             chosen = self._base_output.last_hidden_state[:, torch.from_numpy(rows).to(self._device)]
-            given = type(self._base_output)(**{**self._base_output, "last_hidden_state": chosen})
-            self._base.forward = lambda *_arguments, **_options: given  # the layers have computed already
+            self._computed.output = type(self._base_output)(**{**self._base_output, "last_hidden_state": chosen})
             try:
-                logits = self._model(inputs_embeds=chosen, use_cache=False).logits[0]
+                logits = self._head(inputs_embeds=chosen, use_cache=False).logits[0]
             finally:
-                del self._base.forward
+                self._computed.output = None
         return np.asarray(logits.float().cpu().numpy(), np.float32)
 
     def release(self, session_id: str) -> None:
-        """Free the KV rows of a session; one that it does not hold is fine."""
         self._cache.release(session_id)
 
     def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
-        """Let a session that holds rows have `tokens` of them, not computed: to measure steps far into a context."""
         rows = self._cache.open(session_id, tokens, tokens)
         with torch.inference_mode():
             for layer in rows.keys:
@@ -120,15 +115,17 @@ class TransformersSlice:
         rows.length = max(rows.length, tokens)
 
     def kv_bytes_held(self) -> int:
-        """Bytes that KV rows of all sessions count for now."""
         return self._cache.bytes_held()
 
     def set_kv_budget(self, budget_bytes: int | None) -> None:
-        """The most bytes that sessions may hold from now on; None is no bound."""
         self._cache.budget_bytes = budget_bytes
 
+    def synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def _attention_spans(self, spans: tuple[Span, ...]) -> list[AttentionSpan]:
-        """Where each session's rows are in the packed axis and in the cache; nothing is reserved if one is refused."""
+        """Rows of each span on the packed axis and in the cache; nothing is reserved if one is refused."""
         attention_spans: list[AttentionSpan] = []
         begin = 0
         for rows, span in zip(self._cache.open_spans(spans), spans, strict=True):
@@ -139,7 +136,7 @@ class TransformersSlice:
     def _compute(self, inputs: dict[str, Any], batch: PackedBatch) -> SliceOutput:
         inputs["position_ids"] = self._position_ids(batch.spans)
         inputs["use_cache"] = False
-        self._base_output = None  # the last step's hidden states are free before this one's are made
+        self._base_output = None  # frees the last step's hidden states first
         output = self._base(**inputs)
         if not self.is_last:
             return SliceOutput(hidden_states=to_wire(output.last_hidden_state[0]))
@@ -159,7 +156,7 @@ class TransformersSlice:
         return torch.from_numpy(positions)[None].to(self._device)
 
     def _measured_kv_bytes_per_token(self) -> int:
-        """What one token of one session takes in all layers, learnt by computing one."""
+        """Bytes of one session's token in all layers, measured by computing one."""
         span = Span("warm-up", first_position=0, token_count=1, reserve_tokens=1)
         no_rows = np.zeros(0, np.int64)
         if self.is_first:
@@ -172,15 +169,15 @@ class TransformersSlice:
 
 
 def to_wire(tensor: torch.Tensor) -> ActivationTensor:
-    """A tensor as it crosses a hop; on a CPU its bytes are not copied."""
+    """A tensor for a hop; on a CPU its bytes are not copied."""
     tensor = tensor.detach().cpu().contiguous()
     data = tensor.view(torch.uint8).numpy().data.cast("B")
     return ActivationTensor(_NAMES[tensor.dtype], tuple(tensor.shape), data)
 
 
 def from_wire(tensor: ActivationTensor) -> torch.Tensor:
-    """A tensor on the CPU from what crossed a hop."""
+    """A received tensor on the CPU."""
     data = tensor.data
-    # torch shares memory only with buffers it may write to
+    # torch shares memory only with writable buffers
     buffer = bytearray(data) if data.readonly else data
     return torch.frombuffer(buffer, dtype=DTYPES[tensor.dtype]).view(tensor.shape)

@@ -1,4 +1,4 @@
-"""Tensors of a folder of safetensors files as torch reads them, straight to where they stay; knows no model."""
+"""Tensors of safetensors files, read directly into torch tensors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from services.stage.executors.reading import ReadCounter
-from services.stage.executors.safetensors import SafetensorsFile, SafetensorsFolder
+from services.stage.executors.base import ReadCounter
+from services.stage.executors.safetensors import SafetensorsFolder, read_into, unsupported_dtype
 
-# a tensor that is converted is read in pieces of this size, so that no second one as large stands beside it
+# a tensor that is converted is read in pieces, which avoids a second tensor of its size
 PIECE_BYTES = 1 << 20
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -26,31 +26,28 @@ TORCH_DTYPES = {
 
 
 class LazyTensor:
-    """A tensor still on disk, in the form transformers' loader asks for: `tensor[...]` reads it.
+    """A tensor on disk with the interface of transformers' loader: `tensor[...]` reads it.
 
-    Comes in `dtype` when it is large, else as stored: transformers keeps some small tensors in float32 whatever the
-    others are in.
+    A large tensor is read in `dtype`, a small one as stored: transformers keeps some small tensors in float32 whatever
+    the dtype of the others.
     """
 
-    def __init__(self, file: SafetensorsFile, key: str, counter: ReadCounter, dtype: torch.dtype) -> None:
-        entry = file.entries[key]
-        stored_dtype = TORCH_DTYPES.get(entry["dtype"])
+    def __init__(self, folder: SafetensorsFolder, key: str, counter: ReadCounter, dtype: torch.dtype) -> None:
+        self._entry = folder.entry(key)
+        stored_dtype = TORCH_DTYPES.get(self._entry.dtype)
         if stored_dtype is None:
-            raise file.not_computed_with(key)
+            raise unsupported_dtype(key, self._entry)
         self.key = key
-        self.shape: list[int] = list(entry["shape"])
-        self.offset, end = entry["data_offsets"]
-        self.nbytes: int = end - self.offset
+        self.shape = list(self._entry.shape)
+        self.nbytes = self._entry.byte_count
         self.stored_dtype = stored_dtype
-        self._stored_name = str(entry["dtype"])
-        self._file = file
         self._counter = counter
         is_large = self.nbytes > PIECE_BYTES and stored_dtype.is_floating_point
         self._dtype = dtype if is_large else stored_dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if index is not Ellipsis:
-            raise TypeError(f"tensors are read whole, not {index!r}")
+            raise TypeError(f"a tensor is read as a whole, not {index!r}")
         tensor = torch.empty(self.shape, dtype=self._dtype)
         flat = tensor.view(-1)
         if self._dtype == self.stored_dtype:
@@ -67,21 +64,13 @@ class LazyTensor:
         if not flat.numel():
             return
         buffer = flat.view(torch.uint8).numpy().data
-        self._file.read_into(buffer, self.offset + first_item * self.stored_dtype.itemsize)
+        read_into(self._entry, buffer, first_item * self.stored_dtype.itemsize)
         self._counter.add(len(buffer))
 
     def get_shape(self) -> list[int]:
-        """Shape, as transformers asks for it."""
+        """The shape, for transformers."""
         return self.shape
 
     def get_dtype(self) -> str:
-        """Dtype by safetensors' name, as transformers asks for it."""
-        return self._stored_name
-
-
-class WeightFiles(SafetensorsFolder):
-    """All tensors of a model folder by key; a file is opened when one of its tensors is wanted."""
-
-    def lazy(self, key: str, counter: ReadCounter, dtype: torch.dtype) -> LazyTensor:
-        """One tensor, to be read later."""
-        return LazyTensor(self.find(key), key, counter, dtype)
+        """safetensors' name of the dtype, for transformers."""
+        return self._entry.dtype

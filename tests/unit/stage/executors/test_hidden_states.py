@@ -6,7 +6,7 @@ import torch
 
 from noodle.errors import WireError
 from noodle.wire.frames import ACTIVATION_DTYPES, checked_tensor, row_bytes, tensor_bytes
-from services.stage.executors.hidden_states import LARGEST_FLOAT16, decode, encode, recast
+from services.stage.executors.hidden_states import LARGEST_FLOAT16, cast, decode, encode
 
 # of one number, for float16 and bfloat16; of a row's largest one, for int8
 RELATIVE_ERROR = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127 * 1.0001}
@@ -37,7 +37,7 @@ def test_what_comes_back_is_as_near_as_its_format_allows(dtype, seed):
 @pytest.mark.parametrize("dtype", ACTIVATION_DTYPES)
 def test_sending_on_what_came_changes_nothing_more(dtype):
     once = encode(some_rows(3), dtype)
-    assert recast(once, dtype) is once
+    assert cast(once, dtype) is once
     again = encode(decode(once), dtype)
     assert bytes(again.data) == bytes(once.data)
 

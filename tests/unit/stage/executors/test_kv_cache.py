@@ -51,9 +51,9 @@ def test_released_rows_are_no_longer_held_and_releasing_twice_is_fine():
     assert not cache.holds("a")
 
 
-@pytest.mark.parametrize("counts_reservations", [True, False])
-def test_a_session_over_the_budget_is_refused_with_the_numbers_and_leaves_nothing(counts_reservations):
-    cache = KvCache(SessionRows, budget_bytes=1000, bytes_per_token=56, counts_reservations=counts_reservations)
+@pytest.mark.parametrize("reserves_upfront", [True, False])
+def test_a_session_over_the_budget_is_refused_with_the_numbers_and_leaves_nothing(reserves_upfront):
+    cache = KvCache(SessionRows, budget_bytes=1000, bytes_per_token=56, reserves_upfront=reserves_upfront)
     cache.open("a", 10, 10)
     with pytest.raises(StepRefused) as refusal:
         cache.open("b", 8, 8)
@@ -73,7 +73,7 @@ def test_what_is_reserved_counts_only_where_memory_can_not_be_had_page_by_page()
     assert lazy.bytes_held() == 560
     with pytest.raises(StepRefused):
         lazy.open("a", 1000, 5)
-    eager = KvCache(SessionRows, budget_bytes=560, bytes_per_token=56, counts_reservations=True)
+    eager = KvCache(SessionRows, budget_bytes=560, bytes_per_token=56, reserves_upfront=True)
     eager.open("a", 10, 1)
     with pytest.raises(StepRefused):
         eager.open("b", 1, 1)

@@ -13,11 +13,22 @@ import torch
 
 from noodle.errors import NotWritable
 from noodle.model.files import read_tensor_entries
-from services.stage.selection import benchmark, slice_timing
+from services.stage.selection import benchmark
 from services.stage.selection.benchmark import FILE_NAME, MeasuredSeconds, MeasurementKey, measure_machine
 from tests.support.models.tiny_model import make_tiny_model
 
-KEY = MeasurementKey("digest", "cpu", "a processor", "transformers", "torch", "f32", "f32", "float32", 1, "0.1.0")
+KEY = MeasurementKey(
+    model_digest="digest",
+    device="cpu",
+    device_name="a processor",
+    executor="transformers",
+    executor_version="torch",
+    weights="f32",
+    kv_dtype="f32",
+    dtype="float32",
+    threads=1,
+    noodle_version="0.1.0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +41,7 @@ def quick(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(benchmark, "MAXIMUM_ROUNDS", 3)
-    monkeypatch.setattr(slice_timing, "CACHE_BYTES", 1 << 16)
+    monkeypatch.setattr(benchmark, "CACHE_BYTES", 1 << 16)
     yield
     torch.set_num_threads(before)
 
@@ -50,7 +61,9 @@ def items_of_a_layer(folder):
 
 def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, monkeypatch):
     told = []
-    measured = measure_machine(folder, 6, 256, KEY, tmp_path, lambda fraction, text: told.append((fraction, text)))
+    measured = measure_machine(
+        folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=lambda fraction, text: told.append((fraction, text))
+    )
     assert measured.source == "measured"
     assert 0 < measured.decode_layer_seconds < 1
     assert 0 < measured.prefill_layer_seconds_per_token < measured.decode_layer_seconds
@@ -61,13 +74,13 @@ def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, m
     assert [fraction for fraction, _ in told] == sorted(fraction for fraction, _ in told)
     assert told[-1] == (1.0, "measured")
     monkeypatch.setattr(benchmark, "_measure", forbid)
-    assert measure_machine(folder, 6, 256, KEY, tmp_path, ignore) == measured
+    assert measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore) == measured
 
 
 def test_another_dtype_or_version_is_measured_for_itself(folder, tmp_path):
-    measure_machine(folder, 6, 256, KEY, tmp_path, ignore)
+    measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore)
     other = dataclasses.replace(KEY, weights="bf16", kv_dtype="bf16", dtype="bfloat16")
-    measure_machine(folder, 6, 256, other, tmp_path, ignore)
+    measure_machine(folder, 6, 256, key=other, cache_dir=tmp_path, progress=ignore)
     assert len(json.loads((tmp_path / FILE_NAME).read_text())) == 2
 
 
@@ -91,9 +104,9 @@ def test_a_damaged_file_is_measured_again(damage, tmp_path, folder, monkeypatch)
     expected = MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05)
     monkeypatch.setattr(benchmark, "_measure", lambda *arguments: expected)
     (tmp_path / FILE_NAME).write_text(damage)
-    assert measure_machine(folder, 6, 256, KEY, tmp_path, ignore) == expected
+    assert measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore) == expected
     monkeypatch.setattr(benchmark, "_measure", forbid)
-    assert measure_machine(folder, 6, 256, KEY, tmp_path, ignore) == expected
+    assert measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore) == expected
 
 
 def test_a_second_stage_waits_for_the_first_and_uses_its_numbers(tmp_path, folder, monkeypatch):
@@ -102,7 +115,11 @@ def test_a_second_stage_waits_for_the_first_and_uses_its_numbers(tmp_path, folde
     found = []
 
     def second_stage():
-        found.append(measure_machine(folder, 6, 256, KEY, tmp_path, lambda _, text: "waiting" in text and waits.set()))
+        found.append(
+            measure_machine(
+                folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=lambda _, text: "waiting" in text and waits.set()
+            )
+        )
 
     lock = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -119,7 +136,7 @@ def test_a_second_stage_waits_for_the_first_and_uses_its_numbers(tmp_path, folde
 @pytest.mark.parametrize("layer_count", [1, 2, 3])
 def test_a_model_of_very_few_layers_is_measured_too(layer_count, tmp_path):
     folder = make_tiny_model(tmp_path / "model", "llama", num_hidden_layers=layer_count)
-    measured = measure_machine(folder, layer_count, 256, KEY, tmp_path, ignore)
+    measured = measure_machine(folder, layer_count, 256, key=KEY, cache_dir=tmp_path, progress=ignore)
     assert measured.decode_layer_seconds > 0
 
 
@@ -128,7 +145,7 @@ def test_a_cache_folder_that_can_not_be_made_is_refused_with_path_reason_and_cur
     (tmp_path / "file").write_text("not a folder")
     cache_dir = tmp_path / "file" / below
     with pytest.raises(NotWritable) as caught:
-        measure_machine(folder, 6, 256, KEY, cache_dir, ignore)
+        measure_machine(folder, 6, 256, key=KEY, cache_dir=cache_dir, progress=ignore)
     assert f"{cache_dir} can not be written" in caught.value.message
     assert "NOODLE_CACHE_DIR" in caught.value.cure
 
@@ -143,7 +160,7 @@ def test_a_measurement_that_can_not_be_kept_is_used_and_said(tmp_path, folder, m
 
     monkeypatch.setattr(Path, "write_text", full_disk)
     with caplog.at_level(logging.WARNING):
-        assert measure_machine(folder, 6, 256, KEY, tmp_path, ignore) == expected
+        assert measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore) == expected
     assert f"{tmp_path / FILE_NAME} can not be written (No space left on device)" in caplog.text
-    assert "made anew at each start" in caplog.text
+    assert "made again at each start" in caplog.text
     assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,14 @@
-"""The choice of device and dtype on machines that are not here, by a torch whose few CUDA calls are made up."""
+"""The choice of device and dtype with a torch whose CUDA calls are made up."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from noodle.errors import ConfigurationError
+from noodle.metrics.machine import MachineUse
 from noodle.metrics.scraped import CardUse
+from services.stage.executors.transformers import runtime
+from services.stage.selection import device
 from services.stage.selection.device import FreeMemory, card_use, choose_device, choose_dtype, device_name, free_memory
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -41,42 +44,55 @@ class FakeCuda:
         raise RuntimeError("Driver Not Loaded")
 
 
-def fake_torch(**options):
-    return SimpleNamespace(cuda=FakeCuda(**options), __version__="2.14.1")
+@pytest.fixture
+def torch_has(monkeypatch):
+    """Replaces torch by one with a made-up card."""
+
+    def replace(**options):
+        monkeypatch.setattr(runtime, "torch", SimpleNamespace(cuda=FakeCuda(**options), __version__="2.14.1"))
+        return runtime.torch
+
+    return replace
 
 
-def test_auto_is_the_cpu_where_no_card_is():
-    choice = choose_device("auto", fake_torch())
+def test_auto_is_the_cpu_without_a_card(torch_has):
+    torch_has()
+    choice = choose_device("auto")
     assert choice.value == "cpu"
     assert "no CUDA device" in choice.reason
 
 
-def test_auto_is_the_card_that_torch_has_kernels_for():
-    assert choose_device("auto", fake_torch(capability=(6, 1), kernels=CU126)).value == "cuda"
+def test_auto_is_the_card_that_torch_has_kernels_for(torch_has):
+    torch_has(capability=(6, 1), kernels=CU126)
+    assert choose_device("auto").value == "cuda"
 
 
-def test_cpu_is_the_cpu_even_beside_a_card():
-    assert choose_device("cpu", fake_torch(capability=(6, 1), kernels=CU126)).value == "cpu"
+def test_cpu_is_the_cpu_even_beside_a_card(torch_has):
+    torch_has(capability=(6, 1), kernels=CU126)
+    assert choose_device("cpu").value == "cpu"
 
 
-def test_a_card_that_is_asked_for_and_missing_is_refused():
+def test_a_requested_card_that_is_missing_is_refused(torch_has):
+    torch_has()
     with pytest.raises(ConfigurationError) as refusal:
-        choose_device("cuda", fake_torch())
+        choose_device("cuda")
     assert "NOODLE_DEVICE=cpu" in refusal.value.cure
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda"])
-def test_a_pascal_card_under_a_torch_without_its_kernels_is_refused_with_the_way_out(wanted):
+def test_a_pascal_card_under_a_torch_without_its_kernels_is_refused_with_the_way_out(wanted, torch_has):
+    torch_has(capability=(6, 1), kernels=CU130)
     with pytest.raises(ConfigurationError) as refusal:
-        choose_device(wanted, fake_torch(capability=(6, 1), kernels=CU130))
+        choose_device(wanted)
     assert "6.1" in str(refusal.value)
     assert "Dockerfile.gpu" in refusal.value.cure
     assert "cu126" in refusal.value.cure
 
 
-def test_a_card_that_is_too_new_for_the_image_is_told_what_to_build_it_with():
+def test_the_refusal_of_a_card_that_is_too_new_for_the_image_names_what_to_build_it_with(torch_has):
+    torch_has(capability=(12, 0), kernels=CU126)
     with pytest.raises(ConfigurationError) as refusal:
-        choose_device("cuda", fake_torch(capability=(12, 0), kernels=CU126))
+        choose_device("cuda")
     assert "cu130" in refusal.value.cure
     assert "TORCH_KERNELS=sm_120" in refusal.value.cure
 
@@ -93,57 +109,62 @@ def test_a_card_that_is_too_new_for_the_image_is_told_what_to_build_it_with():
         ((9, 0), ["sm_90a"], True),
     ],
 )
-def test_kernels_run_on_cards_of_their_major_version_and_ptx_on_later_ones(capability, kernels, runs):
-    torch = fake_torch(capability=capability, kernels=kernels)
+def test_kernels_run_on_cards_of_their_major_version_and_ptx_on_later_ones(capability, kernels, runs, torch_has):
+    torch_has(capability=capability, kernels=kernels)
     if runs:
-        assert choose_device("cuda", torch).value == "cuda"
+        assert choose_device("cuda").value == "cuda"
     else:
         with pytest.raises(ConfigurationError):
-            choose_device("cuda", torch)
+            choose_device("cuda")
 
 
-def test_dtype_auto_is_exact_on_a_cpu_and_native_on_a_card():
-    assert choose_dtype("auto", "cpu", fake_torch()).value == "float32"
-    assert choose_dtype("auto", "cuda", fake_torch(capability=(8, 0), native_bfloat16=True)).value == "bfloat16"
-    assert choose_dtype("auto", "cuda", fake_torch(capability=(6, 1))).value == "float16"
+def test_dtype_auto_is_exact_on_a_cpu_and_native_on_a_card(torch_has):
+    torch_has()
+    assert choose_dtype("auto", "cpu").value == "float32"
+    torch_has(capability=(8, 0), native_bfloat16=True)
+    assert choose_dtype("auto", "cuda").value == "bfloat16"
+    torch_has(capability=(6, 1))
+    assert choose_dtype("auto", "cuda").value == "float16"
 
 
-def test_bfloat16_on_a_card_that_emulates_it_is_refused():
+def test_bfloat16_on_a_card_that_emulates_it_is_refused(torch_has):
+    torch_has(capability=(6, 1))
     with pytest.raises(ConfigurationError) as refusal:
-        choose_dtype("bfloat16", "cuda", fake_torch(capability=(6, 1)))
+        choose_dtype("bfloat16", "cuda")
     assert "float16" in refusal.value.cure
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_configured_dtype_is_taken_on_a_cpu(dtype):
-    assert choose_dtype(dtype, "cpu", fake_torch()) == choose_dtype(dtype, "cpu", fake_torch())
-    assert choose_dtype(dtype, "cpu", fake_torch()).value == dtype
+    assert choose_dtype(dtype, "cpu").value == dtype
 
 
-def test_a_device_has_a_name():
-    assert device_name("cuda", fake_torch(capability=(6, 1))) == "NVIDIA GeForce GTX 1050"
-    assert device_name("cpu", fake_torch())
+def test_a_device_has_a_name(torch_has):
+    torch_has(capability=(6, 1))
+    assert device_name("cuda") == "NVIDIA GeForce GTX 1050"
+    assert device_name("cpu")
 
 
 @pytest.fixture
-def proc(tmp_path, monkeypatch):
-    (tmp_path / "proc").mkdir()
-    fields = {"MemTotal": 16000, "MemAvailable": 8000}
-    names = ("MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "Shmem", "Active", "Inactive")
-    text = "".join(f"{name}: {fields.get(name, 0)} kB\n" for name in names)
-    (tmp_path / "proc/meminfo").write_text(text)
-    monkeypatch.setattr("psutil.PROCFS_PATH", str(tmp_path / "proc"))
+def system(monkeypatch):
+    """A machine with 8,000 kB available."""
+    monkeypatch.setattr(device, "machine_use", lambda: MachineUse(2, 0.0, 16_000 * 1024, 8_000 * 1024))
 
 
-@pytest.mark.usefixtures("proc")
-def test_free_memory_is_what_the_system_has_available(tmp_path):
-    memory = free_memory("cpu", fake_torch(), cgroup=tmp_path / "none")
-    assert memory == FreeMemory(8000 * 1024, "MemAvailable of the system")
+def test_free_memory_is_what_the_system_has_available(system, tmp_path):
+    memory = free_memory("cpu", cgroup=tmp_path / "none")
+    assert memory == FreeMemory(8000 * 1024, "available on the system")
 
 
-@pytest.mark.usefixtures("proc")
+def test_a_system_that_does_not_report_its_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(device, "machine_use", lambda: None)
+    with pytest.raises(ConfigurationError) as refusal:
+        free_memory("cpu")
+    assert "Linux" in refusal.value.cure
+
+
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_containers_limit_bounds_the_free_memory(version, tmp_path):
+def test_a_containers_limit_bounds_the_free_memory(version, system, tmp_path):
     folder = tmp_path / "cgroup" / ("memory" if version == 1 else "")
     folder.mkdir(parents=True)
     limit, used = (
@@ -152,12 +173,12 @@ def test_a_containers_limit_bounds_the_free_memory(version, tmp_path):
     (folder / limit).write_text("5000000\n")
     (folder / used).write_text("3000000\n")
     (folder / "memory.stat").write_text("anon 1\ninactive_file 500000\ntotal_inactive_file 500000\n")
-    memory = free_memory("cpu", fake_torch(), cgroup=tmp_path / "cgroup")
+    memory = free_memory("cpu", cgroup=tmp_path / "cgroup")
     assert memory.free_bytes == 2_500_000
     assert f"v{version}" in memory.source
 
 
-@pytest.mark.usefixtures("proc")
+@pytest.mark.usefixtures("system")
 @pytest.mark.parametrize("no_limit", ["max", "9223372036854771712"])
 def test_a_container_without_limit_bounds_nothing(no_limit, tmp_path):
     for folder, limit, used in (
@@ -167,25 +188,26 @@ def test_a_container_without_limit_bounds_nothing(no_limit, tmp_path):
         folder.mkdir(parents=True)
         (folder / limit).write_text(no_limit)
         (folder / used).write_text("1000")
-    memory = free_memory("cpu", fake_torch(), cgroup=tmp_path / "cgroup")
-    assert memory.source == "MemAvailable of the system"
+    memory = free_memory("cpu", cgroup=tmp_path / "cgroup")
+    assert memory.source == "available on the system"
 
 
-def test_free_memory_of_a_card_is_what_its_driver_says():
-    assert free_memory("cuda", fake_torch(capability=(6, 1))).free_bytes == 3_000_000_000
+def test_free_memory_of_a_card_is_what_its_driver_reports(torch_has):
+    torch_has(capability=(6, 1))
+    assert free_memory("cuda").free_bytes == 3_000_000_000
 
 
-def test_a_card_is_told_of_as_far_as_its_driver_tells():
+def test_a_cards_use_is_reported_as_far_as_its_driver_reports_it(torch_has):
+    torch = torch_has(capability=(6, 1))
     card = CardUse("NVIDIA GeForce GTX 1050", 4_000_000_000, 3_000_000_000, busy_share=0.25, celsius=None)
-    torch = fake_torch(capability=(6, 1))
-    assert card_use(torch) == card
+    assert card_use() == card
 
     def failed():
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     torch.cuda.mem_get_info = failed
-    assert card_use(torch) is None
+    assert card_use() is None
 
 
 def test_this_machine_has_some_memory():
-    assert free_memory("cpu", fake_torch()).free_bytes > 1 << 20
+    assert free_memory("cpu").free_bytes > 1 << 20

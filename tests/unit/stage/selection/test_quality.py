@@ -1,5 +1,6 @@
 """Perplexity and greedy agreement, computed a few layers at a time."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,10 +13,17 @@ from noodle.model.formats import Quality
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.load import load_by
 from services.stage.selection import quality
-from services.stage.selection.quality import keep_quality, kept_quality, quality_of, score_text, text_tokens
+from services.stage.selection.quality import (
+    ModelQuality,
+    keep_quality,
+    kept_quality,
+    quality_of,
+    score_text,
+    text_tokens,
+)
 
 TOKENS = list(np.random.default_rng(1).integers(1, 190, 150))
-FLOAT32 = Candidate("transformers", "f32", "f32", "float32")
+BFLOAT16 = Candidate("transformers", "bf16", "bf16", "bfloat16")
 
 
 def scored(folder, dtype="float32", activation_dtype="float32"):
@@ -56,7 +64,7 @@ def test_the_text_is_cut_to_the_models_context(tiny_folder):
 
 
 def test_a_model_without_a_tokenizer_can_not_be_tried_and_says_so(tmp_path):
-    with pytest.raises(UnsupportedModel, match=r"tokenizer\.json can not be read"):
+    with pytest.raises(UnsupportedModel, match=r"tokenizer\.json cannot be read"):
         text_tokens(tmp_path, 100)
 
 
@@ -69,3 +77,45 @@ def test_what_was_measured_is_kept_until_the_file_is_damaged(tmp_path):
     (tmp_path / quality.FILE_NAME).write_text('{"q8_0": {"perplexity_ratio": "good"}}')
     assert kept_quality(tmp_path, "q8_0") is None
     assert math.isfinite(measured.perplexity_ratio)
+
+
+def qualities(folder, cache_dir, told=lambda *_: None, fetch=lambda _keys: None):
+    return ModelQuality(
+        folder=folder,
+        digest="digest",
+        layer_count=6,
+        context_length=256,
+        device="cpu",
+        threads=1,
+        cache_dir=cache_dir,
+        progress=told,
+        fetch=fetch,
+    )
+
+
+def test_it_is_measured_once_with_the_reference_and_kept(tiny_folder, tmp_path, monkeypatch):
+    told = []
+    measured = qualities(tiny_folder, tmp_path, lambda _done, what: told.append(what)).of(BFLOAT16, 0.001)
+    assert abs(measured.perplexity_ratio - 1) < 0.05
+    assert any("quality of transformers f32" in what for what in told)
+    monkeypatch.setattr(quality, "score_text", lambda *_: pytest.fail("measured again"))
+    assert qualities(tiny_folder, tmp_path).of(BFLOAT16, 0.001) == measured
+
+
+def test_other_formats_are_measured_for_themselves(tiny_folder, tmp_path):
+    model = qualities(tiny_folder, tmp_path)
+    first = model.of(BFLOAT16, 0.001)
+    other = model.of(dataclasses.replace(BFLOAT16, weights="f16", kv_dtype="f16", dtype="float16"), 0.001)
+    assert other != first
+
+
+def test_what_is_not_here_is_fetched_for_it(tiny_folder, tmp_path):
+    fetched = []
+    qualities(tiny_folder, tmp_path, fetch=fetched.extend).of(BFLOAT16, 0.001)
+    assert any("layers.5." in key for key in fetched)
+
+
+def test_what_would_take_longer_than_a_start_may_is_not_measured(tiny_folder, tmp_path):
+    with pytest.raises(UnsupportedModel, match="minutes"):
+        qualities(tiny_folder, tmp_path).of(BFLOAT16, 60.0)
+    assert not list(tmp_path.glob("**/quality.json"))

@@ -4,9 +4,8 @@ import pytest
 
 from noodle.errors import ConfigurationError, UnsupportedModel
 from noodle.model.formats import ALLOWANCES, Quality
-from services.stage.executors.candidate import Wishes, candidates
 from services.stage.selection.benchmark import MeasuredSeconds
-from services.stage.selection.select import choose, choose_threads
+from services.stage.selection.select import ExecutorOptions, candidates, choose, choose_threads
 
 SPEEDS = {
     "ggml q4_0": 1.0,
@@ -28,10 +27,10 @@ def names(*arguments):
     return [str(candidate) for candidate in candidates(*arguments)]
 
 
-def chosen(wishes=None, quality=lambda _: GOOD, hindrance="", dtype="float32"):
-    wishes = wishes or Wishes()
+def chosen(options=None, quality=lambda _: GOOD, hindrance="", dtype="float32"):
+    options = options or ExecutorOptions()
     return choose(
-        candidates(wishes, dtype, hindrance), wishes.quality, measured, lambda candidate, _seconds: quality(candidate)
+        candidates(options, dtype, hindrance), options.quality, measured, lambda candidate, _seconds: quality(candidate)
     )
 
 
@@ -55,45 +54,48 @@ def test_agreement_counts_beside_perplexity_and_what_is_not_a_number_is_refused(
 
 
 def test_exact_is_float32_alone_and_asks_for_no_quality():
-    made = chosen(Wishes(quality="exact"), quality=lambda _: pytest.fail("asked"))
+    made = chosen(ExecutorOptions(quality="exact"), quality=lambda _: pytest.fail("asked"))
     assert str(made.candidate) == "ggml f32"
     assert made.candidate.kv_dtype == "f32"
-    assert names(Wishes(quality="exact"), "float16", "") == ["transformers f32", "ggml f32"]
+    assert names(ExecutorOptions(quality="exact"), "float16", "") == ["transformers f32", "ggml f32"]
 
 
 def test_small_allows_four_bits():
-    assert str(chosen(Wishes(quality="small")).candidate) == "ggml q4_0"
+    assert str(chosen(ExecutorOptions(quality="small")).candidate) == "ggml q4_0"
     assert ALLOWANCES["small"].perplexity_ratio > ALLOWANCES["near-lossless"].perplexity_ratio
 
 
 def test_a_models_own_gguf_is_compared_too_but_never_for_exact():
-    assert str(candidates(Wishes(), "float32", "", has_gguf=True)[1]) == "ggml gguf"
-    exact = candidates(Wishes(quality="exact"), "float32", "", has_gguf=True)
+    assert str(candidates(ExecutorOptions(), "float32", "", has_gguf=True)[1]) == "ggml gguf"
+    exact = candidates(ExecutorOptions(quality="exact"), "float32", "", has_gguf=True)
     assert [str(each) for each in exact] == ["transformers f32", "ggml f32"]
 
 
 def test_without_ggml_transformers_computes():
-    assert names(Wishes(), "float32", NO_GGML) == ["transformers f32"]
+    assert names(ExecutorOptions(), "float32", NO_GGML) == ["transformers f32"]
 
 
 def test_a_card_has_its_own_bits_and_float32_behind_them():
-    assert names(Wishes(), "float16", "ggml computes on the CPU alone.") == ["transformers f16", "transformers f32"]
+    assert names(ExecutorOptions(), "float16", "ggml computes on the CPU alone.") == [
+        "transformers f16",
+        "transformers f32",
+    ]
 
 
-@pytest.mark.parametrize("wishes", [Wishes(executor="ggml"), Wishes(weights="q8_0")])
-def test_what_was_asked_for_and_can_not_be_had_is_named_with_the_cure(wishes):
+@pytest.mark.parametrize("options", [ExecutorOptions(executor="ggml"), ExecutorOptions(weights="q8_0")])
+def test_what_was_asked_for_and_can_not_be_had_is_named_with_the_cure(options):
     with pytest.raises(ConfigurationError, match="not installed here"):
-        candidates(wishes, "float32", NO_GGML)
+        candidates(options, "float32", NO_GGML)
 
 
 def test_whoever_names_transformers_or_its_dtype_compares_nothing():
-    assert names(Wishes(executor="transformers"), "float32", "") == ["transformers f32"]
-    assert names(Wishes(dtype="bfloat16"), "bfloat16", "") == ["transformers bf16"]
+    assert names(ExecutorOptions(executor="transformers"), "float32", "") == ["transformers f32"]
+    assert names(ExecutorOptions(dtype="bfloat16"), "bfloat16", "") == ["transformers bf16"]
 
 
 def test_weights_that_were_asked_for_and_are_not_allowed_stop_the_start():
     with pytest.raises(ConfigurationError, match="ggml q4_0 is refused") as caught:
-        chosen(Wishes(weights="q4_0"), quality=lambda _: BAD)
+        chosen(ExecutorOptions(weights="q4_0"), quality=lambda _: BAD)
     assert "NOODLE_QUALITY=small" in caught.value.cure
 
 
@@ -102,7 +104,7 @@ def test_where_quality_can_not_be_measured_only_float32_or_what_was_asked_for_is
         raise UnsupportedModel("there is no tokenizer.")
 
     assert chosen(quality=unknown).candidate.is_lossless
-    assert str(chosen(Wishes(weights="q8_0"), quality=unknown).candidate) == "ggml q8_0"
+    assert str(chosen(ExecutorOptions(weights="q8_0"), quality=unknown).candidate) == "ggml q8_0"
 
 
 @pytest.mark.parametrize(("half_takes", "taken"), [(0.9, 4), (0.97, 8), (1.5, 8)])

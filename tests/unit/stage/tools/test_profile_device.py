@@ -1,4 +1,4 @@
-"""`noodle profile`'s own measuring on a tiny model: what is there, what is left out and said."""
+"""The measurements of `noodle profile` on a tiny model: which steps are timed, how often, and what is left out."""
 
 import dataclasses
 import types
@@ -7,12 +7,22 @@ import pytest
 import torch
 
 from noodle.errors import ConfigurationError, GenerationFailed
+from services.stage.executors.transformers import runtime
 from services.stage.executors.transformers.loading import load_slice
-from services.stage.selection import slice_timing
-from services.stage.selection.slice_timing import SliceTimer
+from services.stage.selection import benchmark
+from services.stage.selection.benchmark import SliceTimer
+from services.stage.tools import profile_device
 from services.stage.tools.profile import devices_of
-from services.stage.tools.profile_device import DeviceProfiler
-from services.stage.tools.profile_points import QUICK
+from services.stage.tools.profile_device import (
+    FULL,
+    QUICK,
+    DeviceProfiler,
+    Point,
+    fitting_kv_tokens,
+    layer_points,
+    repeated,
+    thread_counts,
+)
 from tests.support.models.tiny_model import make_tiny_model
 
 EXTENT = dataclasses.replace(QUICK, sessions=(1, 3), kv_tokens=(8, 64), chunk_tokens=(4, 16), maximum_rounds=3)
@@ -28,12 +38,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(slice_timing, "CACHE_BYTES", 1 << 16)
+    monkeypatch.setattr(benchmark, "CACHE_BYTES", 1 << 16)
     yield
     torch.set_num_threads(before)
 
 
-def profiler(folder, notes, *, extent=EXTENT, layers=6, context=CONTEXT, budget_seconds=60.0, say=lambda *_: None):
+def profiler(folder, notes, *, extent=EXTENT, layers=6, context=CONTEXT, budget_seconds=60.0, progress=lambda *_: None):
     return DeviceProfiler(
         folder=folder,
         device="cpu",
@@ -43,14 +53,14 @@ def profiler(folder, notes, *, extent=EXTENT, layers=6, context=CONTEXT, budget_
         layer_count=layers,
         context_length=context,
         budget_seconds=budget_seconds,
-        say=say,
+        progress=progress,
         notes=notes,
     )
 
 
 def test_layers_embedding_and_head_are_measured_with_each_number_of_threads(folder):
     notes, told = [], []
-    device = profiler(folder, notes, say=lambda done, _text: told.append(done)).measure((2, 1))
+    device = profiler(folder, notes, progress=lambda done, _text: told.append(done)).measure((2, 1))
     assert notes == []
     assert told == sorted(told)
     assert 0.0 <= told[0] <= told[-1] < 1.0
@@ -81,7 +91,7 @@ def test_rows_beyond_the_context_are_left_out_and_said(folder):
     extent = dataclasses.replace(EXTENT, kv_tokens=(8, 1024))
     device = profiler(folder, notes, extent=extent).measure((1,))
     assert {point.kv_tokens for point in device.threads[0].decode} == {8}
-    assert notes == ["cpu: left out decode over 1024 rows, which pass the context or the memory."]
+    assert notes == ["cpu: left out decode over 1024 rows, which exceed the context or the memory."]
 
 
 def test_a_step_that_finds_no_memory_is_left_out_and_the_others_are_measured(folder, monkeypatch):
@@ -114,25 +124,94 @@ def test_rows_of_noise_are_attended_to_without_being_computed(folder):
     assert timer.slice.kv_bytes_held() == timer.slice.kv_bytes_per_token * (2 * 65)
 
 
-def fake_torch(available=True, capability=(7, 0), kernels=("sm_70",)):
-    cuda = types.SimpleNamespace(
-        is_available=lambda: available,
-        get_device_capability=lambda: capability,
-        get_arch_list=lambda: list(kernels),
-        get_device_name=lambda: "a card",
-    )
-    return types.SimpleNamespace(cuda=cuda, __version__="2")
+@pytest.fixture
+def card(monkeypatch):
+    """Replaces torch's CUDA by a made-up card."""
+
+    def replace(available=True, capability=(7, 0)):
+        cuda = types.SimpleNamespace(
+            is_available=lambda: available,
+            get_device_capability=lambda: capability,
+            get_arch_list=lambda: ["sm_70"],
+            get_device_name=lambda: "a card",
+        )
+        monkeypatch.setattr(runtime, "torch", types.SimpleNamespace(cuda=cuda, __version__="2"))
+
+    return replace
 
 
-def test_card_and_processor_are_both_measured_where_both_are_there():
-    assert devices_of("auto", fake_torch(), []) == ["cuda", "cpu"]
-    assert devices_of("auto", fake_torch(available=False), []) == ["cpu"]
-    assert devices_of("cpu", fake_torch(), []) == ["cpu"]
+def test_card_and_processor_are_both_measured_if_both_are_there(card):
+    card()
+    assert devices_of("auto", []) == ["cuda", "cpu"]
+    assert devices_of("cpu", []) == ["cpu"]
+    card(available=False)
+    assert devices_of("auto", []) == ["cpu"]
 
 
-def test_a_card_without_kernels_is_left_out_and_said_unless_it_was_asked_for():
+def test_a_card_without_kernels_is_left_out_with_a_note_unless_it_was_requested(card):
+    card(capability=(6, 1))
     notes = []
-    assert devices_of("auto", fake_torch(capability=(6, 1)), notes) == ["cpu"]
+    assert devices_of("auto", notes) == ["cpu"]
     assert "6.1" in notes[0]
     with pytest.raises(ConfigurationError):
-        devices_of("cuda", fake_torch(capability=(6, 1)), [])
+        devices_of("cuda", [])
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(1, (1,)), (2, (2, 1)), (6, (6, 1, 2, 4)), (8, (8, 1, 2, 4)), (3, (3, 1, 2))]
+)
+def test_the_most_threads_come_first_then_one_and_its_doubles(most, expected):
+    assert thread_counts(most) == expected
+
+
+def test_every_batch_and_length_is_timed_with_every_number_of_threads():
+    points = layer_points(FULL, (2, 1), FULL.kv_tokens, 8192, 4096)
+    assert len(points) == len(set(points)) == 2 * (5 * 4 + 5 * 4)
+
+
+def test_the_points_that_compare_threads_are_timed_first():
+    points = layer_points(FULL, (2, 1), FULL.kv_tokens, 8192, 512)
+    assert points[:4] == [
+        Point(2, "decode", 1, 128),
+        Point(2, "prefill", 1, 128),
+        Point(1, "decode", 1, 128),
+        Point(1, "prefill", 1, 128),
+    ]
+    assert {point.threads for point in points[4 : len(points) // 2]} == {2}
+
+
+def test_no_chunk_passes_a_step_or_the_context():
+    points = layer_points(FULL, (1,), FULL.kv_tokens, 256, 512)
+    prefill = [point for point in points if point.kind == "prefill"]
+    assert max(point.sessions * point.length for point in prefill) == 512
+    assert max(point.length for point in prefill) == 256
+
+
+def test_rows_stay_within_context_and_memory():
+    assert fitting_kv_tokens(FULL, 8192, 1 << 30) == FULL.kv_tokens
+    assert fitting_kv_tokens(FULL, 1024, 1 << 30) == (16, 128, 512)
+    assert fitting_kv_tokens(FULL, 8192, 8 * 513) == (16, 128, 512)
+    assert fitting_kv_tokens(FULL, 8192, 0) == ()
+
+
+def test_without_room_for_any_row_prefill_is_timed_all_the_same():
+    assert {point.kind for point in layer_points(QUICK, (1,), (), 8192, 512)} == {"prefill"}
+
+
+def test_a_quick_profile_is_a_part_of_the_full_one():
+    full = set(layer_points(FULL, (2, 1), FULL.kv_tokens, 8192, 512))
+    assert set(layer_points(QUICK, (2, 1), QUICK.kv_tokens, 8192, 512)) < full
+
+
+def test_a_fast_step_is_repeated_and_each_column_has_its_median():
+    rounds = iter([(3.0e-6, 1.0e-6), (1.0e-6, 9.0e-6), (2.0e-6, 2.0e-6)])
+    assert repeated(lambda: next(rounds), 3) == ((2.0e-6, 2.0e-6), 3)
+
+
+def test_a_slow_step_is_done_once():
+    assert repeated(lambda: (1.5, 1.5), 15) == ((1.5, 1.5), 1)
+
+
+def test_rounds_end_with_the_points_time_but_not_below_the_minimum(monkeypatch):
+    monkeypatch.setattr(profile_device, "POINT_SECONDS", 0.0)
+    assert repeated(lambda: (0.1,), 15)[1] == profile_device.MINIMUM_ROUNDS

@@ -11,9 +11,8 @@ from safetensors.numpy import load_file, save_file
 from noodle.errors import UnsupportedModel
 from services.stage.executors.ggml import loading
 from services.stage.executors.ggml.families import GGML_FAMILIES, ggml_lacks
-from services.stage.executors.ggml.loading import load_ggml_slice
 from tests.support.models.tiny_model import make_tiny_model
-from tests.support.stages.executors import need_ggml
+from tests.support.stages.executors import load_by_ggml, need_ggml
 from tests.support.stages.slice_pipeline import (
     STEPS,
     SlicePipeline,
@@ -86,7 +85,7 @@ def one_thread():
 @pytest.fixture(autouse=True, params=["own kernels", "ggml's kernels"])
 def kernels(request, monkeypatch):
     if request.param == "ggml's kernels":
-        monkeypatch.setattr(loading, "packed_rows", lambda _: None)
+        monkeypatch.setattr(loading, "packed_weights", lambda _: None)
 
 
 def with_random_vectors(folder: Path) -> Path:
@@ -167,6 +166,6 @@ def test_a_model_that_ggml_lacks_is_refused_with_the_way_out(tmp_path):
     need_ggml()
     folder = make_tiny_model(tmp_path, "cohere")
     with pytest.raises(UnsupportedModel, match="cohere") as refusal:
-        load_ggml_slice(folder, 0, 6, weights="f32", context_length=256, threads=1)
+        load_by_ggml(folder, 0, 6, weights="f32", context_length=256, threads=1)
     assert "transformers" in refusal.value.cure
     assert json.loads((folder / "config.json").read_text())["model_type"] == "cohere"

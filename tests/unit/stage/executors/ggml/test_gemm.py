@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from services.stage.executors.ggml.backend import processor_flags
-from services.stage.executors.ggml.gemm import GROUP_ROWS, packed_rows
-from services.stage.executors.ggml.weights import TYPE_NUMBERS, Block, Placed
+from services.stage.executors.ggml.kernels import GROUP_ROWS, packed_weights
+from services.stage.executors.ggml.weights import TYPE_NUMBERS, TensorLayout, WeightBlock
 from tests.support.stages.ggml_operation import Graph, ggml_calls, needed, stored_as
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -25,7 +25,7 @@ def ggml():
 @pytest.fixture(scope="module", params=NEEDED)
 def kernels(request, ggml):
     flags, types = NEEDED[request.param]
-    found = needed(lambda: packed_rows(ggml, only=request.param), flags)
+    found = needed(lambda: packed_weights(ggml, only=request.param), flags)
     assert found.types == types
     return found
 
@@ -45,8 +45,8 @@ def a_weight(ggml, kind, outputs, length, seed=0):
 
 
 def packed_block(kernels, name, kind, stored, outputs, length):
-    placed = Placed("weight", TYPE_NUMBERS[kind], (length, outputs), 0, len(stored))
-    return kernels.pack({name: Block((placed,), stored)}, also_embedding=True)
+    placed = TensorLayout("weight", TYPE_NUMBERS[kind], (length, outputs), 0, len(stored))
+    return kernels.pack({name: WeightBlock((placed,), stored)}, also_embedding=True)
 
 
 def in_8_bits(rows):
@@ -154,7 +154,7 @@ def test_what_the_kernels_do_not_take_is_left_to_ggml(name, kind, sizes, ggml, k
     byte_count = ggml.ggml_row_size(TYPE_NUMBERS[kind], sizes[0]) * int(np.prod(sizes[1:]))
     memory = np.arange(byte_count).astype(np.uint8)
     before = memory.copy()
-    block = Block((Placed("any.weight", TYPE_NUMBERS[kind], sizes, 0, byte_count),), memory)
+    block = WeightBlock((TensorLayout("any.weight", TYPE_NUMBERS[kind], sizes, 0, byte_count),), memory)
     assert not kernels.pack({name: block}, also_embedding=False)
     np.testing.assert_array_equal(memory, before)
 
@@ -162,22 +162,24 @@ def test_what_the_kernels_do_not_take_is_left_to_ggml(name, kind, sizes, ggml, k
 @pytest.mark.parametrize("name", ["positions.weight", "router.weight"])
 def test_what_ggml_itself_multiplies_by_or_takes_rows_of_stays_as_it_is(name, ggml, kernels):
     stored, _ = a_weight(ggml, "f32", 64, 64)
-    assert not kernels.pack({"0": Block((Placed(name, 0, (64, 64), 0, len(stored)),), stored)}, also_embedding=True)
+    assert not kernels.pack(
+        {"0": WeightBlock((TensorLayout(name, 0, (64, 64), 0, len(stored)),), stored)}, also_embedding=True
+    )
 
 
 def test_without_noodles_own_library_all_is_left_to_ggml(ggml, monkeypatch):
-    monkeypatch.setattr("services.stage.executors.ggml.custom.own_library", lambda: None)
-    assert packed_rows(ggml) is None
+    monkeypatch.setattr("services.stage.executors.ggml.kernels.own_library", lambda: None)
+    assert packed_weights(ggml) is None
 
 
 def test_a_library_from_before_these_kernels_leaves_all_to_ggml_and_says_so(ggml, monkeypatch, caplog):
-    monkeypatch.setattr("services.stage.executors.ggml.custom.own_library", lambda: object())
-    assert packed_rows(ggml) is None
+    monkeypatch.setattr("services.stage.executors.ggml.kernels.own_library", lambda: object())
+    assert packed_weights(ggml) is None
     assert "make setup" in caplog.text
 
 
 def test_of_two_kinds_of_instructions_the_newer_ones_multiply(ggml, kernels):
-    chosen = packed_rows(ggml).instructions
+    chosen = packed_weights(ggml).instructions
     if (processor_flags() or frozenset()) >= NEEDED["avx512"][0]:
         assert chosen == dict.fromkeys(TYPES, "avx512")
     else:

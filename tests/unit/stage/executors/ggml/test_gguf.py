@@ -12,10 +12,9 @@ from safetensors.numpy import load_file, save_file
 from noodle.errors import ModelNotFound, UnsupportedModel
 from services.coordinator.models.store import prepare_model
 from services.stage.executors.ggml.gguf import MODULES
-from services.stage.executors.ggml.loading import load_ggml_slice
 from tests.support.models.tiny_gguf import TOKENS, TinyLlama, tiny_weights, write_tiny_gguf
 from tests.support.models.tiny_model import make_tiny_model
-from tests.support.stages.executors import need_ggml
+from tests.support.stages.executors import load_by_ggml, need_ggml
 from tests.support.stages.slice_pipeline import (
     STEPS,
     SlicePipeline,
@@ -112,7 +111,7 @@ def test_parts_of_different_types_are_computed_apart_with_their_biases_and_norms
 
 
 def load(folder, **options):
-    return load_ggml_slice(folder, 0, 3, weights="gguf", context_length=128, threads=1, **options)
+    return load_by_ggml(folder, 0, 3, weights="gguf", context_length=128, threads=1, **options)
 
 
 def test_a_gguf_that_can_not_be_computed_with_is_named(tmp_path):
@@ -131,7 +130,7 @@ def test_a_gguf_that_can_not_be_computed_with_is_named(tmp_path):
     with pytest.raises(UnsupportedModel, match="gptneox"):
         load(folder)
     write_tiny_gguf(folder / "model.gguf", replace(shape, hidden=128))
-    with pytest.raises(ModelNotFound, match="wanted"):
+    with pytest.raises(ModelNotFound, match="needed"):
         load(folder)
 
 

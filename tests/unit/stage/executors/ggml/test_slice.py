@@ -10,10 +10,9 @@ from noodle.errors import ConfigurationError, ModelNotFound, PlanDoesNotFit, Uns
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, Span
 from services.stage.executors.ggml import loading, slice
-from services.stage.executors.ggml.loading import load_ggml_slice
 from services.stage.executors.transformers.loading import load_slice
 from tests.support.models.tiny_model import make_tiny_model
-from tests.support.stages.executors import need_ggml
+from tests.support.stages.executors import load_by_ggml, need_ggml
 from tests.support.stages.slice_pipeline import (
     STEPS,
     SlicePipeline,
@@ -42,7 +41,7 @@ def folder(tmp_path_factory):
 
 def load(folder, start=0, end=6, **options):
     settings = {"weights": "f32", "kv_dtype": "f32", "context_length": 256, "threads": 1, **options}
-    return load_ggml_slice(folder, start, end, **settings)
+    return load_by_ggml(folder, start, end, **settings)
 
 
 def tokens_batch(session_id, first_position, token_ids, rows=(), reserve_tokens=64):
@@ -88,7 +87,7 @@ def test_long_chunks_and_windows_are_the_same_as_in_transformers(model_type, tmp
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma2"])
 def test_few_rows_by_dot_products_are_the_same_as_by_tiles(model_type, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "packed_rows", lambda _: None)
+    monkeypatch.setattr(loading, "packed_weights", lambda _: None)
     monkeypatch.setattr(loading, "dot_counts", lambda *_: {0: frozenset(range(2, 9))})
     folder = make_tiny_model(tmp_path, model_type)
     sessions = random_sessions(LENGTHS)
@@ -97,7 +96,7 @@ def test_few_rows_by_dot_products_are_the_same_as_by_tiles(model_type, tmp_path,
 
 
 def test_for_every_type_of_large_weights_it_is_measured_which_way_is_faster(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "packed_rows", lambda _: None)
+    monkeypatch.setattr(loading, "packed_weights", lambda _: None)
     folder = make_tiny_model(tmp_path, "llama", hidden_size=512, intermediate_size=1024)
     for weights, kind in {"f32": 0, "f16": 1, "q8_0": 8}.items():
         found = load(folder, weights=weights)._tensors.dot_counts
@@ -147,7 +146,7 @@ def test_input_embeddings_on_the_first_stage_are_what_their_token_ids_are(model_
     ids = [5, 17, 42, 99, 7]
     first = load(folder, 0, 3)
     by_ids = first.forward(tokens_batch("ids", 0, ids)).hidden_states
-    model = load_slice(folder, 0, 3, device="cpu", dtype="float32", context_length=256)._model
+    model = load_slice(folder, 0, 3, device="cpu", dtype="float32", context_length=256)._base
     embeddings = model.get_input_embeddings().weight.numpy()[ids]
     if model_type == "gemma2":
         embeddings = embeddings * 8.0  # its embedding module scales
@@ -226,7 +225,7 @@ def test_what_can_not_be_loaded_is_named(folder, tmp_path):
         load(odd)
     wrong = {**tensors, "model.layers.4.mlp.up_proj.weight": np.zeros((95, 64), np.float32)}
     save_file(wrong, odd / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelNotFound, match=r"95.*wanted"):
+    with pytest.raises(ModelNotFound, match=r"95.*needed"):
         load(odd)
 
 

@@ -107,7 +107,7 @@ def test_slices_in_one_process_do_not_meet(executor, folder, tmp_path):
 def test_the_head_is_computed_for_the_rows_that_are_asked_for_and_no_others(folder, monkeypatch):
     whole = load(folder, 0, 6)
     seen = []
-    head = whole._model.lm_head
+    head = whole._head.lm_head
     monkeypatch.setattr(type(head), "forward", _spy(type(head).forward, head, seen))
     ids = list(range(10, 20))
     every = whole.forward(tokens_batch("a", 0, ids, rows=range(10))).logits
@@ -220,7 +220,7 @@ def test_input_embeddings_on_the_first_stage_are_what_their_token_ids_are(model_
     first = load(make_tiny_model(tmp_path, model_type), 0, 3)
     ids = [5, 17, 42, 99, 7]
     by_ids = first.forward(tokens_batch("ids", 0, ids)).hidden_states
-    embeddings = embeddings_of(first._model, ids)
+    embeddings = embeddings_of(first._base, ids)
     span = Span("embeddings", 0, len(ids), 32)
     by_embeddings = first.forward(PackedBatch((span,), NO_ROWS, hidden_states=to_wire(embeddings))).hidden_states
     assert torch.allclose(from_wire(by_ids), from_wire(by_embeddings), atol=1e-6)

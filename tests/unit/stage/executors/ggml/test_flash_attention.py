@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from services.stage.executors.ggml.attention import own_attention
+from services.stage.executors.ggml.kernels import flash_attention_kernel
 from services.stage.executors.ggml.weights import TYPE_NUMBERS
 from tests.support.stages.ggml_operation import Graph, ggml_calls, needed, stored_as
 
@@ -18,7 +18,7 @@ def ggml():
 
 @pytest.fixture(scope="module", params=NEEDED)
 def instructions(request, ggml):
-    needed(lambda: own_attention(ggml, 64, TYPE_NUMBERS["f16"], only=request.param), NEEDED[request.param])
+    needed(lambda: flash_attention_kernel(ggml, 64, TYPE_NUMBERS["f16"], only=request.param), NEEDED[request.param])
     return request.param
 
 
@@ -40,7 +40,7 @@ def attention(ggml, instructions, query, key, value, kind="f32", *, scale=0.125,
     q = ggml.ggml_view_3d(
         context, graph.input(query), dimensions, tokens, heads, heads * dimensions * 4, dimensions * 4, 0
     )
-    kernel = own_attention(ggml, dimensions, TYPE_NUMBERS[kind], only=instructions)
+    kernel = flash_attention_kernel(ggml, dimensions, TYPE_NUMBERS[kind], only=instructions)
     attended = kernel.attend(context, q, k, v, scale=scale, cap=cap, window=window)
     with np.errstate(all="ignore"):
         expected = by_numpy(query, key, value, scale, cap, window)
@@ -145,9 +145,9 @@ def test_what_is_no_number_does_not_become_one(which, place, wrong, ggml, instru
 
 @pytest.mark.parametrize(("dimensions", "kind"), [(257, "f32"), (512, "f16"), (40, "f16"), (48, "q8_0"), (64, "q4_0")])
 def test_what_the_kernel_can_not_take_is_left_to_ggml(dimensions, kind, ggml, instructions):
-    assert own_attention(ggml, dimensions, TYPE_NUMBERS[kind], only=instructions) is None
+    assert flash_attention_kernel(ggml, dimensions, TYPE_NUMBERS[kind], only=instructions) is None
 
 
 def test_without_noodles_own_library_ggml_attends(ggml, monkeypatch):
-    monkeypatch.setattr("services.stage.executors.ggml.custom.own_library", lambda: None)
-    assert own_attention(ggml, 64, TYPE_NUMBERS["f16"]) is None
+    monkeypatch.setattr("services.stage.executors.ggml.kernels.own_library", lambda: None)
+    assert flash_attention_kernel(ggml, 64, TYPE_NUMBERS["f16"]) is None

@@ -8,12 +8,11 @@ import pytest
 from noodle.errors import ConfigurationError, GgmlUnavailable, StepRefused
 from services.stage.executors import load
 from services.stage.executors.base import PackedBatch, Span
-from services.stage.executors.candidate import Wishes, asks_for_ggml, candidates
-from services.stage.executors.ggml.loading import load_ggml_slice
 from services.stage.executors.load import ggml_device, ggml_hindrance
 from services.stage.selection.device import choose_device
+from services.stage.selection.select import ExecutorOptions, candidates
 from tests.support.models.tiny_model import make_tiny_model
-from tests.support.stages.executors import need_ggml
+from tests.support.stages.executors import load_by_ggml, need_ggml
 from tests.support.stages.ggml_card import a_card
 from tests.support.stages.slice_pipeline import (
     STEPS,
@@ -63,8 +62,8 @@ def test_weights_in_fewer_bits_are_as_near_as_on_the_cpu(weights, kv_dtype, card
 def test_rows_are_copied_and_grow_on_the_card(card, tmp_path):
     folder = make_tiny_model(tmp_path, "llama")
     options = {"weights": "f32", "kv_dtype": "f32", "context_length": 256, "threads": 1}
-    on_card = load_ggml_slice(folder, 0, 6, device_name=card, **options)
-    on_cpu = load_ggml_slice(folder, 0, 6, **options)
+    on_card = load_by_ggml(folder, 0, 6, device_name=card, **options)
+    on_cpu = load_by_ggml(folder, 0, 6, **options)
     ids = list(range(5, 35))
     for each in (on_card, on_cpu):
         each.forward(tokens("a", 0, ids[:20], reserve_tokens=20))
@@ -78,10 +77,10 @@ def test_rows_are_copied_and_grow_on_the_card(card, tmp_path):
 
 
 def test_a_cards_memory_is_counted_by_what_is_reserved_and_refused_beyond_the_budget(card, tmp_path):
-    slice_ = load_ggml_slice(
+    slice_ = load_by_ggml(
         make_tiny_model(tmp_path, "llama"), 0, 6, device_name=card, weights="f32", context_length=256, threads=1
     )
-    assert slice_.counts_reservations
+    assert slice_.reserves_upfront
     slice_.set_kv_budget(100 * slice_.kv_bytes_per_token)
     slice_.forward(tokens("a", 0, [1, 2, 3], reserve_tokens=60))
     assert slice_.kv_bytes_held() == 60 * slice_.kv_bytes_per_token
@@ -112,8 +111,14 @@ def test_on_a_cuda_card_ggml_is_compared_only_where_it_is_asked_for(monkeypatch)
     assert "NOODLE_EXECUTOR=ggml" in ggml_hindrance(model, "cuda", is_asked_for=False)
     assert not ggml_hindrance(model, "cuda", is_asked_for=True)
     assert not ggml_hindrance(model, "cpu", is_asked_for=False)
-    asks = [Wishes(executor="ggml"), Wishes(weights="q8_0"), Wishes(), Wishes(weights="f16"), Wishes("transformers")]
-    assert [asks_for_ggml(wishes) for wishes in asks] == [True, True, False, False, False]
+    asks = [
+        ExecutorOptions(executor="ggml"),
+        ExecutorOptions(weights="q8_0"),
+        ExecutorOptions(),
+        ExecutorOptions(weights="f16"),
+        ExecutorOptions("transformers"),
+    ]
+    assert [options.asks_for_ggml for options in asks] == [True, True, False, False, False]
 
 
 def test_a_card_that_ggml_has_is_found_by_its_kind(monkeypatch):
@@ -124,10 +129,10 @@ def test_a_card_that_ggml_has_is_found_by_its_kind(monkeypatch):
 
 
 def test_where_torch_can_not_compute_ggml_alone_is_compared():
-    assert choose_device("vulkan", torch=None).value == "vulkan"
-    found = candidates(Wishes(), "float32", "", only_ggml="NOODLE_DEVICE=vulkan")
+    assert choose_device("vulkan").value == "vulkan"
+    found = candidates(ExecutorOptions(), "float32", "", only_ggml="NOODLE_DEVICE=vulkan")
     assert {each.executor for each in found} == {"ggml"}
     with pytest.raises(ConfigurationError, match="NOODLE_DEVICE=vulkan, but ggml is not installed"):
-        candidates(Wishes(), "float32", "ggml is not installed here.", only_ggml="NOODLE_DEVICE=vulkan")
+        candidates(ExecutorOptions(), "float32", "ggml is not installed here.", only_ggml="NOODLE_DEVICE=vulkan")
     with pytest.raises(ConfigurationError, match="ggml alone computes"):
-        candidates(Wishes(executor="transformers"), "float32", "", only_ggml="NOODLE_DEVICE=vulkan")
+        candidates(ExecutorOptions(executor="transformers"), "float32", "", only_ggml="NOODLE_DEVICE=vulkan")
