@@ -23,8 +23,11 @@ def outlet_with(by_queue=lambda _: False):
     return ResultsOutlet(TravelMetrics(CollectorRegistry()), by_queue)
 
 
-def a_result(number, spans=1):
-    return StepResult(number, 1, 1, [SpanResult("session", 1, place, 1, 7) for place in range(spans)], [], [])
+MANY_SPANS = [SpanResult("session", 1, place, 1, 7) for place in range(1000)]
+
+
+def a_result(number, spans=MANY_SPANS[:1]):
+    return StepResult(number, 1, 1, spans, [], [])
 
 
 @contextlib.contextmanager
@@ -89,11 +92,11 @@ def test_a_reader_that_reads_nothing_stops_no_worker_and_loses_nothing_when_it_r
     with served(outlet) as (_, chunks):
         await_serving(outlet, chunks)
         taken = 0
-        while outlet.put(a_result(taken, spans=1000)):
+        while outlet.put(a_result(taken, MANY_SPANS)):
             taken += 1
             assert taken < 10_000
         start = time.monotonic()
-        assert not outlet.put(a_result(taken, spans=1000))
+        assert not outlet.put(a_result(taken, MANY_SPANS))
         assert time.monotonic() - start < AT_ONCE_SECONDS
         assert taken > WAITING_RESULTS
         assert numbers(chunks, taken) == list(range(taken))
@@ -105,7 +108,7 @@ def test_what_waits_for_a_reader_that_goes_is_put_on_the_queue():
     with served(outlet) as (connection, chunks):
         await_serving(outlet, chunks)
         taken = 0
-        while outlet.put(a_result(taken, spans=1000)):
+        while outlet.put(a_result(taken, MANY_SPANS)):
             taken += 1
         connection.close()
     ids = sorted(result.step_id for result in unread)  # the last one never waited: the reader had no room for it
