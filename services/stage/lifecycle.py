@@ -227,14 +227,11 @@ class Lifecycle:
 
     def _load_by_hand(self, folder: Path, wait_seconds: float) -> None:
         """Load the newest plan if a request for it comes in this time; all that wait get the same answer."""
-        asked: list[Future[None]] = []
         try:
-            asked.append(self._loads.get(timeout=wait_seconds))
-            while True:
-                asked.append(self._loads.get_nowait())
+            asked = [self._loads.get(timeout=wait_seconds)]
         except queue.Empty:
-            if not asked:
-                return
+            return
+        asked += [self._loads.get() for _ in range(self._loads.qsize())]  # no other thread takes any
         plan = self._newest_plan()
         if plan is not None:
             self._follow(plan, folder)

@@ -74,7 +74,6 @@ class Stage:
 
     @property
     def role(self) -> Role | None:
-        """The current role; None until a plan is loaded."""
         return self._role
 
     def ready_role(self, plan_version: int) -> Role:
@@ -97,7 +96,6 @@ class Stage:
             )
 
     def kv_bytes_held(self) -> int:
-        """Bytes of KV rows held now."""
         role = self._role
         return role.model_slice.kv_bytes_held() if role else 0
 

@@ -53,36 +53,24 @@ class ForwardRequest:
 
 @dataclass(frozen=True, slots=True)
 class ForwardResult:
-    """Hidden states [tokens, hidden_size]; on the last stage the likeliest next token, by logits [vocab_size].
+    """Hidden states [tokens, hidden_size], or on the last stage the logits [vocab_size] of the last token.
 
     A request that only ended its session has neither.
     """
 
     next_token_index: int
     hidden_states: ActivationTensor | None = None
-    token_id: int | None = None
     logits: npt.NDArray[np.float32] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardSpec:
-    """What a stage accepts by its place in a plan."""
+def parse_forward(body: bytes, plan: Plan, index: int) -> ForwardRequest:
+    """Parse a body for the plan's stage `index`.
 
-    stage_id: int
-    index: int
-    hidden_size: int
-    vocab_size: int
-
-    @staticmethod
-    def of(plan: Plan, index: int) -> ForwardSpec:
-        """The spec of the plan's stage `index`."""
-        return ForwardSpec(plan.stages[index].stage_id, index, plan.hidden_size, plan.vocab_size)
-
-
-def parse_forward(body: bytes, spec: ForwardSpec) -> ForwardRequest:
-    """Parse a body; raises InvalidRequest for a malformed one, Unprocessable for one that cannot be computed."""
+    Raises InvalidRequest for a malformed body, Unprocessable for one that cannot be computed.
+    """
     fields: ForwardBody = decode_body(body, ForwardBody)
-    check_stage_id(fields.stage_id, spec.stage_id)
+    stage_id = plan.stages[index].stage_id
+    check_stage_id(fields.stage_id, stage_id)
     session_id = str(fields.session_id)
     if len(session_id) > 64 or not session_id.isprintable():
         raise InvalidRequest("session_id is not 1 to 64 printable characters.", param="session_id")
@@ -90,13 +78,13 @@ def parse_forward(body: bytes, spec: ForwardSpec) -> ForwardRequest:
     if fields.activations != _ABSENT and fields.token_ids != _ABSENT:
         raise InvalidRequest("Both activations and token_ids came.", cure="Send one of them.", param="token_ids")
     if fields.activations != _ABSENT:
-        tensor, rank = _activations(fields.activations, spec)
+        tensor, rank = _activations(fields.activations, plan.hidden_size)
     elif fields.token_ids != _ABSENT:
-        tensor = _token_ids(fields.token_ids, spec)
+        tensor = _token_ids(fields.token_ids, plan, index)
     elif not fields.end:
-        accepted = "token_ids or activations" if spec.index == 0 else "activations"
+        accepted = "token_ids or activations" if index == 0 else "activations"
         raise InvalidRequest(
-            f"There is nothing to compute: stage {spec.stage_id} takes {accepted}.",
+            f"There is nothing to compute: stage {stage_id} takes {accepted}.",
             cure='Send them, or "end": true to free the session.',
             param="activations",
         )
@@ -106,16 +94,19 @@ def parse_forward(body: bytes, spec: ForwardSpec) -> ForwardRequest:
 
 
 def forward_answer(request: ForwardRequest, result: ForwardResult, stage_id: int) -> dict[str, Any]:
-    """`{success, session_id, stage_id, next_token_index, output}`; activations have the rank they came in."""
+    """`{success, session_id, stage_id, next_token_index, output}`; activations have the rank they came in.
+
+    The last stage's output is the likeliest next token.
+    """
     output: dict[str, Any] = {}
     if result.hidden_states is not None:
         tokens, hidden_size = result.hidden_states.shape
         shape = {1: (hidden_size,), 2: (tokens, hidden_size), 3: (1, tokens, hidden_size)}[request.rank]
         numbers = decode(result.hidden_states).reshape(shape)
         output = {"activations": numbers.tolist(), "shape": list(shape), "dtype": result.hidden_states.dtype}
-    elif result.token_id is not None:
-        output = {"token_ids": [result.token_id], "shape": [1]}
-        if result.logits is not None:
+    elif result.logits is not None:
+        output = {"token_ids": [int(result.logits.argmax())], "shape": [1]}
+        if request.logits:
             output["logits"] = result.logits.tolist()
     return {
         "success": True,
@@ -164,7 +155,7 @@ def _nested(raw: msgspec.Raw, name: str, item: type) -> tuple[Any, int]:
     return decode_body(raw, _NESTED[item][depth - 1], name=name), depth
 
 
-def _activations(raw: msgspec.Raw, spec: ForwardSpec) -> tuple[ActivationTensor, int]:
+def _activations(raw: msgspec.Raw, hidden_size: int) -> tuple[ActivationTensor, int]:
     rows, depth = _nested(raw, "activations", float)
     if depth == 1:
         rows = [rows]
@@ -175,11 +166,10 @@ def _activations(raw: msgspec.Raw, spec: ForwardSpec) -> tuple[ActivationTensor,
             )
         rows = rows[0]
     for row in rows:
-        if len(row) != spec.hidden_size:
-            size = spec.hidden_size
+        if len(row) != hidden_size:
             raise Unprocessable(
-                f"The activations have {len(row)} numbers a token, but the hidden size of this model is {size}.",
-                cure=f"Send [{size}], [tokens, {size}] or [1, tokens, {size}] numbers.",
+                f"The activations have {len(row)} numbers a token, but the hidden size of this model is {hidden_size}.",
+                cure=f"Send [{hidden_size}], [tokens, {hidden_size}] or [1, tokens, {hidden_size}] numbers.",
                 param="activations",
             )
     _check_token_count(len(rows), "activations")
@@ -190,12 +180,12 @@ def _activations(raw: msgspec.Raw, spec: ForwardSpec) -> tuple[ActivationTensor,
     return ActivationTensor("float32", numbers.shape, numbers.data.cast("B")), depth
 
 
-def _token_ids(raw: msgspec.Raw, spec: ForwardSpec) -> ActivationTensor:
+def _token_ids(raw: msgspec.Raw, plan: Plan, index: int) -> ActivationTensor:
     ids, depth = _nested(raw, "token_ids", int)
-    if spec.index != 0:
+    if index != 0:
         raise Unprocessable(
-            f"Stage {spec.stage_id} is not the first one and takes no token ids.",
-            cure=f"Send it the activations of the stage before it, {spec.hidden_size} numbers a token.",
+            f"Stage {plan.stages[index].stage_id} is not the first one and takes no token ids.",
+            cure=f"Send it the activations of the stage before it, {plan.hidden_size} numbers a token.",
             param="token_ids",
         )
     if depth == 2:
@@ -206,8 +196,8 @@ def _token_ids(raw: msgspec.Raw, spec: ForwardSpec) -> ActivationTensor:
             )
         ids = ids[0]
     _check_token_count(len(ids), "token_ids")
-    if min(ids) < 0 or max(ids) >= spec.vocab_size:
-        raise Unprocessable(f"A token id is not from 0 to {spec.vocab_size - 1}.", param="token_ids")
+    if min(ids) < 0 or max(ids) >= plan.vocab_size:
+        raise Unprocessable(f"A token id is not from 0 to {plan.vocab_size - 1}.", param="token_ids")
     packed = np.array(ids, np.int32)
     return ActivationTensor("int32", packed.shape, packed.data.cast("B"))
 

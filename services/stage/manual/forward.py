@@ -19,11 +19,9 @@ import numpy.typing as npt
 from noodle.errors import GenerationFailed, NotReady, RequestTimedOut, TooManyRequests, Unprocessable
 from noodle.metrics.counted import StageMetrics
 from noodle.wire.frames import ActivationTensor
-from noodle.wire.messages import SamplingParameters
 from services.stage.executors.base import PackedBatch, SliceOutput, Span
 from services.stage.executors.hidden_states import decode
 from services.stage.manual.format import MAXIMUM_FORWARD_TOKENS, ForwardRequest, ForwardResult
-from services.stage.worker.sampler import sample
 from services.stage.worker.worker import Role, Worker
 
 MAXIMUM_WAITING_FORWARDS = 4  # each with a body of a few megabytes; more get 429
@@ -31,7 +29,6 @@ FORWARD_TURN_SECONDS = 30.0  # for the forwards before it
 FORWARD_COMPUTE_SECONDS = 120.0  # for the steps in progress, and its own computing
 PIECE_SECONDS = 0.1  # how long a served step may wait for a forward; a longer one is computed in pieces
 SMALLEST_PIECE_TOKENS = 16  # takes little longer than one token: the weights are read once for all of them
-GREEDY = SamplingParameters()
 
 
 class Forwards:
@@ -116,7 +113,7 @@ class Forwards:
         try:
             batch = _batch(piece, tensor, done_tokens, with_logits=model_slice.is_last and is_last_piece)
             progress.add(model_slice.forward(batch), piece_tokens)
-            result = _result(progress, length, request.logits) if is_last_piece else None
+            result = progress.result(length) if is_last_piece else None
         except Exception:
             model_slice.release(sessions.end(request.session_id))
             raise
@@ -169,6 +166,17 @@ class _Progress:
                 param="activations",
             )
 
+    def result(self, length: int) -> ForwardResult:
+        """The result after the last piece."""
+        if not self.hidden_states:
+            if self.logits is None:
+                raise GenerationFailed("The last stage's slice returned no logits.")
+            return ForwardResult(length, logits=self.logits)
+        first = self.hidden_states[0]
+        data = memoryview(b"".join(each.data for each in self.hidden_states))
+        hidden_states = ActivationTensor(first.dtype, (self.done_tokens, first.shape[1]), data)
+        return ForwardResult(length, hidden_states=hidden_states)
+
 
 def _batch(piece: Span, tensor: ActivationTensor, begin: int, *, with_logits: bool) -> PackedBatch:
     """Pack the tensor's rows from `begin` on; logits are asked for the last one."""
@@ -179,16 +187,3 @@ def _batch(piece: Span, tensor: ActivationTensor, begin: int, *, with_logits: bo
         return PackedBatch((piece,), rows, token_ids=np.frombuffer(data, np.int32).astype(np.int64))
     shape = (piece.token_count, tensor.shape[1])
     return PackedBatch((piece,), rows, hidden_states=ActivationTensor(tensor.dtype, shape, data))
-
-
-def _result(progress: _Progress, length: int, with_logits: bool) -> ForwardResult:
-    """The result after the last piece."""
-    if progress.hidden_states:
-        first = progress.hidden_states[0]
-        data = memoryview(b"".join(each.data for each in progress.hidden_states))
-        shape = (progress.done_tokens, first.shape[1])
-        return ForwardResult(length, hidden_states=ActivationTensor(first.dtype, shape, data))
-    if progress.logits is None:
-        raise GenerationFailed("The last stage's slice returned no logits.")
-    token_id, _ = sample(progress.logits, GREEDY, length, with_logprob=False)
-    return ForwardResult(length, token_id=token_id, logits=progress.logits if with_logits else None)

@@ -9,7 +9,7 @@ from noodle.config.settings import StageConfig
 from noodle.errors import InvalidRequest, NotReady
 from noodle.web.service import add_success_false, bounded_body, json_body, json_response, require_token
 from services.stage.lifecycle import Lifecycle
-from services.stage.manual.format import ForwardSpec, check_stage_id, decode_body, forward_answer, parse_forward
+from services.stage.manual.format import check_stage_id, decode_body, forward_answer, parse_forward
 from services.stage.manual.forward import Forwards
 from services.stage.stage import Stage
 
@@ -52,7 +52,7 @@ def guide_routes(config: StageConfig, stage: Stage, lifecycle: Lifecycle) -> Blu
             )
         with forwards.place():
             body = json_body(FORWARD_BODY_BYTES, "Send fewer tokens in one forward.")
-            asked = parse_forward(body, ForwardSpec.of(role.plan, role.index))
+            asked = parse_forward(body, role.plan, role.index)
             if asked.logits and role.next_stage is not None:
                 raise InvalidRequest("Logits come from the last stage.", cure="Ask that one.", param="logits")
             result = forwards.compute(role, asked)

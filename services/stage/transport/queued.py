@@ -11,7 +11,7 @@ from collections.abc import Callable
 from noodle.cluster.plan import Plan
 from noodle.cluster.valkey import hop_stream
 from noodle.errors import LinkLost, QueueUnavailable, StepRefused, WireError
-from noodle.http_client import HTTP_ERRORS, HttpConnection, connect, reason_of
+from noodle.http_client import HTTP_ERRORS, HttpConnection, connect, reason_of, send_request
 from noodle.metrics.counted import StageMetrics
 from noodle.wire.frames import ACTIVATION_DTYPES, MAXIMUM_STEP_TOKENS, body_digest, tensor_bytes
 from noodle.wire.messages import ActivationRef, InlineStep, LiveSessions, QueueEntry, Step
@@ -51,18 +51,14 @@ class Fetcher:
         raise LinkLost(f"{url} does not deliver the activations of a step: {failure}.")
 
     def close(self) -> None:
-        """Close the connection; the next fetch opens another."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
     def _fetch_once(self, url: str, activation_id: str, byte_count: int) -> bytes:
         connection = self._connected(url)
-        connection.putrequest("GET", f"/activations/{activation_id}", skip_accept_encoding=True)
-        connection.putheader("Authorization", f"Bearer {self._token}")
-        connection.putheader("Transfer-Encoding", "chunked")
-        connection.endheaders()
-        answer = connection.getresponse()
+        headers = {"Transfer-Encoding": "chunked"}  # the body is the confirmation, sent below
+        answer = send_request(connection, "GET", f"/activations/{activation_id}", token=self._token, headers=headers)
         if answer.status != 200:
             text = answer.read(2000).decode("utf-8", "replace")
             self.close()

@@ -139,7 +139,6 @@ class ResultsReader:
                 raise TimeoutError(f"the reader of results took nothing for {SILENCE_SECONDS:.0f} seconds")
 
     def end(self) -> None:
-        """Write nothing more."""
         with self._changed:
             self._end()
 

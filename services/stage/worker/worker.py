@@ -206,7 +206,6 @@ class Worker:
     def _reuse_prefixes(
         self, role: Role, step: Step, body: memoryview, copies: Iterable[StepSpan]
     ) -> tuple[Step, memoryview]:
-        """Copy the rows of sessions that begin with those of another one."""
 
         def copy(span: StepSpan) -> None:
             prefix = span.prefix
@@ -216,7 +215,6 @@ class Worker:
         return self._for_each(step, body, copies, copy)
 
     def _reserve_rows(self, role: Role, step: Step, body: memoryview) -> tuple[Step, memoryview]:
-        """Reserve KV rows for every span."""
 
         def reserve(span: StepSpan) -> None:
             end = span.first_position + span.token_count
