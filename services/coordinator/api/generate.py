@@ -166,8 +166,7 @@ class TokenPlace(Struct, frozen=True):
 
 OPERATIONS = (
     Operation(
-        method="post",
-        path="/generate",
+        "POST /generate",
         summary="Continue a prompt, with details of each token",
         description="Answers as text-generation-inference does. The request is greedy unless temperature, top_p, top_k "
         "or do_sample ask for sampling.",
@@ -176,8 +175,7 @@ OPERATIONS = (
         body=GenerateBody,
     ),
     Operation(
-        method="post",
-        path="/generate_stream",
+        "POST /generate_stream",
         summary="Continue a prompt as a stream",
         description="Sends one server-sent event for each token; the last one has the whole text.",
         errors=GENERATION_ERRORS,
@@ -185,8 +183,7 @@ OPERATIONS = (
         event=TokenEvent,
     ),
     Operation(
-        method="post",
-        path="/tokenize",
+        "POST /tokenize",
         summary="List the tokens of a text",
         description="Each token comes with its id and its place in the text.",
         answer=list[TokenPlace],

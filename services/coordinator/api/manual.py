@@ -38,8 +38,7 @@ FORWARD_FIELDS = {
 }
 OPERATIONS = (
     Operation(
-        method="post",
-        path="/stage/{stage_id}/forward",
+        "POST /stage/{stage_id}/forward",
         summary="Compute the layers of one stage",
         description="Sends token ids or activations through the layers of a stage, and returns what comes out.",
         answer={
@@ -57,8 +56,7 @@ OPERATIONS = (
         body={"type": "object", "properties": FORWARD_FIELDS},
     ),
     Operation(
-        method="post",
-        path="/plan/generate",
+        "POST /plan/generate",
         summary="Compute a plan",
         description="Returns the plan for `available_nodes`, or without a body for the registered machines. The active "
         "plan stays as it is.",

@@ -43,24 +43,21 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 OPERATIONS = (
     Operation(
-        method="get",
-        path="/v1/models",
+        "GET /v1/models",
         summary="List the models served",
         description="One model, under each of its names.",
         answer=ModelList,
         errors=READY_ERRORS,
     ),
     Operation(
-        method="get",
-        path="/v1/models/{name}",
+        "GET /v1/models/{name}",
         summary="Describe one model",
         description="The model of this name.",
         answer=Model,
         errors=(*READY_ERRORS, 404),
     ),
     Operation(
-        method="post",
-        path="/v1/chat/completions",
+        "POST /v1/chat/completions",
         summary="Continue a conversation",
         description="Answers with the next message of a conversation, whole or with `stream` as server-sent events. "
         "A field that noodle does not honour is refused by name, unless its value changes nothing.",
@@ -71,8 +68,7 @@ OPERATIONS = (
         items=(Message,),
     ),
     Operation(
-        method="post",
-        path="/v1/completions",
+        "POST /v1/completions",
         summary="Continue a prompt",
         description="Answers with what follows a text or token ids, whole or with `stream` as server-sent events. With "
         "`echo` and `logprobs` the answer also has the log-probabilities of the prompt's own tokens.",

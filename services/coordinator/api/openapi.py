@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from flask import Blueprint, Response
@@ -68,8 +68,7 @@ class Operation:
     both if the body asks for one or the other.
     """
 
-    method: Literal["get", "post", "delete"]
-    path: str  # parameters as {name}
+    route: str = field(kw_only=False)  # as "GET /v1/models/{name}"
     summary: str
     description: str
     answer: Any = None
@@ -84,9 +83,12 @@ class Operation:
     items: tuple[Any, ...] = ()  # types that schemas name without using them
 
     @property
-    def flask_rule(self) -> str:
-        """The path as Flask writes it, without types of parameters."""
-        return re.sub(r"{(\w+)}", r"<\1>", self.path)
+    def method(self) -> str:
+        return self.route.partition(" ")[0].lower()
+
+    @property
+    def path(self) -> str:
+        return self.route.partition(" ")[2]
 
     def shapes(self) -> Iterator[Any]:
         """All types and schemas of it."""
@@ -96,8 +98,7 @@ class Operation:
 
 
 METRICS = Operation(
-    method="get",
-    path="/metrics",
+    "GET /metrics",
     summary="Metrics for Prometheus",
     description="The coordinator's metrics; requires the cluster token.",
     answer={"type": "string"},
@@ -105,8 +106,7 @@ METRICS = Operation(
     media_type="text/plain",
 )
 OPENAPI = Operation(
-    method="get",
-    path="/openapi.json",
+    "GET /openapi.json",
     summary="This document",
     description="Describes every route of the coordinator.",
     answer=ANY_OBJECT,

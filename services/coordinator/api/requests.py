@@ -28,16 +28,14 @@ class RequestStatus(Struct):
 
 OPERATIONS = (
     Operation(
-        method="get",
-        path="/v1/requests/{name}",
+        "GET /v1/requests/{name}",
         summary="The state of a request",
         description="Reports how many tokens a request of this key has; `name` is the X-Request-Id of its answer.",
         answer=RequestStatus,
         errors=(*READY_ERRORS, 404),
     ),
     Operation(
-        method="get",
-        path="/v1/requests/{name}/events",
+        "GET /v1/requests/{name}/events",
         summary="Resume the stream of a request",
         description="Sends the request's tokens as events of /generate_stream, all but the first `after`.",
         errors=(*READY_ERRORS, 400, 404, 429),
@@ -45,8 +43,7 @@ OPERATIONS = (
         query={"after": Annotated[int, Meta(ge=0, le=MAXIMUM_NEW_TOKENS)]},
     ),
     Operation(
-        method="delete",
-        path="/v1/requests/{name}",
+        "DELETE /v1/requests/{name}",
         summary="End a request",
         description="Ends a request of this key on every stage.",
         answer=RequestStatus,

@@ -9,16 +9,14 @@ from services.coordinator.coordinator import Coordinator
 
 OPERATIONS = (
     Operation(
-        method="get",
-        path="/doctor/reach",
+        "GET /doctor/reach",
         summary="What the coordinator reaches",
         description="Tries the planner, Valkey and the stages, and times each; requires the cluster token.",
         answer=ConnectivityReport,
         errors=(401, 429),
     ),
     Operation(
-        method="get",
-        path="/doctor/bytes",
+        "GET /doctor/bytes",
         summary="Bytes to time a connection with",
         description="Sends `count` zero bytes; requires the cluster token.",
         answer={"type": "string"},

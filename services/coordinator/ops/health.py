@@ -72,16 +72,14 @@ class Info(Struct):
 
 OPERATIONS = (
     Operation(
-        method="get",
-        path="/health",
+        "GET /health",
         summary="Whether requests are answered",
         description="Reports the status and what the cluster waits for. Anonymous requests get the status alone.",
         answer=Health,
         other_answers={503: ("The start has failed.", Health)},
     ),
     Operation(
-        method="get",
-        path="/info",
+        "GET /info",
         summary="The model, the limits and the stages",
         description="Reports what is served, by which stages, and within which limits.",
         answer=Info,

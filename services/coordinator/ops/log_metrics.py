@@ -57,8 +57,7 @@ class MetricsList(msgspec.Struct):
 GUIDE_ERRORS = (*READY_ERRORS, *BODY_ERRORS, 500, 504)
 OPERATIONS = (
     Operation(
-        method="post",
-        path="/log_metrics",
+        "POST /log_metrics",
         summary="Store metrics of a node",
         description="Stores one object or a list of them; an entry whose `entry_id` is stored already is not stored "
         "again.",
@@ -68,8 +67,7 @@ OPERATIONS = (
         body=MetricsBody,
     ),
     Operation(
-        method="get",
-        path="/log_metrics",
+        "GET /log_metrics",
         summary="Read the newest metrics",
         description="Returns the newest entries that nodes sent, oldest first.",
         answer=MetricsList,

@@ -29,8 +29,7 @@ class ScrapeTarget(Struct):
 
 OPERATIONS = (
     Operation(
-        method="get",
-        path="/prometheus/targets",
+        "GET /prometheus/targets",
         summary="Targets for Prometheus",
         description="Lists every /metrics of the cluster for Prometheus' HTTP service discovery; requires the cluster "
         "token.",

@@ -28,8 +28,7 @@ REPORT_FILE_PATTERN = re.compile(r"\d{8}-\d{6}-\d{6}-([a-z]+)-[0-9a-f]{6}")  # s
 
 OPERATIONS = (
     Operation(
-        method="post",
-        path="/reports/{kind}",
+        "POST /reports/{kind}",
         summary="Store a report",
         description="Stores a report of `noodle bench` or `noodle profile`.",
         errors=(401, *BODY_ERRORS, 404, 500),
@@ -37,16 +36,14 @@ OPERATIONS = (
         other_answers={201: ("Stored.", KeptReport)},
     ),
     Operation(
-        method="get",
-        path="/reports",
+        "GET /reports",
         summary="List the stored reports",
         description="Returns the heads of the stored reports, newest first.",
         answer=ReportList,
         errors=(401,),
     ),
     Operation(
-        method="get",
-        path="/reports/{report_id}",
+        "GET /reports/{report_id}",
         summary="Read one report",
         description="Returns a report as it was sent.",
         answer=ANY_OBJECT,

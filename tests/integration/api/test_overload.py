@@ -62,7 +62,7 @@ def test_of_many_requests_at_once_each_is_served_or_told_when_to_come_again(smal
 
 
 def test_a_crowd_of_readers_leaves_a_place_for_everybody_else(small):
-    threads = OPEN + WAITING + 32  # as services/coordinator/service.py computes them
+    threads = OPEN + WAITING + 32  # as services/coordinator/app.py computes them
     statuses, crowd = [], []
     everybody = threading.Event()
 
