@@ -192,7 +192,9 @@ class Coordinator:
                 end_token_ids = frozenset(model.tokenizer.eos_token_ids)
                 stream = self.kept.add(self.loop.admission.submit(request, client, end_token_ids))
                 self.metrics.prompt_tokens.inc(len(request.prompt_token_ids))
-            return Answer(stream.request, stream.open_reader(), model.tokenizer)
+            # records of older versions lack these two, which the same body asks for again
+            first = replace(stream.request, stream=request.stream, include_usage=request.include_usage)
+            return Answer(first, stream.open_reader(), model.tokenizer)
 
     def find(self, client: Client, name: str) -> RequestStream:
         """Return a request of this client. Raises NotFound, and NotReady while records may still have to be read."""

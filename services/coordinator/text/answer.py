@@ -59,15 +59,12 @@ class Answer:
                     self._finish_reason = "length" if token.is_all else None
                     continue
                 text_offset = self._text_stream.characters
-                delta = self._text_stream.push(token.token_id)
-                text = delta.text
+                text = self._text_stream.push(token.token_id)
                 reason = REASONS[token.finish_reason]
-                if delta.finished:
+                if reason is not None:
+                    text += self._text_stream.finish()
+                if self._text_stream.finished:
                     reason = "stop_sequence"
-                elif reason is not None:
-                    last = self._text_stream.finish()
-                    text += last.text
-                    reason = "stop_sequence" if last.finished else reason
                 part = Part(token.token_id, text, token.logprob, reason, top=token.top, text_offset=text_offset)
                 self.parts.append(part)
                 self._finish_reason = reason

@@ -1,7 +1,7 @@
-"""A model's chat template (jinja), rendered as transformers renders it; knows no tokens.
+"""A model's chat template (jinja), rendered as transformers renders it.
 
-The template comes with the model and is not trusted: it runs in jinja's sandbox and sees plain texts only. The
-filters and functions it may use are those that transformers gives it.
+The template comes with the model and is not trusted: it runs in jinja's sandbox, gets plain texts only, and may use the
+filters and functions that transformers provides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from noodle.errors import InvalidRequest, ModelNotFound
 
 DEFAULT_TEMPLATE = "default"
-# what a template's own expressions may raise, besides jinja's errors, on messages that it was not written for
+# errors of a template's expressions, besides jinja's own, on messages that it was not written for
 TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
@@ -40,13 +40,13 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ModelNotFound(
-                f"The model's chat template can not be read: {error}.", cure="Correct chat_template in its folder."
+                f"The model's chat template cannot be read: {error}.", cure="Correct chat_template in its folder."
             ) from error
 
     def render(
         self, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str], add_generation_prompt: bool
     ) -> str:
-        """The prompt of a conversation; raises InvalidRequest when the template refuses or can not read it."""
+        """Return the prompt of a conversation. Raises InvalidRequest if the template refuses or cannot read it."""
         try:
             return self._template.render(
                 **special_tokens,
@@ -58,13 +58,13 @@ class ChatTemplate:
         except (jinja2.TemplateError, *TEMPLATE_FAILURES) as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}",
-                cure="Send what its template takes, or the whole prompt to /v1/completions.",
+                cure="Send messages that it accepts, or the whole prompt to /v1/completions.",
                 param="messages",
             ) from error
 
 
 class GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant said, for training; here it lets its content through."""
+    """`{% generation %}` marks an assistant's text for training; here it passes its content through."""
 
     tags = {"generation"}  # noqa: RUF012  # jinja's own declaration
 
@@ -75,7 +75,7 @@ class GenerationBlock(jinja2.ext.Extension):
 
 
 class TemplateNamespace(jinja2.utils.Namespace):
-    """Jinja's `namespace`, which takes no name with an underscore in front: those lead to Python's internals."""
+    """Jinja's `namespace` without names that begin with an underscore, as those lead to Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=...)` works, as in jinja
         self, *values = args
@@ -95,13 +95,13 @@ def _refuse_underscore(name: str) -> None:
 
 
 def read_chat_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
-    """The template in chat_template.jinja, else tokenizer_config.json's, which may be a list of named ones."""
+    """Read chat_template.jinja, or else the template in tokenizer_config.json, which may be a list of named ones."""
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
             return ChatTemplate(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelNotFound(f"{path} can not be read: {error}.", cure="Download the model again.") from error
+            raise ModelNotFound(f"{path} cannot be read: {error}.", cure="Download the model again.") from error
     source = settings.get("chat_template")
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
@@ -120,7 +120,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without jinja's escapes for HTML."""
+    """Encode without jinja's escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,12 +1,8 @@
-"""Turns token ids into text as they come: whole characters, nothing of a stop string; knows no model and no request.
-
-Both halves are state machines without a clock: `Detokenizer` makes text of tokens, `StopStrings` cuts it.
-"""
+"""Turns token ids into text as they come: only whole characters, and nothing of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 REPLACEMENT_CHARACTER = "\ufffd"
 MAXIMUM_BYTES_IN_DOUBT = 3  # an unfinished UTF-8 character has at most three of its four bytes
@@ -16,61 +12,43 @@ CONTEXT_TOKENS = 8  # of the prompt: enough for a character and for what a decod
 Decode = Callable[[list[int]], str]
 
 
-@dataclass(frozen=True)
-class TextDelta:
-    """Text that is final, and whether a stop string has ended it."""
-
-    text: str
-    finished: bool = False
-
-
 class TextStream:
-    """The text of one answer: push its tokens one by one, release what comes back, finish at the end.
+    """The text of one answer: push its tokens one by one, finish at the end.
 
-    `tokenizer_decode(ids, skip_special_tokens)` makes text of token ids. `context_ids` are the prompt's ids when the
-    answer continues the prompt's text: sentencepiece vocabularies drop the space before a text's first word, so
-    that "The sky is" would go on with "blue" and not with " blue".
+    `context_ids` are the prompt's ids if the answer continues the prompt's text: sentencepiece vocabularies drop the
+    space before a text's first word, so that "The sky is" would continue with "blue" and not with " blue".
     """
 
-    def __init__(
-        self,
-        tokenizer_decode: Callable[[list[int], bool], str],
-        stop: tuple[str, ...] = (),
-        skip_special_tokens: bool = True,
-        context_ids: Sequence[int] = (),
-    ) -> None:
-        self._detokenizer = Detokenizer(lambda ids: tokenizer_decode(ids, skip_special_tokens), context_ids)
+    def __init__(self, decode: Decode, stop: tuple[str, ...] = (), context_ids: Sequence[int] = ()) -> None:
+        self._detokenizer = Detokenizer(decode, context_ids)
         self._stop_strings = StopStrings(stop)
-        self.characters = 0  # of whole text that the tokens so far make, also where a stop string holds it back
-        self.consumed_tokens = 0  # pushed up to and with the one that completed a stop string
+        self.characters = 0  # of the tokens so far, including those that are held back
 
     @property
     def finished(self) -> bool:
         """Whether a stop string has come; nothing may be pushed after it."""
         return self._stop_strings.found
 
-    def push(self, token_id: int) -> TextDelta:
-        """Take the next token; the text may be empty while characters or a possible stop string are held back."""
+    def push(self, token_id: int) -> str:
+        """Take the next token. Returns the text that is final; unfinished characters or stop strings are held back."""
         if self.finished:
             raise ValueError("a token was pushed after the stop string")
-        self.consumed_tokens += 1
-        return self._released(self._detokenizer.push(token_id))
+        return self._release(self._detokenizer.push(token_id))
 
-    def finish(self) -> TextDelta:
-        """What was held back, now that no token follows; a character that stayed incomplete comes out as U+FFFD."""
+    def finish(self) -> str:
+        """Return the text that was held back. An unfinished character becomes U+FFFD."""
         if self.finished:
-            return TextDelta("", finished=True)
-        delta = self._released(self._detokenizer.finish())
-        return delta if delta.finished else TextDelta(delta.text + self._stop_strings.finish())
+            return ""
+        text = self._release(self._detokenizer.finish())
+        return text if self.finished else text + self._stop_strings.finish()
 
-    def _released(self, text: str) -> TextDelta:
+    def _release(self, text: str) -> str:
         self.characters += len(text)
-        released = self._stop_strings.push(text)
-        return TextDelta(released, finished=self.finished)
+        return self._stop_strings.push(text)
 
 
 def text_offsets(decode: Decode, token_ids: Sequence[int]) -> tuple[str, list[int]]:
-    """The text of token ids, and for each token how many characters of it stand before the token's own."""
+    """Return the text of token ids, and for each token the number of characters before its own."""
     detokenizer = Detokenizer(decode)
     pieces: list[str] = []
     offsets: list[int] = []
@@ -83,25 +61,25 @@ def text_offsets(decode: Decode, token_ids: Sequence[int]) -> tuple[str, list[in
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, at a cost per token that does not grow with it.
+    """The text of a growing list of tokens, at a cost per token that does not grow with it.
 
-    Only a window of the last tokens is decoded: it starts where the text was known to be whole, one token or more
-    before the newest, so that what a decoder does to the first token of a text (dropping its space) happens to one
-    whose text is out already. All texts together are the decoded whole, with one exception: sentencepiece decoders
-    turn a whole run of byte tokens into U+FFFD, one for each, when one of its bytes is wrong. Here the characters
-    before that byte are out by then and stay; and U+FFFD itself, written as bytes several times in a row, looks the
-    same and comes out once for each byte.
+    Only a window of the last tokens is decoded. It starts where the text was whole, at least one token before the
+    newest, so that what a decoder does to the first token of a text (dropping its space) affects a token whose text is
+    out already. All texts together equal the decoded whole, with one exception: sentencepiece decoders turn a whole run
+    of byte tokens into U+FFFD, one for each, if one of its bytes is wrong. Here the characters before that byte are out
+    by then and stay; and U+FFFD itself, written as bytes several times in a row, looks the same and comes out once for
+    each byte.
     """
 
     def __init__(self, decode: Decode, context_ids: Sequence[int] = ()) -> None:
         self._decode = decode
         self._window = list(context_ids[-CONTEXT_TOKENS:])
         self._text = decode(self._window) if self._window else ""
-        self._shown = self._text  # what of it is out
+        self._shown = self._text  # the part of it that is out
         self._whole_tokens = 0 if self._text.endswith(REPLACEMENT_CHARACTER) else len(self._window)
 
     def push(self, token_id: int) -> str:
-        """The text that this token makes final."""
+        """Take the next token. Returns the text that it makes final."""
         self._window.append(token_id)
         text = self._decode(self._window)
         if text == self._text and not self._decode([token_id, token_id]):
@@ -114,14 +92,14 @@ class Detokenizer:
         return fresh
 
     def finish(self) -> str:
-        """The rest, whatever it is."""
+        """Return the rest."""
         return self._take(0)
 
     def _characters_in_doubt(self) -> int:
-        """How many characters at the end may become another one when more bytes come.
+        """Count the characters at the end that may change when more bytes come.
 
         A byte-level decoder shows an unfinished character as one U+FFFD. A sentencepiece decoder shows one for each
-        byte of the whole run, but of its tokens, a byte each, at most three are the unfinished character.
+        byte of the run, but at most three of its tokens, a byte each, are the unfinished character.
         """
         trailing = len(self._text) - len(self._text.rstrip(REPLACEMENT_CHARACTER))
         if len(self._window) - self._whole_tokens > MAXIMUM_BYTES_IN_DOUBT:
@@ -129,7 +107,7 @@ class Detokenizer:
         return trailing
 
     def _take(self, in_doubt: int) -> str:
-        """The text before the characters in doubt that is not out yet."""
+        """Return the text before the characters in doubt that is not out yet."""
         end = len(self._text) - in_doubt
         if not self._text.startswith(self._shown) and (not in_doubt or end >= len(self._shown)):
             self._leave_a_spoiled_run()
@@ -140,7 +118,7 @@ class Detokenizer:
         return fresh
 
     def _leave_a_spoiled_run(self) -> None:
-        """Begin the window behind what is out, because its text now reads differently."""
+        """Start the window after the text that is out, because that text now reads differently."""
         if self._whole_tokens:
             self._window = self._window[self._whole_tokens :]
             self._text = self._decode(self._window)
@@ -150,7 +128,7 @@ class Detokenizer:
             self._shown = self._text[: len(self._shown.rstrip(REPLACEMENT_CHARACTER))]
 
     def _shorten_window(self, text_is_whole: bool) -> None:
-        """Start the window at the last whole text, or by force where none comes for long; what is out stays out."""
+        """Start the window at the last whole text, or anywhere if it grows too long; text that is out stays out."""
         must_shorten = len(self._window) > MAXIMUM_WINDOW_TOKENS
         start = MAXIMUM_WINDOW_TOKENS // 2 if must_shorten else self._whole_tokens if text_is_whole else 0
         text = self._decode(self._window[start:]) if start else ""
@@ -165,9 +143,9 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Lets text through up to the first place where a stop string is complete; of two there, the longer one counts.
+    """Releases text up to the first complete stop string; the longer one counts if two end there.
 
-    What could be the beginning of one is held back. It costs the same for each character, whatever came before.
+    Text that could be the beginning of one is held back. The cost of a character does not depend on earlier text.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -178,7 +156,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """What of the text so far is surely not part of a stop string; after one is found, nothing comes any more."""
+        """Return the text so far that is not part of a stop string; nothing after one is found."""
         if not self._stop:
             return text
         if self.found:
@@ -197,12 +175,12 @@ class StopStrings:
         return released
 
     def finish(self) -> str:
-        """What was held back and turned out to be no stop string."""
+        """Return the text that was held back and is no stop string."""
         held, self._held = self._held, ""
         return held
 
     def _match(self, character: str) -> int:
-        """Advance every stop string by one character; the length of the longest that is complete, or 0."""
+        """Advance every stop string by one character. Returns the length of the longest that is complete, or 0."""
         longest = 0
         for number, stop in enumerate(self._stop):
             matched = self._matched[number]
@@ -218,7 +196,7 @@ class StopStrings:
 
 
 def _borders(text: str) -> list[int]:
-    """For each beginning of the text, the length of its longest proper beginning that it also ends with (KMP)."""
+    """Return for each prefix of the text the length of its longest proper prefix that is also its suffix (KMP)."""
     borders = [0] * len(text)
     length = 0
     for index in range(1, len(text)):

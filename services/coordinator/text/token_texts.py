@@ -1,4 +1,4 @@
-"""The bytes and the name of single tokens, for log-probabilities; knows how vocabularies write bytes, no requests."""
+"""The bytes and the names of single tokens, for log-probabilities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORD_MARK = "\u2581"  # ▁, how sentencepiece writes a space
 
 
 class TokenTexts:
-    """What each token of a vocabulary stands for, alone; threads may share it."""
+    """The text of each token of a vocabulary by itself; threads may share it."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -24,7 +24,7 @@ class TokenTexts:
         self._word_mark = not self._byte_level and bool(kinds & {"Metaspace", "Replace"})
 
     def bytes_of(self, token_id: int) -> bytes:
-        """The token's bytes, spaces included; nothing for an id outside the vocabulary."""
+        """Return the token's bytes, spaces included; empty for an id outside the vocabulary."""
         if token_id in self._added:
             return self._added[token_id].encode()
         token: str | None = self._tokenizer.id_to_token(token_id)
@@ -40,11 +40,11 @@ class TokenTexts:
         return text.encode()
 
     def text_of(self, token_id: int) -> str:
-        """The token as text, U+FFFD for what is a piece of a character."""
+        """Return the token as text, with U+FFFD for a part of a character."""
         return self.bytes_of(token_id).decode(errors="replace")
 
     def name_of(self, token_id: int) -> str:
-        """The token as text; as `bytes:\\xf0\\x9f` where it is a piece of a character, as OpenAI writes it."""
+        """Return the token as text; a part of a character as `bytes:\\xf0\\x9f`, as OpenAI writes it."""
         raw = self.bytes_of(token_id)
         if not raw:
             return f"token_id:{token_id}"
@@ -56,14 +56,14 @@ class TokenTexts:
 
 @cache
 def byte_of_character() -> dict[str, int]:
-    """How byte-level vocabularies write bytes: printable ones as themselves, the others from U+0100 on, in order."""
+    """Return how byte-level vocabularies write bytes: printable ones as themselves, others from U+0100 on in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _kinds(decoder: dict[str, object]) -> set[str]:
-    """The types of a decoder and of those it is made of."""
+    """Return the types of a decoder and of its parts."""
     inner = decoder.get("decoders")
     kinds = {str(decoder.get("type"))}
     for each in inner if isinstance(inner, list) else []:

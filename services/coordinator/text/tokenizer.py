@@ -1,7 +1,7 @@
-"""Text to token ids and back, and a model's chat template; knows the files of a model folder, no torch, no requests.
+"""A model's tokenizer: text to token ids and back, and prompts of conversations.
 
-It reads what transformers reads (tokenizer.json, tokenizer_config.json, chat_template.jinja and their older relatives)
-and gives the same ids and the same prompts; tests hold it to that.
+It reads the files that transformers reads (tokenizer.json, tokenizer_config.json, chat_template.jinja and their older
+forms) and returns the same ids and prompts; tests compare them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from services.coordinator.text.token_texts import TokenTexts
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-MINIMUM_LONGEST_TOKEN = 16  # characters; a vocabulary of single bytes still reads texts as people write them
+MINIMUM_LONGEST_TOKEN = 16  # characters; so that a vocabulary of single bytes still accepts ordinary texts
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A token and where it stands: characters [start, stop) of its text; nowhere, for a mark that was added."""
+    """A token and its characters [start, stop) in the text; empty for a special token that was added."""
 
     token_id: int
     start: int
@@ -39,19 +39,19 @@ class Piece:
 class Tokenizer:
     """One model's tokenizer; threads may share it.
 
-    `eos_token_ids` end a generation. `vocabulary_size` counts the rows of the model's embedding: every id of a prompt
-    lies below it.
+    `eos_token_ids` end an answer. `vocabulary_size` is the number of rows of the model's embedding, above every id of
+    a prompt.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ModelNotFound for a tokenizer that is missing or broken, UnsupportedModel for another model's."""
+        """Load it. Raises ModelNotFound if a file is missing or broken, UnsupportedModel if it is another model's."""
         self._tokenizer = _load(folder / "tokenizer.json")
         settings = _read_settings(folder)
         config = read_json(folder / "config.json")
         _cut_like_llama(self._tokenizer, settings, config)
         self._special_tokens = _named_tokens(settings)
         _add_tokens(self._tokenizer, settings, self._special_tokens)
-        # a prompt is refused when it is too long, never cut
+        # a prompt that is too long is refused, never cut
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -62,12 +62,12 @@ class Tokenizer:
         self.eos_token_ids = self._read_eos_ids(folder, config)
         self.texts = TokenTexts(self._tokenizer)
         self._chat_template: ChatTemplate | None = read_chat_template(folder, settings)
-        self._refuse_a_strangers(folder)
+        self._refuse_foreign_tokenizer(folder)
 
     def encode(self, text: str, add_special_tokens: bool, context_length: int) -> list[int]:
-        """Token ids of a text, with the model's BOS and EOS if asked for; a chat's prompt has its own already.
+        """Return the token ids of a text, with the model's BOS and EOS if asked for; a chat's prompt has its own.
 
-        Raises ContextTooLong before any work when the text can not fit into `context_length` tokens, even if each were
+        Raises ContextTooLong before tokenizing if the text cannot fit into `context_length` tokens, even if each were
         the vocabulary's longest, and InvalidRequest for a token that the model has no embedding for.
         """
         maximum_characters = context_length * self._longest_token
@@ -84,41 +84,41 @@ class Tokenizer:
         return ids
 
     def fewest_tokens(self, texts: Iterable[str]) -> int:
-        """What texts cost together at least: as if each of their tokens were the vocabulary's longest."""
+        """Return the least number of tokens of some texts: as if each were the vocabulary's longest."""
         return -(-sum(map(len, texts)) // self._longest_token)
 
     def pieces(self, text: str, add_special_tokens: bool) -> list[Piece]:
-        """The tokens of a text, of whatever length, each with its place in it."""
+        """Return the tokens of a text of any length, each with its place in it."""
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return [Piece(token_id, *place) for token_id, place in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; ids outside the vocabulary have none, bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of token ids. Ids outside the vocabulary have none; invalid UTF-8 becomes U+FFFD."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation; to be encoded without adding special tokens.
+        """Return the prompt of a conversation, to be encoded without adding special tokens.
 
-        Raises InvalidRequest when the model has no template, or the template refuses these messages.
+        Raises InvalidRequest if the model has no template, or the template refuses these messages.
         """
         if self._chat_template is None:
             raise InvalidRequest(
-                "This model has no chat template, so it can not answer messages.",
+                "This model has no chat template, so it cannot answer messages.",
                 cure="Send the whole prompt to /v1/completions.",
                 param="messages",
             )
         return self._chat_template.render(messages, self._special_tokens, add_generation_prompt)
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token is one of the model's marks (BOS, end of turn) and not text."""
+        """Whether a token is a special one (BOS, end of turn) and not text."""
         return token_id in self._special_ids
 
-    def _refuse_a_strangers(self, folder: Path) -> None:
-        """Raise UnsupportedModel when ordinary text, a chat or an answer's end has ids that the model has no place for.
+    def _refuse_foreign_tokenizer(self, folder: Path) -> None:
+        """Raise UnsupportedModel if ordinary text, a chat or an answer's end has ids outside the model's embedding.
 
-        Single added tokens beyond it are left to `encode`: some models have one that they never use (the small gemma 3
-        have a mark for images).
+        Other added tokens are left to `encode`: some models have one that they never use (small gemma 3 models have one
+        for images).
         """
         ids = self._tokenizer.get_vocab(with_added_tokens=False)
         ids |= {token: token_id for token, token_id in self._ids_always_used() if token}
@@ -131,19 +131,19 @@ class Tokenizer:
             )
 
     def _ids_always_used(self) -> Iterator[tuple[str, int]]:
-        """What every prompt and chat begins with, the marks around a message, and what ends an answer."""
+        """Yield the tokens that begin prompts and chats, those around a message, and one that ends an answer."""
         encodings = [self._tokenizer.encode("a", add_special_tokens=True)]
-        with contextlib.suppress(InvalidRequest):  # no template, or one that wants other messages than this
+        with contextlib.suppress(InvalidRequest):  # no template, or one that needs other messages
             chat = self.apply_chat_template([{"role": "user", "content": "a"}])
             encodings.append(self._tokenizer.encode(chat, add_special_tokens=False))
         for encoding in encodings:
             yield from zip(encoding.tokens, encoding.ids, strict=True)
         if self.eos_token_ids:
-            first = min(self.eos_token_ids)  # one that can come is enough
+            first = min(self.eos_token_ids)  # one that the model can sample is enough
             yield self._tokenizer.id_to_token(first) or "the end of text", first
 
     def _read_eos_ids(self, folder: Path, config: Mapping[str, Any]) -> frozenset[int]:
-        """The ends that generation_config.json names, else config.json, and the tokenizer's own in any case."""
+        """Return the end tokens of generation_config.json, or else config.json, and the tokenizer's own."""
         named = _ids(read_json(folder / "generation_config.json").get("eos_token_id"))
         if not named:
             named = _ids(config.get("eos_token_id")) or _ids(_text_config(config).get("eos_token_id"))
@@ -152,13 +152,13 @@ class Tokenizer:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, an empty one when the file is missing; raises ModelNotFound for a broken one."""
+    """Read a JSON object, empty if the file is missing. Raises ModelNotFound for a broken file."""
     try:
         value = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelNotFound(f"{path} can not be read: {error}.", cure="Download the model again.") from error
+        raise ModelNotFound(f"{path} cannot be read: {error}.", cure="Download the model again.") from error
     if not isinstance(value, dict):
         raise ModelNotFound(f"{path} is not a JSON object.", cure="Download the model again.")
     return value
@@ -169,7 +169,7 @@ def _load(path: Path) -> tokenizers.Tokenizer:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ModelNotFound(
-            f"{path} can not be read: {error.strerror}.",
+            f"{path} cannot be read: {error.strerror}.",
             cure="The folder needs a tokenizer.json; transformers writes one with save_pretrained().",
         ) from error
     except UnicodeDecodeError as error:
@@ -184,7 +184,7 @@ def _load(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; the older special_tokens_map.json counts where the newer file lists no added tokens."""
+    """Read tokenizer_config.json, and the older special_tokens_map.json if the first lists no added tokens."""
     settings = read_json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" in settings:
         return settings
@@ -192,7 +192,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ... as texts; a setting may hold the text or an object around it."""
+    """Return bos_token, eos_token, ... as texts; a setting is the text or an object around it."""
     named: dict[str, str] = {}
     for name in NAMED_TOKENS:
         value = settings.get(name)
@@ -205,7 +205,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], named: Mapping[str, str]) -> None:
     """Add the tokens that tokenizer_config.json lists beyond tokenizer.json, and mark the named ones as special.
 
-    A named token that is in no vocabulary stays out: its id would lie beyond the model's embedding.
+    A named token that is in no vocabulary is not added: its id would be outside the model's embedding.
     """
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     listed = settings.get("added_tokens_decoder")
@@ -223,9 +223,9 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], na
 
 
 def _cut_like_llama(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Put ▁ in front of the text's first word only, not of each word behind a special token, as transformers 5 does.
+    """Put ▁ before the text's first word only, not before each word after a special token, as transformers 5 does.
 
-    The files of sentencepiece llamas say the older thing; `legacy` in tokenizer_config.json asks for it.
+    The tokenizer.json of sentencepiece llamas has the older rule, which `legacy` in tokenizer_config.json asks for.
     """
     of_llama = config.get("model_type") == "llama" and settings.get("tokenizer_class") in LLAMA_TOKENIZER_CLASSES
     if not of_llama or not getattr(tokenizer.model, "byte_fallback", False):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from functools import partial
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
@@ -11,7 +13,6 @@ from services.coordinator.text.detokenizer import (
     MAXIMUM_WINDOW_TOKENS,
     Detokenizer,
     StopStrings,
-    TextDelta,
     TextStream,
 )
 from services.coordinator.text.tokenizer import Tokenizer
@@ -42,16 +43,18 @@ def sentencepiece() -> RawTokenizer:
     return sentencepiece_tokenizer()
 
 
-def stream_all(tokenizer: RawTokenizer | Tokenizer, ids: list[int], **options: object) -> tuple[list[str], str]:
+def stream_all(
+    tokenizer: RawTokenizer | Tokenizer, ids: list[int], *, skip_special_tokens: bool = True, **options: Any
+) -> tuple[list[str], str]:
     """The deltas of a whole stream, and their concatenation."""
-    stream = TextStream(lambda token_ids, skip: tokenizer.decode(token_ids, skip_special_tokens=skip), **options)  # type: ignore[arg-type]
+    decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    stream = TextStream(decode, **options)
     deltas = []
     for token_id in ids:
-        delta = stream.push(token_id)
-        deltas.append(delta.text)
-        if delta.finished:
+        deltas.append(stream.push(token_id))
+        if stream.finished:
             return deltas, "".join(deltas)
-    deltas.append(stream.finish().text)
+    deltas.append(stream.finish())
     return deltas, "".join(deltas)
 
 
@@ -127,16 +130,16 @@ def test_random_bytes_of_a_sentencepiece_vocabulary_lose_no_letter(sentencepiece
 
 def test_an_unfinished_character_is_held_back_until_it_is_whole(byte_level: RawTokenizer) -> None:
     ids = byte_level.encode("€x", add_special_tokens=False).ids
-    stream = TextStream(lambda token_ids, skip: byte_level.decode(token_ids, skip_special_tokens=skip))
-    texts = [stream.push(token_id).text for token_id in ids]
+    stream = TextStream(byte_level.decode)
+    texts = [stream.push(token_id) for token_id in ids]
     assert texts[-2:] == ["€", "x"]
     assert set(texts[:-2]) == {""}
 
 
 def test_letters_before_an_unfinished_character_in_one_token_come_at_once(byte_level: RawTokenizer) -> None:
-    stream = TextStream(lambda token_ids, skip: byte_level.decode(token_ids, skip_special_tokens=skip))
-    assert stream.push(byte_level.token_to_id("aâ")).text == "a"
-    assert stream.push(byte_level.token_to_id("Ĥ¬")).text == "€"
+    stream = TextStream(byte_level.decode)
+    assert stream.push(byte_level.token_to_id("aâ")) == "a"
+    assert stream.push(byte_level.token_to_id("Ĥ¬")) == "€"
 
 
 def test_a_real_replacement_character_comes_out_with_the_next_token(byte_level: RawTokenizer) -> None:
@@ -250,13 +253,11 @@ def test_a_half_stop_string_is_held_back_and_comes_at_the_end(byte_level: RawTok
     assert deltas[-1] == "wor"
 
 
-def test_a_stop_string_in_the_middle_of_a_token_ends_the_text_and_counts_the_token(byte_level: RawTokenizer) -> None:
-    stream = TextStream(lambda ids, skip: byte_level.decode(ids, skip_special_tokens=skip), stop=("el",))
-    assert stream.push(byte_level.token_to_id("a")) == TextDelta("a")
-    assert stream.push(byte_level.token_to_id("hell")) == TextDelta("h", finished=True)
-    assert stream.consumed_tokens == 2
-    assert stream.finished
-    assert stream.finish() == TextDelta("", finished=True)
+def test_a_stop_string_in_the_middle_of_a_token_ends_the_text(byte_level: RawTokenizer) -> None:
+    stream = TextStream(byte_level.decode, stop=("el",))
+    assert (stream.push(byte_level.token_to_id("a")), stream.finished) == ("a", False)
+    assert (stream.push(byte_level.token_to_id("hell")), stream.finished) == ("h", True)
+    assert stream.finish() == ""
     with pytest.raises(ValueError, match="after the stop string"):
         stream.push(1)
 
@@ -270,10 +271,10 @@ def test_a_stop_string_across_characters_and_tokens_is_found(byte_level: RawToke
 
 def test_a_replacement_character_can_be_a_stop_string(byte_level: RawTokenizer) -> None:
     ids = byte_level.encode("a", add_special_tokens=False).ids
-    stream = TextStream(lambda token_ids, skip: byte_level.decode(token_ids, skip_special_tokens=skip), (REPLACEMENT,))
-    assert stream.push(ids[0]).text == "a"
-    assert stream.push(byte_level.token_to_id("ÿ")) == TextDelta("")
-    assert stream.finish() == TextDelta("", finished=True)
+    stream = TextStream(byte_level.decode, (REPLACEMENT,))
+    assert stream.push(ids[0]) == "a"
+    assert stream.push(byte_level.token_to_id("ÿ")) == ""
+    assert (stream.finish(), stream.finished) == ("", True)
 
 
 @pytest.mark.model
