@@ -63,7 +63,7 @@ class Coordinator:
         self.file = RecordStore(self.path, METRICS_FILE_BYTES)
 
     def numbers(self):
-        """Of the stage's snapshots, in the order they were kept."""
+        """The numbers of the stage's snapshots, in the order they were kept."""
         return [metrics["number"] for metrics in self.metrics()]
 
     def metrics(self):
