@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +15,10 @@ from noodle.errors import NoodleError
 INTERRUPTED_EXIT_CODE = 130  # what shells return for a command that Ctrl-C ended
 ERROR_EXIT_CODE = 1
 
-
-@dataclass(frozen=True)
-class Option:
-    """One argument of a command, as `add_argument` takes it."""
-
-    flags: tuple[str, ...]
-    settings: Mapping[str, Any]
+AddOption = Callable[[Any], Any]  # adds itself to a parser, or to a group of one
 
 
-@dataclass(frozen=True)
-class OneOf:
-    """Options of which at most one may be given."""
-
-    options: tuple[Option, ...]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Command:
     """One command. `runs` names its function as module:function, which is imported only when the command runs."""
 
@@ -39,17 +26,30 @@ class Command:
     runs: str
     help: str
     description: str
-    options: tuple[Option | OneOf, ...] = ()
+    options: tuple[AddOption, ...]
 
 
-def option(*flags: str, **settings: Any) -> Option:
-    """Declare an option or a positional argument."""
-    return Option(flags, settings)
+def command(name: str, runs: str, help: str, description: str, *options: AddOption) -> Command:
+    return Command(name=name, runs=f"services.cli.{runs}", help=help, description=description, options=options)
 
 
-def switch(*flags: str, **settings: Any) -> Option:
-    """Declare an option without a value."""
-    return Option(flags, {"action": "store_true", **settings})
+def option(*flags: str, **settings: Any) -> AddOption:
+    return lambda parser: parser.add_argument(*flags, **settings)
+
+
+def switch(*flags: str, **settings: Any) -> AddOption:
+    return option(*flags, action="store_true", **settings)
+
+
+def one_of(*options: AddOption) -> AddOption:
+    """Declare options of which at most one may be given."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for each in options:
+            each(group)
+
+    return add
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -91,228 +91,172 @@ TARGET = (URL, option("--key", metavar="KEY", help="API key (NOODLE_API_KEY)"))
 REPORT = (
     option("--output", metavar="FOLDER", help="folder for the JSON file and the plot (the current folder)"),
     switch("--json", help="print the report as JSON instead of a table"),
-    OneOf(
-        (
-            switch("--list", help="list the reports that the coordinator keeps; measures nothing"),
-            option("--show", metavar="ID", help="print one kept report; measures nothing"),
-        )
+    one_of(
+        switch("--list", help="list the reports that the coordinator keeps; measures nothing"),
+        option("--show", metavar="ID", help="print one kept report; measures nothing"),
     ),
 )
+COUNT = at_least(1)
 
 COMMANDS = (
-    Command(
+    command(
         "up",
-        "services.cli.commands.up:up",
+        "commands.up:up",
         "start everything on this machine and keep it running",
         "Starts Valkey, the planner, the stages and the coordinator as processes of this machine, restarts those that "
         "die, and stops everything on Ctrl-C. Needs Linux, no Docker.",
-        (
-            option("--stages", metavar="N", type=at_least(1), help="stages to cut the model into (NOODLE_STAGES, 2)"),
-            option(
-                "--model", metavar="M", help="name of the default model, hub id, folder or .gguf file (NOODLE_MODEL)"
-            ),
-            option("--split", metavar="N,N", help="layers of each stage, as 10,2 (NOODLE_SPLIT, by measured speed)"),
-            switch("--detach", help="return when it is ready and keep running in the background"),
-            option("--report-to", type=int, help=argparse.SUPPRESS),  # see services/cli/local/detach.py
-        ),
+        option("--stages", metavar="N", type=COUNT, help="number of stages (NOODLE_STAGES, 2)"),
+        option("--model", metavar="M", help="default model's name, hub id, folder or .gguf file (NOODLE_MODEL)"),
+        option("--split", metavar="N,N", help="layers of each stage, as 10,2 (NOODLE_SPLIT, else by measured speed)"),
+        switch("--detach", help="return when it is ready and keep running in the background"),
+        option("--report-to", type=int, help=argparse.SUPPRESS),  # see services/cli/local/detach.py
     ),
-    Command(
+    command(
         "down",
-        "services.cli.commands.down:down",
+        "commands.down:down",
         "stop what `noodle up` started",
         "Stops the `noodle up` of this user and everything it started, and cleans up after one that was killed.",
     ),
-    Command(
+    command(
         "status",
-        "services.cli.commands.status:status",
+        "commands.status:status",
         "show what runs, where, and its state",
         "Shows the state of every service, with its process, port, layers and memory. Exit code 1 if nothing runs.",
-        (JSON, URL),
+        JSON,
+        URL,
     ),
-    Command(
+    command(
         "generate",
-        "services.cli.commands.generate:generate",
+        "commands.generate:generate",
         "generate text and stream it to the terminal",
         "Sends one prompt to the coordinator and prints the answer as it is generated.",
-        (
-            option("prompt", metavar="PROMPT", help="text to answer or to continue; - reads it from standard input"),
-            option(
-                "--max-new-tokens", metavar="N", type=at_least(1), default=256, help="limit of new tokens (%(default)s)"
-            ),
-            option("--temperature", metavar="T", type=between(0, 100), help="0 always takes the most likely token (1)"),
-            option(
-                "--top-p",
-                metavar="P",
-                type=between(0, 1),
-                help="sample from the most likely tokens with this total probability, 0 to 1 (1)",
-            ),
-            option("--seed", metavar="N", type=at_least(0), help="the same seed samples the same text (random)"),
-            OneOf(
-                (
-                    option(
-                        "--chat",
-                        action="store_false",
-                        dest="raw",
-                        default=False,
-                        help="send it as a question through the model's chat template (the default)",
-                    ),
-                    switch("--raw", help="continue the text, without a chat template"),
-                )
-            ),
-            *TARGET,
+        option("prompt", metavar="PROMPT", help="text to answer or to continue; - reads it from standard input"),
+        option("--max-new-tokens", metavar="N", type=COUNT, default=256, help="most new tokens (%(default)s)"),
+        option("--temperature", metavar="T", type=between(0, 100), help="0 always takes the most likely token (1)"),
+        option(
+            "--top-p", metavar="P", type=between(0, 1), help="sample from this share of the probability, 0 to 1 (1)"
         ),
+        option("--seed", metavar="N", type=at_least(0), help="the same seed samples the same text (random)"),
+        one_of(
+            option("--chat", action="store_false", dest="raw", default=False, help="use the chat template (default)"),
+            switch("--raw", help="continue the text, without a chat template"),
+        ),
+        *TARGET,
     ),
-    Command(
+    command(
         "init",
-        "services.cli.commands.init:init",
+        "commands.init:init",
         "prepare this folder for `docker compose up`: .env and secrets",
         "Writes .env and secrets/ for this machine and prints the next steps. Run again, it keeps what is there.",
-        (
-            option(
-                "--machine", choices=("single", "a", "b"), help="one host for everything (single, the default), A or B"
-            ),
-            option("--address", metavar="IP", help="this machine's IPv4 address on the home network (A and B)"),
-            option("--peer", metavar="IP", help="machine B's IPv4 address (A)"),
-            option("--join", metavar="LINE", help="join line that A printed; - reads it from standard input (B)"),
-            option("--gpu", action=argparse.BooleanOptionalAction, help="compute stage 0 on an NVIDIA card (no)"),
-            option("--stages", metavar="N", type=at_least(1), help="stages of all machines (NOODLE_STAGES, 2)"),
-            option("--model", metavar="M", help="default model's name, hub id or models/NAME here (NOODLE_MODEL)"),
-            option("--name", metavar="NAME", help="name of this machine (NOODLE_MACHINE, machine-a or machine-b)"),
-            option("--folder", metavar="FOLDER", default=".", help="noodle's folder (the current folder)"),
-        ),
+        option("--machine", choices=("single", "a", "b"), help="everything on one host (single, the default), A or B"),
+        option("--address", metavar="IP", help="this machine's IPv4 address on the home network (A and B)"),
+        option("--peer", metavar="IP", help="machine B's IPv4 address (A)"),
+        option("--join", metavar="LINE", help="join line that A printed; - reads it from standard input (B)"),
+        option("--gpu", action=argparse.BooleanOptionalAction, help="compute stage 0 on an NVIDIA card (no)"),
+        option("--stages", metavar="N", type=COUNT, help="number of stages of all machines (NOODLE_STAGES, 2)"),
+        option("--model", metavar="M", help="default model's name, hub id or models/NAME here (NOODLE_MODEL)"),
+        option("--name", metavar="NAME", help="name of this machine (NOODLE_MACHINE, machine-a or machine-b)"),
+        option("--folder", metavar="FOLDER", default=".", help="noodle's folder (the current folder)"),
     ),
-    Command(
+    command(
         "leave",
-        "services.cli.commands.leave:leave",
+        "commands.leave:leave",
         "move a stage's layers to the others so that its machine can go",
         "Asks a stage to leave, and waits until the other stages have loaded its layers.",
-        (
-            option(
-                "--url",
-                metavar="URL",
-                help="stage that leaves (NOODLE_ADVERTISE_URL); required if several run on this machine",
-            ),
-        ),
+        option("--url", metavar="URL", help="stage that leaves (NOODLE_ADVERTISE_URL); required if several run here"),
     ),
-    Command(
+    command(
         "verify",
-        "services.cli.verify.command:verify",
+        "verify.command:verify",
         "compare the cluster's tokens with the unsplit model's",
         "Generates with the cluster, feeds its tokens to the unsplit model on this machine, and compares. Exit code 1 "
         "if the bound of the cluster's number format is broken.",
-        (
-            option("--prompts", metavar="N", type=at_least(1), help="number of built-in prompts to use (all)"),
-            option(
-                "--new-tokens",
-                metavar="N",
-                type=at_least(1),
-                default=64,
-                help="new tokens of each prompt (%(default)s)",
-            ),
-            JSON,
-            *TARGET,
-        ),
+        option("--prompts", metavar="N", type=COUNT, help="number of built-in prompts to use (all)"),
+        option("--new-tokens", metavar="N", type=COUNT, default=64, help="new tokens of each prompt (%(default)s)"),
+        JSON,
+        *TARGET,
     ),
-    Command(
+    command(
         "bench",
-        "services.cli.bench.command:bench",
+        "bench.command:bench",
         "time the cluster against the unsplit model on this machine",
         "Runs the cluster and the unsplit model in turn, prints a table, writes a JSON file and a plot, and stores the "
         "report on the coordinator.",
-        (
-            option("--streams", metavar="N,N", type=counts, help="numbers of concurrent streams (1,2,4,8)"),
-            option("--prompt-tokens", metavar="N", type=at_least(1), help="prompt tokens of each stream (128)"),
-            option("--new-tokens", metavar="N", type=at_least(1), help="new tokens of each stream (64)"),
-            option("--pairs", metavar="N", type=at_least(1), help="runs of each side for each number of streams (5)"),
-            switch("--no-control", default=None, help="time the cluster only"),
-            *REPORT,
-            *TARGET,
-        ),
+        option("--streams", metavar="N,N", type=counts, help="numbers of concurrent streams (1,2,4,8)"),
+        option("--prompt-tokens", metavar="N", type=COUNT, help="prompt tokens of each stream (128)"),
+        option("--new-tokens", metavar="N", type=COUNT, help="new tokens of each stream (64)"),
+        option("--pairs", metavar="N", type=COUNT, help="runs of each side for each number of streams (5)"),
+        switch("--no-control", default=None, help="time the cluster only"),
+        *REPORT,
+        *TARGET,
     ),
-    Command(
+    command(
         "profile",
-        "services.cli.bench.profile:profile",
+        "bench.profile:profile",
         "time this machine's layers, embedding and head for the model",
         "Measures what this machine's CPU and card do for the model, and stores the report on the coordinator.",
-        (switch("--quick", default=None, help="measure fewer points in fewer rounds"), *REPORT, *TARGET),
+        switch("--quick", default=None, help="measure fewer points in fewer rounds"),
+        *REPORT,
+        *TARGET,
     ),
-    Command(
+    command(
         "plan",
-        "services.cli.commands.plan:plan",
+        "commands.plan:plan",
         "show which machine gets which layers and why",
         "Shows the plan with its memory and predicted speed. Exit code 1, with what would help, if the model does not "
         "fit.",
-        (
-            option(
-                "--nodes", metavar="FILE", help="plan for the machines in this JSON file (-: standard input) instead"
-            ),
-            JSON,
-            *TARGET,
-        ),
+        option("--nodes", metavar="FILE", help="plan for the machines in this JSON file; - is standard input"),
+        JSON,
+        *TARGET,
     ),
-    Command(
+    command(
         "doctor",
-        "services.cli.doctor.command:doctor",
+        "doctor.command:doctor",
         "find what keeps this machine out of the cluster, with the cure",
         "Checks Docker, card, ports, names, firewall, links, plan and memory, before or after the start. Each finding "
         "names the command that cures it. Exit code 1 for errors; warnings do not count.",
-        (JSON,),
+        JSON,
     ),
-    Command(
+    command(
         "firewall",
-        "services.cli.commands.firewall:firewall",
+        "commands.firewall:firewall",
         "show or set who can connect to the ports that this machine publishes",
         "Prints the firewall rules for this machine's part of the cluster. Changes them only with --apply or --undo.",
-        (
-            OneOf(
-                (
-                    switch("--apply", help="set the rules, now and at each boot (as root)"),
-                    switch("--undo", help="remove the rules (as root)"),
-                )
-            ),
-            option(
-                "--clients",
-                nargs="+",
-                default=(),
-                metavar="ADDRESS",
-                help="addresses or networks of people's machines, for the coordinator and Grafana (none)",
-            ),
+        one_of(
+            switch("--apply", help="set the rules, now and at each boot (as root)"),
+            switch("--undo", help="remove the rules (as root)"),
+        ),
+        option(
+            "--clients",
+            nargs="+",
+            default=(),
+            metavar="ADDRESS",
+            help="addresses or networks of people's machines, for the coordinator and Grafana (none)",
         ),
     ),
-    Command(
+    command(
         "deploy",
-        "services.cli.deploy.command:deploy",
+        "deploy.command:deploy",
         "start machine A here and machine B by ssh, and verify both",
         "Copies noodle to machine B, starts both machines, waits until they are ready, runs `noodle verify` and prints "
         "the URLs. Run again, it changes what has changed.",
-        (
-            option("--remote", metavar="IP", required=True, help="machine B's IP address"),
-            option("--user", metavar="USER", default="", help="user on machine B (ssh's configuration)"),
-            option("--address", metavar="IP", help="this machine's IPv4 address (the one towards B)"),
-            option("--remote-os", choices=("linux", "windows"), help="system of machine B (ask it by ssh)"),
-            option(
-                "--there",
-                metavar="FOLDER",
-                default="noodle",
-                help="folder on machine B, from its user's home (%(default)s)",
-            ),
-            option(
-                "--ssh-config", metavar="FILE", help="configuration file for ssh: port, key, known hosts (ssh's own)"
-            ),
-            switch("--no-verify", help="do not compare tokens with the unsplit model"),
-            switch("--stop", help="stop both machines; volumes, settings and secrets stay"),
-        ),
+        option("--remote", metavar="IP", required=True, help="machine B's IP address"),
+        option("--user", metavar="USER", default="", help="user on machine B (ssh's configuration)"),
+        option("--address", metavar="IP", help="this machine's IPv4 address (the one towards B)"),
+        option("--remote-os", choices=("linux", "windows"), help="system of machine B (ask it by ssh)"),
+        option("--there", metavar="FOLDER", default="noodle", help="folder on machine B, from home (%(default)s)"),
+        option("--ssh-config", metavar="FILE", help="ssh's configuration file: port, key, known hosts (ssh's own)"),
+        switch("--no-verify", help="do not compare tokens with the unsplit model"),
+        switch("--stop", help="stop both machines; volumes, settings and secrets stay"),
     ),
-    Command(
+    command(
         "convert",
-        "services.cli.commands.convert:convert",
+        "commands.convert:convert",
         "convert a .gguf file to a folder that noodle reads (needs torch)",
         "Converts a .gguf file of any architecture that transformers reads.",
-        (
-            option("file", metavar="FILE", help="the .gguf file"),
-            option("folder", metavar="FOLDER", help="folder to write"),
-            option("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the weights (float32)"),
-        ),
+        option("file", metavar="FILE", help="the .gguf file"),
+        option("folder", metavar="FOLDER", help="folder to write"),
+        option("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the weights (float32)"),
     ),
 )
 
@@ -345,14 +289,9 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"noodle {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.description)
-        subparser.set_defaults(runs=command.runs)
-        for each in command.options:
-            if isinstance(each, OneOf):
-                group = subparser.add_mutually_exclusive_group()
-                for member in each.options:
-                    group.add_argument(*member.flags, **member.settings)
-            else:
-                subparser.add_argument(*each.flags, **each.settings)
+    for each in COMMANDS:
+        subparser = subparsers.add_parser(each.name, help=each.help, description=each.description)
+        subparser.set_defaults(runs=each.runs)
+        for add_option in each.options:
+            add_option(subparser)
     return parser

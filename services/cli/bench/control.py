@@ -44,7 +44,6 @@ class Control:
 
 
 def open_control(environment: Mapping[str, str], signals: Signals) -> Conversation:
-    """Return the process, not yet started."""
     return Conversation(python_module("services.stage.tools.control"), "unsplit model", environment, signals)
 
 

@@ -69,7 +69,6 @@ def draw_profile(report: ProfileReport, path: Path) -> str:
 
 
 def has_matplotlib() -> bool:
-    """Return whether plots can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

@@ -71,7 +71,6 @@ def prefill_alone(device: DeviceProfile, chunk_tokens: int = 128) -> PrefillPoin
 
 
 def print_report(report: ProfileReport) -> None:
-    """Print the whole report."""
     profile = report.profile
     print(
         f"{report.model or profile.model_type} on {report.machine}, {report.made_at}: {profile.layer_count} layers of "

@@ -27,7 +27,6 @@ class RunTimes:
 
     @property
     def seconds(self) -> float:
-        """The time until the last token."""
         return max(stream[-1] for stream in self.arrivals_seconds)
 
     @property
@@ -43,12 +42,10 @@ class RunTimes:
 
     @property
     def first_token_seconds(self) -> list[float]:
-        """The time to the first token of each stream."""
         return [stream[0] for stream in self.arrivals_seconds]
 
     @property
     def between_tokens_seconds(self) -> list[float]:
-        """Every wait of a stream for its next token."""
         return [later - earlier for stream in self.arrivals_seconds for earlier, later in itertools.pairwise(stream)]
 
 
@@ -229,7 +226,6 @@ def _of_compute(stages: Sequence[StageConditions], control: ControlReady | None,
 
 
 def print_report(report: BenchReport) -> None:
-    """Print the whole report."""
     conditions = report.conditions
     print(
         f"{report.model} on {report.machine}, {report.made_at}: {conditions.prompt_tokens} prompt tokens and "

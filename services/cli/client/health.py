@@ -29,7 +29,6 @@ class Health:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """The stages as the coordinator sees them."""
         return [stage for stage in self.answer.get("stages") or [] if isinstance(stage, dict)]
 
     @property

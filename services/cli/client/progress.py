@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from typing import IO, Protocol
+from typing import IO, Literal, Protocol
 
 import msgspec
 from msgspec import Struct
@@ -36,39 +36,14 @@ class Progress(Protocol):
         """Leave the terminal as it was."""
 
 
-class Shown(Struct, frozen=True, tag="show"):
-    """A row that changed."""
+class StartEvent(Struct, frozen=True, omit_defaults=True):
+    """One call of Progress for another process, or how its start ended: `started` or `failed` is the last event."""
 
-    key: str
-    text: str
+    type: Literal["show", "finish", "log", "started", "failed"]
+    key: str = ""
+    text: str = ""
     fraction: float | None = None
-
-
-class Finished(Struct, frozen=True, tag="finish"):
-    """A row that is done."""
-
-    key: str
-    text: str
-
-
-class Logged(Struct, frozen=True, tag="log"):
-    """A line that stays."""
-
-    text: str
-
-
-class Started(Struct, frozen=True, tag="started"):
-    """Everything is ready; the last event."""
-
-
-class NotStarted(Struct, frozen=True, tag="failed"):
-    """The start has failed; the last event."""
-
-    message: str
     cure: str = ""
-
-
-StartEvent = Shown | Finished | Logged | Started | NotStarted
 
 
 class TerminalProgress:
@@ -92,7 +67,6 @@ class TerminalProgress:
         self._is_open = False
 
     def show(self, key: str, text: str, fraction: float | None = None) -> None:
-        """See Progress."""
         if not self._is_open:
             self._bars.start()
             self._is_open = True
@@ -110,18 +84,15 @@ class TerminalProgress:
             self._bars.refresh()
 
     def finish(self, key: str, text: str) -> None:
-        """See Progress."""
         if key in self._rows:
             self._bars.remove_task(self._rows.pop(key))
         if text:
             self.log(text)
 
     def log(self, text: str) -> None:
-        """See Progress."""
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """See Progress."""
         if self._is_open:
             self._is_open = False
             for key in list(self._rows):
@@ -139,7 +110,6 @@ class LineProgress:
         self._printed_seconds = float("-inf")
 
     def show(self, key: str, text: str, fraction: float | None = None) -> None:
-        """See Progress."""
         self._rows[key] = text if fraction is None else f"{text} {fraction:.0%}"
         line = "; ".join(self._rows.values())
         now = time.monotonic()
@@ -148,17 +118,15 @@ class LineProgress:
             self.log(line)
 
     def finish(self, key: str, text: str) -> None:
-        """See Progress."""
         self._rows.pop(key, None)
         if text:
             self.log(text)
 
     def log(self, text: str) -> None:
-        """See Progress."""
         print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """See Progress."""
+        return
 
 
 class PipeProgress:
@@ -176,27 +144,23 @@ class PipeProgress:
             self.close()
 
     def show(self, key: str, text: str, fraction: float | None = None) -> None:
-        """See Progress."""
-        self._send(Shown(key, text, fraction))
+        self._send(StartEvent("show", key, text, fraction))
 
     def finish(self, key: str, text: str) -> None:
-        """See Progress."""
-        self._send(Finished(key, text))
+        self._send(StartEvent("finish", key, text))
 
     def log(self, text: str) -> None:
-        """See Progress."""
         if self._descriptor is None:
             print(text, flush=True)
         else:
-            self._send(Logged(text))
+            self._send(StartEvent("log", text=text))
 
-    def end(self, event: Started | NotStarted) -> None:
+    def end(self, event: StartEvent) -> None:
         """Send the last event and close the pipe."""
         self._send(event)
         self.close()
 
     def close(self) -> None:
-        """See Progress."""
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)

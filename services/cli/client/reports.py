@@ -50,7 +50,6 @@ def write_and_print(
     print_report: Callable[[ReportT], None],
     draw: Callable[[ReportT, Path], str],
 ) -> None:
-    """Write a report and its plot into `folder` and print it."""
     path = folder / f"noodle-{kind}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     if as_json:
@@ -110,7 +109,6 @@ def read_report(target: Target, report_id: str, report_type: type[ReportT]) -> R
 
 
 def print_json(value: object) -> None:
-    """Print a value as indented JSON."""
     print(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 

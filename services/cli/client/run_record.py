@@ -51,7 +51,6 @@ class RunRecord(Struct, frozen=True, kw_only=True):
 
 
 def identify(pid: int) -> ProcessIdentity:
-    """Return the identity of a process that runs now."""
     try:
         process = psutil.Process(pid)
         return ProcessIdentity(pid, _start_ticks(process), boot_id(), tuple(process.cmdline()))
@@ -86,7 +85,6 @@ def _start_ticks(process: psutil.Process) -> int:
 
 
 def run_folder_path(state_dir: Path) -> Path:
-    """Return the run folder of a state folder."""
     return state_dir / "run"
 
 

@@ -10,7 +10,6 @@ from services.cli.local.processes import python_module
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Run the converter on this terminal and return its exit code."""
     dtype = ("--dtype", options.dtype) if options.dtype else ()
     arguments = python_module("services.stage.tools.convert", options.file, options.folder, *dtype)
     return subprocess.run(arguments, env=dict(process_environment()), check=False).returncode

@@ -30,7 +30,6 @@ class Received:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Generate from the prompt of the command line or of standard input."""
     target = find_target(command_config(process_environment()), options.url, options.key)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     parameters = {

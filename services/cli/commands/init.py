@@ -42,7 +42,6 @@ ROLES_IN_WORDS = {"single": "a whole cluster on one host", "a": "machine A", "b"
 
 
 def init(options: argparse.Namespace) -> int:
-    """Prepare the folder that the options describe."""
     given = InitOptions(
         machine=options.machine,
         address=options.address,

@@ -77,7 +77,6 @@ def _local_row(service: ServiceRecord, token: str) -> dict[str, Any]:
 
 
 def _remote_rows(coordinator: Health) -> list[dict[str, Any]]:
-    """Return the stages as the coordinator of another machine sees them."""
     return [
         {
             "name": f"stage-{stage.get('stage_id')}",

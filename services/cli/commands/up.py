@@ -242,7 +242,6 @@ class Up:
         )
 
     def _welcome(self, served_name: str) -> list[str]:
-        """Return the lines that say how to use it."""
         url = self._spec.coordinator_url
         key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if self._config.api_key else ""
         question = [{"role": "user", "content": "Why is the sky blue?"}]

@@ -58,7 +58,6 @@ class Machine(ABC):
         """Return whether the folder has something to stop."""
 
     def start(self) -> None:
-        """Build and start the machine's containers; raises StartError."""
         self.must(
             self.follow_compose(["up", "--detach", "--build"], BUILD_SECONDS), "the containers could not be started"
         )
@@ -76,7 +75,6 @@ class Machine(ABC):
         return ran.output if ran.is_good else f"the logs could not be read: {ran.last_line}\n"
 
     def must(self, ran: Ran, problem: str) -> None:
-        """Raise StartError if a program failed."""
         if not ran.is_good:
             reason = "it took too long" if ran.is_late else ran.last_line
             raise StartError(f"On {self.name} {problem}: {reason}", cure=self.cure)
@@ -105,7 +103,6 @@ class MachineA(Machine):
 
     @property
     def cure(self) -> str:
-        """See Machine."""
         return "See the lines above, and `noodle doctor`."
 
     def check(self, system: System) -> str:
@@ -113,15 +110,12 @@ class MachineA(Machine):
         return docker_in_words(gather_docker(run_program), self.name, system)
 
     def follow_compose(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        """See Machine."""
         return follow_program(["docker", "compose", *arguments], seconds, self.log, folder=self.folder, sent=sent)
 
     def run_compose(self, arguments: Sequence[str], seconds: float) -> Ran:
-        """See Machine."""
         return run_program(["docker", "compose", *arguments], seconds, folder=self.folder)
 
     def is_deployed(self) -> bool:
-        """See Machine."""
         return find_project(self.folder) is not None
 
     def wait_until_ready(self) -> None:
@@ -169,7 +163,6 @@ class MachineA(Machine):
         return ran.code
 
     def urls(self) -> str:
-        """Return the URLs of the cluster, one a line."""
         project = require_project(self.folder)
         grafana = f"http://{project.lan_address}:{project.port('NOODLE_GRAFANA_PORT')}"
         return "\n".join(
@@ -190,7 +183,6 @@ class MachineB(Machine):
 
     @property
     def cure(self) -> str:
-        """See Machine."""
         return f"Look there: ssh {self._remote.name}, then cd {self._folder}"
 
     def check(self) -> str:
@@ -198,11 +190,9 @@ class MachineB(Machine):
         return docker_in_words(gather_docker(self._remote.run), self.name, "linux", "There: ")
 
     def follow_compose(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        """See Machine."""
         return self._remote.follow(self._script(arguments), seconds, self.log, sent)
 
     def run_compose(self, arguments: Sequence[str], seconds: float) -> Ran:
-        """See Machine."""
         return self._remote.shell(self._script(arguments), seconds)
 
     def is_deployed(self) -> bool:
@@ -255,7 +245,6 @@ def prepare_project(folder: Path, address: str | None, peer: str, here: System) 
 
 
 def _address_of(host: str) -> str:
-    """Return the IPv4 address of a host; raises ConfigurationError."""
     try:
         return socket.gethostbyname(host)
     except (OSError, UnicodeError) as error:

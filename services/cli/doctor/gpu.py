@@ -77,7 +77,6 @@ def gather_gpu(run: Run, system: System, project_folder: Path | None, *, is_want
 
 
 def parse_cards(text: str) -> tuple[Card, ...]:
-    """Read nvidia-smi's lines."""
     cards = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.split(",")]

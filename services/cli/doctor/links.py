@@ -235,7 +235,6 @@ def check_advertised(what: str, url: str, variable: str, where: str, system: Sys
 
 
 def unresolved(hosts: Sequence[str], resolve: Callable[[str], object]) -> list[str]:
-    """Return the names that do not resolve."""
     missing = []
     for host in dict.fromkeys(hosts):
         try:

@@ -65,7 +65,6 @@ def gather_port(run: Run, port: Port, own_ports: Sequence[int], project_name: st
 
 
 def check_port(facts: PortFacts, where: str, system: System) -> CheckResult:
-    """Judge one port."""
     port, number = facts.port, facts.port.number
     shown = f"{number} on {port.address} ({port.service})"
     why = f"compose cannot publish {port.service}, and does not start it"

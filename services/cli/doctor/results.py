@@ -43,27 +43,22 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 def ok(check: str, where: str, what: str) -> CheckResult:
-    """Return a result that needs no action."""
     return CheckResult(check, "ok", where, what)
 
 
 def warning(check: str, where: str, what: str, *, why: str, cure: str) -> CheckResult:
-    """Return a finding that degrades the cluster."""
     return CheckResult(check, "warning", where, what, why=why, cure=cure)
 
 
 def error(check: str, where: str, what: str, *, why: str, cure: str) -> CheckResult:
-    """Return a finding that stops the cluster."""
     return CheckResult(check, "error", where, what, why=why, cure=cure)
 
 
 def skipped(check: str, where: str, reason: str) -> CheckResult:
-    """Return a check that could not be made."""
     return CheckResult(check, "skipped", where, reason)
 
 
 def text_of(report: Report) -> str:
-    """Return the report as it is printed."""
     lines = [f"{report.machine} ({report.role}, {report.system}), noodle {report.version}", ""]
     for result in report.results:
         lines += _lines(result, report.machine)

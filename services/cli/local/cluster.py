@@ -46,7 +46,6 @@ class ClusterSpec:
 
     @property
     def coordinator_url(self) -> str:
-        """The URL for requests."""
         return f"http://{LOOPBACK}:{self.coordinator_port}"
 
     def ports(self) -> list[tuple[int, str, str]]:
@@ -144,7 +143,6 @@ def children_environment(environment: Mapping[str, str], config: CommandConfig, 
 
 
 def valkey_spec(spec: ClusterSpec, binary: Path, configuration: Path) -> ServiceSpec:
-    """Return the queue's process."""
     return ServiceSpec(
         name="valkey",
         arguments=(str(binary), str(configuration)),

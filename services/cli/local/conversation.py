@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import IO, Protocol, TypeVar
 
 import msgspec
@@ -67,9 +66,7 @@ class Conversation:
         )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         requests_before = self._signals.stop_requests
         if self._signals.stop_requested:
             end_group(self.process, signal.SIGTERM)

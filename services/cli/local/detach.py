@@ -11,15 +11,7 @@ from typing import IO
 import msgspec
 
 from noodle.errors import NoodleError, StartError
-from services.cli.client.progress import (
-    Finished,
-    NotStarted,
-    PipeProgress,
-    Progress,
-    Shown,
-    Started,
-    StartEvent,
-)
+from services.cli.client.progress import PipeProgress, Progress, StartEvent
 from services.cli.local.processes import Signals, python_module
 
 REPORT_OPTION = "--report-to"  # of `noodle up`, for this file only: the descriptor of the pipe
@@ -45,11 +37,11 @@ def start_detached(arguments: Sequence[str], environment: Mapping[str, str], pro
         finally:
             os.close(writer)
         last = _follow(output, process, signals, progress)
-    if isinstance(last, Started):
+    if last is not None and last.type == "started":
         return 0
     process.wait()
-    if isinstance(last, NotStarted):
-        raise StartError(last.message, cure=last.cure)
+    if last is not None:
+        raise StartError(last.text, cure=last.cure)
     if signals.stop_requested:
         return 128 + signals.last_signal
     raise StartError(f"The background process ended with exit code {process.returncode} before it was ready.")
@@ -57,18 +49,18 @@ def start_detached(arguments: Sequence[str], environment: Mapping[str, str], pro
 
 def _follow(
     output: IO[bytes], process: subprocess.Popen[bytes], signals: Signals, progress: Progress
-) -> Started | NotStarted | None:
+) -> StartEvent | None:
     """Show its events until the last one; None if it ended without one."""
     for line in _lines_of(output, signals, lambda: process.send_signal(signal.SIGTERM)):
-        event: StartEvent = msgspec.json.decode(line, type=StartEvent)
-        if isinstance(event, Started | NotStarted):
-            return event
-        if isinstance(event, Shown):
+        event = msgspec.json.decode(line, type=StartEvent)
+        if event.type == "show":
             progress.show(event.key, event.text, event.fraction)
-        elif isinstance(event, Finished):
+        elif event.type == "finish":
             progress.finish(event.key, event.text)
-        else:
+        elif event.type == "log":
             progress.log(event.text)
+        else:
+            return event
     return None
 
 
@@ -94,10 +86,11 @@ def report_to(descriptor: int, work: Callable[[PipeProgress, Callable[[], None]]
     os.set_inheritable(descriptor, False)  # the services must not keep it open
     progress = PipeProgress(descriptor)
     try:
-        return work(progress, lambda: progress.end(Started()))
+        return work(progress, lambda: progress.end(StartEvent("started")))
     except NoodleError as error:
-        progress.end(NotStarted(error.message, error.cure))
+        progress.end(StartEvent("failed", text=error.message, cure=error.cure))
         raise
     except Exception as error:
-        progress.end(NotStarted(f"`noodle up` failed unexpectedly: {type(error).__name__}: {error}"))
+        text = f"`noodle up` failed unexpectedly: {type(error).__name__}: {error}"
+        progress.end(StartEvent("failed", text=text))
         raise

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import psutil
@@ -176,9 +175,7 @@ class Signals:
         self._old_handlers = {name: signal.signal(getattr(signal, name), self._note) for name in self.HANDLED}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for name, handler in self._old_handlers.items():
             signal.signal(getattr(signal, name), handler)
         signal.set_wakeup_fd(self._old_wakeup)
@@ -192,11 +189,9 @@ class Signals:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether a signal asked this process to end."""
         return self.stop_requests > 0
 
     def raise_if_stopped(self) -> None:
-        """Raise Interrupted after a request to stop."""
         if self.stop_requested:
             raise Interrupted
 

@@ -29,7 +29,6 @@ class RunFolder:
         self._lock_descriptor = lock_descriptor
 
     def log_path(self, name: str) -> Path:
-        """Return the file for a service's output."""
         return self.logs_dir / f"{name}.log"
 
     def write(self, record: RunRecord) -> None:

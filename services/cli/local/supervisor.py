@@ -109,7 +109,6 @@ class Supervisor:
         self._start(service)
 
     def records(self) -> tuple[ServiceRecord, ...]:
-        """Return the current state of every service."""
         return tuple(service.record() for service in self._services)
 
     def look(self) -> tuple[list[Ended], list[str]]:

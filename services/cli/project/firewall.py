@@ -94,93 +94,76 @@ def linux_script(openings: Sequence[Opening], lan_address: str) -> str:
         match = f"-p tcp -m conntrack --ctorigdst {lan_address} --ctorigdstport {opening.port} --ctdir ORIGINAL"
         rules += [f"-A {CHAIN} -s {source} {match} -j RETURN" for source in opening.sources]
         rules.append(f"-A {CHAIN} {match} -j DROP")
-    return "\n".join(
-        [
-            "#!/bin/sh",
-            "# Written by `noodle firewall --apply`, removed by `noodle firewall --undo`: who may connect to the ports",
-            "# that noodle's containers publish. Packets to other ports, as ssh, are not affected.",
-            "set -e",
-            f"iptables-restore -w {LOCK_SECONDS} --noflush <<'RULES'",
-            "*filter",
-            f":{CHAIN} - [0:0]",
-            *rules,
-            "COMMIT",
-            "RULES",
-            f"iptables -w {LOCK_SECONDS} -C {DOCKER_CHAIN} -j {CHAIN} 2>/dev/null ||",
-            f"    iptables -w {LOCK_SECONDS} -I {DOCKER_CHAIN} -j {CHAIN}",
-            "",
-        ]
-    )
+    return f"""\
+#!/bin/sh
+# Written by `noodle firewall --apply`, removed by `noodle firewall --undo`: who may connect to the ports
+# that noodle's containers publish. Packets to other ports, as ssh, are not affected.
+set -e
+iptables-restore -w {LOCK_SECONDS} --noflush <<'RULES'
+*filter
+:{CHAIN} - [0:0]
+{"".join(f"{rule}{chr(10)}" for rule in rules)}COMMIT
+RULES
+iptables -w {LOCK_SECONDS} -C {DOCKER_CHAIN} -j {CHAIN} 2>/dev/null ||
+    iptables -w {LOCK_SECONDS} -I {DOCKER_CHAIN} -j {CHAIN}
+"""
 
 
 def linux_undo() -> list[list[str]]:
     """Return the commands that remove the rules; each fails if there is nothing to remove."""
-    iptables = ["iptables", "-w", str(LOCK_SECONDS)]
-    return [
-        [*iptables, "-D", DOCKER_CHAIN, "-j", CHAIN],
-        [*iptables, "-F", CHAIN],
-        [*iptables, "-X", CHAIN],
-    ]
+    changes = (["-D", DOCKER_CHAIN, "-j", CHAIN], ["-F", CHAIN], ["-X", CHAIN])
+    return [["iptables", "-w", str(LOCK_SECONDS), *change] for change in changes]
 
 
 def systemd_unit(script_path: str) -> str:
     """Return the unit that runs the script after each start of Docker."""
-    return "\n".join(
-        [
-            "[Unit]",
-            "Description=Firewall rules for the ports that noodle publishes",
-            "Requires=docker.service",
-            "After=docker.service",
-            "PartOf=docker.service",
-            "",
-            "[Service]",
-            "Type=oneshot",
-            "RemainAfterExit=yes",
-            f"ExecStart={script_path}",
-            "",
-            "[Install]",
-            "WantedBy=docker.service",
-            "",
-        ]
-    )
+    return f"""\
+[Unit]
+Description=Firewall rules for the ports that noodle publishes
+Requires=docker.service
+After=docker.service
+PartOf=docker.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart={script_path}
+
+[Install]
+WantedBy=docker.service
+"""
 
 
 def windows_script(openings: Sequence[Opening]) -> str:
     """Return PowerShell that replaces noodle's rules and narrows Docker Desktop's own; it may run again."""
-    lines = [
-        "$ErrorActionPreference = 'Stop'",
-        f"Get-NetFirewallRule -Group '{WINDOWS_GROUP}' -ErrorAction SilentlyContinue | Remove-NetFirewallRule",
+    rules = [
+        f"New-NetFirewallRule -DisplayName 'noodle {opening.service} {opening.port}' -Group '{WINDOWS_GROUP}' "
+        f"-Direction Inbound -Action Allow -Protocol TCP -LocalPort {opening.port} "
+        f"-RemoteAddress {_listed(opening.sources)} -Profile Any | Out-Null"
+        for opening in openings
+        if opening.sources
     ]
-    for opening in openings:
-        if opening.sources:
-            lines.append(
-                f"New-NetFirewallRule -DisplayName 'noodle {opening.service} {opening.port}' -Group '{WINDOWS_GROUP}' "
-                f"-Direction Inbound -Action Allow -Protocol TCP -LocalPort {opening.port} "
-                f"-RemoteAddress {_listed(opening.sources)} -Profile Any | Out-Null"
-            )
     everyone = list(dict.fromkeys(source for opening in openings for source in opening.sources))
-    lines.append(
-        f"Get-NetFirewallRule -DisplayName '{DOCKER_RULE}' -ErrorAction SilentlyContinue | "
-        f"Set-NetFirewallRule -RemoteAddress {_listed(everyone)}"
-    )
-    return "\n".join([*lines, ""])
+    return _windows_rules(rules, _listed(everyone))
 
 
 def windows_undo() -> str:
     """Return PowerShell that removes noodle's rules and resets Docker Desktop's own to everybody."""
-    return "\n".join(
-        [
-            "$ErrorActionPreference = 'Stop'",
-            f"Get-NetFirewallRule -Group '{WINDOWS_GROUP}' -ErrorAction SilentlyContinue | Remove-NetFirewallRule",
-            f"Get-NetFirewallRule -DisplayName '{DOCKER_RULE}' -ErrorAction SilentlyContinue | "
-            "Set-NetFirewallRule -RemoteAddress Any",
-            "",
-        ]
+    return _windows_rules([], "Any")
+
+
+def _windows_rules(rules: Sequence[str], docker_sources: str) -> str:
+    lines = (
+        "$ErrorActionPreference = 'Stop'",
+        f"Get-NetFirewallRule -Group '{WINDOWS_GROUP}' -ErrorAction SilentlyContinue | Remove-NetFirewallRule",
+        *rules,
+        f"Get-NetFirewallRule -DisplayName '{DOCKER_RULE}' -ErrorAction SilentlyContinue | "
+        f"Set-NetFirewallRule -RemoteAddress {docker_sources}",
     )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def in_words(openings: Sequence[Opening]) -> list[str]:
-    """Return one line for each port."""
     return [
         f"{opening.port:5} {opening.service:12} open to "
         + (", ".join(opening.sources) if opening.sources else "this machine only")

@@ -41,7 +41,6 @@ class Join(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def encode(join: Join) -> str:
-    """Return the text for --join."""
     return base64.urlsafe_b64encode(msgspec.json.encode(join)).decode().rstrip("=")
 
 

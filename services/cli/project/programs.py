@@ -29,7 +29,6 @@ class Ran:
 
     @property
     def is_good(self) -> bool:
-        """Whether it ran to its end with exit code 0."""
         return self.code == 0 and not self.is_missing and not self.is_late
 
     @property
@@ -67,7 +66,6 @@ def this_system() -> System:
 
 
 def is_wsl() -> bool:
-    """Return whether this Linux runs inside Windows."""
     try:
         return "microsoft" in Path("/proc/sys/kernel/osrelease").read_text(encoding="ascii").lower()
     except OSError:  # not Linux

@@ -57,13 +57,11 @@ class Project:
 
     @property
     def machine(self) -> str:
-        """This machine's name."""
         default = "machine-b" if self.role == "b" else "machine-a"
         return self.values.get("NOODLE_MACHINE") or default
 
     @property
     def coordinator_url(self) -> str:
-        """The coordinator's URL from this machine."""
         if self.role == "b":
             default = f"http://{self.peer_address}:{DEFAULT_PORTS['NOODLE_COORDINATOR_PORT']}"
             return self.values.get("NOODLE_COORDINATOR_URL") or default
@@ -71,7 +69,6 @@ class Project:
 
     @property
     def valkey_url(self) -> str:
-        """Valkey's URL from this machine."""
         if self.role == "b":
             default = f"redis://noodle@{self.peer_address}:{DEFAULT_PORTS['NOODLE_VALKEY_PORT']}"
             return self.values.get("NOODLE_VALKEY_URL") or default
@@ -79,7 +76,6 @@ class Project:
 
     @property
     def compose_files(self) -> list[str]:
-        """The compose files of this machine."""
         separator = self.values.get("COMPOSE_PATH_SEPARATOR") or ":"
         return [name for name in self.values.get("COMPOSE_FILE", COMPOSE_NAME).split(separator) if name]
 
@@ -96,7 +92,6 @@ class Project:
         return int(text)
 
     def published(self) -> list[Published]:
-        """Return the ports that this machine opens."""
         both: tuple[Clients, ...] = ("machine", "people")
         first_stage = self._published("stage-0", "NOODLE_STAGE_0_PORT", ("machine",))
         second_stage = self._published("stage-1", "NOODLE_STAGE_1_PORT", ("machine",))

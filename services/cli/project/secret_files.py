@@ -35,7 +35,6 @@ class Owner:
 
     @classmethod
     def of(cls, folder: Path) -> Owner:
-        """Return a folder's owner."""
         status = folder.stat()
         return cls(status.st_uid, status.st_gid)
 

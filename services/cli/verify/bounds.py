@@ -94,7 +94,6 @@ def loosest(dtypes: Sequence[str]) -> str:
 
 
 def judge(dtype: str, results: Sequence[PromptResult]) -> Verdict:
-    """Judge all prompts by the bound of their format."""
     bound = BOUNDS[dtype]
     tokens = sum(result.tokens for result in results)
     differences = [difference for result in results for difference in result.differences]

@@ -251,7 +251,7 @@ def test_a_port_in_use_is_refused_with_its_purpose_and_its_variable(runs: UpRuns
         other.listen()
         up = runs.noodle("up")
     assert up.returncode == 1
-    assert f"Port {runs.first_port + 4}, for stage 1 is taken" in up.stderr
+    assert f"Port {runs.first_port + 4} for stage 1 is taken" in up.stderr
     assert "NOODLE_FIRST_STAGE_PORT" in up.stderr
     assert not runs.starts("model")
     assert not runs.state_dir.exists()

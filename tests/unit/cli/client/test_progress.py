@@ -6,7 +6,7 @@ import os
 import pytest
 
 from services.cli.client import progress as progress_module
-from services.cli.client.progress import LineProgress, PipeProgress, Started, TerminalProgress, open_progress
+from services.cli.client.progress import LineProgress, PipeProgress, StartEvent, TerminalProgress, open_progress
 
 
 class Clock:
@@ -80,5 +80,5 @@ def test_a_background_process_goes_on_when_its_watcher_has_ended(capsys: pytest.
     os.close(reader)
     pipe.show("a", "loading", 0.6)
     pipe.log("a line for the log")
-    pipe.end(Started())
+    pipe.end(StartEvent("started"))
     assert capsys.readouterr().out == "a line for the log\n"
