@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 import time
-from typing import IO, Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import IO, Literal
 
 import msgspec
 from msgspec import Struct
@@ -20,19 +21,22 @@ LINE_INTERVAL_SECONDS = 1.0  # between two lines of progress without a terminal
 REDRAW_INTERVAL_SECONDS = 0.1  # between two drawings of the bars
 
 
-class Progress(Protocol):
+class Progress(ABC):
     """Rows of progress by key, and log lines that stay."""
 
+    @abstractmethod
     def show(self, key: str, text: str, fraction: float | None = None) -> None:
         """Show what `key` is doing; `fraction` is from 0 to 1, None if unknown."""
 
+    @abstractmethod
     def finish(self, key: str, text: str) -> None:
         """Remove a row, leaving `text` as a line unless it is empty."""
 
+    @abstractmethod
     def log(self, text: str) -> None:
         """Print a line that stays."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most leave nothing to undo
         """Leave the terminal as it was."""
 
 
@@ -46,7 +50,7 @@ class StartEvent(Struct, frozen=True, omit_defaults=True):
     cure: str = ""
 
 
-class TerminalProgress:
+class TerminalProgress(Progress):
     """Bars, drawn on each change. It runs no thread, so that processes can be started meanwhile."""
 
     def __init__(self, console: Console) -> None:
@@ -100,7 +104,7 @@ class TerminalProgress:
             self._bars.stop()
 
 
-class LineProgress:
+class LineProgress(Progress):
     """Plain lines for a log or a pipe: all rows in one line when they changed, at most once a second."""
 
     def __init__(self, stream: IO[str]) -> None:
@@ -125,11 +129,8 @@ class LineProgress:
     def log(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
-    def close(self) -> None:
-        return
 
-
-class PipeProgress:
+class PipeProgress(Progress):
     """JSON lines for the process that shows them; log lines go to standard output after that one has gone."""
 
     def __init__(self, descriptor: int) -> None:

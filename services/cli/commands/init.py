@@ -31,7 +31,7 @@ from services.cli.project.secret_files import (
     SECRETS_OF_A,
     SECRETS_OF_B,
     VALKEY_PASSWORD,
-    Owner,
+    assign_to_owner,
     completed,
     read_secrets,
     write_file,
@@ -71,12 +71,11 @@ def prepare(folder: Path, options: InitOptions, join_text: str | None) -> int:
     role = values["COMPOSE_PROFILES"]
     found = read_secrets(folder)
     secrets = _secrets_of_b(found, options.join) if role == "b" else completed(found, SECRETS_OF_A)
-    owner = Owner.of(folder)
     if role != "b":
         (folder / MODELS_FOLDER).mkdir(exist_ok=True)
-        owner.assign(folder / MODELS_FOLDER)
-    names = write_secrets(folder, secrets, owner, with_valkey=role != "b")
-    write_file(path, with_values(text, values), owner, FILE_MODE)  # last: a folder with .env has its secrets
+        assign_to_owner(folder / MODELS_FOLDER, folder)
+    names = write_secrets(folder, secrets, with_valkey=role != "b")
+    write_file(path, with_values(text, values), FILE_MODE, folder)  # last: a folder with .env has its secrets
     print(f"This folder is {ROLES_IN_WORDS[role]}, {values['NOODLE_MACHINE']}.")
     print(f"  {ENV_NAME:<10} what `docker compose up` starts here, with its addresses and ports")
     print(f"  {SECRETS_NAME + '/':<10} {', '.join(names)}: keep them secret")

@@ -8,9 +8,9 @@ import shlex
 import socket
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from noodle.errors import ConfigurationError, NotReady, StartError
 from services.cli.client.health import Health, ask_health
@@ -39,50 +39,39 @@ VERIFY_PROMPTS = 8  # enough to notice a wrong cut or wrong weights; `noodle ver
 VERIFY_SERVICE = "stage-0"  # its image has torch
 
 
-class Machine(ABC):
-    """A folder of noodle on one machine."""
+class Compose(Protocol):
+    """Runs `docker compose` in a machine's folder of noodle."""
 
-    def __init__(self, name: str, log: Callable[[str], None]) -> None:
-        self.name, self.log = name, log
+    def run(self, arguments: Sequence[str], seconds: float) -> Ran:
+        """Run it and return its output."""
 
-    @abstractmethod
-    def follow_compose(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        """Run `docker compose` in the folder and log its lines."""
+    def follow(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
+        """Run it and log its lines."""
 
-    @abstractmethod
-    def run_compose(self, arguments: Sequence[str], seconds: float) -> Ran:
-        """Run `docker compose` in the folder and return its output."""
 
-    @abstractmethod
-    def is_deployed(self) -> bool:
-        """Return whether the folder has something to stop."""
+class Machine:
+    """A folder of noodle on one machine, and where to look after a failure there."""
+
+    def __init__(self, name: str, cure: str, compose: Compose) -> None:
+        self.name, self.cure, self._compose = name, cure, compose
 
     def start(self) -> None:
-        self.must(
-            self.follow_compose(["up", "--detach", "--build"], BUILD_SECONDS), "the containers could not be started"
-        )
+        self.must(self._compose.follow(["up", "--detach", "--build"], BUILD_SECONDS), "the containers could not start")
 
     def stop(self) -> str:
         """Stop the containers and return what was done; raises StartError."""
-        if not self.is_deployed():
-            return "nothing to stop"
-        self.must(self.follow_compose(["down"], DOWN_SECONDS), "the containers could not be stopped")
+        self.must(self._compose.follow(["down"], DOWN_SECONDS), "the containers could not be stopped")
         return "stopped"
 
     def logs(self) -> str:
         """Return the newest lines of the containers, or why there are none."""
-        ran = self.run_compose(["logs", "--no-color", "--tail", str(LOG_LINES)], LOG_SECONDS)
+        ran = self._compose.run(["logs", "--no-color", "--tail", str(LOG_LINES)], LOG_SECONDS)
         return ran.output if ran.is_good else f"the logs could not be read: {ran.last_line}\n"
 
     def must(self, ran: Ran, problem: str) -> None:
         if not ran.is_good:
             reason = "it took too long" if ran.is_late else ran.last_line
             raise StartError(f"On {self.name} {problem}: {reason}", cure=self.cure)
-
-    @property
-    @abstractmethod
-    def cure(self) -> str:
-        """Where to look after a failure."""
 
 
 def docker_in_words(facts: DockerFacts, machine: str, system: System, cure_prefix: str = "") -> str:
@@ -94,29 +83,32 @@ def docker_in_words(facts: DockerFacts, machine: str, system: System, cure_prefi
     return ", ".join(result.what for result in results)
 
 
+class LocalCompose:
+    """`docker compose` in a folder of this machine."""
+
+    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
+        self._folder, self._log = folder, log
+
+    def run(self, arguments: Sequence[str], seconds: float) -> Ran:
+        return run_program(["docker", "compose", *arguments], seconds, folder=self._folder)
+
+    def follow(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
+        return follow_program(["docker", "compose", *arguments], seconds, self._log, folder=self._folder, sent=sent)
+
+
 class MachineA(Machine):
     """This folder on this machine."""
 
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
-        super().__init__("this machine", log)
+        super().__init__("this machine", "See the lines above, and `noodle doctor`.", LocalCompose(folder, log))
         self.folder = folder
-
-    @property
-    def cure(self) -> str:
-        return "See the lines above, and `noodle doctor`."
 
     def check(self, system: System) -> str:
         """Return the state of Docker here; raises StartError."""
         return docker_in_words(gather_docker(run_program), self.name, system)
 
-    def follow_compose(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        return follow_program(["docker", "compose", *arguments], seconds, self.log, folder=self.folder, sent=sent)
-
-    def run_compose(self, arguments: Sequence[str], seconds: float) -> Ran:
-        return run_program(["docker", "compose", *arguments], seconds, folder=self.folder)
-
-    def is_deployed(self) -> bool:
-        return find_project(self.folder) is not None
+    def stop(self) -> str:
+        return super().stop() if find_project(self.folder) is not None else "nothing to stop"
 
     def wait_until_ready(self) -> None:
         """Wait for the coordinator and show what it waits for; raises StartError or NotReady if nothing changes."""
@@ -153,7 +145,7 @@ class MachineA(Machine):
         arguments = ["run", "--rm", "--no-deps", "-T", "--entrypoint", "noodle", "-e", f"NOODLE_MODEL={model}"]
         arguments += ["--volume", f"{self.folder / 'models'}:/models:ro", VERIFY_SERVICE, "verify", "--json"]
         arguments += ["--prompts", str(VERIFY_PROMPTS)]
-        ran = self.run_compose(arguments, VERIFY_SECONDS)
+        ran = self._compose.run(arguments, VERIFY_SECONDS)
         report_path.write_text(ran.output, encoding="utf-8")
         if ran.code not in (0, 1) or not ran.output.lstrip().startswith("{"):
             raise StartError(
@@ -174,31 +166,39 @@ class MachineA(Machine):
         )
 
 
+class RemoteCompose:
+    """`docker compose` in a folder of another machine."""
+
+    def __init__(self, remote: Remote, folder: str, log: Callable[[str], None]) -> None:
+        self._remote, self._folder, self._log = remote, folder, log
+
+    def run(self, arguments: Sequence[str], seconds: float) -> Ran:
+        return self._remote.shell(self._script(arguments), seconds)
+
+    def follow(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
+        return self._remote.follow(self._script(arguments), seconds, self._log, sent)
+
+    def _script(self, arguments: Sequence[str]) -> str:
+        return f"cd {shlex.quote(self._folder)} && docker compose {shlex.join(arguments)}"
+
+
 class MachineB(Machine):
     """A folder on the remote machine."""
 
     def __init__(self, remote: Remote, folder: str, log: Callable[[str], None]) -> None:
-        super().__init__(remote.host, log)
-        self._remote, self._folder, self._quoted = remote, folder, shlex.quote(folder)
-
-    @property
-    def cure(self) -> str:
-        return f"Look there: ssh {self._remote.name}, then cd {self._folder}"
+        cure = f"Look there: ssh {remote.name}, then cd {folder}"
+        super().__init__(remote.host, cure, RemoteCompose(remote, folder, log))
+        self._remote, self._folder, self._quoted, self._log = remote, folder, shlex.quote(folder), log
 
     def check(self) -> str:
         """Return the state of Docker there; raises StartError."""
         return docker_in_words(gather_docker(self._remote.run), self.name, "linux", "There: ")
 
-    def follow_compose(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        return self._remote.follow(self._script(arguments), seconds, self.log, sent)
-
-    def run_compose(self, arguments: Sequence[str], seconds: float) -> Ran:
-        return self._remote.shell(self._script(arguments), seconds)
-
-    def is_deployed(self) -> bool:
-        """See Machine; if ssh fails, the attempt to stop reports it."""
+    def stop(self) -> str:
         found = self._remote.shell(f"test -e {self._quoted}/docker-compose.yml", SHORT_SECONDS)
-        return found.is_good or ssh_problem(found) is not None
+        if not found.is_good and ssh_problem(found) is None:
+            return "nothing to stop"
+        return super().stop()
 
     def copy(self, source: Path) -> str:
         """Replace the files there by this folder's and return how much was copied. Raises StartError."""
@@ -210,7 +210,7 @@ class MachineB(Machine):
             f'if [ ! -e {MARKER} ] && [ -n "$(ls -A)" ]; then echo not-ours; exit 9; fi; '
             f"touch {MARKER}; rm -rf -- {replaced}; tar -xzf -"
         )
-        ran = self._remote.follow(script, COPY_SECONDS, self.log, content)
+        ran = self._remote.follow(script, COPY_SECONDS, self._log, content)
         if "not-ours" in ran.output:
             raise ConfigurationError(
                 f"{self._folder} on {self.name} holds files that no deploy put there.",
@@ -221,13 +221,10 @@ class MachineB(Machine):
 
     def initialise(self, join: Join, address: str) -> None:
         """Write .env and secrets there, in B's own control image; the join line goes through standard input."""
-        self.must(self.follow_compose(["build", "init"], BUILD_SECONDS), "the control image could not be built")
+        self.must(self._compose.follow(["build", "init"], BUILD_SECONDS), "the control image could not be built")
         arguments = ["run", "--rm", "-T", "init", "--machine", "b", "--join", "-", "--address", address]
-        ran = self.follow_compose(arguments, INIT_SECONDS, encode(join).encode())
+        ran = self._compose.follow(arguments, INIT_SECONDS, encode(join).encode())
         self.must(ran, "the settings could not be written")
-
-    def _script(self, arguments: Sequence[str]) -> str:
-        return f"cd {self._quoted} && docker compose {shlex.join(arguments)}"
 
 
 def prepare_project(folder: Path, address: str | None, peer: str, here: System) -> Project:

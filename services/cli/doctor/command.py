@@ -21,7 +21,7 @@ from services.cli.doctor.capacity import Planned, ask_plan, check_memory, check_
 from services.cli.doctor.context import UP_ROLE, MachineContext, find_context, ports_to_try
 from services.cli.doctor.docker import DockerFacts, check_docker, gather_docker
 from services.cli.doctor.firewall import LOOPBACK_ONLY, FirewallFacts, check_firewall, gather_firewall
-from services.cli.doctor.gpu import GPU_COMPOSE_NAME, check_gpu, gather_gpu
+from services.cli.doctor.gpu import check_gpu, gather_gpu
 from services.cli.doctor.links import (
     Here,
     check_advertised,
@@ -36,6 +36,7 @@ from services.cli.doctor.links import (
 from services.cli.doctor.ports import PROJECT_NAME, PortFacts, check_port, gather_port
 from services.cli.doctor.probes import Job, Links, probe_links
 from services.cli.doctor.results import CheckResult, Report, skipped, text_of
+from services.cli.project.machine_settings import GPU_FILE
 from services.cli.project.programs import Run, System, is_wsl, run_program, this_system
 
 DOCTOR_SECONDS = 28.0  # all of `noodle doctor`, also if every packet is dropped
@@ -69,7 +70,7 @@ def doctor(options: argparse.Namespace) -> int:
 def examine(context: MachineContext, run: Run, cache_dir: Path, end: float) -> list[CheckResult]:
     """Make every check by `end` (monotonic)."""
     where, system, project = context.machine, context.system, context.project
-    wants_gpu = project is not None and GPU_COMPOSE_NAME in project.compose_files
+    wants_gpu = project is not None and GPU_FILE in project.compose_files
     docker_job = Job("asking Docker", lambda: gather_docker(run))
     folder = project.folder if project else None
     gpu_job = Job("asking the card", lambda: gather_gpu(run, system, folder, is_wanted=wants_gpu))

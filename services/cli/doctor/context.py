@@ -43,11 +43,11 @@ class MachineContext:
     machine: str
     system: System
     project: Project | None = None
-    host: str  # this machine's own address
-    coordinator_url: str
+    host: str = LOOPBACK  # this machine's own address
+    coordinator_url: str = ""
     targets: tuple[Target, ...] = ()
     own_names: frozenset[str] = frozenset()  # of the targets that run on this machine
-    is_alone: bool  # no other machine takes part
+    is_alone: bool = True  # no other machine takes part
     token: str = field(default="", repr=False)
     valkey_password: str = field(default="", repr=False)
     own_ports: tuple[int, ...] = ()  # of a `noodle up` that runs here
@@ -81,15 +81,7 @@ def _of_new_machine(config: CommandConfig, folder: Path, system: System) -> Mach
         why="the services that this machine must reach are unknown, so only the machine itself is checked",
         cure="docker compose run --rm init   (one host; add --machine a or b for one of two)",
     )
-    return MachineContext(
-        role=NEW_ROLE,
-        machine=config.machine,
-        system=system,
-        host=LOOPBACK,
-        coordinator_url="",
-        is_alone=True,
-        results=(finding,),
-    )
+    return MachineContext(role=NEW_ROLE, machine=config.machine, system=system, results=(finding,))
 
 
 def _of_project(project: Project, system: System) -> MachineContext:
@@ -150,11 +142,9 @@ def _of_run(record: RunRecord, config: CommandConfig, system: System) -> Machine
         role=UP_ROLE,
         machine=config.machine,
         system=system,
-        host=LOOPBACK,
         coordinator_url=record.coordinator_url,
         targets=targets,
         own_names=frozenset(target.name for target in targets),
-        is_alone=True,
         token=_secret(lambda: _read(run_folder / TOKEN_NAME, "cluster token"), config.machine, results),
         valkey_password=_secret(
             lambda: _read(run_folder / VALKEY_PASSWORD_NAME, "Valkey password"), config.machine, results

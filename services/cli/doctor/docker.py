@@ -109,13 +109,8 @@ def _check_engine(facts: DockerFacts, where: str, system: System) -> CheckResult
     if facts.problem:
         return error("docker", where, f"Docker refuses: {facts.detail}.", why=WHY_ENGINE, cure=START[system])
     if facts.os_type == "windows":
-        return error(
-            "docker",
-            where,
-            "Docker runs Windows containers.",
-            why="noodle's images are Linux",
-            cure='& "$Env:ProgramFiles\\Docker\\Docker\\DockerCli.exe" -SwitchLinuxEngine',
-        )
+        cure = '& "$Env:ProgramFiles\\Docker\\Docker\\DockerCli.exe" -SwitchLinuxEngine'
+        return error("docker", where, "Docker runs Windows containers.", why="noodle's images are Linux", cure=cure)
     if version_of(facts.engine) < OLDEST_ENGINE:
         what = f"The Docker engine is {facts.engine}, older than {_dotted(OLDEST_ENGINE)}."
         return error("docker", where, what, why="the images need BuildKit", cure=INSTALL[system])

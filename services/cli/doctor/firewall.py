@@ -136,15 +136,9 @@ def _check_windows(facts: FirewallFacts, where: str) -> list[CheckResult]:
     profiles, networks = facts.windows["profiles"], facts.windows["networks"]
     results = []
     if "Public" in networks:
-        results.append(
-            warning(
-                "firewall",
-                where,
-                "Windows treats this network as public.",
-                why="its firewall then drops what the other machine sends",
-                cure="Get-NetConnectionProfile | Set-NetConnectionProfile -NetworkCategory Private   (administrator)",
-            )
-        )
+        why = "its firewall then drops what the other machine sends"
+        cure = "Get-NetConnectionProfile | Set-NetConnectionProfile -NetworkCategory Private   (administrator)"
+        results.append(warning("firewall", where, "Windows treats this network as public.", why=why, cure=cure))
     if not profiles:
         what = "The Windows firewall is off: the published ports are open to the whole network."
         cure = "Set-NetFirewallProfile -All -Enabled True   (as administrator)\n" + APPLY["windows"]

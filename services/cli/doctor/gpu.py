@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from services.cli.doctor.docker import DockerFacts
 from services.cli.doctor.results import CheckResult, error, ok, skipped, warning
+from services.cli.project.machine_settings import GPU_FILE
 from services.cli.project.programs import Run, System
 
 NVIDIA_SECONDS = 8.0  # one question; a sleeping card wakes up for it
@@ -20,7 +21,6 @@ OLDEST_BRANCH = 525  # of CUDA 12
 LAST_PASCAL_BRANCH = 580
 FIRST_TURING = 7.5
 NVIDIA_VENDOR = "0x10de"
-GPU_COMPOSE_NAME = "docker-compose.gpu.yml"
 GPU_SERVICE = "stage-0"
 ARCHITECTURES = "import torch; print(' '.join(torch.cuda.get_arch_list()))"
 DRIVER_580 = {
@@ -109,10 +109,8 @@ def _without_card(facts: GpuFacts, where: str, system: System, *, is_wanted: boo
         why = f"drivers after branch {LAST_PASCAL_BRANCH} do not support cards as the GTX 1050"
         return (error if is_wanted else warning)("gpu", where, what, why=why, cure=DRIVER_580[system])
     if is_wanted:
-        what = (
-            f"COMPOSE_FILE names {GPU_COMPOSE_NAME}, but there is no NVIDIA card ({facts.detail or 'no nvidia-smi'})."
-        )
-        return error("gpu", where, what, why=why, cure=f"remove {GPU_COMPOSE_NAME} from COMPOSE_FILE, in .env")
+        what = f"COMPOSE_FILE names {GPU_FILE}, but there is no NVIDIA card ({facts.detail or 'no nvidia-smi'})."
+        return error("gpu", where, what, why=why, cure=f"remove {GPU_FILE} from COMPOSE_FILE, in .env")
     return ok("gpu", where, "no NVIDIA card; computes on the CPU")
 
 
@@ -147,13 +145,10 @@ def _check_kernels(card: Card, facts: GpuFacts, where: str) -> CheckResult:
         return skipped("kernels", where, f"the driver does not report the capability of {card.name}")
     if runs_on(card.capability, facts.architectures):
         return ok("kernels", where, f"{facts.image} has kernels for {card.name} ({card.capability})")
-    return error(
-        "kernels",
-        where,
-        f"{facts.image} has no kernels for {card.name} ({card.capability}), only {' '.join(facts.architectures)}.",
-        why="every step would fail with `no kernel image is available`",
-        cure=_other_wheel(card.capability) + "docker compose build --no-cache stage-0",
-    )
+    kernels = " ".join(facts.architectures)
+    what = f"{facts.image} has no kernels for {card.name} ({card.capability}), only {kernels}."
+    cure = _other_wheel(card.capability) + "docker compose build --no-cache stage-0"
+    return error("kernels", where, what, why="every step would fail with `no kernel image is available`", cure=cure)
 
 
 def _other_wheel(capability: float) -> str:

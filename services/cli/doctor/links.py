@@ -28,6 +28,11 @@ OWN_ADDRESS = {
     "windows": "ipconfig",
     "other": "ifconfig",
 }
+CLOCK_CURES = {
+    "linux": "sudo timedatectl set-ntp true   (on both machines)",
+    "windows": "w32tm /resync   (as administrator, on both machines)",
+    "other": "set both clocks from the network",
+}
 JOIN_CURE = (
     "on machine A: docker compose run --rm init   (prints B's join line again)\n"
     "on machine B: delete secrets/, docker compose run --rm init --machine b --join ..., docker compose up -d"
@@ -90,24 +95,16 @@ def check_way_back(report: ConnectivityReport, machines: Mapping[str, str], here
 
 
 def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, *, is_from_here: bool) -> CheckResult:
-    why = WHY.get(reached.name, WHY_STAGE)
-    host = host_of(reached.url)
+    why, host = WHY.get(reached.name, WHY_STAGE), host_of(reached.url)
+    blocked = FIREWALL_CURE.format(host=host)
     if reached.outcome == "no_such_name":
-        look = LOOK_UP[here.system].format(name=host)
-        cure = f"{look}   (asks again)\nor use the machine's IP address instead, in .env"
-        return error(
-            "reach",
-            where,
-            f"{shown}: the name {host!r} does not resolve {'here' if is_from_here else 'there'}.",
-            why=why,
-            cure=cure,
-        )
+        what = f"{shown}: the name {host!r} does not resolve {'here' if is_from_here else 'there'}."
+        return error("reach", where, what, why=why, cure=_name_cure(host, here.system))
     if reached.outcome == "silent":
         what = f"{shown}: no answer ({reached.detail}): a firewall drops the packets, or the machine is off."
-        return error("reach", where, what, why=why, cure=FIREWALL_CURE.format(host=host))
+        return error("reach", where, what, why=why, cure=blocked)
     if reached.outcome == "no_way":
-        what = f"{shown}: there is no route to it ({reached.detail})."
-        return error("reach", where, what, why=why, cure=FIREWALL_CURE.format(host=host))
+        return error("reach", where, f"{shown}: there is no route to it ({reached.detail}).", why=why, cure=blocked)
     if reached.outcome == "refused":
         what = f"{shown}: refused, nothing listens on that port."
         cure = f"on that machine: {here.start_command}   (starts it)"
@@ -115,20 +112,19 @@ def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, 
             return warning("reach", where, what, why=f"not started yet? {why}", cure=cure)
         return error("reach", where, what, why=why, cure=cure)
     if reached.outcome == "unlocked":
-        return error(
-            "lock",
-            where,
-            f"{shown} accepts commands without a password.",
-            why="anyone on the network can read and change plans and requests",
-            cure="docker compose run --rm init && docker compose up -d   (writes its password and access list)",
-        )
+        why = "anyone on the network can read and change plans and requests"
+        cure = "docker compose run --rm init && docker compose up -d   (writes its password and access list)"
+        return error("lock", where, f"{shown} accepts commands without a password.", why=why, cure=cure)
     if reached.outcome == "locked":
         secret = "Valkey password" if reached.name == "valkey" else "cluster token"
         what = f"{shown} answers, but refuses the {secret} of {where} (401: {reached.detail})."
         return error("lock", where, what, why="all machines must have the same one", cure=JOIN_CURE)
-    what = f"{shown}: {reached.detail}."
     cure = "git pull && docker compose up -d --build   (on both machines), or correct the address and port in .env"
-    return error("reach", where, what, why=why, cure=cure)
+    return error("reach", where, f"{shown}: {reached.detail}.", why=why, cure=cure)
+
+
+def _name_cure(name: str, system: System) -> str:
+    return f"{LOOK_UP[system].format(name=name)}   (asks again)\nor use the machine's IP address instead, in .env"
 
 
 def _check_speed(reached: ConnectionResult, where: str, shown: str) -> list[CheckResult]:
@@ -140,38 +136,22 @@ def _check_speed(reached: ConnectionResult, where: str, shown: str) -> list[Chec
         slow.append(f"the bandwidth is {speed / 1e6:.1f} MB/s (wired gigabit: over {SLOW_BYTES_PER_SECOND / 1e6:.0f})")
     if not slow:
         return []
-    return [
-        warning(
-            "speed",
-            where,
-            f"{shown}: {' and '.join(slow)}. That is as slow as Wi-Fi.",
-            why="every token makes one trip to each stage, and a long prompt sends megabytes",
-            cure="connect both machines by cable to the same router or switch (gigabit)",
-        )
-    ]
+    what = f"{shown}: {' and '.join(slow)}. That is as slow as Wi-Fi."
+    why = "every token makes one trip to each stage, and a long prompt sends megabytes"
+    cure = "connect both machines by cable to the same router or switch (gigabit)"
+    return [warning("speed", where, what, why=why, cure=cure)]
 
 
 def _check_clock(reached: ConnectionResult, where: str, here: Here) -> list[CheckResult]:
-    ahead_seconds = reached.clock_ahead_seconds
+    ahead_seconds, machine = reached.clock_ahead_seconds, reached.machine or host_of(reached.url)
     if ahead_seconds is None:
         return []
     if abs(ahead_seconds) <= CLOCK_SECONDS:
-        return [ok("clock", where, f"{reached.machine or host_of(reached.url)}'s clock agrees")]
-    cures = {
-        "linux": "sudo timedatectl set-ntp true   (on both machines)",
-        "windows": "w32tm /resync   (as administrator, on both machines)",
-        "other": "set both clocks from the network",
-    }
+        return [ok("clock", where, f"{machine}'s clock agrees")]
     side = "ahead of" if ahead_seconds > 0 else "behind"
-    return [
-        warning(
-            "clock",
-            where,
-            f"The clock of {reached.machine or host_of(reached.url)} is {abs(ahead_seconds):.0f} s {side} this one.",
-            why="their logs and metrics do not match in time (tokens do not depend on it)",
-            cure=cures[here.system],
-        )
-    ]
+    what = f"The clock of {machine} is {abs(ahead_seconds):.0f} s {side} this one."
+    why = "their logs and metrics do not match in time (tokens do not depend on it)"
+    return [warning("clock", where, what, why=why, cure=CLOCK_CURES[here.system])]
 
 
 def check_versions(seen: Sequence[tuple[str, str]], here: Here) -> CheckResult:
@@ -182,13 +162,10 @@ def check_versions(seen: Sequence[tuple[str, str]], here: Here) -> CheckResult:
     others = [f"{name} has {version}" for name, version in known if version != here.version]
     if not others:
         return ok("version", here.machine, f"noodle {here.version} everywhere")
-    return error(
-        "version",
-        here.machine,
-        f"This noodle is {here.version}, but {', '.join(others)}.",
-        why="different versions may not understand each other's messages",
-        cure="git pull && docker compose up -d --build   (on every machine, the same commit)",
-    )
+    what = f"This noodle is {here.version}, but {', '.join(others)}."
+    why = "different versions may not understand each other's messages"
+    cure = "git pull && docker compose up -d --build   (on every machine, the same commit)"
+    return error("version", here.machine, what, why=why, cure=cure)
 
 
 def check_digests(seen: Sequence[tuple[str, str]], here: Here) -> CheckResult:
@@ -200,13 +177,10 @@ def check_digests(seen: Sequence[tuple[str, str]], here: Here) -> CheckResult:
     if len(digests) == 1:
         return ok("weights", here.machine, f"{', '.join(sorted(known))}: the same weights ({digests[0][:12]})")
     shown = "; ".join(f"{name} has {digest[:12]}" for name, digest in sorted(known.items()))
-    return error(
-        "weights",
-        here.machine,
-        f"The services have different weights: {shown}.",
-        why="layers of different models do not work together, and the stages refuse the plan",
-        cure="docker compose up -d   (on every machine: stages take A's weights unless NOODLE_MODEL says otherwise)",
-    )
+    what = f"The services have different weights: {shown}."
+    why = "layers of different models do not work together, and the stages refuse the plan"
+    cure = "docker compose up -d   (on every machine: stages take A's weights unless NOODLE_MODEL says otherwise)"
+    return error("weights", here.machine, what, why=why, cure=cure)
 
 
 def _speed(reached: ConnectionResult) -> str:
@@ -224,14 +198,12 @@ def check_advertised(what: str, url: str, variable: str, where: str, system: Sys
     reason = why_only_local(host) if host else "it is empty"
     if not reason:
         return ok("address", where, f"{what}: {url}")
-    return error(
-        "address",
-        where,
-        f"{what} is {url or 'empty'}, which other machines cannot use: {reason}.",
-        why="the other machine would connect to itself",
-        cure=f"{OWN_ADDRESS[system]}   (shows this machine's addresses)\n"
-        f"then set {variable} to the one on the home network, as 192.168.1.101, and restart",
+    what = f"{what} is {url or 'empty'}, which other machines cannot use: {reason}."
+    cure = (
+        f"{OWN_ADDRESS[system]}   (shows this machine's addresses)\n"
+        f"then set {variable} to the one on the home network, as 192.168.1.101, and restart"
     )
+    return error("address", where, what, why="the other machine would connect to itself", cure=cure)
 
 
 def unresolved(hosts: Sequence[str], resolve: Callable[[str], object]) -> list[str]:
@@ -256,22 +228,13 @@ def check_names(hosts: Sequence[str], missing: Sequence[str], where: str, system
     names = [host for host in dict.fromkeys(hosts) if not _is_address(host)]
     if not names:
         return [ok("names", where, "only IP addresses are used")]
-    results = []
-    for name in names:
-        if name not in missing:
-            results.append(ok("names", where, f"{name} resolves"))
-            continue
-        look = LOOK_UP[system].format(name=name)
-        results.append(
-            error(
-                "names",
-                where,
-                f"The name {name!r} does not resolve.",
-                why="no service can be reached by it",
-                cure=f"{look}   (asks again)\nor use the machine's IP address instead, in .env",
-            )
-        )
-    return results
+    why = "no service can be reached by it"
+    return [
+        ok("names", where, f"{name} resolves")
+        if name not in missing
+        else error("names", where, f"The name {name!r} does not resolve.", why=why, cure=_name_cure(name, system))
+        for name in names
+    ]
 
 
 def _is_address(host: str) -> bool:

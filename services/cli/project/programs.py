@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -81,13 +81,17 @@ def follow_program(
     sent: bytes = b"",
 ) -> Ran:
     """Run a program that takes minutes: log each line at once, and return the last ones."""
-    try:
-        process = subprocess.Popen(
-            list(arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
-        )
-    except FileNotFoundError:
-        return Ran(code=127, is_missing=True)
     late = threading.Event()
+    kept: deque[str] = deque(maxlen=KEPT_LINES)
+    with tempfile.TemporaryFile() as standard_input:  # a file, so that nobody waits for a program that does not read
+        standard_input.write(sent)
+        standard_input.seek(0)
+        try:
+            process = subprocess.Popen(
+                list(arguments), stdin=standard_input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
+            )
+        except FileNotFoundError:
+            return Ran(code=127, is_missing=True)
 
     def end_late() -> None:
         late.set()
@@ -96,29 +100,15 @@ def follow_program(
     timer = threading.Timer(seconds, end_late)
     timer.daemon = True
     timer.start()
-    feeder = threading.Thread(target=_feed, args=(process, sent), daemon=True)
-    feeder.start()
-    kept: deque[str] = deque(maxlen=KEPT_LINES)
     try:
         assert process.stdout is not None  # noqa: S101  # Popen was given PIPE
-        for raw in process.stdout:
-            line = raw.decode(errors="replace").rstrip()
-            kept.append(line)
-            log(line)
+        with process.stdout as output:
+            for raw in output:
+                kept.append(raw.decode(errors="replace").rstrip())
+                log(kept[-1])
         code = process.wait()
     finally:
         timer.cancel()
         process.kill()
         process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-    feeder.join()
     return Ran(code, "\n".join(kept), is_late=late.is_set())
-
-
-def _feed(process: subprocess.Popen[bytes], sent: bytes) -> None:
-    assert process.stdin is not None  # noqa: S101  # the caller gave PIPE
-    with contextlib.suppress(OSError):  # it ended or takes no input; its exit code shows it
-        process.stdin.write(sent)
-    with contextlib.suppress(OSError):
-        process.stdin.close()

@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from noodle.cluster.valkey_access import acl_text
@@ -26,22 +25,11 @@ MINIMUM_CHARACTERS = 16  # length of a cluster token that services accept
 FOLDER_MODE, SECRET_MODE, FILE_MODE = 0o700, 0o644, 0o644
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The owner of new files: the folder's owner, even if root in a container makes them."""
-
-    user_id: int
-    group_id: int
-
-    @classmethod
-    def of(cls, folder: Path) -> Owner:
+def assign_to_owner(path: Path, folder: Path) -> None:
+    """Give a path to the owner of the project's folder, if root makes it, as in a container; never on Windows."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
         status = folder.stat()
-        return cls(status.st_uid, status.st_gid)
-
-    def assign(self, path: Path) -> None:
-        """Change a path's owner to this one; only root needs to and may, and never on Windows."""
-        if hasattr(os, "geteuid") and os.geteuid() == 0:
-            os.chown(path, self.user_id, self.group_id)
+        os.chown(path, status.st_uid, status.st_gid)
 
 
 def read_secrets(folder: Path) -> dict[str, str]:
@@ -73,7 +61,7 @@ def completed(found: dict[str, str], names: Sequence[str]) -> dict[str, str]:
     return {name: found.get(name) or secrets.token_urlsafe(SECRET_BYTES) for name in names}
 
 
-def write_secrets(folder: Path, values: dict[str, str], owner: Owner, *, with_valkey: bool) -> list[str]:
+def write_secrets(folder: Path, values: dict[str, str], *, with_valkey: bool) -> list[str]:
     """Write the folder, with Valkey's ACL if it runs here; return the names of the files. Raises NotWritable."""
     secrets_folder = folder / SECRETS_NAME
     texts = {name: f"{value}\n" for name, value in values.items()}
@@ -82,14 +70,14 @@ def write_secrets(folder: Path, values: dict[str, str], owner: Owner, *, with_va
     with _writing(secrets_folder):
         secrets_folder.mkdir(exist_ok=True)
         secrets_folder.chmod(FOLDER_MODE)
-        owner.assign(secrets_folder)
+        assign_to_owner(secrets_folder, folder)
     for name, text in texts.items():
-        write_file(secrets_folder / name, text, owner, SECRET_MODE)
+        write_file(secrets_folder / name, text, SECRET_MODE, folder)
     return sorted(texts)
 
 
-def write_file(path: Path, text: str, owner: Owner, mode: int) -> None:
-    """Write a file whole or not at all; if the content is the same, set only mode and owner."""
+def write_file(path: Path, text: str, mode: int, folder: Path) -> None:
+    """Write a file of a project whole or not at all; if the content is the same, set only mode and owner."""
     with _writing(path):
         if not (path.is_file() and path.read_bytes() == text.encode()):
             beside = path.with_name(f".{path.name}.new")
@@ -101,7 +89,7 @@ def write_file(path: Path, text: str, owner: Owner, mode: int) -> None:
                     beside.unlink(missing_ok=True)
                 raise
         path.chmod(mode)
-        owner.assign(path)
+        assign_to_owner(path, folder)
 
 
 @contextlib.contextmanager
