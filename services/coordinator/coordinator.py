@@ -162,13 +162,13 @@ class Coordinator:
             return PlanSeen(0, (), is_up=False)
         stages = [
             PlannedStage(
-                stage.stage_id,
-                stage.machine,
-                stage.start_layer,
-                stage.end_layer,
-                stage.dtype,
-                stage.decode_seconds,
-                reported[stage.stage_id].device_name if stage.stage_id in reported else "",
+                stage_id=stage.stage_id,
+                machine=stage.machine,
+                start_layer=stage.start_layer,
+                end_layer=stage.end_layer,
+                dtype=stage.dtype,
+                predicted_seconds=stage.decode_seconds,
+                device=reported[stage.stage_id].device_name if stage.stage_id in reported else "",
             )
             for stage in state.plan.stages
         ]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from noodle.cluster.plan import Plan, PlannerState, StageState
 from noodle.cluster.valkey import WorkQueue
 from noodle.errors import NotReady, QueueUnavailable
-from services.coordinator.engine.admission import Activate, LimitsChanged, StandBy
+from services.coordinator.engine.admission import Activate, StandBy
 from services.coordinator.engine.loop import EngineLoop
 from services.coordinator.engine.sequence import PlanLimits
 
@@ -123,12 +123,10 @@ class Leadership:
         if self.view.disagreement:
             return
         limits = limits_of(plan, ready)
-        if plan.version > self._active_version:
-            self._active_version = plan.version
+        is_active = plan.version == self._active_version
+        if plan.version > self._active_version or (is_active and limits != self._limits):
+            self._active_version, self._limits = plan.version, limits
             self._loop.notify(Activate(plan, limits, self._epoch))
-        elif limits != self._limits:
-            self._loop.notify(LimitsChanged(limits))
-        self._limits = limits
 
 
 def disagreement_of(states: list[StageState], transport: str) -> str:

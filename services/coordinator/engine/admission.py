@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
+import time
+import uuid
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -13,8 +15,10 @@ from noodle.cluster.plan import Plan
 from noodle.errors import GenerationFailed, NoodleError, NotReady, TooManyRequests, Unprocessable
 from services.coordinator.engine.pipeline import PipelineEvent
 from services.coordinator.engine.recorder import Recorder
-from services.coordinator.engine.request import Client, Request, RequestStream, Token, with_identity
+from services.coordinator.engine.request import Client, Request, RequestStream, Token
 from services.coordinator.engine.sequence import PlanLimits, Sequence
+
+LONGEST_KEPT_ID = 48  # characters of a client's id; a session's id has 64 at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +39,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Activate:
-    """Compute by this plan as soon as the steps in flight are back."""
+    """Compute by this plan as soon as the steps in flight are back; if it is active, by its new limits at once."""
 
     plan: Plan
     limits: PlanLimits
     coordinator_epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class LimitsChanged:
-    """The active plan has other limits: a stage came back with more or less room for KV rows."""
-
-    limits: PlanLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,7 @@ class Stop:
     """End the loop; open requests end with an error."""
 
 
-LoopEvent = PipelineEvent | Submitted | Ended | Activate | LimitsChanged | StandBy | Stop
+LoopEvent = PipelineEvent | Submitted | Ended | Activate | StandBy | Stop
 
 
 @dataclass(slots=True)
@@ -160,7 +157,13 @@ class Admission:
                 f"The request needs KV rows for {needed} tokens; the tightest stage has room for {room}.",
                 cure="Ask for fewer tokens, or give the stages more memory (NOODLE_KV_BYTES).",
             )
-        request = with_identity(request)
+        name, now = request.client_request_id, time.time()
+        request = replace(
+            request,
+            request_id=f"{name[:LONGEST_KEPT_ID]}-{secrets.token_hex(6)}" if name else uuid.uuid4().hex,
+            created_unix_seconds=int(now),
+            deadline_unix_seconds=now + request.timeout_seconds if request.timeout_seconds else 0.0,
+        )
         stream = RequestStream(request, self.end_early)
         self._open.add(stream, client)
         try:
@@ -172,7 +175,7 @@ class Admission:
         return stream
 
     def resume(
-        self, request: Request, tokens: Items[Token], end_token_ids: frozenset[int], return_seconds: float
+        self, request: Request, tokens: list[Token], end_token_ids: frozenset[int], return_seconds: float
     ) -> RequestStream | None:
         """Continue a request that an earlier coordinator had in progress. Returns None if it is open here already.
 

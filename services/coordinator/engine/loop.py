@@ -27,7 +27,6 @@ from services.coordinator.engine.admission import (
     Activate,
     Admission,
     Ended,
-    LimitsChanged,
     LoopEvent,
     LoopState,
     OpenRequests,
@@ -151,10 +150,7 @@ class EngineLoop:
         elif isinstance(event, PipelineDown):
             self._pipeline_is_down(event.plan_version, event.reason)
         elif isinstance(event, Activate):
-            self._pending = event
-        elif isinstance(event, LimitsChanged):
-            if self._scheduler.limits and self._scheduler.limits.plan_version == event.limits.plan_version:
-                self._scheduler.limits = event.limits
+            self._activate(event)
         elif isinstance(event, StandBy):
             self._stand_by(event.error)
 
@@ -322,6 +318,13 @@ class EngineLoop:
         for sequence in replayed:
             if sequence.replays > MAXIMUM_REPLAYS:  # it restarts again and again without a token in between
                 self._end(sequence.session_id, "failed", _lost_too_often())
+
+    def _activate(self, event: Activate) -> None:
+        plan, epoch = self.state.plan, self._scheduler.coordinator_epoch
+        if plan is not None and (plan.version, epoch) == (event.plan.version, event.coordinator_epoch):
+            self._scheduler.limits = event.limits
+        else:
+            self._pending = event
 
     def _switch(self, activate: Activate) -> None:
         """Make a new plan the active one; every sequence restarts in it."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
 from noodle.cluster.plan import Plan, StageAssignment, StageState
-from noodle.cluster.valkey import RESULTS_STREAM, hop_stream
+from noodle.cluster.valkey import RESULTS_STREAM, WorkQueue, hop_stream
 from noodle.errors import LinkLost, QueueUnavailable, WireError
 from noodle.metrics.counted import TravelMetrics
 from noodle.threads import start_loop
@@ -29,18 +28,11 @@ from noodle.wire.messages import (
     Step,
     StepResult,
 )
-from noodle.wire.queue_end import QueueEnd, Streams
+from noodle.wire.queue_end import QueueEnd
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25  # between two looks at the stages' heartbeats, if the queue is in use
-
-
-class PipelineQueue(Streams, Protocol):
-    """The part of WorkQueue that a pipeline needs."""
-
-    def states_of(self, stage_ids: Sequence[int]) -> dict[int, StageState]:
-        """Return the states of these stages, without the silent ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +75,7 @@ class Pipeline:
         notify: Callable[[PipelineEvent], None],
         *,
         transport: str,
-        work_queue: PipelineQueue,
+        work_queue: WorkQueue,
         travel: TravelMetrics,
     ) -> None:
         self._plan, self._transport, self._notify, self._travel = plan, transport, notify, travel

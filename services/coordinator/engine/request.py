@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import queue
-import secrets
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +17,6 @@ from noodle.wire.messages import SamplingParameters, TokenLogprob, TokenScore
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]  # of an answer; the loop knows no stop strings
 
-LONGEST_KEPT_ID = 48  # characters of a client's id; a session's id has 64 at most
 WIRE_SEED_MASK = (1 << 63) - 1  # seeds are signed 64-bit numbers in bodies and 63 bits on the wire
 TOKEN_BYTES = 200  # of a kept token with all its objects, about
 PROMPT_TOKEN_BYTES = 36
@@ -107,17 +104,6 @@ class PromptComputed:
 Item = Token | PromptComputed
 
 FINISHED = GenerationFailed("The request has ended.")  # what a reader gets after the last token
-
-
-def with_identity(request: Request) -> Request:
-    """Give a request its unique id, its time of creation and its deadline."""
-    name, now = request.client_request_id, time.time()
-    return replace(
-        request,
-        request_id=f"{name[:LONGEST_KEPT_ID]}-{secrets.token_hex(6)}" if name else uuid.uuid4().hex,
-        created_unix_seconds=int(now),
-        deadline_unix_seconds=now + request.timeout_seconds if request.timeout_seconds else 0.0,
-    )
 
 
 class RequestStream:

@@ -344,7 +344,7 @@ class Scheduler:
     def _lose_place(self, sequence: Sequence) -> None:
         del self._running[sequence.session_id]
         self._forget_in_flight(sequence.session_id)
-        self.waiting.put_back(sequence)
+        self.waiting.add(sequence)
 
     def _admit(self, limits: PlanLimits, now: float) -> None:
         """Admit waiting sequences in turn while there is room for their known tokens."""

@@ -30,7 +30,7 @@ class Sequence:
     in_flight: int = 0  # spans of this epoch that are not back
     replays: int = 0  # since the last new token
     finished: bool = False  # it has its last token and waits to be removed
-    arrived: int = 0  # its place in the order of arrival
+    arrived: int = 0  # its place in the order of arrival, from 1
     admitted: int = 0  # its place in the order of admission
     reuses_prefix: bool = True  # False once a stage did not have the rows to copy
     prefix: PrefixCopy | None = None  # rows that stages copy instead of computing them, until they are sent
@@ -95,13 +95,10 @@ class WaitingQueue:
         return iter(sorted(self._sequences.values(), key=lambda each: (each.request.priority, each.arrived)))
 
     def add(self, sequence: Sequence) -> None:
-        """Add a new sequence, behind its client's others of the same priority."""
-        self._arrivals += 1
-        sequence.arrived = self._arrivals
-        self.put_back(sequence)
-
-    def put_back(self, sequence: Sequence) -> None:
-        """Add a sequence that lost its place, where it stood by its arrival."""
+        """Add a sequence behind its client's others of the same priority; one that lost its place where it was."""
+        if not sequence.arrived:
+            self._arrivals += 1
+            sequence.arrived = self._arrivals
         self._sequences[sequence.session_id] = sequence
 
     def remove(self, session_id: str) -> bool:

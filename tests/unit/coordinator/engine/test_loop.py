@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.cluster.plan import Plan, StageAssignment
-from noodle.errors import GenerationFailed, LinkLost, RequestTimedOut
+from noodle.errors import GenerationFailed, LinkLost, RequestTimedOut, Unprocessable
 from noodle.metrics.counted import CoordinatorMetrics
 from noodle.wire.messages import (
     LiveSessions,
@@ -194,6 +194,18 @@ def test_after_a_long_break_nothing_is_counted_on_that_stages_may_have_freed(rig
     assert told.is_authoritative
     assert told.sessions == ([] if is_long else [ended.request_id])
     assert bool(rig.loop.kept_rows) is not is_long
+
+
+def test_new_limits_of_the_active_plan_count_at_once_and_nothing_is_prefilled_again(rig):
+    request = rig.submit()
+    rig.step(1)
+    rig.tell(Activate(PLAN, plan_limits(2, 100, 256), 1))
+    wait_until(lambda: rig.loop.admission._limits().kv_tokens == 100, WAIT_SECONDS, "the loop has the new limits")
+    with pytest.raises(Unprocessable, match="room for 100"):
+        rig.submit(prompt=90, new=20)
+    rig.answer(rig.step(1))
+    assert wait_until(lambda: request.next(0.05), WAIT_SECONDS, "a token").token_id == 7
+    assert rig.step(2).spans[0].session_epoch == 1
 
 
 def test_the_ordinary_lists_free_nothing_at_once(rig):

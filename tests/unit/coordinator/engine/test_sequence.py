@@ -34,7 +34,7 @@ def test_whoever_lost_its_place_stands_where_it_stood():
     line = line_of(("a1", "a", 0), ("a2", "a", 0))
     first = line.next({})
     line.remove(first.session_id)
-    line.put_back(first)
+    line.add(first)
     assert [sequence.session_id for sequence in line] == ["a1", "a2"]
     assert line.remove("a1")
     assert not line.remove("a1")
