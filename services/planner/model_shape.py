@@ -29,8 +29,8 @@ POSITION_SEGMENTS = frozenset({"wpe", "embed_positions", "position_embeddings"})
 BROKEN_CURE = "Fetch or convert the model again. If it is complete, noodle does not know this family."
 
 
-def read_model_shape(folder: Path, context_length: int | None = None, name: str = "") -> ModelShape:
-    """Read the shape of the model in `folder`; by default with its own context length and the folder's name.
+def read_model_shape(folder: Path, context_length: int | None = None) -> ModelShape:
+    """Read the shape of the model in `folder`; by default with its own context length.
 
     Raises ModelNotFound, UnsupportedModel for absurd or missing fields and for layers that contradict the config, and
     ConfigurationError for a longer context than the model's.
@@ -47,7 +47,7 @@ def read_model_shape(folder: Path, context_length: int | None = None, name: str 
     stored_bytes = sum(entry.byte_count for entry in entries.values())
     return ModelShape(
         digest=model_digest(folder),
-        name=name or folder.resolve().name,
+        name=folder.resolve().name,
         model_type=model_type,
         layer_count=layer_count,
         hidden_size=_count(config, HIDDEN_SIZE_KEYS, MAXIMUM_HIDDEN_SIZE, folder),

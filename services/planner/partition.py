@@ -42,7 +42,7 @@ def partition(
         ends = [int(end) for end in np.cumsum(split)]
         if not cut_fits(problem, ends):
             raise _does_not_fit(shape, ordered, problem, kv_tokens, ends)
-        why = f"Cut by {_written(split)}"
+        why = f"Cut by {_split_text(split)}"
     else:
         found = best_cut(problem)
         if found is None:
@@ -104,7 +104,7 @@ def _check_machines(shape: ModelShape, machines: tuple[MachineReport, ...]) -> N
 
 
 def _check_split(split: tuple[int, ...], shape: ModelShape, machines: tuple[MachineReport, ...]) -> None:
-    written = _written(split)
+    written = _split_text(split)
     if len(split) != len(machines):
         raise ConfigurationError(
             f"{written} is for {len(split)} stages, but there are {len(machines)}.",
@@ -114,14 +114,19 @@ def _check_split(split: tuple[int, ...], shape: ModelShape, machines: tuple[Mach
         raise ConfigurationError(
             f"{written} gives a stage {min(split)} layers.", cure="Each stage computes at least one layer."
         )
+    check_split_sum(split, shape)
+
+
+def check_split_sum(split: tuple[int, ...], shape: ModelShape) -> None:
+    """Raise ConfigurationError unless the split has as many layers as the model."""
     if sum(split) != shape.layer_count:
         raise ConfigurationError(
-            f"{written} adds up to {sum(split)} layers, but {shape.name} has {shape.layer_count}.",
+            f"{_split_text(split)} adds up to {sum(split)} layers, but {shape.name} has {shape.layer_count}.",
             cure=f"Choose numbers that add up to {shape.layer_count}, or leave it unset.",
         )
 
 
-def _written(split: tuple[int, ...]) -> str:
+def _split_text(split: tuple[int, ...]) -> str:
     return f"NOODLE_SPLIT={','.join(map(str, split))}"
 
 
@@ -164,10 +169,7 @@ def cut_problem(shape: ModelShape, machines: Sequence[MachineReport], kv_tokens:
 
 
 def _assignments(
-    shape: ModelShape,
-    machines: Sequence[MachineReport],
-    ends: Sequence[int],
-    activation_dtype: str,
+    shape: ModelShape, machines: Sequence[MachineReport], ends: Sequence[int], activation_dtype: str
 ) -> tuple[StageAssignment, ...]:
     counts = np.diff([0, *ends])
     slowest_seconds = max(

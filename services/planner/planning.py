@@ -21,7 +21,7 @@ from noodle.model.files import names_a_path, read_config
 from noodle.model.weight_cache import WeightCache
 from services.planner.membership import Membership, MembershipTracker
 from services.planner.model_shape import read_model_shape
-from services.planner.partition import partition
+from services.planner.partition import check_split_sum, partition
 
 log = logging.getLogger(__name__)
 
@@ -172,12 +172,8 @@ def check_settings(shape: ModelShape, config: PlannerConfig) -> None:
             f"{config.stage_count} stages were asked for, but the model has {shape.layer_count} layers.",
             cure=f"Ask for at most {shape.layer_count} stages.",
         )
-    if config.split is not None and sum(config.split) != shape.layer_count:
-        raise ConfigurationError(
-            f"NOODLE_SPLIT={','.join(map(str, config.split))} adds up to {sum(config.split)} layers, "
-            f"but the model has {shape.layer_count}.",
-            cure="Change the split so that it adds up.",
-        )
+    if config.split is not None:
+        check_split_sum(config.split, shape)
 
 
 def find_mismatch(reports: Sequence[MachineReport], shape: ModelShape) -> str:

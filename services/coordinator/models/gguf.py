@@ -6,7 +6,6 @@ Tensors stored as F16 or BF16 keep their bits.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -190,20 +189,15 @@ class GgufModel:
             return llama3_rope_parameters(np.asarray(factors.data, dtype=np.float64).reshape(-1), theta, head_dim)
         if kind == "none":
             return {"rope_type": "default", "rope_theta": theta}
-        if kind == "linear":
-            return {"rope_type": "linear", "rope_theta": theta, "factor": self._number("rope.scaling.factor")}
+        if kind not in ("linear", "yarn"):
+            raise self._refusal(f"it scales rotary positions by the unknown method {kind!r}.")
+        parameters = {"rope_type": kind, "rope_theta": theta, "factor": self._number("rope.scaling.factor")}
         if kind == "yarn":
-            parameters: dict[str, Any] = {
-                "rope_type": "yarn",
-                "rope_theta": theta,
-                "factor": self._number("rope.scaling.factor"),
-                "original_max_position_embeddings": self._count("rope.scaling.original_context_length"),
-            }
-            for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-                if f"llama.rope.scaling.{theirs}" in self.metadata:
-                    parameters[ours] = self._number(f"rope.scaling.{theirs}")
-            return parameters
-        raise self._refusal(f"it scales rotary positions by the unknown method {kind!r}.")
+            parameters["original_max_position_embeddings"] = self._count("rope.scaling.original_context_length")
+            for name in ("beta_fast", "beta_slow"):
+                if f"llama.rope.scaling.yarn_{name}" in self.metadata:
+                    parameters[name] = self._number(f"rope.scaling.yarn_{name}")
+        return parameters
 
     def _stored_tensors(self) -> tuple[StoredTensor, ...]:
         stored = [self._stored(tensor) for name, tensor in self._tensors.items() if name != ROPE_FACTORS_NAME]
@@ -291,18 +285,18 @@ def llama3_rope_parameters(factors: npt.NDArray[np.float64], theta: float, head_
     }
 
 
-def write_model_folder(model: GgufModel, folder: Path, progress: Callable[[int], None]) -> str:
+def write_model_folder(model: GgufModel, folder: Path, progress: Callable[[int], None]) -> None:
     """Write config, tokenizer and weights to the empty `folder`; `progress` receives the bytes of weights written.
 
-    Returns the sha256 of the weights file. Needs memory for one q or k tensor, and at least 50 MB.
+    Needs memory for one q or k tensor, and at least 50 MB.
     """
     config = json.dumps(model.config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
     write_tokenizer(model.metadata, folder, model.config["max_position_embeddings"])
-    return _write_weights(model.tensors, folder / WEIGHTS_NAME, progress)
+    _write_weights(model.tensors, folder / WEIGHTS_NAME, progress)
 
 
-def _write_weights(tensors: Sequence[StoredTensor], path: Path, progress: Callable[[int], None]) -> str:
+def _write_weights(tensors: Sequence[StoredTensor], path: Path, progress: Callable[[int], None]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -314,21 +308,16 @@ def _write_weights(tensors: Sequence[StoredTensor], path: Path, progress: Callab
         offset += tensor.byte_count
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of 8 bytes
-    digest = hashlib.sha256()
     written = 0
     with path.open("wb") as file:
-        for block in (len(encoded).to_bytes(8, "little"), encoded):
-            file.write(block)
-            digest.update(block)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             for array in _converted_chunks(tensor):
                 file.write(array.data)
-                digest.update(array.data)
                 written += array.nbytes
                 progress(written)
     if written != offset:
         raise AssertionError(f"{path}: {written} bytes of weights written, {offset} announced in the header")
-    return digest.hexdigest()
 
 
 def _converted_chunks(tensor: StoredTensor) -> Iterator[npt.NDArray[Any]]:

@@ -7,6 +7,7 @@ running cluster. Another state of the repository is named by its revision.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -32,15 +33,12 @@ SPARE_DISK_BYTES = 64 << 20
 WANTED_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 # copies of the weights in other layouts
 UNWANTED_FILES = ("consolidated*", "*.gguf", "adapter_*")
-ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.*)?", re.ASCII)  # org/name or org/name@revision
 
 
 def is_hub_id(model: str) -> bool:
     """Whether `model` has the form org/name or org/name@revision."""
-    organisation, slash, name = model.partition("@")[0].partition("/")
-    return bool(slash) and all(
-        part and part[0] not in ".-" and ID_CHARACTERS.issuperset(part) for part in (organisation, name)
-    )
+    return HUB_ID.fullmatch(model) is not None
 
 
 def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Path:

@@ -56,7 +56,6 @@ class Manifest(msgspec.Struct, frozen=True):
     source: str
     conversion_version: int
     files: dict[str, StoredFile]
-    weights_sha256: str
 
 
 def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> PreparedModel:
@@ -196,11 +195,11 @@ def _convert(gguf_path: Path, folder: Path, source: str, progress: ReportProgres
             cure="Free some disk space, or set NOODLE_CACHE_DIR to a folder on another disk.",
         )
     report = at_intervals(progress)
-    weights_sha256 = write_model_folder(
+    write_model_folder(
         model, folder, lambda done: report(Progress("convert", "writing safetensors", done, total_bytes))
     )
     files = {path.name: StoredFile(path.stat().st_size, sampled_digest(path)) for path in sorted(folder.iterdir())}
-    manifest = Manifest(source, CONVERSION_VERSION, files, weights_sha256)
+    manifest = Manifest(source, CONVERSION_VERSION, files)
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
     _link_gguf(gguf_path, folder)  # not in the manifest: the folder is complete without it
 
