@@ -1,4 +1,4 @@
-"""What goes wrong when noodle keeps something on disk, as an error with its cure; knows paths, not what is kept."""
+"""Errors of the disk as NotWritable with its cure, and atomic writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from noodle.errors import NotWritable, StartError
 
-# what the system says when it is the disk or the folder, and not what is written or where it comes from
+# errors of the disk or the folder, not of what is written or where it comes from
 DISK_ERRORS = frozenset(
     {
         errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG,
@@ -21,7 +21,7 @@ DISK_ERRORS = frozenset(
 
 @contextlib.contextmanager
 def writing(path: Path, variable: str) -> Iterator[None]:
-    """Turn an OSError while `path` is written into NotWritable; `variable` is what moves it to another place."""
+    """Turn an OSError while `path` is written into NotWritable; `variable` sets another place."""
     try:
         yield
     except OSError as error:
@@ -29,9 +29,9 @@ def writing(path: Path, variable: str) -> Iterator[None]:
 
 
 def not_writable(path: Path, variable: str, error: OSError) -> StartError:
-    """The error for a path that the system does not let us write."""
+    """The error for a path that cannot be written."""
     return NotWritable(
-        f"{path} can not be written ({error.strerror or error}).",
+        f"{path} cannot be written ({error.strerror or error}).",
         cure=f"Free some space on its disk, or set {variable} to a folder that this user may write.",
     )
 

@@ -286,7 +286,7 @@ def test_a_full_state_disk_and_a_death_are_said_and_end_nothing(runs: UpRuns, sm
         os.kill(runs.starts("stage-1")[-1], signal.SIGKILL)
         wait_for(lambda: len(runs.starts("stage-1")) == deaths + 1, "the stage to come back")  # noqa: B023
     wait_for(lambda: runs.output().count("stage-1 was restarted.") == 2, "that to be said")
-    assert runs.output().count("run.json can not be written (No space left on device)") == 1
+    assert runs.output().count("run.json cannot be written (No space left on device)") == 1
     assert "Free some space on that disk" in runs.output()
     assert runs.service("stage-1")["restarts"] == 0  # the last complete version
     assert (runs.run_dir / "logs" / "stage-1.log").exists()

@@ -118,7 +118,7 @@ def test_room_for_less_than_the_context_is_said_and_serves(tiny_folder, tmp_path
 def test_a_cache_folder_that_is_a_file_is_refused_by_the_service_that_meets_it(tiny_folder, tmp_path):
     (tmp_path / "cache").write_text("not a folder")
     said = refusal(tmp_path, tiny_folder, NOODLE_CACHE_DIR=str(tmp_path / "cache"))
-    assert f"{tmp_path / 'cache'} can not be written (File exists)" in said
+    assert f"{tmp_path / 'cache'} cannot be written (File exists)" in said
     assert "NOODLE_CACHE_DIR" in said
 
 

@@ -53,7 +53,7 @@ def test_float32_stays_float32_over_any_link() -> None:
     assert formats("float32", link=SLOW) == ("float32", "")
 
 
-def test_what_was_asked_for_is_taken_and_int8_is_for_prompts_alone() -> None:
+def test_the_requested_dtype_is_used_and_int8_is_for_prompts_alone() -> None:
     assert formats("bfloat16", link=FAST) == ("bfloat16", "")
     assert formats("int8", link=FAST) == ("float16", "int8")
 
@@ -63,7 +63,7 @@ def test_the_slower_of_two_links_counts() -> None:
     assert link_bytes_per_second(machine(0, 0.0), machine(1, SLOW)) == SLOW
 
 
-def test_there_is_a_hop_less_than_stages_and_the_last_stage_hands_nothing_on() -> None:
+def test_there_is_one_hop_less_than_stages_and_the_last_stage_sends_nothing() -> None:
     assert choose_hops("auto", [machine(0)], hidden_size=HIDDEN_SIZE, slowest_prefill_seconds=PREFILL_SECONDS) == []
     plan = cut(a_shape(hidden_size=HIDDEN_SIZE), [machine(0, FAST), machine(1, SLOW)])
     assert [stage.activation_dtype for stage in plan.stages] == ["float16", ""]
@@ -85,7 +85,7 @@ def test_weights_and_kv_rows_count_in_the_format_they_are_kept_in() -> None:
     )
     assert packed.stages[0].weight_bytes == pytest.approx(plain.stages[0].weight_bytes * 34 / 32 / 4, abs=1)
     assert (packed.stages[0].executor, packed.stages[0].kv_dtype) == ("ggml", "f16")
-    # a layer of 100 stored bytes, held in 20: what was measured counts before what the name says
+    # a layer of 100 stored bytes, held in 20: measured bytes take precedence over the name
     gguf = cut(shape, [machine(0, executor="ggml", weights="gguf", kv_dtype="f16", layer_weight_bytes=20.0)])
     assert gguf.stages[0].weight_bytes == pytest.approx(plain.stages[0].weight_bytes / 5, abs=1)
     with pytest.raises(PlanDoesNotFit, match="gguf"):

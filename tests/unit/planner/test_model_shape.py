@@ -58,13 +58,13 @@ def test_bytes_stand_where_they_are_computed(tmp_path: Path) -> None:
     assert (shape.model_type, shape.name) == ("llama", tmp_path.name)
 
 
-def test_a_tied_head_is_the_embedding_once_more(tmp_path: Path) -> None:
+def test_a_tied_head_counts_the_embedding_again(tmp_path: Path) -> None:
     shape = read_model_shape(a_llama(tmp_path, without="lm_head.weight"))
     assert shape.embedding_bytes == 10 * 8 * 4
     assert shape.head_bytes == (8 + 10 * 8) * 4
 
 
-def test_the_context_is_the_models_own_unless_less_is_asked_for(tmp_path: Path) -> None:
+def test_the_context_is_the_models_own_unless_a_shorter_one_is_set(tmp_path: Path) -> None:
     folder = a_llama(tmp_path)
     assert read_model_shape(folder).context_length == 64
     assert read_model_shape(folder, 16).context_length == 16
@@ -83,7 +83,7 @@ def test_layers_that_only_training_used_are_not_counted(tmp_path: Path) -> None:
     assert shape.head_bytes == (8 + 10 * 8) * 4
 
 
-def test_as_many_experts_as_layers_are_not_taken_for_layers(tmp_path: Path) -> None:
+def test_as_many_experts_as_layers_are_not_mistaken_for_layers(tmp_path: Path) -> None:
     experts = {f"model.layers.{layer}.experts.{expert}.w": (4, 4) for layer in range(2) for expert in range(2)}
     shape = read_model_shape(write_folder(tmp_path, LLAMA_CONFIG, {**LLAMA_TENSORS, **experts}))
     assert shape.layer_bytes == (8 * 8 * 4 + 2 * 64, 8 * 4 * 4 + 2 * 64)
@@ -110,7 +110,7 @@ def test_absurd_numbers_are_refused_by_name(tmp_path: Path, field: str, value: A
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model_type": None}, "model_type"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
@@ -118,8 +118,10 @@ def test_absurd_numbers_are_refused_by_name(tmp_path: Path, field: str, value: A
         ({"head_dim": 0}, "head_dim"),
     ],
 )
-def test_a_config_that_does_not_suit_the_weights_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UnsupportedModel, match=said):
+def test_a_config_that_does_not_suit_the_weights_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
         read_model_shape(a_llama(tmp_path, **changes))
 
 
@@ -154,7 +156,7 @@ def test_shards_make_the_same_shape_and_digest_as_one_file(tmp_path: Path) -> No
     assert read_model_shape(shards, name="x") == read_model_shape(whole, name="x")
 
 
-def test_a_lacking_shard_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, "llama", max_shard_size="100KB")
     lost = sorted(folder.glob("*.safetensors"))[1]
     lost.unlink()

@@ -34,7 +34,7 @@ def nodes_of(*nodes):
     return request_of(list(nodes)).available_nodes
 
 
-def test_a_bare_list_an_object_and_nothing_are_taken():
+def test_a_bare_list_an_object_and_an_empty_body_are_accepted():
     nodes = tuple(Node(**node) for node in GUIDE)
     assert request_of(GUIDE) == request_of({"available_nodes": GUIDE}) == PlanRequest(available_nodes=nodes)
     assert parse_plan_request(b"") == (PlanRequest(), [])
@@ -50,12 +50,12 @@ def test_fields_that_are_not_used_are_named():
 @pytest.mark.parametrize(
     "body", [b"{", b"5", b"null", b'{"available_nodes": 5}', b'{"split": "10,2"}', b"[" * 100_000, b"\xff", b"[]"]
 )
-def test_a_body_that_means_nothing_is_refused(body):
+def test_a_malformed_body_is_refused(body):
     with pytest.raises(InvalidRequest):
         parse_plan_request(body)
 
 
-def test_memory_is_as_given_and_speed_is_assumed():
+def test_memory_is_as_listed_and_speed_is_assumed():
     listed = machines_of(nodes_of(*GUIDE), SHAPE, [])
     card, pc = (each.report for each in listed)
     assert (card.device, card.dtype, card.free_bytes) == ("cuda", "float16", 4 * BYTES_PER_GIGABYTE)
@@ -94,7 +94,7 @@ def test_a_node_that_names_a_registered_machine_has_its_measured_speed(name):
         ({"node_id": "a", "device_type": "cpu", "ram_gb": 16, "dtype": "int2"}, Unprocessable),
     ],
 )
-def test_a_node_that_means_nothing_is_refused_by_name(node, kind):
+def test_a_malformed_node_is_refused_by_name(node, kind):
     with pytest.raises(kind) as refusal:
         machines_of(nodes_of(node), SHAPE, [])
     assert refusal.value.param.startswith("available_nodes[0]")
@@ -116,7 +116,7 @@ def test_a_preview_marks_every_number_and_adds_up():
     assert plan["prediction"]["source"] == "assumed"
 
 
-def test_a_preview_of_nothing_is_of_the_registered_machines_and_knows_the_active_plan():
+def test_a_preview_without_nodes_is_for_the_registered_machines_and_knows_the_active_plan():
     machines = [a_machine(0), a_machine(1)]
     active = msgspec.structs.replace(partition(SHAPE, machines, (5, 7), kv_tokens=2048), version=4)
     _, answer = preview(PlanRequest(), SHAPE, machines, split=(5, 7), active=active)
@@ -131,7 +131,7 @@ def short_machines(*usable_bytes):
     return [a_machine(index, free_bytes=int(count / USABLE_SHARE) + 1) for index, count in enumerate(usable_bytes)]
 
 
-def test_what_is_short_is_named_and_every_cure_cures():
+def test_the_missing_bytes_are_named_and_every_cure_works():
     machines = short_machines(150_000_000, 120_000_000)
     kv_tokens = 2048
     with pytest.raises(MemoryShort):
@@ -162,7 +162,7 @@ def test_what_is_short_is_named_and_every_cure_cures():
     assert "fewer_bits" not in values  # half of the weights is still too much
 
 
-def test_fewer_bits_and_a_shorter_context_are_named_only_where_they_cure():
+def test_fewer_bits_and_a_shorter_context_are_named_only_if_they_help():
     machines = short_machines(310_000_000, 300_000_000)
     for kv_items, is_enough in ((3_000, True), (10_000, False)):
         shape = a_shape((40_000_000,) * 12, kv_items_per_token_per_layer=kv_items)
@@ -175,7 +175,7 @@ def test_fewer_bits_and_a_shorter_context_are_named_only_where_they_cure():
         assert "NOODLE_DTYPE=bfloat16" in cures.get("fewer_bits", cures["shorter_context"]).text or not is_enough
 
 
-def test_a_split_that_does_not_fit_where_another_cut_would_says_so():
+def test_a_split_that_does_not_fit_names_the_cut_that_would():
     machines = short_machines(560_000_000, 300_000_000)
     with pytest.raises(MemoryShort):
         partition(SHAPE, machines, (2, 10), kv_tokens=0)
@@ -184,7 +184,7 @@ def test_a_split_that_does_not_fit_where_another_cut_would_says_so():
     assert "no_split" in {cure.kind for cure in short.cures}
 
 
-def test_as_many_nodes_as_are_taken_are_planned_for_quickly():
+def test_the_maximum_of_nodes_is_planned_for_quickly():
     shape = a_shape((1000,) * 96)
     nodes = [{"node_id": number, "device_type": "cpu", "ram_gb": 1e-6} for number in range(MAXIMUM_NODES)]
     status, answer = preview(request_of(nodes), shape, [])

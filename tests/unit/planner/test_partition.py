@@ -81,12 +81,12 @@ def test_the_head_counts_against_the_last_stage() -> None:
     assert plan.stages[1].decode_seconds == pytest.approx(0.009)
 
 
-def test_where_all_have_measured_steps_that_sessions_share_layers_are_dealt_out_by_those() -> None:
+def test_where_all_have_measured_steps_that_sessions_share_layers_are_divided_by_those() -> None:
     batched = {"batched_layer_seconds": 0.0005, "batched_head_seconds": 0.0005}
     machines = [a_machine(0, **batched), a_machine(1, head_decode_seconds=0.02, **batched)]
     assert layers(cut(a_shape(), machines)) == [6, 6]
     machines[0] = a_machine(0)
-    assert layers(cut(a_shape(), machines)) == [11, 1]  # by a lone token again: like is compared with like
+    assert layers(cut(a_shape(), machines)) == [11, 1]  # by a lone token again, to compare like with like
 
 
 def test_stages_stand_in_the_order_of_their_numbers() -> None:
@@ -125,14 +125,14 @@ def test_two_stages_of_the_same_number_are_refused() -> None:
         cut(a_shape(), [a_machine(1), a_machine(1)])
 
 
-def test_a_split_by_hand_is_taken_as_it_is() -> None:
+def test_a_split_by_hand_is_used_unchanged() -> None:
     plan = cut(a_shape(), [a_machine(0), a_machine(1, decode_layer_seconds=1.0)], (10, 2))
     assert layers(plan) == [10, 2]
     assert "NOODLE_SPLIT=10,2" in plan.reason
 
 
 @pytest.mark.parametrize(
-    ("split", "said"),
+    ("split", "message"),
     [
         ((10, 1), "adds up to 11 layers, but a-model has 12"),
         ((10, 3), "adds up to 13"),
@@ -142,8 +142,8 @@ def test_a_split_by_hand_is_taken_as_it_is() -> None:
         ((13, -1), "gives a stage -1 layers"),
     ],
 )
-def test_a_split_that_means_nothing_is_refused_with_its_numbers(split: tuple[int, ...], said: str) -> None:
-    with pytest.raises(ConfigurationError, match=said):
+def test_an_impossible_split_is_refused_with_its_numbers(split: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         cut(a_shape(), [a_machine(0), a_machine(1)], split)
 
 
@@ -165,7 +165,7 @@ def test_kv_rows_need_room_beside_the_weights() -> None:
     assert layers(plan) == [2, 10]
 
 
-def test_too_little_memory_says_how_many_bytes_are_missing() -> None:
+def test_too_little_memory_is_refused_with_the_missing_bytes() -> None:
     with pytest.raises(PlanDoesNotFit, match=r" 310 bytes short") as caught:
         cut(a_shape(), [a_machine(0, free_bytes=usable(1000))])
     assert "NOODLE_DTYPE" in caught.value.cure
@@ -212,7 +212,7 @@ def test_absurd_measurements_are_refused_by_the_stages_number(changes: dict[str,
         cut(a_shape(), [a_machine(0), a_machine(1, **changes)])
 
 
-def test_the_reason_says_the_prediction_and_where_it_comes_from() -> None:
+def test_the_reason_has_the_prediction_and_its_source() -> None:
     plan = cut(a_shape(), [a_machine(0), a_machine(1)])
     assert "66.7 tokens/s" in plan.reason  # 12 ms of layers and 3 hops of 1 ms
     assert "assumed" in plan.reason

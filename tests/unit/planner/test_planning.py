@@ -32,7 +32,7 @@ def test_a_plan_holds_while_its_stages_are_as_they_were_or_silent():
 
 
 @pytest.mark.parametrize("changes", [{"url": "http://127.0.0.1:9"}, {"dtype": "float16"}, {"machine": "b"}])
-def test_a_stage_that_says_otherwise_ends_the_plan(changes):
+def test_a_stage_that_contradicts_the_plan_ends_it(changes):
     assert not still_holds(PLAN, SHAPE, [report(0), report(1, **changes)], config())
 
 

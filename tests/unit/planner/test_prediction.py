@@ -27,7 +27,7 @@ def test_a_token_waits_for_every_stage_and_every_hop() -> None:
     assert prediction.steady_token_seconds == pytest.approx(0.013)
 
 
-def test_a_plan_that_stands_says_the_same_of_a_token_without_its_machines() -> None:
+def test_a_plan_predicts_the_same_token_seconds_without_its_machines() -> None:
     hop = HopCost(0.0005, "measured")
     prediction = predict(stages(8, 4), MACHINES, hop)
     known = [

@@ -132,7 +132,7 @@ def test_divisors_that_are_not_llama3s_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         (TinyLlama(architecture="qwen2"), "architecture 'qwen2'"),
         (TinyLlama(more={"expert_count": 8}), "mixture of experts"),
@@ -143,9 +143,9 @@ def test_divisors_that_are_not_llama3s_are_refused() -> None:
         (TinyLlama(more_tensors={"blk.3.attn_norm.weight": np.zeros(64, np.float32)}), "missing or too many"),
     ],
 )
-def test_what_would_be_converted_wrongly_is_refused_by_name(tmp_path: Path, shape: TinyLlama, said: str) -> None:
+def test_what_would_be_converted_wrongly_is_refused_by_name(tmp_path: Path, shape: TinyLlama, message: str) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf", shape)
-    with pytest.raises(UnsupportedModel, match=said):
+    with pytest.raises(UnsupportedModel, match=message):
         GgufModel(path)
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    real_model_folder()  # skips, or fails in CI, where the model can not be had
+    real_model_folder()  # skips, or fails in CI, where the model cannot be fetched
     try:
         path = fetch_default_gguf(tmp_path_factory.mktemp("gguf"), lambda _progress: None)
     except NoodleError as error:
@@ -77,9 +77,9 @@ def test_every_tensor_equals_transformers_own_loading_bit_for_bit(gguf_file: Pat
 def test_the_config_computes_what_transformers_own_config_computes(gguf_file: Path) -> None:
     theirs = transformers.AutoConfig.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name).to_dict()
     ours = transformers.AutoConfig.from_pretrained(real_model_folder()).to_dict()
-    says_nothing_of_the_model = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "unk_token_id"}
+    unrelated_to_the_model = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "unk_token_id"}
     different = {name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)}
-    assert different - says_nothing_of_the_model == {"rms_norm_eps"}
+    assert different - unrelated_to_the_model == {"rms_norm_eps"}
     # the GGUF keeps a float32; both numbers are the same one there, which is where it is used
     assert torch.tensor(ours["rms_norm_eps"]) == torch.tensor(theirs["rms_norm_eps"])
 

@@ -65,7 +65,7 @@ def test_added_tokens_stay_whole_and_only_control_tokens_are_special() -> None:
         ("qwen2", "in 2024'S", ["in", "Ġ", "2", "0", "2", "4", "'S"]),
     ],
 )
-def test_text_is_cut_as_the_family_was_trained(pre: str, text: str, expected: list[str]) -> None:
+def test_text_is_split_as_the_family_was_trained(pre: str, text: str, expected: list[str]) -> None:
     assert pieces(build_tokenizer(metadata(pre=pre)), text) == expected
 
 
@@ -80,7 +80,7 @@ def test_qwen2_composes_accents_before_it_cuts() -> None:
     assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
 
 
-def test_a_beginning_token_is_put_in_front_when_the_file_says_so() -> None:
+def test_a_beginning_token_is_put_in_front_if_the_file_asks_for_it() -> None:
     assert build_tokenizer(metadata(add_bos_token=True)).encode("a").ids[0] == 1
     assert build_tokenizer(metadata(add_bos_token=False)).encode("a").ids[0] != 1
 
@@ -90,7 +90,7 @@ def test_the_end_of_a_turn_ends_a_generation_too() -> None:
     assert generation_ids(metadata(eot_token_id=2))["eos_token_id"] == [0, 2]
 
 
-def test_the_folder_says_what_transformers_asks_for(tmp_path: Path) -> None:
+def test_the_folder_has_what_transformers_reads(tmp_path: Path) -> None:
     write_tokenizer(metadata(), tmp_path, 128)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (config["bos_token"], config["eos_token"]) == ("<|start|>", "<|end|>")
@@ -100,7 +100,7 @@ def test_the_folder_says_what_transformers_asks_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"pre": "tekken"}, "pre-tokenizer 'tekken'"),
         ({"model": "llama"}, "of kind 'llama'"),
@@ -112,7 +112,7 @@ def test_the_folder_says_what_transformers_asks_for(tmp_path: Path) -> None:
     ],
 )
 def test_a_tokenizer_that_would_give_other_tokens_is_refused(
-    tmp_path: Path, changes: dict[str, Any], said: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UnsupportedModel, match=said):
+    with pytest.raises(UnsupportedModel, match=message):
         write_tokenizer(metadata(**changes), tmp_path, 128)

@@ -123,14 +123,14 @@ def test_a_second_start_asks_the_hub_nothing(hub: Hub, tmp_path: Path) -> None:
     assert prepare_model("org/tiny", tmp_path, silent) == first
 
 
-def test_a_download_that_was_broken_off_is_finished(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_that_was_interrupted_is_finished(hub: Hub, tmp_path: Path) -> None:
     folder = prepare_model("org/tiny", tmp_path, silent).folder
     (folder / "model.safetensors").unlink()
     assert (prepare_model("org/tiny", tmp_path, silent).folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "said", "cure"),
+    ("status", "code", "message", "cure"),
     [
         (404, "RepoNotFound", "has no model org/tiny", "spelling"),
         (404, "RevisionNotFound", "no such revision", "branches"),
@@ -138,16 +138,16 @@ def test_a_download_that_was_broken_off_is_finished(hub: Hub, tmp_path: Path) ->
         (500, "", "could not be fetched", "Connect this machine"),
     ],
 )
-def test_what_the_hub_refuses_is_said_with_the_cure(
-    hub: Hub, tmp_path: Path, status: int, code: str, said: str, cure: str
+def test_a_refusal_of_the_hub_is_explained_with_the_cure(
+    hub: Hub, tmp_path: Path, status: int, code: str, message: str, cure: str
 ) -> None:
     hub.status, hub.error_code = status, code
-    with pytest.raises(ModelNotFound, match=said) as caught:
+    with pytest.raises(ModelNotFound, match=message) as caught:
         prepare_model("org/tiny@main", tmp_path, silent)
     assert cure in caught.value.cure
 
 
-def test_a_hub_that_can_not_be_reached_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -163,7 +163,7 @@ def test_a_repository_of_pickle_alone_is_refused_before_anything_is_fetched(hub:
     assert hub.fetched == []
 
 
-def test_a_disk_that_is_too_small_is_seen_before_anything_is_fetched(
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_fetched(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = model_hub.shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -173,15 +173,15 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_fetched(
     assert hub.fetched == []
 
 
-def test_a_cache_that_can_not_be_written_is_not_blamed_on_the_network(hub: Hub, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_not_blamed_on_the_network(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "hub").write_text("not a folder")
-    with pytest.raises(NotWritable, match="can not be written") as caught:
+    with pytest.raises(NotWritable, match="cannot be written") as caught:
         prepare_model("org/tiny", tmp_path, silent)
     assert str(tmp_path / "hub") in caught.value.message
     assert "NOODLE_CACHE_DIR" in caught.value.cure
 
 
-def test_a_download_that_can_only_not_be_noted_is_used(
+def test_a_download_is_used_although_its_record_cannot_be_written(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_space(*_arguments: object) -> None:
@@ -220,5 +220,5 @@ def test_all_shards_of_an_index_are_wanted() -> None:
         ("a/.b", False),
     ],
 )
-def test_a_hub_id_is_told_from_a_path(model: str, is_one: bool) -> None:
+def test_a_hub_id_is_distinguished_from_a_path(model: str, is_one: bool) -> None:
     assert is_hub_id(model) is is_one

@@ -63,7 +63,7 @@ def test_pickle_weights_are_refused_with_the_reason_and_the_cure(model_folder: P
     assert "save_pretrained" in caught.value.cure
 
 
-def test_a_lacking_shard_is_refused_by_name(model_folder: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_is_refused_by_name(model_folder: Path, tmp_path: Path) -> None:
     index = {"weight_map": {"w": "model.safetensors", "v": "model-00002-of-00002.safetensors"}}
     (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelNotFound, match="model-00002-of-00002"):
@@ -73,7 +73,7 @@ def test_a_lacking_shard_is_refused_by_name(model_folder: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "name", ["no-such-model", "./no/such/folder", "/no/such/folder", "a/b/c", "../x", "Ünï/cödé", "org/", "/name"]
 )
-def test_a_name_that_is_nothing_is_refused_with_what_it_may_be(name: str, tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_the_possible_forms(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as caught:
         prepare_model(name, tmp_path, silent)
     assert "a hub id (org/name)" in caught.value.cure
@@ -91,17 +91,17 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_gguf_is_converted_once_and_used_again(tiny_gguf: Path, tmp_path: Path) -> None:
-    said: list[Progress] = []
-    first = prepare_model(str(tiny_gguf), tmp_path / "cache", said.append)
+    reports: list[Progress] = []
+    first = prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append)
     assert first.name == "tiny.v1"
     assert load_file(first.folder / "model.safetensors").keys() == tiny_weights(TinyLlama()).keys()
-    assert said[-1].bytes_done == said[-1].bytes_total > 0
-    said.clear()
-    assert prepare_model(str(tiny_gguf), tmp_path / "cache", said.append) == first
-    assert said == []
+    assert reports[-1].bytes_done == reports[-1].bytes_total > 0
+    reports.clear()
+    assert prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append) == first
+    assert reports == []
 
 
-def test_nothing_half_made_is_left_behind(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_no_incomplete_folder_is_left_behind(tiny_gguf: Path, tmp_path: Path) -> None:
     folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
     assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
 
@@ -112,7 +112,7 @@ def test_another_file_of_the_same_name_gets_its_own_folder(tiny_gguf: Path, tmp_
     assert prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder != first.folder
 
 
-def test_the_gguf_stands_in_the_folder_too_and_takes_no_room(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_the_gguf_is_linked_into_the_folder(tiny_gguf: Path, tmp_path: Path) -> None:
     folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
     assert (folder / tiny_gguf.name).samefile(tiny_gguf)
 
@@ -134,14 +134,14 @@ def test_a_damaged_folder_is_made_again(tiny_gguf: Path, tmp_path: Path, damage:
         manifest.write_text("{")
     else:
         manifest.write_text(manifest.read_text().replace('"conversion_version": 1', '"conversion_version": 0'))
-    said: list[Progress] = []
-    assert prepare_model(str(tiny_gguf), tmp_path / "cache", said.append).folder == folder
-    assert said
+    reports: list[Progress] = []
+    assert prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append).folder == folder
+    assert reports
     assert weights.read_bytes() == whole
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_what_a_killed_process_left_is_cleared_away(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_the_remains_of_a_killed_process_are_removed(tiny_gguf: Path, tmp_path: Path) -> None:
     folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
     leftover = folder.with_name(f".{folder.name}.partial") / "folder"
     leftover.mkdir(parents=True)
@@ -166,7 +166,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_can_be_tried_again(
     assert prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder.is_dir()
 
 
-def test_a_disk_that_is_too_small_is_seen_before_writing(
+def test_a_disk_that_is_too_small_is_noticed_before_writing(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -177,7 +177,7 @@ def test_a_disk_that_is_too_small_is_seen_before_writing(
 
 def test_a_cache_that_is_a_file_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
-    with pytest.raises(NotWritable, match="can not be written") as caught:
+    with pytest.raises(NotWritable, match="cannot be written") as caught:
         prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
     assert str(tmp_path / "cache") in caught.value.message
     assert "NOODLE_CACHE_DIR" in caught.value.cure
@@ -206,9 +206,9 @@ def test_a_cache_that_cannot_be_written_is_refused_wherever_it_is_noticed(
 
 
 def _prepare_and_count(path: str, cache: str, results: "multiprocessing.Queue[tuple[str, int]]") -> None:
-    said: list[Progress] = []
-    folder = prepare_model(path, Path(cache), said.append).folder
-    results.put((str(folder), sum(progress.activity == "convert" for progress in said)))
+    reports: list[Progress] = []
+    folder = prepare_model(path, Path(cache), reports.append).folder
+    results.put((str(folder), sum(progress.activity == "convert" for progress in reports)))
 
 
 def test_two_processes_at_once_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_as_a_process_an_error_is_a_line_with_its_cure(tmp_path: Path) -> None:
     }
 
 
-def test_an_index_that_does_not_answer_is_said_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_does_not_answer_is_named_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

@@ -146,7 +146,7 @@ def test_a_cache_folder_that_can_not_be_made_is_refused_with_path_reason_and_cur
     cache_dir = tmp_path / "file" / below
     with pytest.raises(NotWritable) as caught:
         measure_machine(folder, 6, 256, key=KEY, cache_dir=cache_dir, progress=ignore)
-    assert f"{cache_dir} can not be written" in caught.value.message
+    assert f"{cache_dir} cannot be written" in caught.value.message
     assert "NOODLE_CACHE_DIR" in caught.value.cure
 
 
@@ -161,6 +161,6 @@ def test_a_measurement_that_can_not_be_kept_is_used_and_said(tmp_path, folder, m
     monkeypatch.setattr(Path, "write_text", full_disk)
     with caplog.at_level(logging.WARNING):
         assert measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore) == expected
-    assert f"{tmp_path / FILE_NAME} can not be written (No space left on device)" in caplog.text
+    assert f"{tmp_path / FILE_NAME} cannot be written (No space left on device)" in caplog.text
     assert "made again at each start" in caplog.text
     assert list(tmp_path.iterdir()) == []
