@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -153,7 +154,7 @@ def test_shards_make_the_same_shape_and_digest_as_one_file(tmp_path: Path) -> No
     whole = make_tiny_model(tmp_path / "whole", "llama")
     shards = make_tiny_model(tmp_path / "shards", "llama", max_shard_size="100KB")
     assert len(list(shards.glob("*.safetensors"))) > 1
-    assert read_model_shape(shards, name="x") == read_model_shape(whole, name="x")
+    assert read_model_shape(shards) == msgspec.structs.replace(read_model_shape(whole), name=shards.name)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
