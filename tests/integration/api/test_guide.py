@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from services.cli.client.http_client import get_json
+from tests.integration.conftest import ALICE
 from tests.support.clients.forward_by_hand import generate_by_hand
 from tests.support.models.prompts import PROMPTS
-from tests.support.models.real_model import real_model_folder
-from tests.support.processes.cluster import request, running_cluster, wait_until
+from tests.support.processes.cluster import request, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 SCRIPT = Path(__file__).parents[2] / "support" / "clients" / "guide_test_distributed.py"
@@ -41,13 +41,24 @@ def command(cluster, *arguments, stdin=None):
     )
 
 
+@pytest.fixture
+def forwards(shared):
+    """Forwards by hand leave sessions on the stages; loading the layers again ends them."""
+    yield
+    for running in shared.clusters:
+        if running.kv_bytes_held():
+            for index, port in enumerate(running.stage_ports):
+                body = {"reload": True}
+                assert request(port, "POST", f"/load_model/{index}", body, token=running.token)[0] == 200
+
+
 def generated_ids(cluster, prompt, new_tokens, **parameters):
     asked = {"max_new_tokens": new_tokens, "ignore_eos": True, "details": True, **parameters}
     details = cluster.generate(prompt, **asked)["details"]
     return details["prompt_token_ids"], [token["id"] for token in details["tokens"]]
 
 
-def test_the_guides_script_runs_with_only_addresses_key_and_hidden_size_set(cluster):
+def test_the_guides_script_runs_with_only_addresses_key_and_hidden_size_set(cluster, forwards):
     first, second = (f"http://127.0.0.1:{port}" for port in cluster.stage_ports)
     places = ["--coordinator", cluster.url, "--local", first, "--worker", second]
     done = subprocess.run(
@@ -63,13 +74,13 @@ def test_the_guides_script_runs_with_only_addresses_key_and_hidden_size_set(clus
 
 
 @pytest.mark.parametrize("prompt", ["abc", "a longer prompt with the cat and the dog " * 4])
-def test_forwards_by_hand_generate_what_generate_does(cluster, prompt):
+def test_forwards_by_hand_generate_what_generate_does(cluster, forwards, prompt):
     prompt_ids, expected = generated_ids(cluster, prompt, 24)
     assert generate_by_hand(stage_paths(cluster), "", prompt_ids, 24) == expected
     assert generate_by_hand(stage_paths(cluster), "", prompt_ids, 24, chunk_tokens=3) == expected
 
 
-def test_forwards_beside_a_served_request_change_no_token_of_it(cluster):
+def test_forwards_beside_a_served_request_change_no_token_of_it(cluster, forwards):
     _, expected = generated_ids(cluster, "beside", 120, temperature=0.9, seed=4)
     stop = threading.Event()
     statuses = []
@@ -216,13 +227,7 @@ def test_metrics_are_kept_and_shown(cluster):
     assert len(cluster.get("/log_metrics?last=2")[1]["entries"]) == 2
 
 
-@pytest.fixture
-def locked(tiny_folder, tmp_path):
-    with running_cluster(tmp_path / "locked", tiny_folder, 2, NOODLE_API_KEY="a-key-that-clients-send") as running:
-        yield running
-
-
-def test_with_an_api_key_the_coordinators_routes_want_it_and_a_lost_stage_is_said(locked):
+def test_with_an_api_key_the_coordinators_routes_want_it_and_a_lost_stage_is_said(keyed, forwards):
     body = {"session_id": "x", "token_ids": [5]}
     for method, path, sent in (
         ("POST", "/stage/0/forward", body),
@@ -231,16 +236,16 @@ def test_with_an_api_key_the_coordinators_routes_want_it_and_a_lost_stage_is_sai
         ("GET", "/log_metrics", None),
     ):
         for token in ("", "wrong-token-of-some-length"):
-            status, answer = request(locked.port, method, path, sent, token=token)
+            status, answer = request(keyed.port, method, path, sent, token=token)
             assert (status, answer["success"]) == (401, False)
-        for token in ("a-key-that-clients-send", locked.token):
-            assert request(locked.port, method, path, sent, token=token)[0] == 200
+        for token in (ALICE, keyed.token):
+            assert request(keyed.port, method, path, sent, token=token)[0] == 200
     # a client's key gives no access to stages
-    assert request(locked.stage_ports[0], "POST", "/forward", body, token="a-key-that-clients-send")[0] == 401
-    os.kill(locked.worker_pid("stage-0"), signal.SIGKILL)
+    assert request(keyed.stage_ports[0], "POST", "/forward", body, token=ALICE)[0] == 401
+    os.kill(keyed.worker_pid("stage-0"), signal.SIGKILL)
 
     def forwarded():
-        return request(locked.port, "POST", "/stage/0/forward", body, token=locked.token)
+        return request(keyed.port, "POST", "/stage/0/forward", body, token=keyed.token)
 
     status, answer = wait_until(lambda: (got := forwarded())[0] != 200 and got, 10, "the stage is missed")
     assert (status, answer["success"]) == (503, False)
@@ -248,11 +253,10 @@ def test_with_an_api_key_the_coordinators_routes_want_it_and_a_lost_stage_is_sai
 
 
 @pytest.mark.model
-def test_forwards_by_hand_generate_what_generate_does_on_the_real_model(tmp_path):
-    with running_cluster(tmp_path / "state", real_model_folder(), 2) as cluster:
-        for prompt in PROMPTS[:3]:
-            prompt_ids, expected = generated_ids(cluster, prompt, 32)
-            assert generate_by_hand(stage_paths(cluster), "", prompt_ids, 32) == expected
-        held = cluster.kv_bytes_held()
-        assert get_json(f"{cluster.url}/health")[1]["status"] == "ready"
-        assert held <= 2 * (128 << 20)
+def test_forwards_by_hand_generate_what_generate_does_on_the_real_model(real_cluster, forwards):
+    for prompt in PROMPTS[:3]:
+        prompt_ids, expected = generated_ids(real_cluster, prompt, 32)
+        assert generate_by_hand(stage_paths(real_cluster), "", prompt_ids, 32) == expected
+    held = real_cluster.kv_bytes_held()
+    assert get_json(f"{real_cluster.url}/health")[1]["status"] == "ready"
+    assert held <= 2 * (128 << 20)

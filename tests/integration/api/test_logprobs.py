@@ -223,12 +223,21 @@ def test_generate_gives_details_of_each_token_and_of_the_prompt(cluster, whole):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("step_tokens", [16, 512])
-def test_the_real_models_log_likelihoods_over_two_stages_are_transformers(step_tokens, tmp_path):
+def test_the_real_models_log_likelihoods_over_two_stages_are_transformers(real_cluster):
+    check_log_likelihoods_of_the_real_model(real_cluster)
+
+
+@pytest.mark.model
+@pytest.mark.full
+def test_the_real_models_log_likelihoods_are_transformers_with_small_steps_too(tmp_path):
+    with running_cluster(tmp_path / "state", real_model_folder(), 2, NOODLE_STEP_TOKENS="16") as cluster:
+        check_log_likelihoods_of_the_real_model(cluster)
+
+
+def check_log_likelihoods_of_the_real_model(cluster):
     whole = WholeModel(real_model_folder())
-    with running_cluster(tmp_path / "state", real_model_folder(), 2, NOODLE_STEP_TOKENS=str(step_tokens)) as cluster:
-        for text in PROMPTS[::4]:
-            prompt = whole.tokenizer(text)["input_ids"]
-            status, answer = cluster.post("/v1/completions", {"prompt": prompt, **LOGLIKELIHOOD})
-            assert status == 200, answer
-            check_scores(answer["choices"][0]["logprobs"], prompt, whole.log_probabilities(prompt))
+    for text in PROMPTS[::4]:
+        prompt = whole.tokenizer(text)["input_ids"]
+        status, answer = cluster.post("/v1/completions", {"prompt": prompt, **LOGLIKELIHOOD})
+        assert status == 200, answer
+        check_scores(answer["choices"][0]["logprobs"], prompt, whole.log_probabilities(prompt))

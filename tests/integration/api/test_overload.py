@@ -152,6 +152,21 @@ def test_a_stage_that_stood_still_keeps_the_rows_that_the_coordinator_counts_on(
     assert small.kv_bytes_held() == 0
 
 
+def test_a_request_over_the_limits_is_refused_with_the_code_of_the_openai_api(small):
+    answers = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(small.post("/generate", body("at once", 100))))
+        for _ in range(OPEN + WAITING + 4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted({status for status, _ in answers}) == [200, 429]
+    assert {answer["error"]["code"] for status, answer in answers if status == 429} == {"rate_limit_exceeded"}
+    wait_until(lambda: small.kv_bytes_held() == 0, 15, "only what is kept on purpose is left")
+
+
 @pytest.mark.parametrize(
     "value", ["0", "-0.0", "-1", "NaN", "Infinity", "1e400", "86401", "1" * 60, '"5"', "true", "[]"]
 )

@@ -146,16 +146,6 @@ def test_a_killed_coordinator_comes_back_and_leaves_no_rows(cluster):
     wait_until(lambda: cluster.kv_bytes_held() == 0, 15, "no KV rows are left")
 
 
-def test_too_many_requests_are_told_to_come_again(tiny_folder, tmp_path):
-    limits = {"NOODLE_MAX_OPEN_REQUESTS": "1", "NOODLE_MAX_WAITING_REQUESTS": "1"}
-    with running_cluster(tmp_path / "state", tiny_folder, 1, **limits) as cluster:
-        requests = OpenRequests(cluster, count=6, running=1)
-        answers = requests.ended()
-        assert sorted({status for status, _ in answers}) == [200, 429]
-        refused = next(answer for status, answer in answers if status == 429)
-        assert refused["error"]["code"] == "rate_limit_exceeded"
-
-
 @pytest.fixture(scope="module")
 def movable(tiny_folder, tmp_path_factory):
     """A cluster that moves layers away from a stage after three seconds of silence."""

@@ -4,32 +4,29 @@ import random
 
 import pytest
 
-from tests.measure.correctness.kills import LAYERS, is_empty
+from tests.measure.correctness.kills import LAYERS
 from tests.support.clients.kill_runs import SERVICES_OF, killer, random_moment, requests_of, run_streams
 from tests.support.models.equality import first_difference
 from tests.support.models.real_model import real_model_folder
 from tests.support.models.whole_model import WholeModel
-from tests.support.processes.cluster import running_cluster, wait_until
+from tests.support.processes.cluster import wait_until
 from tests.support.processes.stage_rig import running_coordinator, running_stages
-from tests.support.stages.executors import exactly
+from tests.support.sampling import sampled
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.model]
-TIMES = 2
+NUMBERS = sampled(range(2), lambda number: number == 0)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A cluster, and the tokens of its streams in an undisturbed run."""
-    with running_cluster(tmp_path_factory.mktemp("kills") / "state", real_model_folder(), 2) as cluster:
-        yield cluster, [stream.tokens for stream in run_streams(cluster, "undisturbed", None)]
+def undisturbed(real_cluster):
+    """The tokens of the streams in an undisturbed run."""
+    return [stream.tokens for stream in run_streams(real_cluster, "undisturbed", None)]
 
 
 @pytest.fixture(scope="module")
-def undisturbed_ggml(tmp_path_factory):
+def undisturbed_ggml(real_ggml_cluster):
     """The same with ggml."""
-    state = tmp_path_factory.mktemp("kills-ggml") / "state"
-    with running_cluster(state, real_model_folder(), 2, **exactly("ggml")) as cluster:
-        yield cluster, [stream.tokens for stream in run_streams(cluster, "undisturbed", None)]
+    return [stream.tokens for stream in run_streams(real_ggml_cluster, "undisturbed", None)]
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +57,25 @@ def check_that_all_end_well(services, run, kill, expected, whole):
             before = [*whole.tokenizer(body["inputs"]).input_ids, *tokens[:parted_at]]
             assert "seed" not in body["parameters"], "a drawn text differs"
             assert whole.best_two_gap(before) < 1e-3
-    wait_until(lambda: is_empty(services), 60, "only kept KV rows are left")
+    wait_until(services.is_empty, 60, "only kept KV rows are left")
 
 
-@pytest.mark.parametrize("number", range(TIMES))
+@pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("kind", [*SERVICES_OF, "valkey, then the coordinator"])
-def test_every_request_ends_with_its_own_tokens(undisturbed, whole, kind, number):
-    cluster, expected = undisturbed
+def test_every_request_ends_with_its_own_tokens(real_cluster, undisturbed, whole, kind, number):
     run = f"{kind.replace(' ', '-').replace(',', '')}-{number}"
-    check_that_all_end_well(cluster, run, killer(cluster, kind), expected, whole)
+    check_that_all_end_well(real_cluster, run, killer(real_cluster, kind), undisturbed, whole)
 
 
 @pytest.mark.parametrize("kind", ["stage 0", "stage 1", "coordinator", "all of machine A"])
-def test_every_request_ends_with_its_own_tokens_where_ggml_computes(undisturbed_ggml, whole, kind):
-    cluster, expected = undisturbed_ggml
-    check_that_all_end_well(cluster, kind.replace(" ", "-"), killer(cluster, kind), expected, whole)
+def test_every_request_ends_with_its_own_tokens_where_ggml_computes(real_ggml_cluster, undisturbed_ggml, whole, kind):
+    kill = killer(real_ggml_cluster, kind)
+    check_that_all_end_well(real_ggml_cluster, kind.replace(" ", "-"), kill, undisturbed_ggml, whole)
 
 
-@pytest.mark.parametrize("number", range(TIMES))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_every_request_ends_with_its_own_tokens_though_the_link_is_cut(undisturbed, linked, whole, number):
     services, cable = linked
     connections = cable.connections
-    check_that_all_end_well(services, f"link-{number}", cable.cut, undisturbed[1], whole)
+    check_that_all_end_well(services, f"link-{number}", cable.cut, undisturbed, whole)
     assert cable.connections > connections, "nothing was cut"

@@ -6,22 +6,19 @@ import signal
 
 import pytest
 
+from tests.integration.conftest import ALICE, BOB
 from tests.support.clients.event_reader import EventReader
-from tests.support.processes.cluster import request, running_cluster, wait_until
+from tests.support.processes.cluster import request, wait_until
 
 pytestmark = pytest.mark.timeout(300)
-ALICE, BOB = "alices-secret", "bobs-secret"
 AS_ALICE = {"Authorization": f"Bearer {ALICE}"}
 AS_BOB = {"Authorization": f"Bearer {BOB}"}
 NEW_TOKENS = 200
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_folder, tmp_path_factory):
-    state = tmp_path_factory.mktemp("taking-up") / "state"
-    keys = {"NOODLE_API_KEY": f"alice:{ALICE},bob:{BOB}"}
-    with running_cluster(state, tiny_folder, 2, **keys) as running:
-        yield running
+def cluster(keyed):
+    return keyed
 
 
 def asked(prompt, new_tokens=NEW_TOKENS, **parameters):

@@ -332,7 +332,8 @@ def test_a_stage_that_disagrees_about_the_way_is_named(tiny_folder, tmp_path):
         assert "queue" in services.post("/generate", {"inputs": "a"})[1]["error"]["message"]
 
 
-def test_noodle_up_passes_the_way_on(tiny_folder, tmp_path):
+@pytest.mark.full  # tests/integration/operator/test_up_fakes.py has a sample of it
+def test_noodle_up_passes_the_transport_on(tiny_folder, tmp_path):
     with running_cluster(tmp_path / "state", tiny_folder, 2, NOODLE_TRANSPORT="queue") as cluster:
         cluster.generate("a", max_new_tokens=3)
         assert [state["transport"] for state in cluster.stage_states()] == ["queue", "queue"]

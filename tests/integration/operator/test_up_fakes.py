@@ -47,6 +47,7 @@ def test_up_starts_everything_and_ctrl_c_leaves_nothing_behind(runs: UpRuns) -> 
 
 
 def test_every_service_gets_its_part_by_its_environment(runs: UpRuns) -> None:
+    runs.environment |= {"NOODLE_TRANSPORT": "queue"}
     runs.start_until_ready("--split", "10,2")
     stage = json.loads((runs.orders / "stage-1.environment").read_text())
     planner = json.loads((runs.orders / "planner.environment").read_text())
@@ -54,6 +55,8 @@ def test_every_service_gets_its_part_by_its_environment(runs: UpRuns) -> None:
     assert stage["NOODLE_ADVERTISE_URL"] == f"http://127.0.0.1:{runs.first_port + 4}"
     assert stage["NOODLE_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert stage["NOODLE_MODEL"] == "/models/fake"
+    coordinator = json.loads((runs.orders / "coordinator.environment").read_text())
+    assert stage["NOODLE_TRANSPORT"] == coordinator["NOODLE_TRANSPORT"] == "queue"
     assert (planner["NOODLE_STAGES"], planner["NOODLE_SPLIT"]) == ("2", "10,2")
 
 

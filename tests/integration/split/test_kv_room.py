@@ -1,5 +1,7 @@
 """Many requests with little room for KV rows, and prompts with a shared prefix, get the same tokens as alone."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -18,8 +20,10 @@ PROMPT = "What a long beginning this is, which all of them share: "
 @pytest.fixture(scope="module", params=EXECUTORS)
 def pair(request, tiny_folder, tmp_path_factory):
     """Two stages with enough room."""
-    state = tmp_path_factory.mktemp("pair") / "state"
-    with running_cluster(state, tiny_folder, 2, **exactly(request.param)) as running:
+    if request.param == "transformers":
+        yield request.getfixturevalue("cluster")
+        return
+    with running_cluster(tmp_path_factory.mktemp("pair") / "state", tiny_folder, 2, **exactly("ggml")) as running:
         yield running
 
 
@@ -63,6 +67,18 @@ def test_a_request_that_can_never_fit_is_refused_at_once_with_the_numbers(narrow
     )
     assert status == 422
     assert str(ROOM_TOKENS) in answer["error"]["message"]
+
+
+def test_room_for_less_than_the_context_is_reported(narrow):
+    (warning,) = narrow.get("/health")[1]["warnings"]
+    assert f"{ROOM_TOKENS} tokens, less than the context of 256" in warning
+    command = [sys.executable, "-m", "services.cli", "status"]
+    status = subprocess.run(command, env=narrow.environment, capture_output=True, text=True, check=True)
+    assert f"Note: {warning}" in status.stdout
+    new_tokens = ROOM_TOKENS - 20
+    asked = {"max_new_tokens": new_tokens, "ignore_eos": True}
+    assert narrow.generate([5] * 20, **asked)["details"]["generated_tokens"] == new_tokens
+    assert narrow.post("/generate", {"inputs": [5] * 21, "parameters": asked})[0] == 422
 
 
 def test_a_prompt_that_begins_like_one_before_gets_the_same_tokens_for_less(pair):

@@ -7,7 +7,6 @@ from tests.support.models.prompts import PROMPTS
 from tests.support.models.real_model import real_model_folder
 from tests.support.models.whole_model import WholeModel
 from tests.support.processes.cluster import running_cluster
-from tests.support.stages.executors import exactly
 
 NEW_TOKENS = 64
 PROMPTS_IN_CI = PROMPTS[::4]  # 5 of the 20; `make measure` has all of them
@@ -22,23 +21,33 @@ def whole():
 
 @pytest.fixture(scope="module")
 def drawn_texts():
-    """Texts with temperature and seed, by number of stages and executor; filled by the test below."""
-    return {}
+    """Texts with temperature and seed; each number of stages and executor adds its own."""
+    return set()
 
 
-@pytest.mark.parametrize(("executor", "stages"), [("transformers", 1), ("transformers", 3), ("ggml", 2)])
-def test_greedy_tokens_equal_those_of_the_unsplit_model(executor, stages, whole, drawn_texts, tmp_path):
-    with running_cluster(tmp_path / "state", real_model_folder(), stages, **exactly(executor)) as cluster:
-        tied = 0
-        for prompt in PROMPTS_IN_CI:
-            answer = cluster.generate(prompt, max_new_tokens=NEW_TOKENS, details=True)
-            token_ids = [token["id"] for token in answer["details"]["tokens"]]
-            prompt_ids = answer["details"]["prompt_token_ids"]
-            assert answer["details"]["prompt_tokens"] == len(prompt_ids)
-            tied += assert_equal_or_tied(whole, prompt_ids, token_ids, NEW_TOKENS)
-        assert tied <= 1
-        drawn_texts[executor, stages] = [
+@pytest.mark.parametrize("stages", [1, 3])
+def test_greedy_tokens_equal_those_of_the_unsplit_model(stages, whole, drawn_texts, tmp_path):
+    with running_cluster(tmp_path / "state", real_model_folder(), stages) as cluster:
+        check_that_the_split_changes_nothing(cluster, whole, drawn_texts)
+
+
+def test_greedy_tokens_of_ggml_equal_those_of_the_unsplit_model(real_ggml_cluster, whole, drawn_texts):
+    check_that_the_split_changes_nothing(real_ggml_cluster, whole, drawn_texts)
+
+
+def check_that_the_split_changes_nothing(cluster, whole, drawn_texts):
+    tied = 0
+    for prompt in PROMPTS_IN_CI:
+        answer = cluster.generate(prompt, max_new_tokens=NEW_TOKENS, details=True)
+        token_ids = [token["id"] for token in answer["details"]["tokens"]]
+        prompt_ids = answer["details"]["prompt_token_ids"]
+        assert answer["details"]["prompt_tokens"] == len(prompt_ids)
+        tied += assert_equal_or_tied(whole, prompt_ids, token_ids, NEW_TOKENS)
+    assert tied <= 1
+    drawn_texts.add(
+        tuple(
             cluster.generate(prompt, max_new_tokens=32, temperature=0.8, top_p=0.95, seed=1234)["generated_text"]
             for prompt in PROMPTS_IN_CI[:3]
-        ]
-    assert len(set(map(tuple, drawn_texts.values()))) == 1
+        )
+    )
+    assert len(drawn_texts) == 1

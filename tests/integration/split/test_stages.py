@@ -13,27 +13,29 @@ from tests.support.processes.cluster import Cluster, running_cluster
 pytestmark = pytest.mark.timeout(300)
 LAYERS = 6
 START_SECONDS = 90
-KV_BYTES_PER_TOKEN = 768  # of the tiny model, on a stage with three of its layers
 
 
 def text_of(cluster):
     drawn = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.9, "top_p": 0.9, "seed": 3}
-    return cluster.generate("a fixed prompt", **drawn)["generated_text"]
+    body = {"inputs": "a fixed prompt", "parameters": drawn}
+    status, answer = cluster.post("/generate", body, Authorization=f"Bearer {cluster.token}")
+    assert status == 200, answer
+    return answer["generated_text"]
 
 
 def layers_of(cluster):
-    return [stage["layers"][1] - stage["layers"][0] for stage in cluster.get("/health")[1]["stages"]]
+    stages = cluster.get("/health", cluster.token)[1]["stages"]
+    return [stage["layers"][1] - stage["layers"][0] for stage in stages]
 
 
-def test_as_many_stages_as_layers_say_what_one_stage_says(tiny_folder, tmp_path):
+def test_as_many_stages_as_layers_say_what_one_stage_says(tiny_folder, tmp_path, keyed):
     with running_cluster(tmp_path / "one", tiny_folder, 1) as cluster:
         expected = text_of(cluster)
     with running_cluster(tmp_path / "all", tiny_folder, LAYERS) as cluster:
         assert layers_of(cluster) == [1] * LAYERS
         assert text_of(cluster) == expected
-    with running_cluster(tmp_path / "split", tiny_folder, 2, NOODLE_SPLIT="5,1") as cluster:
-        assert layers_of(cluster) == [5, 1]
-        assert text_of(cluster) == expected
+    assert layers_of(keyed) == [5, 1]
+    assert text_of(keyed) == expected
 
 
 def refusal(tmp_path, model, stages=2, **variables):
@@ -101,18 +103,6 @@ def test_room_for_no_session_and_a_context_that_nobody_can_use_are_refused(tiny_
     said = refusal(tmp_path, tiny_folder, NOODLE_CONTEXT_LENGTH="1")
     assert "NOODLE_CONTEXT_LENGTH is '1'" in said
     assert "from 16" in said
-
-
-def test_room_for_less_than_the_context_is_said_and_serves(tiny_folder, tmp_path):
-    little_room = {"NOODLE_SPLIT": "3,3", "NOODLE_KV_BYTES": str(100 * KV_BYTES_PER_TOKEN)}
-    with running_cluster(tmp_path / "state", tiny_folder, 2, **little_room) as cluster:
-        (warning,) = cluster.get("/health")[1]["warnings"]
-        assert "100 tokens, less than the context of 256" in warning
-        command = [sys.executable, "-m", "services.cli", "status"]
-        status = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=True)
-        assert f"Note: {warning}" in status.stdout
-        assert cluster.generate([5] * 20, max_new_tokens=80, ignore_eos=True)["details"]["generated_tokens"] == 80
-        assert cluster.post("/generate", {"inputs": [5] * 21, "parameters": {"max_new_tokens": 80}})[0] == 422
 
 
 def test_a_cache_folder_that_is_a_file_is_refused_by_the_service_that_meets_it(tiny_folder, tmp_path):

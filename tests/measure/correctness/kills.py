@@ -96,30 +96,14 @@ def one_run(services: Services, run: str, kill: Callable[[], None], chance: rand
         kill()
         died_at = time.monotonic()
 
-    wait_until(lambda: is_ready(services), EMPTY_SECONDS, "it is whole again")
+    wait_until(services.is_ready, EMPTY_SECONDS, "it is whole again")
     streams = run_streams(services, run, kill_now, random_moment(chance))
     held_bytes = 0
     try:
-        wait_until(lambda: is_empty(services), EMPTY_SECONDS, "only kept KV rows are left")
+        wait_until(services.is_empty, EMPTY_SECONDS, "only kept KV rows are left")
     except AssertionError:
         held_bytes = services.kv_bytes_held()
     return Run(streams, died_at, held_bytes)
-
-
-def is_ready(services: Services) -> bool:
-    """Return whether the coordinator reports ready; false while it is away."""
-    try:
-        return bool(services.get("/health")[1].get("status") == "ready")
-    except (OSError, AttributeError):
-        return False
-
-
-def is_empty(services: Services) -> bool:
-    """Return whether stages hold only rows kept for prefix reuse; false while one of them is away."""
-    try:
-        return services.kv_bytes_held() == 0
-    except (OSError, AssertionError, KeyError):
-        return False
 
 
 def link_runs(chance: random.Random, executor: str, times: int) -> list[Run]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from noodle.model.files import read_config
-from tests.measure.correctness.kills import EMPTY_SECONDS, is_empty
+from tests.measure.correctness.kills import EMPTY_SECONDS
 from tests.measure.report import Section
 from tests.support.clients.mixed_load import ask
 from tests.support.models.equality import TIE_GAP, first_difference
@@ -57,7 +57,7 @@ def measure_tight() -> Section:
             found.append(("all that is wanted", *at_once(cluster, asked)))
         with running_cluster(Path(scratch) / "narrow", folder, 2, **variables, **narrow) as cluster:
             found.append((f"{room} rows", *at_once(cluster, asked)))
-            wait_until(lambda: is_empty(cluster), EMPTY_SECONDS, "only kept KV rows are left")
+            wait_until(cluster.is_empty, EMPTY_SECONDS, "only kept KV rows are left")
     whole = WholeModel(folder)
     rows = []
     for name, answers, seconds, preemptions in found:
@@ -152,7 +152,7 @@ def measure_overload() -> Section:
         running_cluster(Path(scratch) / "s", real_model_folder(), 2) as cluster,
     ):
         ended, health = overload(cluster, OVERLOAD_REQUESTS)
-        wait_until(lambda: is_empty(cluster), EMPTY_SECONDS, "only kept KV rows are left")
+        wait_until(cluster.is_empty, EMPTY_SECONDS, "only kept KV rows are left")
     rows = []
     for status in sorted({each.status for each in ended}):
         those = [each for each in ended if each.status == status]

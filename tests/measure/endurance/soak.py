@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.measure.correctness.kills import EMPTY_SECONDS, is_empty, is_ready
+from tests.measure.correctness.kills import EMPTY_SECONDS
 from tests.measure.endurance.memory import proportional_bytes
 from tests.measure.report import Section
 from tests.support.clients.kill_runs import SERVICES_OF, killer, pids_of, processes_of
@@ -84,15 +84,15 @@ class Soak:
                 next_death_at += KILL_EVERY_SECONDS
                 deaths = deaths or chance.sample(DEATHS, len(DEATHS))  # each kind occurs equally often
                 self.kill(deaths.pop())
-            if not self.memory and now >= early_at and is_ready(self.cluster):
+            if not self.memory and now >= early_at and self.cluster.is_ready():
                 self.memory.append(self.memory_now())
             time.sleep(0.2)
-        wait_until(lambda: is_ready(self.cluster), WHOLE_AGAIN_SECONDS, "it is whole again")
+        wait_until(self.cluster.is_ready, WHOLE_AGAIN_SECONDS, "it is whole again")
         time.sleep(5.0)  # the service started last works again too
         self.memory.append(self.memory_now())
         self.hanging = self.load.stop()
         try:
-            wait_until(lambda: is_empty(self.cluster), EMPTY_SECONDS, "only kept KV rows are left")
+            wait_until(self.cluster.is_empty, EMPTY_SECONDS, "only kept KV rows are left")
         except AssertionError:
             self.held_bytes = self.cluster.kv_bytes_held()
         self.processes_after = len(processes_of(self.cluster))

@@ -80,6 +80,20 @@ class Services:
             states.append(answer["state"])
         return states
 
+    def is_ready(self) -> bool:
+        """Return whether the coordinator reports ready; false while it is away."""
+        try:
+            return bool(self.get("/health")[1].get("status") == "ready")
+        except (OSError, http.client.HTTPException, AttributeError):
+            return False
+
+    def is_empty(self) -> bool:
+        """Return whether no request runs and only rows kept for prefix reuse are held; false while a part is away."""
+        try:
+            return self.metric(self.port, "noodle_num_requests_running") == 0 and self.kv_bytes_held() == 0
+        except (OSError, http.client.HTTPException, AssertionError, AttributeError, KeyError):
+            return False
+
     def kv_bytes_held(self) -> int:
         """Return the KV bytes of all stages, without the rows kept for prefix reuse."""
         kept_tokens = self.get("/health", self.token)[1]["kept_kv_tokens"]
@@ -141,10 +155,7 @@ class Cluster(Services):
     def is_ready(self) -> bool:
         """Return whether the coordinator reports ready; fail with the output if `noodle up` has ended."""
         assert self.process.poll() is None, self.output_path.read_text(encoding="utf-8")
-        try:
-            return bool(self.get("/health")[1].get("status") == "ready")
-        except OSError:
-            return False
+        return super().is_ready()
 
     def stop(self) -> None:
         """Stop it; fail if it does not stop in time."""

@@ -163,13 +163,6 @@ class RigServices(Services):
         """Return the cluster token."""
         return self.rig.token
 
-    def is_ready(self) -> bool:
-        """Return whether the coordinator reports ready."""
-        try:
-            return bool(self.get("/health")[1].get("status") == "ready")
-        except OSError:
-            return False
-
 
 @contextlib.contextmanager
 def running_coordinator(

@@ -28,13 +28,6 @@ class TwoMachines(Services):
         """Return the cluster token."""
         return self.token_path.read_text(encoding="utf-8")
 
-    def is_ready(self) -> bool:
-        """Return whether the coordinator reports ready."""
-        try:
-            return bool(self.get("/health")[1].get("status") == "ready")
-        except OSError:
-            return False
-
 
 @contextlib.contextmanager
 def two_machines(folder: Path, model: Path) -> Iterator[TwoMachines]:
