@@ -34,7 +34,7 @@ setup: $(RUNTIME_STAMP) $(GGML_STAMP) $(KERNELS_STAMP) ## install what runs nood
 
 setup-dev: $(DEV_STAMP) $(GGML_STAMP) $(KERNELS_STAMP) ## install what tests it as well
 
-ggml: $(RUNTIME_STAMP) ## build ggml anew for this machine (needs a C++ compiler; GGML_CMAKE_ARGS are its switches)
+ggml: $(RUNTIME_STAMP) ## build ggml again for this machine (needs a C++ compiler; GGML_CMAKE_ARGS are its switches)
 	@rm -f $(GGML_STAMP)
 	@$(MAKE) --no-print-directory $(KERNELS_STAMP)
 	@test -f $(GGML_STAMP)
@@ -45,8 +45,8 @@ run: setup ## set up, then start noodle on this machine (Ctrl-C stops it)
 test: setup-dev ## run the tests that need no Docker; of slow kinds a sample
 	$(VENV)/bin/python -m pytest $(SLOWEST)
 
-test-all: setup-dev ## run the same tests, slow kinds in full
-	$(VENV)/bin/python -m pytest $(SLOWEST) --all
+test-all: setup-dev ## run every test in full, those that need Docker too
+	$(VENV)/bin/python -m pytest $(SLOWEST) --all tests/unit tests/contract tests/integration tests/engine
 
 test-engine: setup-dev ## build the images and test them on a Docker engine
 	$(VENV)/bin/python -m pytest $(SLOWEST) tests/engine
@@ -62,7 +62,7 @@ check: lint ## lint, format, types, unit and contract tests: what a change must 
 measure: setup-dev ## measure, and write the tables into docs/measurements.md
 	$(VENV)/bin/python -m tests.measure
 
-lock: $(DEV_STAMP) ## resolve both lock files anew, keeping the versions that still fit
+lock: $(DEV_STAMP) ## resolve the lock files again, keeping the versions that still fit
 	$(VENV)/bin/python -m pip install --quiet uv==$(UV_VERSION)
 	$(LOCK) --output-file requirements.lock
 	$(LOCK) --extra dev --output-file requirements-dev.lock
