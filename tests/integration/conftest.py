@@ -9,7 +9,7 @@ from tests.support.processes.cluster import running_cluster, wait_until
 from tests.support.stages.executors import exactly
 
 ALICE, BOB = "alices-secret", "bobs-secret"
-AS_FOUND_SECONDS = 30.0
+AS_FOUND_SECONDS = 60.0
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from services.cli.client.http_client import get_json
 from tests.integration.conftest import ALICE
 from tests.support.clients.forward_by_hand import generate_by_hand
 from tests.support.models.prompts import PROMPTS
-from tests.support.processes.cluster import request, wait_until
+from tests.support.processes.cluster import request, running_cluster, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 SCRIPT = Path(__file__).parents[2] / "support" / "clients" / "guide_test_distributed.py"
@@ -41,15 +41,11 @@ def command(cluster, *arguments, stdin=None):
     )
 
 
-@pytest.fixture
-def forwards(shared):
-    """Forwards by hand leave sessions on the stages; loading the layers again ends them."""
-    yield
-    for running in shared.clusters:
-        if running.kv_bytes_held():
-            for index, port in enumerate(running.stage_ports):
-                body = {"reload": True}
-                assert request(port, "POST", f"/load_model/{index}", body, token=running.token)[0] == 200
+@pytest.fixture(scope="module")
+def cluster(tiny_folder, tmp_path_factory):
+    """Two stages of the tiny model, not shared: forwards by hand leave sessions on them."""
+    with running_cluster(tmp_path_factory.mktemp("guide") / "state", tiny_folder, 2) as running:
+        yield running
 
 
 def generated_ids(cluster, prompt, new_tokens, **parameters):
@@ -58,7 +54,7 @@ def generated_ids(cluster, prompt, new_tokens, **parameters):
     return details["prompt_token_ids"], [token["id"] for token in details["tokens"]]
 
 
-def test_the_guides_script_runs_with_only_addresses_key_and_hidden_size_set(cluster, forwards):
+def test_the_guides_script_runs_with_only_addresses_key_and_hidden_size_set(cluster):
     first, second = (f"http://127.0.0.1:{port}" for port in cluster.stage_ports)
     places = ["--coordinator", cluster.url, "--local", first, "--worker", second]
     done = subprocess.run(
@@ -74,13 +70,13 @@ def test_the_guides_script_runs_with_only_addresses_key_and_hidden_size_set(clus
 
 
 @pytest.mark.parametrize("prompt", ["abc", "a longer prompt with the cat and the dog " * 4])
-def test_forwards_by_hand_generate_what_generate_does(cluster, forwards, prompt):
+def test_forwards_by_hand_generate_what_generate_does(cluster, prompt):
     prompt_ids, expected = generated_ids(cluster, prompt, 24)
     assert generate_by_hand(stage_paths(cluster), "", prompt_ids, 24) == expected
     assert generate_by_hand(stage_paths(cluster), "", prompt_ids, 24, chunk_tokens=3) == expected
 
 
-def test_forwards_beside_a_served_request_change_no_token_of_it(cluster, forwards):
+def test_forwards_beside_a_served_request_change_no_token_of_it(cluster):
     _, expected = generated_ids(cluster, "beside", 120, temperature=0.9, seed=4)
     stop = threading.Event()
     statuses = []
@@ -227,7 +223,7 @@ def test_metrics_are_kept_and_shown(cluster):
     assert len(cluster.get("/log_metrics?last=2")[1]["entries"]) == 2
 
 
-def test_with_an_api_key_the_coordinators_routes_want_it_and_a_lost_stage_is_said(keyed, forwards):
+def test_with_an_api_key_the_coordinators_routes_want_it_and_a_lost_stage_is_said(keyed):
     body = {"session_id": "x", "token_ids": [5]}
     for method, path, sent in (
         ("POST", "/stage/0/forward", body),
@@ -250,13 +246,18 @@ def test_with_an_api_key_the_coordinators_routes_want_it_and_a_lost_stage_is_sai
     status, answer = wait_until(lambda: (got := forwarded())[0] != 200 and got, 10, "the stage is missed")
     assert (status, answer["success"]) == (503, False)
     wait_until(lambda: forwarded()[0] == 200, 60, "the stage is back")
+    reload = {"reload": True}  # ends the session of these forwards
+    assert request(keyed.stage_ports[0], "POST", "/load_model/0", reload, token=keyed.token)[0] == 200
 
 
 @pytest.mark.model
-def test_forwards_by_hand_generate_what_generate_does_on_the_real_model(real_cluster, forwards):
+def test_forwards_by_hand_generate_what_generate_does_on_the_real_model(real_cluster):
     for prompt in PROMPTS[:3]:
         prompt_ids, expected = generated_ids(real_cluster, prompt, 32)
         assert generate_by_hand(stage_paths(real_cluster), "", prompt_ids, 32) == expected
     held = real_cluster.kv_bytes_held()
     assert get_json(f"{real_cluster.url}/health")[1]["status"] == "ready"
     assert held <= 2 * (128 << 20)
+    for stage in ("stage-0", "stage-1"):  # ends the sessions of these forwards
+        os.kill(real_cluster.worker_pid(stage), signal.SIGKILL)
+    wait_until(lambda: not real_cluster.is_ready(), 15, "the stages are missed")
