@@ -61,6 +61,8 @@ def build_machine_report(
     `known_quality` may return what other stages measured for a report's weights; otherwise the whole model is fetched.
     """
     progress(0.0, "starting torch")
+    # the module that import_early imports comes first: two threads in one package in different order get it half-made
+    import services.stage.executors.transformers.loading  # noqa: F401
     from services.stage.executors.transformers.runtime import read_model_config, set_threads
 
     threads = config.threads or len(os.sched_getaffinity(0))
