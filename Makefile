@@ -25,7 +25,7 @@ IMAGE_LOCK := $(VENV)/bin/uv pip compile pyproject.toml --constraint requirement
 OF_TORCH := ^(torch|triton|(nvidia|cuda)-[a-z0-9-]+)==
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev ggml run test test-all test-engine lint check measure lock clean
+.PHONY: docs map help setup setup-dev ggml run test test-all test-engine lint check measure lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ lint: setup-dev ## lint, format, types
 
 check: lint ## lint, format, types, unit and contract tests: what a change must pass
 	$(VENV)/bin/python -m pytest tests/unit tests/contract
+
+map: setup ## print every folder and file of the source with its purpose
+	@$(VENV)/bin/python -m docs.generate map
+
+docs: setup-dev ## write the pages that come from the code: commands, HTTP API, bounds
+	$(VENV)/bin/python -m docs.generate
 
 measure: setup-dev ## measure, and write the tables into docs/measurements.md
 	$(VENV)/bin/python -m tests.measure

@@ -1,14 +1,14 @@
-"""What the documents say is there is there: files, commands, variables, routes, links, bounds."""
+"""Documents are true: files, commands, variables, routes, links and the pages that are written from the code."""
 
 import argparse
-import ast
 import re
 from pathlib import Path
 
 import pytest
 
+from docs.generate import DOCUMENTS as DOCUMENTS_FROM_CODE
+from noodle import __version__
 from noodle.config.settings import VARIABLES
-from noodle.model.families import FAMILIES
 from services.cli.main import command_parser
 
 ROOT = Path(__file__).parents[3]
@@ -21,34 +21,6 @@ HISTORY = re.compile(r"\b(AI|LLMs?|agents?|this session|issue \d+|TODO|FIXME)\b|
 
 def text_of(path):
     return path.read_text(encoding="utf-8")
-
-
-def tree():
-    """Paths in the README's tree: indentation is depth, a folder ends with a slash, a remark follows each file."""
-    block = re.search(r"^```\n(services/\n.*?)^```", text_of(README), re.DOTALL | re.MULTILINE)
-    assert block, "the README has no tree that begins with services/"
-    folders, paths = [], []
-    for line in block[1].splitlines():
-        indent, name, remark = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
-        folders = folders[: len(indent) // 2]
-        if name.endswith("/"):
-            folders.append(name)
-        else:
-            assert remark, f"the README's tree says nothing of {name}"
-            paths.append("".join(folders) + name)
-    return paths
-
-
-def test_every_file_of_the_code_stands_once_in_the_readme_tree():
-    paths = tree()
-    assert len(paths) == len(set(paths))
-    files = [*ROOT.glob("services/**/*.py"), *ROOT.glob("shared/noodle/**/*.py")]
-    names = {path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"}
-    assert sorted(names - set(paths)) == []
-
-
-def test_nothing_stands_in_the_readme_tree_that_is_not_there():
-    assert [path for path in tree() if not (ROOT / path).is_file()] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -75,12 +47,6 @@ def test_every_noodle_command_and_its_options_exist(document):
         assert not unknown, f"noodle {command} {unknown}"
 
 
-def test_the_readme_names_every_command_and_option():
-    rows = dict(re.findall(r"^\| `noodle ([a-z]+)[^|]*\|(.*)$", text_of(README), re.MULTILINE))
-    for command, options in options_by_command().items():
-        assert set(re.findall(r"`(--[a-z-]+)", rows[command])) == options - {"--help", "--report-to"}, command
-
-
 def options_by_command():
     subparsers = next(each for each in command_parser()._actions if isinstance(each, argparse._SubParsersAction))
     return {
@@ -95,49 +61,47 @@ def test_every_variable_that_is_mentioned_exists(document):
     assert mentioned <= {variable.name for variable in VARIABLES}
 
 
-def test_the_readme_names_every_route_and_no_other():
-    routes = set()
-    for path in [*ROOT.glob("services/**/*.py"), *ROOT.glob("shared/noodle/**/*.py")]:
+@pytest.mark.parametrize("name", sorted(DOCUMENTS_FROM_CODE))
+def test_a_document_that_is_written_from_the_code_is_up_to_date(name):
+    assert text_of(ROOT / "docs" / name) == DOCUMENTS_FROM_CODE[name](), "run `make docs`"
+
+
+def test_every_route_is_in_the_document_of_the_api_or_of_another_service():
+    documented = set(re.findall(r"^## ([A-Z]+ /\S*)$", text_of(ROOT / "docs" / "http-api.md"), re.MULTILINE))
+    for path in ROOT.glob("services/coordinator/**/*.py"):
         for method, route in re.findall(r'@\w+\.(get|post|delete)\("(/[^"]+)"\)', text_of(path)):
-            routes.add(f"{method.upper()} {re.sub(r'<.*>', '<id>', route)}")
-    assert routes
-    named = {re.sub(r"<.*>", "<id>", each) for each in re.findall(r"`((?:GET|POST|DELETE) /[^`]*)`", text_of(README))}
-    assert named == routes
+            named = f"{method.upper()} {re.sub(r'<(?:[a-z]+:)?([a-z_]+)>', r'{\1}', route)}"
+            assert named in documented, f"{path}: {named}"
 
 
-def test_the_readme_counts_the_families_right():
-    assert f"{len(FAMILIES)} model families" in text_of(README)
-    first, last = re.search(r"families, from (\w+) to (\w+), among them", text_of(README)).groups()
-    assert (first, last) == (min(FAMILIES), max(FAMILIES))
-    among = re.search(r"among them (.*?)\. The list", text_of(README), re.DOTALL)[1]
-    assert set(re.findall(r"\w+", among)) - {"and"} <= set(FAMILIES)
+def test_every_file_and_folder_that_documents_name_exists():
+    for document in (README, ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"):
+        for named in re.findall(r"`((?:services|shared|tests|docs|deploy|grafana)/[\w/.-]+)`", text_of(document)):
+            assert (ROOT / named).exists(), f"{document.name} names {named}"
+        for named in re.findall(r"`((?:coordinator|planner|stage|cli|noodle)/[\w/.-]+)`", text_of(document)):
+            folder = "shared" if named.startswith("noodle/") else "services"
+            assert (ROOT / folder / named).exists(), f"{document.name} names {named}"
 
 
-def test_the_changelog_has_a_place_for_what_is_not_released():
-    assert re.search(r"^## Unreleased$", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)
+def test_the_folders_of_the_readme_tree_are_the_folders_of_the_source():
+    block = re.search(r"^```\n(services/\n.*?)^```", text_of(README), re.DOTALL | re.MULTILINE)
+    assert block, "the README has no tree that begins with services/"
+    for name in ("coordinator", "stage", "planner", "cli"):
+        assert re.search(rf"^  {name}/ ", block[1], re.MULTILINE), name
+    for folder in [*ROOT.glob("services/coordinator/*/"), *ROOT.glob("services/stage/*/")]:
+        if folder.name != "__pycache__":
+            assert f"    {folder.name}/ " in block[1], folder
 
 
-def test_every_bound_in_the_architecture_is_the_one_in_the_code():
-    rows = re.findall(r"^\| `(\w+)` \| (\S.*?) \| (\S+\.py) \|", text_of(ROOT / "ARCHITECTURE.md"), re.MULTILINE)
-    assert len(rows) > 20
-    defaults = {variable.name: variable.default for variable in VARIABLES}
-    for name, value, file in rows:
-        if name in defaults:
-            assert defaults[name] == value, name
-        else:
-            assert constants_of(ROOT / file).get(name) == value, f"{name} in {file}"
+def test_the_readme_fits_on_a_few_screens():
+    assert len(text_of(README).splitlines()) <= 130
 
 
-def constants_of(path):
-    """The module's own constants, as they are written."""
-    source = text_of(path)
-    assignments = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-    return {
-        target.id: ast.get_source_segment(source, node.value)
-        for node in assignments
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+def test_the_changelog_knows_this_version_and_has_a_place_for_the_next():
+    versions = re.findall(r"^## (.*)$", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    assert versions[1].split(" - ")[0] == __version__
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", each) for each in versions[1:])
 
 
 def test_every_decision_has_its_number_and_a_status():
