@@ -1,13 +1,14 @@
 """Writes docs/commands.md, docs/http-api.md and docs/bounds.md from the code, and prints the map of the source.
 
-    python -m docs.generate        write the three documents
-    python -m docs.generate map    print every folder and file with the first line of its docstring
+python -m docs.generate        write the three documents
+python -m docs.generate map    print every folder and file with the first line of its docstring
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from services.cli.main import command_parser
-from services.coordinator.api.openapi import document
+from services.coordinator.app import document
 
 ROOT = Path(__file__).parents[1]
 SOURCE_FOLDERS = ("services", "shared/noodle")
@@ -88,11 +89,27 @@ def http_api() -> str:
     ]
     for path, operations in api["paths"].items():
         for method, operation in operations.items():
-            lines += [f"## {method.upper()} {path}\n", f"{operation['summary']}\n"]
-            if operation.get("description"):
-                lines.append(f"{operation['description']}\n")
+            lines.append(f"## {method.upper()} {path}\n")
+            lines.append(f"{operation['summary'].rstrip('.')}. {operation.get('description', '')}".strip() + "\n")
             lines += _body(api, operation)
-    return "\n".join(lines)
+    lines.append("# Routes of planner and stages\n")
+    lines.append(
+        "All need the cluster token, except that `/health` gives everyone the status. They also have `/metrics`.\n"
+    )
+    lines += ["| service | route | what it does |", "|---|---|---|", *_inner_routes("planner"), *_inner_routes("stage")]
+    return "\n".join(lines) + "\n"
+
+
+def _inner_routes(service: str) -> Iterator[str]:
+    """Rows of the routes of a service without an OpenAPI document, from their decorators and docstrings."""
+    for path in sorted((ROOT / "services" / service).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                for decorator in node.decorator_list:
+                    if isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Attribute):
+                        method, route = decorator.func.attr.upper(), decorator.args[0]
+                        if method in ("GET", "POST", "DELETE") and isinstance(route, ast.Constant):
+                            yield f"| {service} | `{method} {route.value}` | {ast.get_docstring(node) or ''} |"
 
 
 def _body(api: dict[str, Any], operation: dict[str, Any]) -> list[str]:
@@ -100,8 +117,25 @@ def _body(api: dict[str, Any], operation: dict[str, Any]) -> list[str]:
     if not content:
         return []
     schema = _resolved(api, content["schema"])
-    rows = [_field_row(api, name, each, schema) for name, each in schema.get("properties", {}).items()]
-    return ["| field | type | meaning |", "|---|---|---|", *rows, ""] if rows else []
+    fields = schema.get("properties", {})
+    neutral = {name: values for name, each in fields.items() if (values := _neutral_values(each)) is not None}
+    ignored = [f"`{name}`" for name, each in fields.items() if not each]
+    rows = [_field_row(api, name, each, schema) for name, each in fields.items() if each and name not in neutral]
+    lines = ["| field | type | meaning |", "|---|---|---|", *rows, ""] if rows else []
+    if neutral:
+        listed = ", ".join(f"`{name}`" + (f" ({values})" if values else "") for name, values in neutral.items())
+        lines.append(f"Accepted only as null, or at the values that change nothing: {listed}.\n")
+    if ignored:
+        lines.append(f"Accepted with any value, because they cannot change the answer: {', '.join(ignored)}.\n")
+    return lines
+
+
+def _neutral_values(schema: dict[str, Any]) -> str | None:
+    """The values besides null of a field that noodle knows and does not honour; None for every other field."""
+    values = schema.get("enum")
+    if values is None or None not in values or schema.get("description"):
+        return None
+    return " or ".join(f"`{json.dumps(value)}`" for value in values if value is not None)
 
 
 def _resolved(api: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
@@ -125,11 +159,11 @@ def _type_name(api: dict[str, Any], schema: dict[str, Any]) -> str:
         names = dict.fromkeys(_type_name(api, each) for each in schema["anyOf"])
         return " or ".join(name for name in names if name != "null")
     if "enum" in schema:
-        return ", ".join(f"`{each}`" for each in schema["enum"])
+        return " or ".join(f"`{json.dumps(each)}`" for each in schema["enum"])
     kind = schema.get("type", "any")
     text = f"{kind} of {_type_name(api, schema['items'])}" if kind == "array" and schema.get("items") else str(kind)
     least, most = schema.get("minimum"), schema.get("maximum")
-    if least is not None and most is not None:
+    if least is not None and most is not None and most < 1 << 31:
         text += f" {least} to {most}"
     return text
 
@@ -149,7 +183,12 @@ def bounds() -> str:
             if path.parent != folder:
                 folder = path.parent
                 title = folder.relative_to(ROOT).as_posix()
-                lines += ["", f"## {title}\n", "| bound | value | limits |", "|---|---|---|"]
+                lines += [
+                    *([""] if lines[-1].startswith("|") else []),
+                    f"## {title}\n",
+                    "| bound | value | limits |",
+                    "|---|---|---|",
+                ]
             lines += [row.replace("` |", f"` ({path.name}) |", 1) for row in rows]
     return "\n".join(lines) + "\n"
 

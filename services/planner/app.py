@@ -42,6 +42,7 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
 
     @app.get("/health")
     def health() -> Response:
+        """Report the status; with the cluster token also what the planner waits for."""
         state = planning.current_state
         status = {"planned": "ready"}.get(state.phase, state.phase)
         answer: dict[str, Any] = {"service": "planner", "status": status}
@@ -51,6 +52,7 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
 
     @app.get("/plan")
     def plan() -> Response:
+        """Return the plan, the model's shape and the reports of the machines behind it."""
         require_token(config.cluster_token)
         return json_response({"plan": planning.plan, "model": planning.shape, "machines": planning.reports})
 
@@ -59,6 +61,7 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
 
     @guide.post("/plan/preview")
     def plan_preview() -> Response:
+        """Make a plan for a list of nodes, or for the registered machines, and keep none of it."""
         require_token(config.cluster_token)
         request, unused_fields = parse_plan_request(bounded_body(PREVIEW_BODY_BYTES))
         if planning.shape is None:

@@ -47,6 +47,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
 
     @app.get("/health")
     def health() -> Response:
+        """Report the status; with the cluster token also the device, the plan and the room for KV rows."""
         state = lifecycle.state
         answer: dict[str, Any] = {"service": "stage", "status": _status_of(state.phase)}
         if has_token(config.cluster_token):  # without it, only that the stage is alive
@@ -63,6 +64,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
 
     @app.post("/leave")
     def leave() -> Response:
+        """Have this stage's layers moved to the other stages."""
         require_token(config.cluster_token)
         plan = lifecycle.leave()
         layers = None if plan is None or (index := plan.index_of(config.stage_id)) is None else plan.stages[index]
@@ -70,6 +72,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
 
     @app.post("/hop")
     def hop() -> Response:
+        """Take steps as a stream of frames; keep-alives stream back in the answer."""
         require_token(config.cluster_token)
         stage.refuse_connections()
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
@@ -81,6 +84,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
 
     @app.get("/activations/<activation_id>")
     def activations(activation_id: str) -> Response:
+        """Hand out hidden states that wait for the next stage, and free them when it has them."""
         require_token(config.cluster_token)
         body = stage.outbox.body(activation_id)
         is_chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
@@ -95,6 +99,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
 
     @app.get("/results")
     def results() -> Response:
+        """Stream the last stage's results to the coordinator."""
         require_token(config.cluster_token)
         stage.refuse_connections()
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))

@@ -33,6 +33,7 @@ def guide_routes(config: StageConfig, stage: Stage, lifecycle: Lifecycle) -> Blu
 
     @routes.post("/load_model/<stage_id>")
     def load_model(stage_id: str) -> Response:
+        """Load this stage's layers of the newest plan and answer when they are loaded."""
         require_token(config.cluster_token)
         check_stage_id(stage_id, config.stage_id)
         body = bounded_body(LOAD_BODY_BYTES)
@@ -42,6 +43,7 @@ def guide_routes(config: StageConfig, stage: Stage, lifecycle: Lifecycle) -> Blu
 
     @routes.post("/forward")
     def forward() -> Response:
+        """Compute one forward by hand with this stage's layers."""
         require_token(config.cluster_token)
         role = stage.role
         if role is None:

@@ -20,7 +20,7 @@ def config(**variables):
 
 
 def report(stage_id, **changes):
-    made = MachineReport(stage_id, "vm", f"http://127.0.0.1:{8081 + stage_id}", "boot", "0.1.0", "digest", "cpu", "cpu",
+    made = MachineReport(stage_id, "vm", f"http://127.0.0.1:{8081 + stage_id}", "boot", "0.2.0", "digest", "cpu", "cpu",
                          "float32", 1, 1 << 30, 0.001, 0.0001, 0.001)  # fmt: skip
     return msgspec.structs.replace(made, **changes)
 
@@ -48,7 +48,7 @@ def test_another_model_context_split_or_number_of_stages_ends_the_plan():
 def test_a_stage_of_another_noodle_or_with_other_weights_is_named_with_its_cure():
     assert find_mismatch([report(0), report(1)], SHAPE) == ""
     older = find_mismatch([report(0), report(1, machine="pc", noodle_version="0.0.9")], SHAPE)
-    assert older.startswith("Stage 1 on pc runs noodle 0.0.9, and the planner 0.1.0. Bring every machine to the same")
+    assert older.startswith("Stage 1 on pc runs noodle 0.0.9, and the planner 0.2.0. Bring every machine to the same")
     other = find_mismatch([report(0, model_digest="another"), report(1)], SHAPE)
     assert other.startswith("Stage 0 on vm has other weights (another) than the coordinator's model tiny (digest).")
     assert "NOODLE_MODEL" in other
