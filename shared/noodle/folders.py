@@ -39,5 +39,10 @@ def not_writable(path: Path, variable: str, error: OSError) -> StartError:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` as a whole, so that no reader sees a part of it; raises OSError."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    beside.replace(path)
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is raised
+            beside.unlink(missing_ok=True)
+        raise

@@ -1,6 +1,6 @@
-"""Log lines on stdout: one per event that matters, readable on a terminal or JSON in a container; never a prompt.
+"""Log lines on stdout: one per important event, as text for a terminal or JSON for a container; never a prompt.
 
-A line about a request carries its id: an HTTP thread binds it once (`bind_request`), others give it with the line
+A line about a request has its id: an HTTP thread binds it once (`bind_request`), other threads pass it with the line
 (`extra=about(request_id)`).
 """
 
@@ -16,45 +16,42 @@ _request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", 
 
 
 def bind_request(request_id: str) -> None:
-    """From now on this thread's lines are about this request; an empty id is none."""
+    """Add this request id to all later lines of this thread; an empty id ends it."""
     _request_id.set(request_id)
 
 
 def about(request_id: str) -> dict[str, str]:
-    """What a line's `extra` is, when it is about a request that is not this thread's own."""
+    """Return `extra` for one line about a request."""
     return {"request_id": request_id}
 
 
 class RequestFilter(logging.Filter):
-    """Gives every line the id of the request that it is about, empty for none."""
+    """Adds the request id to every record, empty for none; never drops one."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Never drops a line."""
         record.request_id = getattr(record, "request_id", "") or _request_id.get()
         return True
 
 
 class PrettyFormatter(logging.Formatter):
-    """Time, service, level and message, and at the end the request's id."""
+    """Time, service, level, message and request id, for a terminal."""
 
     def __init__(self, service: str) -> None:
         super().__init__(f"%(asctime)s {service} %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
-        """The line; a traceback follows it."""
         line = super().formatMessage(record)
         return f"{line} [request {request_id}]" if (request_id := getattr(record, "request_id", "")) else line
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, service, message, the request's id and the traceback if there are any."""
+    """One JSON object a line: time, level, service, message, and the request id and traceback if there are any."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line of JSON."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
@@ -69,7 +66,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logs(service: str, log_format: str) -> None:
-    """Send this process's log lines to stdout in the given format ("pretty" or "json")."""
+    """Send this process's log lines to stdout in a format, "pretty" or "json"."""
     handler = logging.StreamHandler(sys.stdout)
     handler.addFilter(RequestFilter())
     handler.setFormatter(JsonFormatter(service) if log_format == "json" else PrettyFormatter(service))

@@ -1,4 +1,4 @@
-"""Threads that a service cannot do without: when one dies, the process ends, and its supervisor starts it again."""
+"""Threads that a service cannot run without: when one dies, the process ends and its supervisor restarts it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ START_REFUSED_EXIT_CODE = 3  # gunicorn's own code for a worker that cannot boot
 
 
 def end_process(name: str, error: BaseException) -> NoReturn:
-    """End this worker and, by its exit code, gunicorn's master; whoever supervises starts the service again."""
+    """End this worker and, by its exit code, gunicorn's master; the supervisor restarts the service."""
     text = str(error) if isinstance(error, NoodleError) else f"{type(error).__name__}: {error}"
     print(f"noodle {name}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -25,7 +25,7 @@ def end_process(name: str, error: BaseException) -> NoReturn:
 
 
 def start_loop(name: str, target: Callable[[], None], service_name: str) -> threading.Thread:
-    """A thread that must not die: when it does, it is logged and the process ends."""
+    """Start a thread that must not die: when it does, log why and end the process."""
 
     def run() -> None:
         try:

@@ -157,8 +157,20 @@ def test_weights_that_changed_on_the_coordinator_are_refused_by_their_digest(mod
             cache.ensure(entries, no_progress)
 
 
+def test_a_record_of_fetches_that_another_version_left_is_ignored_with_a_line(model, tmp_path, caplog):
+    with serving(model, tmp_path / "a") as url:
+        cache = cache_of(tmp_path / "b", url)
+        record = cache.prepare() / "fetched.json"
+        name = cache.manifest.tensors[0].name
+        cache.ensure([name], no_progress)
+        record.write_bytes(b'{"whole": 3}')
+        cache.ensure([name], no_progress)
+        assert cache.fetched_bytes == 2 * cache.manifest.tensors[0].byte_count
+    assert [each for each in caplog.messages if str(record) in each and "fetched again" in each]
+
+
 def test_a_wrong_token_is_told_at_once_and_a_coordinator_that_is_away_is_waited_for(model, tmp_path):
-    told = pytest.raises(StartError, match="refuses this machine's cluster token")
+    told = pytest.raises(StartError, match="rejects this machine's cluster token")
     with serving(model, tmp_path / "a") as url, told:
         cache_of(tmp_path / "b", url, "another").prepare()
     away = cache_of(tmp_path / "b", "http://127.0.0.1:9", patient=False)

@@ -24,7 +24,7 @@ import numpy as np
 
 from noodle.cluster.plan import Source
 from noodle.errors import StartError
-from noodle.folders import not_writable, writing
+from noodle.folders import not_writable, write_atomically, writing
 from noodle.wire.messages import SamplingParameters
 from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from services.stage.executors.candidate import Candidate
@@ -307,21 +307,16 @@ def _measurement_in(kept: dict[str, Any], key: str) -> MeasuredSeconds | None:
 
 
 def read_kept(path: Path) -> dict[str, Any]:
-    """Entries of a JSON file of measurements; none if it is missing or damaged, since they can be measured again."""
+    """Entries of a JSON file of measurements; none if it is missing, or unreadable, which is logged."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return kept if isinstance(kept, dict) else {}
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        log.warning("ignoring %s, which cannot be read: %s", path, error)
+        return {}
 
 
 def write_kept(path: Path, kept: dict[str, Any]) -> None:
     """Replace the file as a whole; raises OSError."""
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        beside.write_text(json.dumps(kept, indent=2), encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):  # the first error is raised
-            beside.unlink(missing_ok=True)
-        raise
+    write_atomically(path, json.dumps(kept, indent=2).encode())

@@ -1,6 +1,6 @@
-"""Reads what a model's folder says of itself without reading its weights; knows safetensors headers, no layers.
+"""Reads the config and the safetensors headers of a model folder, and digests of its files.
 
-Planner and stage compare `model_digest`, so that no two stages ever compute with different weights.
+Planner and stages compare `model_digest`, so that all stages compute with the same weights.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from noodle.errors import ModelNotFound, UnsupportedModel
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DIGEST_NAME = "model.digest"  # in a folder with holes (weight_cache.py), which can not be digested itself
-PIECE_BYTES = 1 << 20
-HEADER_BYTES_CAP = 100 << 20  # safetensors' own limit
-CONFIG_BYTES_CAP = 16 << 20
-SAMPLED_TENSORS = 256  # bounds the digest to some hundred reads, also for 20,000 tensors of experts on a slow disk
-TENSOR_SAMPLE_BYTES = 1024
-WHOLE_DIGEST_BYTES = 16 << 20  # files up to this size are digested whole
-FILE_SAMPLES = 64
-FILE_SAMPLE_BYTES = 64 << 10
-# written by whatever saved the folder; they say nothing of the model
+DIGEST_NAME = "model.digest"  # the digest of a folder with holes (weight_cache.py)
+PIECE_BYTES = 1 << 20  # bytes of one read
+HEADER_BYTES_CAP = 100 << 20  # largest safetensors header, as in safetensors
+CONFIG_BYTES_CAP = 16 << 20  # largest config.json
+SAMPLED_TENSORS = 256  # tensors that a model digest samples, also for 20,000 tensors of experts on a slow disk
+TENSOR_SAMPLE_BYTES = 1024  # bytes of each sampled tensor
+WHOLE_DIGEST_BYTES = 16 << 20  # largest file that is digested whole
+FILE_SAMPLES = 64  # samples of a larger file
+FILE_SAMPLE_BYTES = 64 << 10  # bytes of each sample of a file
+# of the program that saved the folder, not of the model
 IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
@@ -37,7 +37,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies."""
+    """The place of one tensor."""
 
     file: Path
     dtype: str  # safetensors' name: F32, BF16, ...
@@ -47,7 +47,6 @@ class TensorEntry:
 
     @property
     def item_count(self) -> int:
-        """Weights in the tensor."""
         return math.prod(self.shape)
 
 
@@ -62,7 +61,7 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as a dict; raises ModelNotFound or UnsupportedModel."""
+    """Read config.json; raises ModelNotFound or UnsupportedModel."""
     path = folder / "config.json"
     try:
         if path.stat().st_size > CONFIG_BYTES_CAP:
@@ -70,15 +69,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise ModelNotFound(
-            f"{path} can not be read ({error.strerror}).",
-            cure="Name a folder that holds config.json and *.safetensors.",
+            f"{path} cannot be read ({error.strerror}).",
+            cure="Name a folder with config.json and *.safetensors.",
         ) from error
     except msgspec.DecodeError as error:
         raise UnsupportedModel(f"{path} is not a JSON object ({error}).", cure="Fetch the model again.") from error
 
 
 def names_a_path(model: str) -> bool:
-    """Whether NOODLE_MODEL means a file or folder of this machine, and not a name or hub id."""
+    """Whether NOODLE_MODEL is a path on this machine, and not a name or hub id."""
     return model.startswith(("/", "./", "../", "~"))
 
 
@@ -103,7 +102,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that make the model, as its index says or as there are; some may be missing."""
+    """Return the safetensors files of the model, from its index if there is one; some may be missing."""
     weight_map = read_index(folder)
     if weight_map is not None:
         return tuple(folder / name for name in sorted(set(weight_map.values())))
@@ -112,13 +111,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def missing_weight_files(folder: Path) -> tuple[str, ...]:
-    """Names of weight files that are not there; `*.safetensors` when there is none at all."""
+    """Return the names of missing weight files; `*.safetensors` when there are none at all."""
     files = weight_files(folder)
     return tuple(path.name for path in files if not path.is_file()) if files else ("*.safetensors",)
 
 
 def read_tensor_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the model by name, from the headers alone; raises ModelNotFound or UnsupportedModel."""
+    """Return every tensor by name, from the headers alone; raises ModelNotFound or UnsupportedModel."""
     missing = missing_weight_files(folder)
     if missing:
         raise ModelNotFound(
@@ -130,19 +129,19 @@ def read_tensor_entries(folder: Path) -> dict[str, TensorEntry]:
         for name, entry in read_header(path).items():
             if name in entries:
                 raise UnsupportedModel(
-                    f"{folder} holds the tensor {name} twice ({entries[name].file.name} and {path.name}).",
-                    cure=f"Remove the copy that is not meant, or add {INDEX_NAME}.",
+                    f"{folder} has the tensor {name} twice ({entries[name].file.name} and {path.name}).",
+                    cure=f"Remove the wrong copy, or add {INDEX_NAME}.",
                 )
             entries[name] = entry
     return entries
 
 
 def model_digest(folder: Path) -> str:
-    """Digest of config and weights, the same on every machine and for every way of cutting the weights into files.
+    """Digest of config and weights, the same on every machine however the weights are distributed over files.
 
-    It covers the config's values, every tensor's name, dtype and shape, and a kilobyte from the middle of up to 256
-    tensors chosen evenly by name. So it tells models, dtypes and fine-tunes apart; it does not see a flipped bit
-    outside the samples, nor a change to only a few tensors that were not chosen, nor the tokenizer.
+    It covers the values of the config, the name, dtype and shape of every tensor, and a kilobyte from the middle of up
+    to 256 tensors chosen evenly by name. So it tells models, dtypes and fine-tunes apart, but misses a flipped bit
+    outside the samples, a change to a few tensors that were not chosen, and the tokenizer.
     """
     if (folder / DIGEST_NAME).is_file():
         return (folder / DIGEST_NAME).read_text(encoding="ascii").strip()
@@ -161,7 +160,7 @@ def model_digest(folder: Path) -> str:
 
 
 def digest_of_range(path: Path, first_byte: int, byte_count: int) -> str:
-    """sha256 of a part of a file."""
+    """Return the sha256 of a part of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(first_byte)
@@ -173,7 +172,7 @@ def digest_of_range(path: Path, first_byte: int, byte_count: int) -> str:
 
 
 def sampled_digest(path: Path) -> str:
-    """sha256 of a file's size and content: whole up to 16 MB, above that 64 samples of 64 kB spread over it."""
+    """Return the sha256 of a file's size and content: whole up to 16 MB, else 64 samples of 64 kB spread over it."""
     byte_count = path.stat().st_size
     digest = hashlib.sha256(str(byte_count).encode())
     with path.open("rb") as file:
@@ -202,15 +201,15 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raw.pop("__metadata__", None)
         header = {name: msgspec.json.decode(value, type=_HeaderEntry) for name, value in raw.items()}
     except msgspec.DecodeError as error:
-        raise _broken(path, f"its header is not what safetensors writes ({error})") from error
+        raise _broken(path, f"its header is malformed ({error})") from error
     data_start = 8 + header_bytes
     entries: dict[str, TensorEntry] = {}
     for name, item in header.items():
         first, end = item.data_offsets
         if item.dtype not in DTYPE_BITS:
-            raise _broken(path, f"{name} is of the unknown dtype {item.dtype[:20]!r}")
+            raise _broken(path, f"{name} has the unknown dtype {item.dtype[:20]!r}")
         if min(item.shape, default=0) < 0 or math.prod(item.shape) * DTYPE_BITS[item.dtype] != (end - first) * 8:
-            raise _broken(path, f"{name} does not have as many bytes as its shape says")
+            raise _broken(path, f"{name} does not have the bytes of its shape")
         if first < 0 or data_start + end > file_bytes:
             raise _broken(path, f"{name} lies beyond the end of the file")
         entries[name] = TensorEntry(path, item.dtype, tuple(item.shape), data_start + first, end - first)
@@ -219,5 +218,5 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _broken(path: Path, why: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"{path} is not a whole safetensors file: {why}.", cure="It may be cut short: fetch or convert it again."
+        f"{path} is not a complete safetensors file: {why}.", cure="It may be cut short: fetch or convert it again."
     )

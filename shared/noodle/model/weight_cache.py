@@ -1,7 +1,7 @@
-"""A model folder with only the wanted tensors in it: fetched from the coordinator, checked, and kept (design D7).
+"""A model folder with only the needed tensors: fetched from the coordinator, checked, and kept (design D7).
 
-Each safetensors file stands at its full size with holes for what was never asked for, so that whoever reads a model's
-folder reads this one too. What has been checked is in `fetched.json`; a fetch that was cut goes on where it was.
+Each safetensors file has its full size, with holes for tensors that were never fetched, so that any reader of model
+folders can read it. `fetched.json` records the checked tensors; an interrupted fetch resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.parse import quote
 import msgspec
 
 from noodle.errors import LinkLost, ModelNotFound, StartError
-from noodle.folders import write_atomically
+from noodle.folders import write_atomically, writing
 from noodle.http_client import HTTP_ERRORS, HttpResponse, message_of, open_request, reason_of
 from noodle.model.files import DIGEST_NAME, digest_of_range
 from noodle.model.weight_manifest import (
@@ -34,24 +34,24 @@ from noodle.model.weight_manifest import (
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_SECONDS = 5.0
-READ_TIMEOUT_SECONDS = 30.0  # without a byte
-RETRY_FIRST_SECONDS = 0.5
-RETRY_LAST_SECONDS = 2.0
-LOCK_TIMEOUT_SECONDS = 3600.0  # another stage of this machine fetches the same model
-LOCK_POLL_SECONDS = 0.2
-PIECE_BYTES = 1 << 20
-NOTE_BYTES = 16 << 20  # how much a fetch that is cut may have to fetch again
-COMPANION_BYTES_CAP = 64 << 20
-MAXIMUM_REFUSAL_BYTES = 64 << 10  # of the body of an answer that is an error
+CONNECT_TIMEOUT_SECONDS = 5.0  # longest wait for a connection to the coordinator
+READ_TIMEOUT_SECONDS = 30.0  # longest wait for the next bytes
+RETRY_FIRST_SECONDS = 0.5  # first wait before a retry
+RETRY_LAST_SECONDS = 2.0  # longest wait before a retry
+LOCK_TIMEOUT_SECONDS = 3600.0  # longest wait for another stage of this machine that fetches the same model
+LOCK_POLL_SECONDS = 0.2  # between two attempts to take the lock
+PIECE_BYTES = 1 << 20  # bytes of one read
+NOTE_BYTES = 16 << 20  # most bytes that an interrupted fetch repeats
+COMPANION_BYTES_CAP = 64 << 20  # largest companion file; a header may be twice as large
+MAXIMUM_REFUSAL_BYTES = 64 << 10  # largest body of a refusal
 FETCHED_NAME = "fetched.json"
 
-Progress = Callable[[int, int], None]  # bytes done and in all
+Progress = Callable[[int, int], None]  # bytes done and total bytes
 Value = TypeVar("Value")
 
 
 class Fetched(msgspec.Struct):
-    """What is on this disk: tensors whose digest was right, and how far those that were begun are."""
+    """The record of a folder: tensors with a correct digest, and the bytes of those that were begun."""
 
     whole: set[str] = msgspec.field(default_factory=set)
     begun: dict[str, int] = msgspec.field(default_factory=dict)
@@ -60,7 +60,7 @@ class Fetched(msgspec.Struct):
 class WeightCache:
     """One model of one coordinator, under `<cache_dir>/weights/<model digest>`.
 
-    Lost connections are tried again until `stopping`; everything else raises ModelNotFound or StartError.
+    Lost connections are retried until `stopping`; other failures raise ModelNotFound or StartError.
     """
 
     def __init__(
@@ -70,24 +70,23 @@ class WeightCache:
         self._url, self._token, self._stopping, self._machine = coordinator_url, cluster_token, stopping, machine
         self._manifest: WeightManifest | None = None
         self.fetched_bytes = 0  # of tensors, by this process
-        self.waits_for = ""  # what hinders it now, for /health
+        self.waits_for = ""  # what it waits for now, for /health
 
     @property
     def manifest(self) -> WeightManifest:
-        """Of the model that `prepare` found."""
+        """The manifest that `prepare` fetched."""
         if self._manifest is None:
-            raise StartError("The weights were asked for before their manifest.")
+            raise StartError("The weights were requested before their manifest.")
         return self._manifest
 
     @property
     def folder(self) -> Path:
-        """The model's folder here."""
         return self._root / self.manifest.model_digest
 
     def prepare(self) -> Path:
-        """Make the folder with config, headers and holes; gives it. Waits for a coordinator that is not there yet."""
+        """Make the folder with config, headers and holes, and return it; waits for the coordinator."""
         self._manifest = self._retried(self._fetch_manifest)
-        with self._disk(), self._locked():
+        with writing(self.folder, "NOODLE_CACHE_DIR"), self._locked():
             fetched = self._fetched()
             for companion in self.manifest.companions:
                 path = self.folder / companion.name
@@ -112,7 +111,7 @@ class WeightCache:
         return self.folder
 
     def ensure(self, names: Collection[str], progress: Progress) -> None:
-        """Have these tensors here, each with its right digest: what is kept is checked, what is not is fetched."""
+        """Check the kept tensors of these, and fetch the missing or damaged ones."""
         by_name = {tensor.name: tensor for tensor in self.manifest.tensors}
         missing = sorted(set(names) - by_name.keys())
         if missing:
@@ -122,14 +121,14 @@ class WeightCache:
             )
         wanted = sorted((by_name[name] for name in set(names)), key=lambda tensor: (tensor.file, tensor.first_byte))
         total_bytes, done_bytes = sum(tensor.byte_count for tensor in wanted), 0
-        with self._disk(), self._locked():
+        with writing(self.folder, "NOODLE_CACHE_DIR"), self._locked():
             fetched = self._fetched()
             for tensor in wanted:
                 if tensor.name in fetched.whole and not self._is_right(tensor):
-                    log.warning("%s in %s is damaged: it is fetched again", tensor.name, self.folder / tensor.file)
+                    log.warning("%s in %s is damaged, fetching it again", tensor.name, self.folder / tensor.file)
                     fetched.whole.discard(tensor.name)
                 if tensor.name not in fetched.whole:
-                    self._fetch_tensor(tensor, fetched, partial(_further, progress, done_bytes, total_bytes))
+                    self._fetch_tensor(tensor, fetched, partial(_add, progress, done_bytes, total_bytes))
                 done_bytes += tensor.byte_count
                 progress(done_bytes, total_bytes)
 
@@ -144,14 +143,14 @@ class WeightCache:
             self._note(fetched)
             if is_last_try:
                 break
-            log.warning("the digest of %s does not match: it is fetched again", tensor.name)
+            log.warning("the digest of %s does not match, fetching it again", tensor.name)
         raise ModelNotFound(
-            f"{tensor.name} came from {self._url} to {self._machine} twice with a wrong digest.",
-            cure="The model's files on the coordinator's machine have changed or are damaged: restart the coordinator.",
+            f"{self._machine} received {tensor.name} from {self._url} twice with a wrong digest.",
+            cure="The model files of the coordinator have changed or are damaged: restart the coordinator.",
         )
 
     def _fetch_rest(self, tensor: TensorRange, fetched: Fetched, progress: Callable[[int], None]) -> None:
-        """Fetch what is missing of one tensor; how far it is stays noted when the connection is cut."""
+        """Fetch the missing bytes of one tensor; records the progress also when the connection is cut."""
         done = min(fetched.begun.get(tensor.name, 0), tensor.byte_count)
         noted = done
         if done == tensor.byte_count:
@@ -185,20 +184,20 @@ class WeightCache:
             return msgspec.json.decode(data, type=WeightManifest)
         except msgspec.MsgspecError as error:
             raise StartError(
-                f"{self._url}{MANIFEST_PATH} answers something that is no manifest: {error}.",
-                cure="See that NOODLE_COORDINATOR_URL is the coordinator's, and that both run the same version.",
+                f"{self._url}{MANIFEST_PATH} does not answer with a manifest: {error}.",
+                cure="Check that NOODLE_COORDINATOR_URL is the coordinator's, and that both run the same version.",
             ) from error
 
     def _small(self, name: str, byte_count: int, sha256: str) -> bytes:
         if byte_count > COMPANION_BYTES_CAP * 2:
-            raise ModelNotFound(f"{name} on {self._url} says it has {byte_count} bytes.")
+            raise ModelNotFound(f"{name} on {self._url} has {byte_count} bytes, too many for its kind.")
         data = b"".join(self._range(name, 0, byte_count)) if byte_count else b""
         if hashlib.sha256(data).hexdigest() != sha256:
-            raise LinkLost(f"{name} came from {self._url} with a wrong digest.")
+            raise LinkLost(f"{self._url} sent {name} with a wrong digest.")
         return data
 
     def _range(self, name: str, first: int, end: int) -> Iterator[bytes]:
-        """Bytes [first, end) of a file, in pieces; LinkLost when the connection is cut."""
+        """Yield bytes [first, end) of a file in pieces; raises LinkLost when the connection is cut."""
         got = 0
         headers = {"Range": f"bytes={first}-{end - 1}"}
         for piece in self._get(f"{FILES_PATH}/{quote(name)}", headers, 206, end - first):
@@ -229,7 +228,7 @@ class WeightCache:
             raise LinkLost(f"{self._url} cannot be reached: {reason_of(error)}.") from error
 
     def _retried(self, fetch: Callable[[], Value]) -> Value:
-        """Try until it works: a coordinator that is not there, or not ready, will be; a refusal is raised."""
+        """Retry until the coordinator is reachable and ready; a refusal is raised."""
         wait_seconds = RETRY_FIRST_SECONDS
         while True:
             try:
@@ -248,29 +247,22 @@ class WeightCache:
     # this disk
 
     def _fetched(self) -> Fetched:
+        """Read the record of an earlier fetch; an unreadable one counts as empty, and its tensors are fetched again."""
+        path = self.folder / FETCHED_NAME
         try:
-            return msgspec.json.decode((self.folder / FETCHED_NAME).read_bytes(), type=Fetched)
-        except (OSError, msgspec.MsgspecError):  # nothing yet, or damaged: tensors are fetched again
+            return msgspec.json.decode(path.read_bytes(), type=Fetched)
+        except FileNotFoundError:
+            return Fetched()
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("ignoring %s, which cannot be read: %s. Its tensors are fetched again.", path, error)
             return Fetched()
 
     def _note(self, fetched: Fetched) -> None:
         write_atomically(self.folder / FETCHED_NAME, msgspec.json.encode(fetched))
 
     @contextmanager
-    def _disk(self) -> Iterator[None]:
-        """Errors of the disk as what they are for a user."""
-        try:
-            yield
-        except OSError as error:
-            raise StartError(
-                f"{self._machine} can not keep the model's weights in {error.filename or self.folder}: "
-                f"{error.strerror or error}.",
-                cure="Free some room there, or set NOODLE_CACHE_DIR to a folder that can be written.",
-            ) from error
-
-    @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process of this machine at a time; the system frees the lock when a process ends."""
+        """Lock the folder against other processes; the system releases the lock when a process ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         end = time.monotonic() + LOCK_TIMEOUT_SECONDS
         with (self.folder / "lock").open("w") as file:
@@ -282,7 +274,7 @@ class WeightCache:
                     if time.monotonic() > end:
                         raise StartError(
                             f"Another process has held {self.folder} for {LOCK_TIMEOUT_SECONDS:.0f} seconds.",
-                            cure="Look for a stage that hangs, and stop it.",
+                            cure="Find a stage that hangs, and stop it.",
                         ) from error
                     self.waits_for = "another stage of this machine to fetch its weights"
                     self._stopping.wait(LOCK_POLL_SECONDS)
@@ -290,16 +282,16 @@ class WeightCache:
             yield
 
 
-def _further(progress: Progress, before_bytes: int, total_bytes: int, more_bytes: int) -> None:
+def _add(progress: Progress, before_bytes: int, total_bytes: int, more_bytes: int) -> None:
     progress(before_bytes + more_bytes, total_bytes)
 
 
 def _refusal(url: str, path: str, answer: HttpResponse) -> LinkLost | StartError:
-    """What an answer means: one that is not ready may be asked again, one that refuses will do so again."""
+    """Return LinkLost for an answer that may change later, StartError for a permanent refusal."""
     text = message_of(answer.read(MAXIMUM_REFUSAL_BYTES))
     if answer.status == 401:
         return StartError(
-            f"The coordinator at {url} refuses this machine's cluster token.",
+            f"The coordinator at {url} rejects this machine's cluster token.",
             cure="Set the same NOODLE_CLUSTER_TOKEN on every machine.",
         )
     if answer.status >= 500 or answer.status in (408, 429):

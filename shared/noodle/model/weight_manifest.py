@@ -1,6 +1,6 @@
-"""What a model folder is made of, to the byte range and digest of each tensor: how weights travel between machines.
+"""The manifest of a model folder: the byte range and digest of each tensor (design D7).
 
-Made by the coordinator's weight store, read by `weight_cache.py` on the other machines (design D7). Values only.
+The coordinator makes it; `weight_cache.py` reads it on the other machines.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-MANIFEST_BYTES_CAP = 64 << 20  # of its JSON: some hundred bytes for each of 200,000 tensors
+MANIFEST_BYTES_CAP = 64 << 20  # largest manifest as JSON: a few hundred bytes for each of 200,000 tensors
 MANIFEST_PATH = "/weights"
 FILES_PATH = "/weights/files"
-DIGEST_BYTES = 32  # sha256
+DIGEST_BYTES = 32  # length of a sha256 digest
 
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 53)]
@@ -20,7 +20,7 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
 class CompanionFile(Struct, frozen=True):
-    """A small file that every machine needs whole, as config.json."""
+    """A small file that every machine needs whole, such as config.json."""
 
     name: FileName
     byte_count: Bytes
@@ -28,7 +28,7 @@ class CompanionFile(Struct, frozen=True):
 
 
 class WeightFile(Struct, frozen=True):
-    """A safetensors file; its header, `header_bytes` with the length before it, is fetched whole."""
+    """A safetensors file; its header (`header_bytes`, with the length field) is fetched whole."""
 
     name: FileName
     byte_count: Bytes
@@ -37,7 +37,7 @@ class WeightFile(Struct, frozen=True):
 
 
 class TensorRange(Struct, frozen=True):
-    """Bytes [first_byte, first_byte + byte_count) of a file are one tensor."""
+    """One tensor: bytes [first_byte, first_byte + byte_count) of a file."""
 
     name: Annotated[str, Meta(min_length=1, max_length=1000)]
     file: FileName

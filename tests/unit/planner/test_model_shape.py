@@ -214,7 +214,7 @@ def damaged(content: bytes, damage: str) -> bytes:
 def test_a_damaged_weights_file_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     path = a_llama(tmp_path) / "model.safetensors"
     path.write_bytes(damaged(path.read_bytes(), damage))
-    with pytest.raises(UnsupportedModel, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(UnsupportedModel, match=r"model\.safetensors is not a complete safetensors file"):
         read_model_shape(tmp_path)
 
 

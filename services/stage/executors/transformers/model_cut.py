@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from noodle.errors import UnsupportedModel
-from noodle.model.families import FAMILIES
+from noodle.model.families import LEARNED_POSITIONS
 
 
 class _Identity(torch.nn.Module):
@@ -111,7 +111,7 @@ def _remove_foreign_modules(model: Any, start_layer: int, end_layer: int) -> Non
         # the only per-layer list that transformers reads while computing, indexed by place in the list
         if getattr(each, "layer_types", None):
             each.layer_types = list(each.layer_types)[start_layer:end_layer]
-    learned_positions = FAMILIES[config.model_type].learned_positions
+    learned_positions = LEARNED_POSITIONS.get(config.model_type, "")
     if start_layer > 0:
         for name in before:
             if name == learned_positions:
