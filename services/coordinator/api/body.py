@@ -28,6 +28,7 @@ PLAIN_TYPES: tuple[tuple[inspect.Type, type], ...] = (  # all of whose values ar
 )
 
 JsonObject = dict[str, Any]
+Neutral = Mapping[str, tuple[Any, ...]]
 BodyT = TypeVar("BodyT", bound="Body")
 
 
@@ -35,13 +36,18 @@ class Body(msgspec.Struct, kw_only=True):
     """An object of a request. `Meta(extra=...)` words its refusals: `expected`, `bounds` and what an `item` is."""
 
     # known fields that are not honoured, with the values that change nothing; null is always one of them
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    NEUTRAL: ClassVar[Neutral] = {}
     # labels and hints for a server's own use: no value of theirs can change an answer
     HARMLESS: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def refuse_first(cls, fields: JsonObject, where: str) -> None:
         """Raise for faults that would otherwise be reported as a less helpful one; called before any field is read."""
+
+
+def neutral(names: str, *values: Any) -> Neutral:
+    """Fields that are known but not honoured, for `Body.NEUTRAL`; they all change nothing at the same values."""
+    return dict.fromkeys(names.split(), values)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from noodle.errors import InvalidRequest
 from noodle.web.service import json_body, json_response
 from noodle.wire.messages import MAXIMUM_TOP_LOGPROBS
 from services.coordinator.api.auth import Clients, sent_by
-from services.coordinator.api.body import Body, JsonObject, decode_object, read, read_prompt
+from services.coordinator.api.body import Body, JsonObject, Neutral, decode_object, neutral, read, read_prompt
 from services.coordinator.api.openapi import BODY_ERRORS, GENERATION_ERRORS, READY_ERRORS, Operation
 from services.coordinator.api.parameters import (
     PROMPT_WORDS,
@@ -53,15 +53,11 @@ TOKENIZE_BODY_BYTES = 1 << 20  # each token of it becomes an object of the answe
 
 
 class GenerateParameters(GenerationFields, kw_only=True):
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "best_of": (1,),
-        "watermark": (False,),
-        "truncate": (),
-        "typical_p": (1,),
-        "repetition_penalty": (1,),
-        "frequency_penalty": (0,),
-        "grammar": (),
-        "adapter_id": (),
+    NEUTRAL: ClassVar[Neutral] = {
+        **neutral("best_of typical_p repetition_penalty", 1),
+        **neutral("frequency_penalty", 0),
+        **neutral("watermark", False),
+        **neutral("truncate grammar adapter_id"),
     }
 
     do_sample: Annotated[bool | None, Meta(description="Sample even without temperature, top_p and top_k.")] = None

@@ -21,7 +21,7 @@ from services.coordinator.api.body import (
     refuse_unknown_fields,
     shown,
 )
-from services.coordinator.api.openai_stream import ChatWriter, CompletionWriter, OpenAIWriter
+from services.coordinator.api.openai_stream import ChatWriter, CompletionWriter
 from services.coordinator.api.openai_types import (
     ChatAnswer,
     ChatBody,
@@ -136,7 +136,7 @@ def openai_routes(config: CoordinatorConfig, coordinator: Coordinator, clients: 
     return routes
 
 
-def answered(writer: OpenAIWriter) -> Response:
+def answered(writer: CompletionWriter) -> Response:
     """Send the answer whole or as a stream, as its request asked."""
     if writer.answer.request.stream:
         return event_stream(writer.events())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
 from noodle.wire.messages import TokenLogprob, TokenScore
 from services.coordinator.api.openai_types import (
@@ -44,8 +43,10 @@ class Scored(NamedTuple):
     text_offset: int = 0  # characters before it in the text of the choice
 
 
-class OpenAIWriter(abc.ABC):
-    """The answer of one request. Chats and completions differ in their choices and in their log-probabilities."""
+class CompletionWriter:
+    """The answer of one request to /v1/completions; that of a chat differs in its choices and log-probabilities."""
+
+    chunk_type: type[ChatChunk | CompletionAnswer] = CompletionAnswer
 
     def __init__(self, answer: Answer, model_name: str, echo: str | None = None) -> None:
         self.answer = answer
@@ -57,11 +58,11 @@ class OpenAIWriter(abc.ABC):
             "seed": answer.request.seed,
         }
 
-    def whole(self) -> Any:
+    def whole(self) -> CompletionAnswer | ChatAnswer:
         """The complete answer."""
         logprobs = self._logprobs([*self._prompt(), *self._tokens(self.answer.parts)])
         text = (self._echo or "") + self.answer.text
-        return self._answer(text, FINISH_REASONS[self.answer.finish_reason], logprobs, self._usage())
+        return self._whole(text, FINISH_REASONS[self.answer.finish_reason], logprobs)
 
     def events(self) -> Iterator[bytes]:
         """Chunks as they come, usage if it was asked for, and [DONE]."""
@@ -78,25 +79,26 @@ class OpenAIWriter(abc.ABC):
                 chunks.append(self._text_chunk(part.text, self._tokens([part])))
             return chunks
 
-        if (first := self._first_choice()) is not None:
+        for first in self._first_choices():
             yield self._event([first])
         yield from kept_alive(self.answer, events, COMMENT, COMMENT_SECONDS)
         if not is_echoed:
             yield self._echo_chunk()
-        yield self._event([self._last_choice(FINISH_REASONS[self.answer.finish_reason])])
+        yield self._event([self._choice(None, reason=FINISH_REASONS[self.answer.finish_reason])])
         if self.answer.request.include_usage:
             yield self._event([], self._usage())
         yield server_sent_event(STREAM_END)
 
     def _event(self, choices: list[Any], usage: Usage | None = None) -> bytes:
         """A chunk. With `include_usage` each has a usage, null in all but the last."""
-        return server_sent_event(self._chunk(choices, usage if self.answer.request.include_usage else UNSET))
+        shown = usage if self.answer.request.include_usage else UNSET
+        return server_sent_event(self.chunk_type(**self._head, choices=choices, usage=shown))
 
     def _echo_chunk(self) -> bytes:
         return self._text_chunk(self._echo or "", self._prompt())
 
     def _text_chunk(self, text: str, tokens: Sequence[Scored]) -> bytes:
-        return self._event([self._text_choice(text, self._logprobs(tokens))])
+        return self._event([self._choice(text, self._logprobs(tokens))])
 
     def _logprobs(self, tokens: Sequence[Scored]) -> Any:
         if not self.answer.request.want_logprob:
@@ -117,66 +119,38 @@ class OpenAIWriter(abc.ABC):
         prompt, completion = self.answer.prompt_tokens, len(self.answer.parts)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
-    @abc.abstractmethod
-    def _answer(self, text: str, reason: Reason, logprobs: Any, usage: Usage) -> Any: ...
+    def _whole(self, text: str, reason: Reason, logprobs: Any) -> CompletionAnswer | ChatAnswer:
+        return CompletionAnswer(**self._head, choices=[self._choice(text, logprobs, reason)], usage=self._usage())
 
-    @abc.abstractmethod
-    def _chunk(self, choices: list[Any], usage: Usage | UnsetType | None) -> Any: ...
+    def _choice(self, text: str | None, logprobs: Any = None, reason: Reason | None = None) -> Any:
+        """The choice of a chunk; the last one has a reason and no text."""
+        return CompletionChoice(text=text or "", logprobs=logprobs, finish_reason=reason)
 
-    @abc.abstractmethod
-    def _first_choice(self) -> Any: ...
+    def _first_choices(self) -> list[Any]:
+        return []
 
-    @abc.abstractmethod
-    def _text_choice(self, text: str, logprobs: Any) -> Any: ...
-
-    @abc.abstractmethod
-    def _last_choice(self, reason: Reason) -> Any: ...
-
-    @abc.abstractmethod
-    def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> Any: ...
+    def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> Any:
+        return completion_logprobs(tokens, texts)
 
 
-class ChatWriter(OpenAIWriter):
-    """Chunks of a chat begin with one that names the role."""
+class ChatWriter(CompletionWriter):
+    """The answer of one request to /v1/chat/completions; its first chunk names the role."""
 
-    def _answer(self, text: str, reason: Reason, logprobs: ChatLogprobs | None, usage: Usage) -> ChatAnswer:
+    chunk_type = ChatChunk
+
+    def _whole(self, text: str, reason: Reason, logprobs: Any) -> ChatAnswer:
         choice = ChatChoice(message=AnswerMessage(content=text), logprobs=logprobs, finish_reason=reason)
-        return ChatAnswer(**self._head, choices=[choice], usage=usage)
+        return ChatAnswer(**self._head, choices=[choice], usage=self._usage())
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
-        return ChatChunk(**self._head, choices=choices, usage=usage)
+    def _choice(self, text: str | None, logprobs: Any = None, reason: Reason | None = None) -> ChatChunkChoice:
+        delta = Delta() if text is None else Delta(content=text)
+        return ChatChunkChoice(delta=delta, logprobs=logprobs, finish_reason=reason)
 
-    def _first_choice(self) -> ChatChunkChoice:
-        return ChatChunkChoice(delta=Delta(role="assistant", content=""))
-
-    def _text_choice(self, text: str, logprobs: ChatLogprobs | None) -> ChatChunkChoice:
-        return ChatChunkChoice(delta=Delta(content=text), logprobs=logprobs)
-
-    def _last_choice(self, reason: Reason) -> ChatChunkChoice:
-        return ChatChunkChoice(delta=Delta(), finish_reason=reason)
+    def _first_choices(self) -> list[Any]:
+        return [ChatChunkChoice(delta=Delta(role="assistant", content=""))]
 
     def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> ChatLogprobs:
         return chat_logprobs(tokens, texts)
-
-
-class CompletionWriter(OpenAIWriter):
-    def _answer(self, text: str, reason: Reason, logprobs: CompletionLogprobs | None, usage: Usage) -> CompletionAnswer:
-        return self._chunk([CompletionChoice(text=text, logprobs=logprobs, finish_reason=reason)], usage)
-
-    def _chunk(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> CompletionAnswer:
-        return CompletionAnswer(**self._head, choices=choices, usage=usage)
-
-    def _first_choice(self) -> None:
-        return None
-
-    def _text_choice(self, text: str, logprobs: CompletionLogprobs | None) -> CompletionChoice:
-        return CompletionChoice(text=text, logprobs=logprobs)
-
-    def _last_choice(self, reason: Reason) -> CompletionChoice:
-        return CompletionChoice(text="", finish_reason=reason)
-
-    def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> CompletionLogprobs:
-        return completion_logprobs(tokens, texts)
 
 
 def scored_prompt(

@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from noodle.errors import InvalidRequest
 from noodle.wire.messages import MAXIMUM_TOP_LOGPROBS
-from services.coordinator.api.body import Body, JsonObject, shown
+from services.coordinator.api.body import Body, JsonObject, Neutral, neutral, shown
 from services.coordinator.api.parameters import (
     MAXIMUM_NEW_TOKENS,
     PROMPT_WORDS,
@@ -24,45 +24,24 @@ from services.coordinator.api.parameters import (
 MAXIMUM_STOP_STRINGS = 4
 MAXIMUM_TEMPERATURE = 2.0
 
-Neutral = dict[str, tuple[Any, ...]]
-
 # What OpenAI and the servers that speak its protocol know and noodle does not do.
 NEUTRAL: Neutral = {
-    "n": (1,),
-    "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "typical_p": (1,),
-    "min_tokens": (0,),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    **neutral("n best_of repetition_penalty length_penalty typical_p", 1),
+    **neutral("presence_penalty frequency_penalty min_p min_tokens", 0),
+    **neutral("use_beam_search early_stopping store include_stop_str_in_output", False),
+    **neutral("return_token_ids return_tokens_as_token_ids", False),
+    **neutral("skip_special_tokens spaces_between_special_tokens", True),
+    **neutral("stop_token_ids bad_words", []),
+    **neutral("logit_bias", {}),
+    **neutral("response_format", {"type": "text"}),
+    **neutral("service_tier", "auto", "default"),
+    **neutral("allowed_token_ids truncate_prompt_tokens prompt_logprobs structured_outputs"),
+    **neutral("guided_json guided_regex guided_choice guided_grammar"),
 }
 
 
 class StreamOptions(Body):
-    NEUTRAL: ClassVar[Neutral] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+    NEUTRAL: ClassVar[Neutral] = neutral("include_obfuscation continuous_usage_stats", False)
 
     include_usage: Annotated[bool, Meta(description="Send one more chunk with the numbers of tokens.")] = False
 
@@ -110,13 +89,8 @@ class TextPart(Body):
 
 class Message(Body, kw_only=True):
     NEUTRAL: ClassVar[Neutral] = {
-        "tool_calls": ([],),
-        "tool_call_id": (),
-        "function_call": (),
-        "refusal": (),
-        "audio": (),
-        "annotations": ([],),
-        "reasoning_content": (),
+        **neutral("tool_calls annotations", []),
+        **neutral("tool_call_id function_call refusal audio reasoning_content"),
     }
     ROLES: ClassVar[tuple[str, ...]] = ("system", "developer", "user", "assistant")
 
@@ -144,25 +118,16 @@ class Message(Body, kw_only=True):
 class ChatBody(OpenAIFields, kw_only=True):
     NEUTRAL: ClassVar[Neutral] = {
         **NEUTRAL,
-        "echo": (False,),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),  # both mean the same without tools
-        "parallel_tool_calls": (True, False),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "modalities": (["text"],),
-        "audio": (),
-        "prediction": (),
-        "reasoning_effort": ("none",),
-        "verbosity": ("medium",),
-        "web_search_options": (),
-        "moderation": (),
-        "documents": ([],),
-        "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
+        **neutral("echo continue_final_message add_special_tokens", False),
+        **neutral("add_generation_prompt", True),
+        **neutral("tools functions documents", []),
+        **neutral("tool_choice function_call", "none", "auto"),  # both mean the same without tools
+        **neutral("parallel_tool_calls", True, False),
+        **neutral("modalities", ["text"]),
+        **neutral("reasoning_effort", "none"),
+        **neutral("verbosity", "medium"),
+        **neutral("chat_template_kwargs", {}),
+        **neutral("audio prediction web_search_options moderation chat_template"),
     }
 
     max_completion_tokens: Annotated[
@@ -185,9 +150,9 @@ class ChatBody(OpenAIFields, kw_only=True):
 class CompletionBody(OpenAIFields, kw_only=True):
     NEUTRAL: ClassVar[Neutral] = {
         **NEUTRAL,
-        "top_logprobs": (0,),  # `logprobs` is the number here
-        "suffix": ("",),
-        "add_special_tokens": (True,),
+        **neutral("top_logprobs", 0),  # `logprobs` is the number here
+        **neutral("suffix", ""),
+        **neutral("add_special_tokens", True),
     }
 
     logprobs: Annotated[

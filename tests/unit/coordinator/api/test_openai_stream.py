@@ -13,7 +13,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from noodle.wire.messages import TokenLogprob
-from services.coordinator.api.openai_stream import ChatWriter, CompletionWriter, OpenAIWriter
+from services.coordinator.api.openai_stream import ChatWriter, CompletionWriter
 from services.coordinator.api.sse import STREAM_END
 from services.coordinator.engine.request import FinishReason, Request
 from services.coordinator.text.answer import Part
@@ -24,25 +24,25 @@ SCORED = {"want_logprob": True, "top_logprobs": 2}
 
 
 def writer(
-    kind: type[OpenAIWriter],
+    kind: type[CompletionWriter],
     reason: FinishReason = "length",
     *,
     complete: bool = False,
     texts: Sequence[str] = ("he", "llo"),
     echo: str | None = None,
     **asked: Any,
-) -> OpenAIWriter:
+) -> CompletionWriter:
     request = Request(max_new_tokens=8, seed=-7, **asked)
     top = (TokenLogprob(1, -0.5), TokenLogprob(2, -1.0))
     parts = [Part(1, text, -0.5, None, top) for text in texts]
     return kind(answer_to(request, [*parts, Part(3, "", -1.5, reason)], complete=complete), "m", echo)
 
 
-def whole(kind: type[OpenAIWriter], reason: FinishReason = "length", **asked: Any) -> Any:
+def whole(kind: type[CompletionWriter], reason: FinishReason = "length", **asked: Any) -> Any:
     return msgspec.to_builtins(writer(kind, reason, complete=True, **asked).whole())
 
 
-def chunks(kind: type[OpenAIWriter], reason: FinishReason = "length", **asked: Any) -> list[Any]:
+def chunks(kind: type[CompletionWriter], reason: FinishReason = "length", **asked: Any) -> list[Any]:
     stream = b"".join(writer(kind, reason, stream=True, **asked).events())
     events = [event.data for event in SSEDecoder().iter_bytes(iter([stream]))]
     assert events[-1] == STREAM_END
