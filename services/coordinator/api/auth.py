@@ -1,6 +1,6 @@
-"""Who asks: an API key's owner, the cluster itself, or a program on this machine; knows headers, no routes (design D5).
+"""Clients: the owner of an API key, the cluster itself, or a program on this machine.
 
-A key's name stands in logs and metrics, the key never does.
+Logs and metrics show a key's name, never the key.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from services.coordinator.engine.request import LOOPBACK, Client, Request
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
 CLUSTER = Client("cluster")
 
 
 class Clients:
-    """All who may ask."""
+    """Finds the client of the current request."""
 
     def __init__(self, config: CoordinatorConfig) -> None:
         self._config = config
 
     def find(self) -> Client | None:
-        """Who sent this request, None for a stranger.
+        """Return the client, None for an anonymous request.
 
-        Without keys it is whoever asks this machine by its own address: a page that had its name point here does not.
+        Without API keys every request to this machine's own address is authenticated. Requests under another name are
+        not: a web page may have let its name point here.
         """
         config = self._config
-        # every key is compared, so that the time it takes does not tell which one came near
+        # compares every key, so that the time it takes does not reveal a near match
         found = [Client(each.name, config.maximum_requests_per_key) for each in config.api_keys if has_token(each.key)]
         if has_token(config.cluster_token):
             return CLUSTER
@@ -49,7 +48,7 @@ class Clients:
         return LOOPBACK
 
     def require(self) -> Client:
-        """The client of this request; raises NotAuthenticated for a stranger."""
+        """Return the client; raises NotAuthenticated."""
         client = self.find()
         if client is not None:
             return client
@@ -65,26 +64,22 @@ class Clients:
 
 def sent_by(client: Client, asked: Request, body: bytes) -> Request:
     """Return the request with its client, the client's id for it, and its Idempotency-Key."""
+    asked = replace(asked, client_name=client.name, client_request_id=g.request_id)
     key = request.headers.get("Idempotency-Key", "")
     if not key:
-        return replace(asked, client_name=client.name, client_request_id=g.request_id)
+        return asked
     if not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidRequest(
-            "The Idempotency-Key is not 1 to 255 visible ASCII characters.", cure="A UUID will do.",
+            "The Idempotency-Key is not 1 to 255 visible ASCII characters.",
+            cure="A UUID will do.",
             param="Idempotency-Key",
-        )  # fmt: skip
+        )
     digest = hashlib.sha256(request.path.encode() + b"\0" + body).hexdigest()
-    return replace(
-        asked,
-        client_name=client.name,
-        client_request_id=g.request_id,
-        idempotency_key=key,
-        body_digest=digest,
-    )
+    return replace(asked, idempotency_key=key, body_digest=digest)
 
 
 def take_request_id() -> str:
-    """The id under which this request is known in answers and logs: the client's, if it is one that may stand there."""
+    """Set the request's id, which answers and logs carry: the client's own, if it is safe to log, or a new one."""
     asked = request.headers.get("X-Request-Id", "")
     g.request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
     return str(g.request_id)
