@@ -26,11 +26,7 @@ class Command:
     runs: str
     help: str
     description: str
-    options: tuple[AddOption, ...]
-
-
-def command(name: str, runs: str, help: str, description: str, *options: AddOption) -> Command:
-    return Command(name=name, runs=f"services.cli.{runs}", help=help, description=description, options=options)
+    options: tuple[AddOption, ...] = ()
 
 
 def option(*flags: str, **settings: Any) -> AddOption:
@@ -99,164 +95,210 @@ REPORT = (
 COUNT = at_least(1)
 
 COMMANDS = (
-    command(
-        "up",
-        "commands.up:up",
-        "start everything on this machine and keep it running",
-        "Starts Valkey, the planner, the stages and the coordinator as processes of this machine, restarts those that "
-        "die, and stops everything on Ctrl-C. Needs Linux, no Docker.",
-        option("--stages", metavar="N", type=COUNT, help="number of stages (NOODLE_STAGES, 2)"),
-        option("--model", metavar="M", help="default model's name, hub id, folder or .gguf file (NOODLE_MODEL)"),
-        option("--split", metavar="N,N", help="layers of each stage, as 10,2 (NOODLE_SPLIT, else by measured speed)"),
-        switch("--detach", help="return when it is ready and keep running in the background"),
-        option("--report-to", type=int, help=argparse.SUPPRESS),  # see services/cli/local/detach.py
-    ),
-    command(
-        "down",
-        "commands.down:down",
-        "stop what `noodle up` started",
-        "Stops the `noodle up` of this user and everything it started, and cleans up after one that was killed.",
-    ),
-    command(
-        "status",
-        "commands.status:status",
-        "show what runs, where, and its state",
-        "Shows the state of every service, with its process, port, layers and memory. Exit code 1 if nothing runs.",
-        JSON,
-        URL,
-    ),
-    command(
-        "generate",
-        "commands.generate:generate",
-        "generate text and stream it to the terminal",
-        "Sends one prompt to the coordinator and prints the answer as it is generated.",
-        option("prompt", metavar="PROMPT", help="text to answer or to continue; - reads it from standard input"),
-        option("--max-new-tokens", metavar="N", type=COUNT, default=256, help="most new tokens (%(default)s)"),
-        option("--temperature", metavar="T", type=between(0, 100), help="0 always takes the most likely token (1)"),
-        option(
-            "--top-p", metavar="P", type=between(0, 1), help="sample from this share of the probability, 0 to 1 (1)"
+    Command(
+        name="up",
+        runs="services.cli.commands.up:up",
+        help="start everything on this machine and keep it running",
+        description=(
+            "Starts Valkey, the planner, the stages and the coordinator as processes of this machine, restarts those "
+            "that die, and stops everything on Ctrl-C. Needs Linux, no Docker."
         ),
-        option("--seed", metavar="N", type=at_least(0), help="the same seed samples the same text (random)"),
-        one_of(
-            option("--chat", action="store_false", dest="raw", default=False, help="use the chat template (default)"),
-            switch("--raw", help="continue the text, without a chat template"),
-        ),
-        *TARGET,
-    ),
-    command(
-        "init",
-        "commands.init:init",
-        "prepare this folder for `docker compose up`: .env and secrets",
-        "Writes .env and secrets/ for this machine and prints the next steps. Run again, it keeps what is there.",
-        option("--machine", choices=("single", "a", "b"), help="everything on one host (single, the default), A or B"),
-        option("--address", metavar="IP", help="this machine's IPv4 address on the home network (A and B)"),
-        option("--peer", metavar="IP", help="machine B's IPv4 address (A)"),
-        option("--join", metavar="LINE", help="join line that A printed; - reads it from standard input (B)"),
-        option("--gpu", action=argparse.BooleanOptionalAction, help="compute stage 0 on an NVIDIA card (no)"),
-        option("--stages", metavar="N", type=COUNT, help="number of stages of all machines (NOODLE_STAGES, 2)"),
-        option("--model", metavar="M", help="default model's name, hub id or models/NAME here (NOODLE_MODEL)"),
-        option("--name", metavar="NAME", help="name of this machine (NOODLE_MACHINE, machine-a or machine-b)"),
-        option("--folder", metavar="FOLDER", default=".", help="noodle's folder (the current folder)"),
-    ),
-    command(
-        "leave",
-        "commands.leave:leave",
-        "move a stage's layers to the others so that its machine can go",
-        "Asks a stage to leave, and waits until the other stages have loaded its layers.",
-        option("--url", metavar="URL", help="stage that leaves (NOODLE_ADVERTISE_URL); required if several run here"),
-    ),
-    command(
-        "verify",
-        "verify.command:verify",
-        "compare the cluster's tokens with the unsplit model's",
-        "Generates with the cluster, feeds its tokens to the unsplit model on this machine, and compares. Exit code 1 "
-        "if the bound of the cluster's number format is broken.",
-        option("--prompts", metavar="N", type=COUNT, help="number of built-in prompts to use (all)"),
-        option("--new-tokens", metavar="N", type=COUNT, default=64, help="new tokens of each prompt (%(default)s)"),
-        JSON,
-        *TARGET,
-    ),
-    command(
-        "bench",
-        "bench.command:bench",
-        "time the cluster against the unsplit model on this machine",
-        "Runs the cluster and the unsplit model in turn, prints a table, writes a JSON file and a plot, and stores the "
-        "report on the coordinator.",
-        option("--streams", metavar="N,N", type=counts, help="numbers of concurrent streams (1,2,4,8)"),
-        option("--prompt-tokens", metavar="N", type=COUNT, help="prompt tokens of each stream (128)"),
-        option("--new-tokens", metavar="N", type=COUNT, help="new tokens of each stream (64)"),
-        option("--pairs", metavar="N", type=COUNT, help="runs of each side for each number of streams (5)"),
-        switch("--no-control", default=None, help="time the cluster only"),
-        *REPORT,
-        *TARGET,
-    ),
-    command(
-        "profile",
-        "bench.profile:profile",
-        "time this machine's layers, embedding and head for the model",
-        "Measures what this machine's CPU and card do for the model, and stores the report on the coordinator.",
-        switch("--quick", default=None, help="measure fewer points in fewer rounds"),
-        *REPORT,
-        *TARGET,
-    ),
-    command(
-        "plan",
-        "commands.plan:plan",
-        "show which machine gets which layers and why",
-        "Shows the plan with its memory and predicted speed. Exit code 1, with what would help, if the model does not "
-        "fit.",
-        option("--nodes", metavar="FILE", help="plan for the machines in this JSON file; - is standard input"),
-        JSON,
-        *TARGET,
-    ),
-    command(
-        "doctor",
-        "doctor.command:doctor",
-        "find what keeps this machine out of the cluster, with the cure",
-        "Checks Docker, card, ports, names, firewall, links, plan and memory, before or after the start. Each finding "
-        "names the command that cures it. Exit code 1 for errors; warnings do not count.",
-        JSON,
-    ),
-    command(
-        "firewall",
-        "commands.firewall:firewall",
-        "show or set who can connect to the ports that this machine publishes",
-        "Prints the firewall rules for this machine's part of the cluster. Changes them only with --apply or --undo.",
-        one_of(
-            switch("--apply", help="set the rules, now and at each boot (as root)"),
-            switch("--undo", help="remove the rules (as root)"),
-        ),
-        option(
-            "--clients",
-            nargs="+",
-            default=(),
-            metavar="ADDRESS",
-            help="addresses or networks of people's machines, for the coordinator and Grafana (none)",
+        options=(
+            option("--stages", metavar="N", type=COUNT, help="number of stages (NOODLE_STAGES, 2)"),
+            option("--model", metavar="M", help="default model's name, hub id, folder or .gguf file (NOODLE_MODEL)"),
+            option("--split", metavar="N,N", help="layers of each stage, as 10,2 (NOODLE_SPLIT, by measured speed)"),
+            switch("--detach", help="return when it is ready and keep running in the background"),
+            option("--report-to", type=int, help=argparse.SUPPRESS),  # see services/cli/local/detach.py
         ),
     ),
-    command(
-        "deploy",
-        "deploy.command:deploy",
-        "start machine A here and machine B by ssh, and verify both",
-        "Copies noodle to machine B, starts both machines, waits until they are ready, runs `noodle verify` and prints "
-        "the URLs. Run again, it changes what has changed.",
-        option("--remote", metavar="IP", required=True, help="machine B's IP address"),
-        option("--user", metavar="USER", default="", help="user on machine B (ssh's configuration)"),
-        option("--address", metavar="IP", help="this machine's IPv4 address (the one towards B)"),
-        option("--remote-os", choices=("linux", "windows"), help="system of machine B (ask it by ssh)"),
-        option("--there", metavar="FOLDER", default="noodle", help="folder on machine B, from home (%(default)s)"),
-        option("--ssh-config", metavar="FILE", help="ssh's configuration file: port, key, known hosts (ssh's own)"),
-        switch("--no-verify", help="do not compare tokens with the unsplit model"),
-        switch("--stop", help="stop both machines; volumes, settings and secrets stay"),
+    Command(
+        name="down",
+        runs="services.cli.commands.down:down",
+        help="stop what `noodle up` started",
+        description=(
+            "Stops the `noodle up` of this user and everything it started, and cleans up after one that was killed."
+        ),
     ),
-    command(
-        "convert",
-        "commands.convert:convert",
-        "convert a .gguf file to a folder that noodle reads (needs torch)",
-        "Converts a .gguf file of any architecture that transformers reads.",
-        option("file", metavar="FILE", help="the .gguf file"),
-        option("folder", metavar="FOLDER", help="folder to write"),
-        option("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the weights (float32)"),
+    Command(
+        name="status",
+        runs="services.cli.commands.status:status",
+        help="show what runs, where, and its state",
+        description=(
+            "Shows the state of every service, with its process, port, layers and memory. Exit code 1 if nothing runs."
+        ),
+        options=(JSON, URL),
+    ),
+    Command(
+        name="generate",
+        runs="services.cli.commands.generate:generate",
+        help="generate text and stream it to the terminal",
+        description="Sends one prompt to the coordinator and prints the answer as it is generated.",
+        options=(
+            option("prompt", metavar="PROMPT", help="text to answer or to continue; - reads it from standard input"),
+            option("--max-new-tokens", metavar="N", type=COUNT, default=256, help="most new tokens (%(default)s)"),
+            option("--temperature", metavar="T", type=between(0, 100), help="0 always takes the most likely token (1)"),
+            option(
+                "--top-p", metavar="P", type=between(0, 1), help="share of the probability to sample from, 0 to 1 (1)"
+            ),
+            option("--seed", metavar="N", type=at_least(0), help="the same seed samples the same text (random)"),
+            one_of(
+                option(
+                    "--chat", action="store_false", dest="raw", default=False, help="use the chat template (default)"
+                ),
+                switch("--raw", help="continue the text, without a chat template"),
+            ),
+            *TARGET,
+        ),
+    ),
+    Command(
+        name="init",
+        runs="services.cli.commands.init:init",
+        help="prepare this folder for `docker compose up`: .env and secrets",
+        description=(
+            "Writes .env and secrets/ for this machine and prints the next steps. Run again, it keeps what is there."
+        ),
+        options=(
+            option(
+                "--machine", choices=("single", "a", "b"), help="everything on one host (single, the default), A or B"
+            ),
+            option("--address", metavar="IP", help="this machine's IPv4 address on the home network (A and B)"),
+            option("--peer", metavar="IP", help="machine B's IPv4 address (A)"),
+            option("--join", metavar="LINE", help="join line that A printed; - reads it from standard input (B)"),
+            option("--gpu", action=argparse.BooleanOptionalAction, help="compute stage 0 on an NVIDIA card (no)"),
+            option("--stages", metavar="N", type=COUNT, help="number of stages of all machines (NOODLE_STAGES, 2)"),
+            option("--model", metavar="M", help="default model's name, hub id or models/NAME here (NOODLE_MODEL)"),
+            option("--name", metavar="NAME", help="name of this machine (NOODLE_MACHINE, machine-a or machine-b)"),
+            option("--folder", metavar="FOLDER", default=".", help="noodle's folder (the current folder)"),
+        ),
+    ),
+    Command(
+        name="leave",
+        runs="services.cli.commands.leave:leave",
+        help="move a stage's layers to the others so that its machine can go",
+        description="Asks a stage to leave, and waits until the other stages have loaded its layers.",
+        options=(
+            option(
+                "--url", metavar="URL", help="stage that leaves (NOODLE_ADVERTISE_URL); required if several run here"
+            ),
+        ),
+    ),
+    Command(
+        name="verify",
+        runs="services.cli.verify.command:verify",
+        help="compare the cluster's tokens with the unsplit model's",
+        description=(
+            "Generates with the cluster, feeds its tokens to the unsplit model on this machine, and compares. Exit "
+            "code 1 if the bound of the cluster's number format is broken."
+        ),
+        options=(
+            option("--prompts", metavar="N", type=COUNT, help="number of built-in prompts to use (all)"),
+            option("--new-tokens", metavar="N", type=COUNT, default=64, help="new tokens of each prompt (%(default)s)"),
+            JSON,
+            *TARGET,
+        ),
+    ),
+    Command(
+        name="bench",
+        runs="services.cli.bench.command:bench",
+        help="time the cluster against the unsplit model on this machine",
+        description=(
+            "Runs the cluster and the unsplit model in turn, prints a table, writes a JSON file and a plot, and "
+            "stores the report on the coordinator."
+        ),
+        options=(
+            option("--streams", metavar="N,N", type=counts, help="numbers of concurrent streams (1,2,4,8)"),
+            option("--prompt-tokens", metavar="N", type=COUNT, help="prompt tokens of each stream (128)"),
+            option("--new-tokens", metavar="N", type=COUNT, help="new tokens of each stream (64)"),
+            option("--pairs", metavar="N", type=COUNT, help="runs of each side for each number of streams (5)"),
+            switch("--no-control", default=None, help="time the cluster only"),
+            *REPORT,
+            *TARGET,
+        ),
+    ),
+    Command(
+        name="profile",
+        runs="services.cli.bench.profile:profile",
+        help="time this machine's layers, embedding and head for the model",
+        description=(
+            "Measures what this machine's CPU and card do for the model, and stores the report on the coordinator."
+        ),
+        options=(switch("--quick", default=None, help="measure fewer points in fewer rounds"), *REPORT, *TARGET),
+    ),
+    Command(
+        name="plan",
+        runs="services.cli.commands.plan:plan",
+        help="show which machine gets which layers and why",
+        description=(
+            "Shows the plan with its memory and predicted speed. Exit code 1, with what would help, if the model does "
+            "not fit."
+        ),
+        options=(
+            option("--nodes", metavar="FILE", help="plan for the machines in this JSON file; - is standard input"),
+            JSON,
+            *TARGET,
+        ),
+    ),
+    Command(
+        name="doctor",
+        runs="services.cli.doctor.command:doctor",
+        help="find what keeps this machine out of the cluster, with the cure",
+        description=(
+            "Checks Docker, card, ports, names, firewall, links, plan and memory, before or after the start. Each "
+            "finding names the command that cures it. Exit code 1 for errors; warnings do not count."
+        ),
+        options=(JSON,),
+    ),
+    Command(
+        name="firewall",
+        runs="services.cli.commands.firewall:firewall",
+        help="show or set who can connect to the ports that this machine publishes",
+        description=(
+            "Prints the firewall rules for this machine's part of the cluster. Changes them only with --apply or "
+            "--undo."
+        ),
+        options=(
+            one_of(
+                switch("--apply", help="set the rules, now and at each boot (as root)"),
+                switch("--undo", help="remove the rules (as root)"),
+            ),
+            option(
+                "--clients",
+                nargs="+",
+                default=(),
+                metavar="ADDRESS",
+                help="addresses or networks of people's machines, for the coordinator and Grafana (none)",
+            ),
+        ),
+    ),
+    Command(
+        name="deploy",
+        runs="services.cli.deploy.command:deploy",
+        help="start machine A here and machine B by ssh, and verify both",
+        description=(
+            "Copies noodle to machine B, starts both machines, waits until they are ready, runs `noodle verify` and "
+            "prints the URLs. Run again, it changes what has changed."
+        ),
+        options=(
+            option("--remote", metavar="IP", required=True, help="machine B's IP address"),
+            option("--user", metavar="USER", default="", help="user on machine B (ssh's configuration)"),
+            option("--address", metavar="IP", help="this machine's IPv4 address (the one towards B)"),
+            option("--remote-os", choices=("linux", "windows"), help="system of machine B (ask it by ssh)"),
+            option("--there", metavar="FOLDER", default="noodle", help="folder on machine B, from home (%(default)s)"),
+            option("--ssh-config", metavar="FILE", help="ssh's configuration file: port, key, known hosts (ssh's own)"),
+            switch("--no-verify", help="do not compare tokens with the unsplit model"),
+            switch("--stop", help="stop both machines; volumes, settings and secrets stay"),
+        ),
+    ),
+    Command(
+        name="convert",
+        runs="services.cli.commands.convert:convert",
+        help="convert a .gguf file to a folder that noodle reads (needs torch)",
+        description="Converts a .gguf file of any architecture that transformers reads.",
+        options=(
+            option("file", metavar="FILE", help="the .gguf file"),
+            option("folder", metavar="FOLDER", help="folder to write"),
+            option("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the weights (float32)"),
+        ),
     ),
 )
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import argparse
+import importlib
+
 import pytest
 
 from noodle import __version__
-from services.cli.main import main
+from services.cli.main import COMMANDS, Command, command_parser, main
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +74,13 @@ def test_ctrl_c_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("services.cli.commands.generate.generate", interrupted)
     assert main(["generate", "hello"]) == 130
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_names_a_function_and_describes_itself_and_its_options(command: Command) -> None:
+    module, _, function = command.runs.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert command.help
+    assert command.description
+    subparsers = next(each for each in command_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    assert all(action.help for action in subparsers.choices[command.name]._actions)
