@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Starts machine B by ssh and machine A here, and verifies both together; --stop takes both down.
+# Starts machine B by ssh and machine A here, and verifies both; --stop stops both.
 #   deploy/deploy-to-remote.sh 192.168.1.102 [--user NAME] [--address 192.168.1.101] [--stop]
-# All of it is in `noodle deploy` (`--help` says the rest); this finds or makes the command first.
+# Finds or installs the command, then runs `noodle deploy`; --help lists its options.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source deploy/command.sh

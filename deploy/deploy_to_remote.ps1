@@ -1,6 +1,6 @@
-# Starts machine B by ssh and machine A here, and verifies both together; -Stop takes both down.
+# Starts machine B by ssh and machine A here, and verifies both; -Stop stops both.
 #   deploy\deploy_to_remote.ps1 -RemoteIP 192.168.1.102 [-User NAME] [-Address 192.168.1.101] [-Stop]
-# All of it is in `noodle deploy`; for a Windows machine B it prints what to run there instead.
+# Runs `noodle deploy`. For a Windows machine B it prints what to run there.
 param(
     [Parameter(Mandatory = $true)][string]$RemoteIP,
     [string]$User,

@@ -1,6 +1,7 @@
-# Shows who may come to the ports that this machine publishes; -Apply sets it, -Undo takes it away (as administrator).
+# Shows who can connect to the ports that this machine publishes; -Apply sets the rules, -Undo removes them (as
+# administrator).
 #   deploy\firewall.ps1 -Apply [-Clients 192.168.1.0/24]
-# All of it is in `noodle firewall`, which also narrows Docker Desktop's own rule to the same addresses.
+# Runs `noodle firewall`, which also narrows Docker Desktop's own rule to the same addresses.
 param(
     [switch]$Apply,
     [switch]$Undo,

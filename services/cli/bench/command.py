@@ -72,10 +72,20 @@ def bench(options: argparse.Namespace) -> int:
     if wanted.with_control:
         require_torch("The control", "Use --no-control, or install noodle's extra `stage` (`make setup`).")
     health = require_ready(target)
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before anything is started
     progress = open_progress(sys.stderr)
     try:
         with Signals() as signals:
-            report = Measuring(target, config, environment, health, wanted, signals=signals, progress=progress).run()
+            report = Measuring(
+                target=target,
+                config=config,
+                environment=environment,
+                health=health,
+                wanted=wanted,
+                load_average=load_average,
+                signals=signals,
+                progress=progress,
+            ).run()
     except Interrupted:
         raise KeyboardInterrupt from None
     finally:
@@ -85,29 +95,22 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True)
 class Measuring:
     """One run of `noodle bench`, from the prompts to the report."""
 
-    def __init__(
-        self,
-        target: Target,
-        config: CommandConfig,
-        environment: Mapping[str, str],
-        health: Health,
-        wanted: BenchOptions,
-        *,
-        signals: Signals,
-        progress: Progress,
-    ) -> None:
-        self._target, self._config, self._environment = target, config, environment
-        self._health, self._wanted = health, wanted
-        self._signals, self._progress = signals, progress
-        self._stages = _stages(health)
-        self._load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    target: Target
+    config: CommandConfig
+    environment: Mapping[str, str]
+    health: Health
+    wanted: BenchOptions
+    load_average: float | None
+    signals: Signals
+    progress: Progress
 
     def run(self) -> BenchReport:
         """Measure both sides; raises NoodleError or Interrupted."""
-        wanted, context_length = self._wanted, self._health.context_length
+        wanted, context_length = self.wanted, self.health.context_length
         if context_length and wanted.prompt_tokens + wanted.new_tokens > context_length:
             raise ConfigurationError(
                 f"{wanted.prompt_tokens} prompt tokens and {wanted.new_tokens} new tokens exceed the cluster's context "
@@ -116,55 +119,55 @@ class Measuring:
             )
         ready: ControlReady | None = None
         digest = control_model = ""
-        self._progress.show("bench", "cluster: prompts")
-        text_ids = text_token_ids(self._target)
+        self.progress.show("bench", "cluster: prompts")
+        text_ids = text_token_ids(self.target)
         sides: dict[str, RunSide] = {
-            "cluster": lambda prompts, new: run_streams(self._target, prompts, new, self._signals)
+            "cluster": lambda prompts, new: run_streams(self.target, prompts, new, self.signals)
         }
         with contextlib.ExitStack() as stack:
             if wanted.with_control:
-                model = find_model(self._target, self._config, self._environment, self._signals, self._progress)
+                model = find_model(self.target, self.config, self.environment, self.signals, self.progress)
                 digest, control_model = model_digest(model.folder), model.name or self._served_model
-                self._progress.show("bench", "control: loading the unsplit model")
-                control = Control(stack.enter_context(open_control(self._environment, self._signals)))
+                self.progress.show("bench", "control: loading the unsplit model")
+                control = Control(stack.enter_context(open_control(self.environment, self.signals)))
                 ready = control.load(
                     control_question(
                         model.folder,
                         context_length,
-                        self._stages,
-                        self._config.machine,
-                        stage_cores=cores_of_stages(self._target.record),
+                        _stages(self.health),
+                        self.config.machine,
+                        stage_cores=cores_of_stages(self.target.record),
                         own_cores=usable_cores(),
                     )
                 )
                 sides["control"] = control.run
             results = self._run_all(sides, text_ids)
-        self._progress.finish("bench", "")
+        self.progress.finish("bench", "")
         conditions = self._conditions(ready, digest, control_model)
         return BenchReport(
             made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            machine=self._config.machine,
+            machine=self.config.machine,
             model=self._served_model,
             headline=headline(results),
             conditions=conditions,
             results=tuple(results),
-            remarks=remarks(conditions, wanted.streams, self._config.machine, self._served_model),
+            remarks=remarks(conditions, wanted.streams, self.config.machine, self._served_model),
         )
 
     @property
     def _served_model(self) -> str:
-        return str(self._health.answer.get("model") or "")
+        return str(self.health.answer.get("model") or "")
 
     def _conditions(self, control: ControlReady | None, digest: str, control_model: str) -> BenchConditions:
-        wanted, answer = self._wanted, self._health.answer
+        wanted, answer = self.wanted, self.health.answer
         return BenchConditions(
             noodle_version=__version__,
             coordinator_version=str(answer.get("version", "")),
-            url=self._target.url,
-            stages=self._stages,
+            url=self.target.url,
+            stages=_stages(self.health),
             plan_version=int(answer.get("plan") or 0),
             plan_reason=str(answer.get("plan_reason") or ""),
-            context_length=self._health.context_length,
+            context_length=self.health.context_length,
             model_digest=digest,
             control_model=control_model,
             prompt_tokens=wanted.prompt_tokens,
@@ -172,20 +175,20 @@ class Measuring:
             pairs=wanted.pairs,
             warm_up_tokens=min(WARM_UP_TOKENS, wanted.new_tokens),
             cores=usable_cores(),
-            load_average=self._load_average,
+            load_average=self.load_average,
             control=control,
         )
 
     def _run_all(self, sides: Mapping[str, RunSide], text_ids: Prompt) -> list[StreamsResult]:
         """For each number of streams, warm up both sides and then run them in pairs, each going first in turn."""
-        wanted = self._wanted
+        wanted = self.wanted
         total = len(wanted.streams) * (1 + wanted.pairs) * len(sides)
         done = 0
 
         def run(side: str, streams: int, number: int) -> RunTimes:
             nonlocal done
             text = f"run {number} of {wanted.pairs}" if number else "warm-up"
-            self._progress.show("bench", f"{streams} concurrent, {text}: {side}", done / total)
+            self.progress.show("bench", f"{streams} concurrent, {text}: {side}", done / total)
             new_tokens = wanted.new_tokens if number else min(WARM_UP_TOKENS, wanted.new_tokens)
             times = sides[side](prompts_of(text_ids, wanted.prompt_tokens, streams, number), new_tokens)
             done += 1

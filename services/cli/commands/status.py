@@ -13,7 +13,7 @@ from services.cli.client.target import Target, find_target
 from services.cli.local.processes import proportional_set_bytes, session_members
 
 NOT_RUNNING_EXIT_CODE = 1
-FROM_PLAN = ("machine", "layers", "dtype", "executor", "weights")  # what the coordinator tells about each stage
+FROM_PLAN = ("machine", "layers", "dtype", "executor", "weights")  # what the coordinator reports about each stage
 TITLES = ("service", "pid", "port", "state", "restarts", "machine", "layers", "computed by", "memory")
 
 

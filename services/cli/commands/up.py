@@ -12,6 +12,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from noodle.config.environment import command_config, process_environment
 from noodle.config.settings import CommandConfig
@@ -83,24 +84,20 @@ def already_running(config: CommandConfig, progress: Progress) -> bool:
     return True
 
 
+@dataclass(kw_only=True)
 class Up:
     """One run, from the locked run folder to its removal."""
 
-    def __init__(
-        self,
-        config: CommandConfig,
-        spec: ClusterSpec,
-        environment: Mapping[str, str],
-        *,
-        folder: RunFolder,
-        signals: Signals,
-        progress: Progress,
-        is_detached: bool,
-    ) -> None:
-        self._config, self._spec, self._environment = config, spec, environment
-        self._folder, self._signals, self._progress = folder, signals, progress
-        self._supervisor = Supervisor(folder)
-        self._is_detached = is_detached
+    config: CommandConfig
+    spec: ClusterSpec
+    environment: Mapping[str, str]
+    folder: RunFolder
+    signals: Signals
+    progress: Progress
+    is_detached: bool
+
+    def __post_init__(self) -> None:
+        self._supervisor = Supervisor(self.folder)
         self._identity = identify(os.getpid())
         self._phase: RunPhase = "starting"
         self._model: PreparedModel | None = None
@@ -111,32 +108,32 @@ class Up:
     def start(self) -> None:
         """Start everything and return when requests are answered. Raises StartError or Interrupted."""
         self._clear_leftovers()
-        with writing(self._folder.logs_dir):
-            self._folder.logs_dir.mkdir(mode=0o700)
-            if self._is_detached:
+        with writing(self.folder.logs_dir):
+            self.folder.logs_dir.mkdir(mode=0o700)
+            if self.is_detached:
                 self._redirect_output_to_log()
         self._record()
-        refuse_ports_in_use(self._spec)
+        refuse_ports_in_use(self.spec)
         binary = valkey.server_binary()
-        self._token = self._config.cluster_token or secrets.token_urlsafe(32)
+        self._token = self.config.cluster_token or secrets.token_urlsafe(32)
         password = secrets.token_urlsafe(32)
-        write_private(self._folder.token_path, self._token.encode())
-        write_private(self._folder.valkey_password_path, password.encode())
-        common = children_environment(self._environment, self._config, self._folder)
+        write_private(self.folder.token_path, self._token.encode())
+        write_private(self.folder.valkey_password_path, password.encode())
+        common = children_environment(self.environment, self.config, self.folder)
         self._model = prepare_model(
-            self._spec.model,
-            self._config,
+            self.spec.model,
+            self.config,
             common,
-            self._signals,
-            self._progress,
-            log_path=self._folder.log_path("model"),
+            self.signals,
+            self.progress,
+            log_path=self.folder.log_path("model"),
         )
         self._record()
-        start = Start(self._supervisor, self._signals, self._progress)
-        configuration = valkey.write_configuration(self._folder, self._spec.valkey_port, password)
-        self._add(valkey_spec(self._spec, binary, configuration))
-        start.wait_until(lambda: valkey.answers(self._spec.valkey_port, password), "Valkey", QUEUE_SECONDS)
-        self._specs = service_specs(self._spec, self._config, common, self._model.folder)
+        start = Start(self._supervisor, self.signals, self.progress)
+        configuration = valkey.write_configuration(self.folder, self.spec.valkey_port, password)
+        self._add(valkey_spec(self.spec, binary, configuration))
+        start.wait_until(lambda: valkey.answers(self.spec.valkey_port, password), "Valkey", QUEUE_SECONDS)
+        self._specs = service_specs(self.spec, self.config, common, self._model.folder)
         for spec in self._specs:
             self._add(spec)
         self._record()
@@ -145,15 +142,15 @@ class Up:
         self._record()
         served_name = str(health.answer.get("model") or self._model.name)
         for line in self._welcome(served_name):
-            self._progress.log(line)
+            self.progress.log(line)
         for warning in health.warnings:
-            self._progress.log(f"Note: {warning}")
-        self._progress.log("`noodle down` stops it." if self._is_detached else "Ctrl-C stops it.")
+            self.progress.log(f"Note: {warning}")
+        self.progress.log("`noodle down` stops it." if self.is_detached else "Ctrl-C stops it.")
 
     def supervise(self) -> None:
         """Keep everything running until a stop is requested; a full disk is logged and stops nothing."""
         waits_for_readiness = False
-        while not self._signals.stop_requested:
+        while not self.signals.stop_requested:
             ended, started = self._supervisor.look()
             for end in ended:
                 log_death(end, self._log)
@@ -170,7 +167,7 @@ class Up:
             interval_seconds = READY_AGAIN_INTERVAL_SECONDS if waits_for_readiness else IDLE_SECONDS
             if self._record_is_stale:
                 interval_seconds = min(interval_seconds, RECORD_AGAIN_SECONDS)
-            self._signals.wait(min(interval_seconds, self._supervisor.seconds_until_restart()))
+            self.signals.wait(min(interval_seconds, self._supervisor.seconds_until_restart()))
 
     def stop(self) -> None:
         """Stop everything in order and remove the run folder; a further Ctrl-C kills what is left."""
@@ -181,18 +178,18 @@ class Up:
             if was_running:
                 self._log("Stopping.")
         finally:
-            killed = self._supervisor.stop(self._signals)
-            self._folder.remove()
+            killed = self._supervisor.stop(self.signals)
+            self.folder.remove()
         for name in killed:
             self._log(f"{name} did not stop in time and was killed.")
 
     def _log(self, text: str) -> None:
         """Log a line; the terminal may have been closed, or the log's disk may be full."""
         with contextlib.suppress(OSError):
-            self._progress.log(text)
+            self.progress.log(text)
 
     def _redirect_output_to_log(self) -> None:
-        with self._folder.log_path("up").open("ab") as log:
+        with self.folder.log_path("up").open("ab") as log:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
 
@@ -207,13 +204,13 @@ class Up:
 
     def _clear_leftovers(self) -> None:
         """End and remove what a killed `noodle up` left."""
-        record = read_record(self._folder.path)
+        record = read_record(self.folder.path)
         if record is not None:
             children = [service.process for service in record.services if service.process is not None]
             ended = end_leftovers(children, LEFTOVER_GRACE_SECONDS)
             left = f"ended {counted(len(ended), 'process', 'processes')}" if ended else "removed the files"
-            self._progress.log(f"An earlier `noodle up` (pid {record.supervisor.pid}) was killed; {left} that it left.")
-        self._folder.empty()
+            self.progress.log(f"An earlier `noodle up` (pid {record.supervisor.pid}) was killed; {left} that it left.")
+        self.folder.empty()
 
     def _try_to_record(self) -> None:
         """Write the record; if the disk is full, log it once, and `supervise` tries again."""
@@ -229,12 +226,12 @@ class Up:
             self._record_is_stale = True
 
     def _record(self) -> None:
-        self._folder.write(
+        self.folder.write(
             RunRecord(
                 supervisor=self._identity,
-                coordinator_url=self._spec.coordinator_url,
-                model=self._model.name if self._model else self._spec.model,
-                stage_count=self._spec.stage_count,
+                coordinator_url=self.spec.coordinator_url,
+                model=self._model.name if self._model else self.spec.model,
+                stage_count=self.spec.stage_count,
                 phase=self._phase,
                 model_folder=str(self._model.folder) if self._model else "",
                 services=self._supervisor.records(),
@@ -242,16 +239,16 @@ class Up:
         )
 
     def _welcome(self, served_name: str) -> list[str]:
-        url = self._spec.coordinator_url
-        key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if self._config.api_key else ""
+        url = self.spec.coordinator_url
+        key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if self.config.api_key else ""
         question = [{"role": "user", "content": "Why is the sky blue?"}]
         body = json.dumps({"model": served_name, "messages": question, "max_tokens": 60})
-        stages = counted(self._spec.stage_count, "stage")
+        stages = counted(self.spec.stage_count, "stage")
         return [
             f"noodle is ready: {self._model.name if self._model else served_name} on {stages}.",
             f"  OpenAI API  {url}/v1",
             f"  health      {url}/health",
-            f"  logs        {self._folder.logs_dir}",
+            f"  logs        {self.folder.logs_dir}",
             '  try         noodle generate "Why is the sky blue?"',
             f"  or          curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
         ]
@@ -275,9 +272,9 @@ def run(
             on_ready()
             return 0
         one = Up(
-            config,
-            spec,
-            environment,
+            config=config,
+            spec=spec,
+            environment=environment,
             folder=folder,
             signals=signals,
             progress=progress,

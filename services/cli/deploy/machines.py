@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -83,17 +84,18 @@ def docker_in_words(facts: DockerFacts, machine: str, system: System, cure_prefi
     return ", ".join(result.what for result in results)
 
 
+@dataclass(frozen=True)
 class LocalCompose:
     """`docker compose` in a folder of this machine."""
 
-    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
-        self._folder, self._log = folder, log
+    folder: Path
+    log: Callable[[str], None]
 
     def run(self, arguments: Sequence[str], seconds: float) -> Ran:
-        return run_program(["docker", "compose", *arguments], seconds, folder=self._folder)
+        return run_program(["docker", "compose", *arguments], seconds, folder=self.folder)
 
     def follow(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        return follow_program(["docker", "compose", *arguments], seconds, self._log, folder=self._folder, sent=sent)
+        return follow_program(["docker", "compose", *arguments], seconds, self.log, folder=self.folder, sent=sent)
 
 
 class MachineA(Machine):
@@ -166,20 +168,22 @@ class MachineA(Machine):
         )
 
 
+@dataclass(frozen=True)
 class RemoteCompose:
     """`docker compose` in a folder of another machine."""
 
-    def __init__(self, remote: Remote, folder: str, log: Callable[[str], None]) -> None:
-        self._remote, self._folder, self._log = remote, folder, log
+    remote: Remote
+    folder: str
+    log: Callable[[str], None]
 
     def run(self, arguments: Sequence[str], seconds: float) -> Ran:
-        return self._remote.shell(self._script(arguments), seconds)
+        return self.remote.shell(self._script(arguments), seconds)
 
     def follow(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        return self._remote.follow(self._script(arguments), seconds, self._log, sent)
+        return self.remote.follow(self._script(arguments), seconds, self.log, sent)
 
     def _script(self, arguments: Sequence[str]) -> str:
-        return f"cd {shlex.quote(self._folder)} && docker compose {shlex.join(arguments)}"
+        return f"cd {shlex.quote(self.folder)} && docker compose {shlex.join(arguments)}"
 
 
 class MachineB(Machine):

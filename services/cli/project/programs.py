@@ -83,7 +83,7 @@ def follow_program(
     """Run a program that takes minutes: log each line at once, and return the last ones."""
     late = threading.Event()
     kept: deque[str] = deque(maxlen=KEPT_LINES)
-    with tempfile.TemporaryFile() as standard_input:  # a file, so that nobody waits for a program that does not read
+    with tempfile.TemporaryFile() as standard_input:  # a file: no thread has to feed a program
         standard_input.write(sent)
         standard_input.seek(0)
         try:

@@ -39,9 +39,9 @@ def logged() -> Logged:
 def up(tmp_path: Path, logged: Logged) -> Up:
     config = command_config({})
     return Up(
-        config,
-        resolve(config, {}, None, None, None),
-        {},
+        config=config,
+        spec=resolve(config, {}, None, None, None),
+        environment={},
         folder=RunFolder(tmp_path),
         signals=Signals(),
         progress=logged,
