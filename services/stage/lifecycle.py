@@ -139,9 +139,8 @@ class Lifecycle:
 
     def leave(self) -> Plan | None:
         """Ask for this stage's layers to be moved to the others until it restarts; returns the newest plan."""
-        if self._report is None:
-            raise NotReady(f"Stage {self._config.stage_id} still measures its machine.", retry_after_seconds=2)
-        if not self._report.leaving:
+        report = self._measured()
+        if not report.leaving:
             if not any(
                 other.stage_id != self._config.stage_id and not other.leaving for other in self._queue.reports()
             ):
@@ -150,7 +149,7 @@ class Lifecycle:
                     cure="Start another stage first, or stop this one.",
                 )
             log.info("this stage wants to leave: its layers go to the others")
-            self._report = replace(self._report, leaving=True)
+            self._report = replace(report, leaving=True)
             self._beat_now.set()
         return self._queue.plan()
 
@@ -201,12 +200,8 @@ class Lifecycle:
 
     def _planned(self, start_layer: int | None, end_layer: int | None) -> Plan:
         """Return the newest plan, if it gives this stage these layers."""
-        stage_id = self._config.stage_id
-        if self._report is None:
-            raise NotReady(
-                f"Stage {stage_id} still measures its machine ({self.state.progress:.0%}).", retry_after_seconds=2
-            )
-        plan = self._queue.plan()
+        self._measured()
+        stage_id, plan = self._config.stage_id, self._queue.plan()
         if plan is None:
             raise Conflict(
                 f"There is no plan yet that gives stage {stage_id} layers to load.",
@@ -224,6 +219,14 @@ class Lifecycle:
                     cure="Set NOODLE_SPLIT on the planner to cut otherwise, or leave the range out.",
                 )
         return plan
+
+    def _measured(self) -> MachineReport:
+        if self._report is None:
+            raise NotReady(
+                f"Stage {self._config.stage_id} still measures its machine ({self.state.progress:.0%}).",
+                retry_after_seconds=2,
+            )
+        return self._report
 
     def _load_by_hand(self, folder: Path, wait_seconds: float) -> None:
         """Load the newest plan if a request for it comes in this time; all that wait get the same answer."""

@@ -92,7 +92,6 @@ def packed_batch(step: Step, body: memoryview, *, is_first: bool, is_last: bool)
 
 
 def refusal_of(span: StepSpan, stage_id: int, reason: str, message: str) -> SpanRefusal:
-    """The refusal of one span by this stage."""
     return SpanRefusal(
         session_id=span.session_id,
         session_epoch=span.session_epoch,

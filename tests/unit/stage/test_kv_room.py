@@ -1,4 +1,4 @@
-"""Whether a stage's room for KV rows is of any use, decided when it loads its layers."""
+"""Whether a stage has room for the KV rows of one session, checked when it loads its layers."""
 
 import pytest
 
@@ -19,10 +19,10 @@ def check(kv_bytes, context_length=256, **variables):
 
 def test_room_for_the_shortest_session_is_enough():
     check(MINIMUM_SESSION_TOKENS * BYTES_PER_TOKEN)
-    check(4 * BYTES_PER_TOKEN, context_length=4)  # a model whose whole context is less
+    check(4 * BYTES_PER_TOKEN, context_length=4)  # a model with a shorter context
 
 
-def test_less_is_refused_with_the_stage_the_numbers_and_what_would_do():
+def test_less_is_refused_with_the_stage_the_numbers_and_the_cure():
     with pytest.raises(PlanDoesNotFit) as caught:
         check(1, NOODLE_KV_BYTES="1")
     for word in ("Stage 1 on vm", "0 tokens", "NOODLE_KV_BYTES=1", "768 bytes a token", "has 16"):
@@ -30,7 +30,7 @@ def test_less_is_refused_with_the_stage_the_numbers_and_what_would_do():
     assert str(MINIMUM_SESSION_TOKENS * BYTES_PER_TOKEN) in caught.value.cure
 
 
-def test_a_machine_that_has_nothing_free_is_told_what_else_would_do():
+def test_a_machine_without_free_memory_gets_another_cure():
     with pytest.raises(PlanDoesNotFit, match="its share of what is free") as caught:
         check(MINIMUM_SESSION_TOKENS * BYTES_PER_TOKEN - 1)
     assert "NOODLE_SPLIT" in caught.value.cure

@@ -1,4 +1,4 @@
-"""What a stage measured reaches the coordinator once, whatever is cut, lost or started again in between."""
+"""Measurements of a stage reach the coordinator once, through cuts, lost answers and restarts."""
 
 import http.server
 import json
@@ -59,7 +59,7 @@ class Coordinator:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def restart(self):
-        """What a new process knows is what is in the file."""
+        """Forget everything but the file, as a new process."""
         self.file = RecordStore(self.path, METRICS_FILE_BYTES)
 
     def numbers(self):
@@ -164,7 +164,7 @@ def test_many_that_wait_go_in_several_requests_and_a_cut_between_them_loses_none
     assert coordinator.asked == 5
 
 
-def test_what_the_coordinator_never_takes_does_not_stand_in_the_way_of_the_rest(stage, coordinator, caplog):
+def test_refused_snapshots_do_not_block_the_rest(stage, coordinator, caplog):
     stage.measure()
     coordinator.fault = "413"
     stage.sender.deliver()
@@ -174,7 +174,7 @@ def test_what_the_coordinator_never_takes_does_not_stand_in_the_way_of_the_rest(
     assert coordinator.numbers() == [1]
 
 
-def test_nobody_at_the_coordinators_address_costs_nothing_but_a_line(stage, coordinator, caplog):
+def test_an_unreachable_coordinator_costs_one_log_line(stage, coordinator, caplog):
     caplog.set_level("INFO")
     stage.options["NOODLE_COORDINATOR_URL"] = "http://127.0.0.1:1"
     stage.restart()
@@ -188,7 +188,7 @@ def test_nobody_at_the_coordinators_address_costs_nothing_but_a_line(stage, coor
     assert coordinator.numbers() == [0, 1]
 
 
-def test_a_line_that_a_crash_tore_is_left_out_and_spoils_no_other(stage, coordinator):
+def test_a_line_torn_by_a_crash_is_skipped(stage, coordinator):
     stage.measure(2)
     with stage.path.open("ab") as file:
         file.write(b'{"entry_id": "torn", "node_')
@@ -198,7 +198,7 @@ def test_a_line_that_a_crash_tore_is_left_out_and_spoils_no_other(stage, coordin
     assert coordinator.numbers() == [0, 1, 2]
 
 
-def test_more_than_the_bound_gives_up_the_oldest_and_says_so(tmp_path, caplog):
+def test_beyond_the_bound_the_oldest_are_dropped_with_a_warning(tmp_path, caplog):
     unsent = UnsentSnapshots(tmp_path / "file.jsonl", maximum_bytes=2000)
     for number in range(200):
         unsent.add({"number": number})
@@ -210,7 +210,7 @@ def test_more_than_the_bound_gives_up_the_oldest_and_says_so(tmp_path, caplog):
     assert len(UnsentSnapshots(tmp_path / "file.jsonl")) == len(numbers)
 
 
-def test_a_folder_that_can_not_be_written_is_said_once_and_they_go_on_from_memory(tmp_path, coordinator, caplog):
+def test_an_unwritable_folder_is_logged_once_and_snapshots_are_sent_from_memory(tmp_path, coordinator, caplog):
     (tmp_path / "in the way").write_text("")
     stage = Stage(coordinator, tmp_path)
     stage.options["NOODLE_STATE_DIR"] = str(tmp_path / "in the way")
@@ -230,7 +230,7 @@ def test_a_batch_is_bounded_in_bytes_but_never_empty(tmp_path):
     assert unsent.oldest(10, 500) == [b'{"text":"y"}']
 
 
-def test_a_fault_of_the_measuring_does_not_end_the_stage(stage, caplog):
+def test_a_fault_in_measuring_does_not_end_the_stage(stage, caplog):
     def broken():
         raise ZeroDivisionError
 
@@ -269,7 +269,7 @@ def test_rates_are_of_the_time_between_two_snapshots():
     assert rates == {"interval_seconds": 30.0, "tokens_per_second": 2.0, "machine_cpu_share": 0.5}
 
 
-def test_the_thread_sends_what_was_left_measures_and_ends_when_it_is_told(stage, coordinator, monkeypatch):
+def test_the_thread_sends_what_was_left_and_measures_until_it_is_stopped(stage, coordinator, monkeypatch):
     monkeypatch.setattr(metrics_sender, "SNAPSHOT_SECONDS", 0.02)
     stage.measure(2)
     thread = threading.Thread(target=stage.sender.run)
@@ -285,7 +285,7 @@ def test_the_thread_sends_what_was_left_measures_and_ends_when_it_is_told(stage,
     assert coordinator.metrics()[-1]["boot_id"] == "boot"
 
 
-def test_the_file_of_metrics_that_can_not_be_written_keeps_them_on_the_stage(stage, coordinator, monkeypatch):
+def test_snapshots_stay_on_the_stage_while_the_coordinator_cannot_write_its_file(stage, coordinator, monkeypatch):
     stage.measure()
 
     def full(entries):

@@ -1,4 +1,4 @@
-"""Activations that wait: bounded, freed when delivered, told apart afterwards."""
+"""Activations in the outbox: bounded, freed when delivered, and their fate remembered."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from services.stage.transport.outbox import Outbox
 BODY = bytes(range(256)) * 4096  # several pieces
 
 
-def test_a_body_is_given_out_whole_and_then_it_is_gone():
+def test_a_body_is_delivered_whole_and_then_gone():
     box = Outbox()
     name = box.put(memoryview(BODY))
     assert box.held_bytes == len(BODY)
@@ -54,7 +54,7 @@ def test_what_was_never_there_is_not_found():
         Outbox().body("0" * 32)
 
 
-def test_a_full_outbox_holds_back_until_something_is_fetched():
+def test_a_full_outbox_blocks_until_something_is_fetched():
     box = Outbox(maximum_bytes=2 * len(BODY), full_seconds=10)
     first = box.put(BODY)
     box.put(BODY)
@@ -90,7 +90,7 @@ def test_a_new_plan_frees_everything():
         box.body(names[0])
 
 
-def test_only_so_many_past_ids_are_remembered(monkeypatch):
+def test_a_bounded_number_of_past_ids_is_remembered(monkeypatch):
     monkeypatch.setattr(outbox_module, "PAST_ACTIVATIONS", 2)
     box = Outbox()
     names = [box.put(b"x") for _ in range(3)]

@@ -32,7 +32,7 @@ def a_result(number, spans=MANY_SPANS[:1]):
 
 @contextlib.contextmanager
 def served(outlet):
-    """A reader of the outlet as gunicorn serves one: what the answer yields is written as a chunk."""
+    """Serve the outlet as gunicorn does: each frame that the answer yields becomes a chunk."""
     ours, theirs = socket.socketpair()
     ours.settimeout(ANSWER_SECONDS)
 
@@ -119,7 +119,7 @@ def test_what_waits_for_a_reader_that_goes_is_put_on_the_queue():
 def test_a_result_for_a_reader_that_has_closed_is_not_taken():
     outlet = outlet_with()
     with served(outlet) as (connection, chunks):
-        # its second word: until then results wait, as long as it is not sure that the first one is sent
+        # the second keep-alive: until then results wait for the first one to be sent
         assert isinstance(read_frame(chunks.read, LARGEST)[0], KeepAlive)
         connection.shutdown(socket.SHUT_RDWR)
         assert not outlet.put(a_result(1))

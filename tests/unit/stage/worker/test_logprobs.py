@@ -27,7 +27,7 @@ def test_each_rows_token_gets_its_log_probability_and_the_likeliest_beside_it():
         assert [each.logprob for each in scored.top] == pytest.approx(expected[row, best].tolist(), abs=1e-5)
 
 
-def test_among_equals_the_lower_id_comes_first_and_no_more_are_given_than_there_are():
+def test_among_equals_the_lower_id_comes_first_and_no_more_come_than_exist():
     logits = np.array([1.0, 2.0, 2.0, 0.0], np.float32)
     assert [each.token_id for each in likeliest(logits, 3)] == [1, 2, 0]
     assert [each.token_id for each in likeliest(logits, 1)] == [1]
@@ -46,7 +46,7 @@ def test_a_greedy_token_has_exactly_the_log_probability_of_the_likeliest():
         assert scored.logprob == best.logprob
 
 
-def test_logits_that_are_no_numbers_are_told():
+def test_logits_that_are_not_finite_are_refused():
     logits = a_table()
     logits[2, 5] = np.nan
     with pytest.raises(GenerationFailed, match="not finite"):

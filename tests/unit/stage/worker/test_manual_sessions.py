@@ -1,4 +1,4 @@
-"""Sessions of forwards by hand: positions, room, age; time is given."""
+"""Sessions of forwards by hand: positions, room and age."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def compute(sessions, name, tokens, index=None, now=0.0):
     return admitted
 
 
-def test_a_session_goes_on_where_it_is_unless_told_otherwise():
+def test_a_session_continues_at_its_end_by_default():
     sessions = sessions_with()
     assert compute(sessions, "a", 5).span.first_position == 0
     assert compute(sessions, "a", 2).span.first_position == 5

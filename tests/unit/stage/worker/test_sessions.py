@@ -44,7 +44,7 @@ def test_an_older_epoch_is_dropped_and_counted():
     assert length(table, "a") == 4
 
 
-def test_a_newer_epoch_begins_the_session_anew():
+def test_a_newer_epoch_restarts_the_session():
     table = SessionTable(0)
     compute(table, span_of(epoch=1, count=4))
     newer = span_of(epoch=2, count=2)
@@ -94,7 +94,7 @@ def test_early_spans_are_bounded():
     assert admit(table, span_of(first=99)).refusals[0].reason == "too_many_early"
 
 
-def test_a_session_that_is_on_no_list_for_long_is_freed():
+def test_a_session_that_is_missing_from_the_lists_for_long_is_freed():
     table = SessionTable(0)
     compute(table, span_of("a"), span_of("b"), now=0.0)
     assert table.listed(["a"], UNLISTED_SECONDS) == []
@@ -102,7 +102,7 @@ def test_a_session_that_is_on_no_list_for_long_is_freed():
     assert len(table) == 1
 
 
-def test_silence_frees_nothing_for_the_stage_before_may_compute_for_long():
+def test_silence_frees_nothing():
     table = SessionTable(0)
     compute(table, span_of("a"), now=0.0)
     assert table.listed(["a"], 100 * UNLISTED_SECONDS) == []
@@ -117,7 +117,7 @@ def test_a_released_session_is_forgotten_once():
     assert table.release(["a"]) == []
 
 
-def test_all_but_the_listed_sessions_are_freed_at_once_when_that_is_asked():
+def test_an_authoritative_list_frees_all_other_sessions_at_once():
     table = SessionTable(0)
     compute(table, span_of("a"), span_of("b"), span_of("c"))
     assert sorted(table.release_unlisted(["b", "unknown"])) == ["a", "c"]
@@ -139,7 +139,7 @@ def test_a_session_begins_with_the_rows_of_another():
     assert (again.compute, again.copies) == ([span], [])
 
 
-def test_rows_that_another_does_not_have_are_refused_and_leave_nothing():
+def test_a_prefix_whose_rows_are_missing_is_refused_and_leaves_nothing():
     table = SessionTable(0)
     compute(table, span_of(count=4))
     for span in (starting_with("a", 5), starting_with("nobody", 3), starting_with("a", 3, donor_epoch=2)):
@@ -148,7 +148,7 @@ def test_rows_that_another_does_not_have_are_refused_and_leave_nothing():
         assert (admission.compute, len(table)) == ([], 1)
 
 
-def test_a_release_of_an_older_epoch_leaves_a_session_that_began_anew():
+def test_a_release_of_an_older_epoch_leaves_a_restarted_session():
     table = SessionTable(0)
     compute(table, span_of(epoch=2, count=4), span_of("b", count=1))
     old = [ReleasedSession("a", 1), ReleasedSession("b", 1), ReleasedSession("nobody", 9)]

@@ -1,4 +1,4 @@
-"""The stage's loop over a slice that the test makes: what it refuses, scores and logs."""
+"""The stage's loop over a fake slice: what it refuses, scores and logs."""
 
 import logging
 import time
@@ -25,7 +25,7 @@ PLAN = Plan(1, "digest", 1, 8, VOCABULARY, 1000, (StageAssignment(0, "test", "ht
 
 
 class RowSlice:
-    """The logits of row r are largest at token r; `fault` is raised in its place."""
+    """The logits of row r are largest at token r; `forward` raises `fault` if there is one."""
 
     vocab_size = VOCABULARY
 
@@ -63,7 +63,7 @@ class Answers:
 
 
 def answer_of(step, model_slice, tokens):
-    """What one step gets from a worker that computes the whole model."""
+    """Return the result of one step from a worker that computes the whole model."""
     inbox, answers = Inbox(), Answers()
     worker = Worker(0, inbox, answers.put, StageMetrics(CollectorRegistry()))
     worker.install(Role(PLAN, 0, model_slice, None), lambda: None)
@@ -85,7 +85,7 @@ def a_span(name="a", tokens=3, **fields):
 @pytest.mark.parametrize("tokens", [1, SCORED_ROWS, SCORED_ROWS + 1, 5 * SCORED_ROWS])
 def test_however_many_rows_are_scored_few_logits_are_held_at_once(tokens):
     model_slice = RowSlice()
-    # the second session's rows come behind the first one's
+    # the second session's rows follow the first one's
     spans = (a_span("a", 2), a_span("b", tokens, scored_token_ids=[(row + 2) % 50 for row in range(tokens)]))
     scores = answer_of(a_step(*spans), model_slice, tokens + 2).spans[1].scores
     assert len(scores) == tokens
@@ -94,7 +94,7 @@ def test_however_many_rows_are_scored_few_logits_are_held_at_once(tokens):
     assert max(model_slice.asked) <= SCORED_ROWS
 
 
-def test_the_likeliest_stand_beside_a_drawn_token_only_where_its_log_probability_is_asked_for():
+def test_the_likeliest_tokens_come_only_with_a_requested_log_probability():
     asks = {"sampling": SamplingParameters(), "top_logprobs": 3}
     with_logprob, without = answer_of(
         a_step(a_span("a", 3, logprob=True, **asks), a_span("b", 3, **asks)), RowSlice(), 6
@@ -105,7 +105,7 @@ def test_the_likeliest_stand_beside_a_drawn_token_only_where_its_log_probability
 
 
 @pytest.mark.parametrize("scored", [[1, 2, 3, 4], [VOCABULARY]])
-def test_more_scores_than_rows_or_of_tokens_that_there_are_not_are_refused(scored):
+def test_more_scores_than_rows_and_scores_of_unknown_tokens_are_refused(scored):
     answer = answer_of(a_step(a_span(scored_token_ids=scored)), RowSlice(), 3)
     assert [refusal.reason for refusal in answer.refusals] == ["wrong_token"]
 
@@ -133,7 +133,7 @@ def test_what_goes_wrong_with_a_step_is_logged_under_the_id_of_each_of_its_reque
 
 
 class NotNumbers(RowSlice):
-    """The first row's logits are none."""
+    """The first row's logits are not numbers."""
 
     def logits_of(self, rows):
         logits = super().logits_of(rows)
@@ -141,7 +141,7 @@ class NotNumbers(RowSlice):
         return logits
 
 
-def test_a_session_whose_logits_are_not_numbers_fails_alone_and_says_so():
+def test_a_session_whose_logits_are_not_finite_fails_alone():
     asks = {"sampling": SamplingParameters()}
     answer = answer_of(a_step(a_span("a", 3, **asks), a_span("b", 3, **asks)), NotNumbers(), 6)
     assert [(span.session_id, span.token_id) for span in answer.spans] == [("b", 5)]
@@ -151,7 +151,7 @@ def test_a_session_whose_logits_are_not_numbers_fails_alone_and_says_so():
 
 
 def test_a_step_that_computes_for_long_costs_no_session_its_rows(monkeypatch):
-    """On a slow machine a chunk may take longer than a session may be unlisted; the lists wait behind it meanwhile."""
+    """On a slow machine a chunk may take longer than UNLISTED_SECONDS, and the lists wait behind it in the inbox."""
     late_seconds = 0.0
     monkeypatch.setattr(worker_module.time, "monotonic", lambda: time.perf_counter() + late_seconds)
 
@@ -175,7 +175,7 @@ def test_a_step_that_computes_for_long_costs_no_session_its_rows(monkeypatch):
 
 
 class PassingSlice(RowSlice):
-    """Hands on the same hidden states for every batch, and notes those that came."""
+    """Returns the same hidden states for every batch, and keeps those it received."""
 
     def __init__(self, rows):
         super().__init__()
@@ -196,7 +196,7 @@ class NextStage:
 
 
 def sent_on(index, step, body, rows, **hop):
-    """What the stage at `index` of three hands on, and the hidden states that its slice was given."""
+    """Return what the stage at `index` of three sends on, and the hidden states that its slice received."""
     stages = tuple(StageAssignment(i, "test", "http://x:1", i, i + 1, "float32", **hop) for i in range(3))
     inbox, following, model_slice = Inbox(), NextStage(), PassingSlice(rows)
     worker = Worker(index, inbox, Answers().put, StageMetrics(CollectorRegistry()))
@@ -218,7 +218,7 @@ def sent_on(index, step, body, rows, **hop):
         ({"activation_dtype": "float16", "prefill_activation_dtype": "int8"}, 40, "int8"),
     ],
 )
-def test_hidden_states_go_on_in_the_format_that_the_plan_names_and_are_taken_in_it(hop, tokens, dtype):
+def test_hidden_states_travel_in_the_dtype_that_the_plan_names(hop, tokens, dtype):
     rows = np.random.default_rng(0).standard_normal((tokens, 8)).astype(np.float32)
     span = StepSpan("a", 1, 0, tokens, tokens + 1)
     step = Step(1, 1, 1, "int32", [tokens], [span])
@@ -226,11 +226,11 @@ def test_hidden_states_go_on_in_the_format_that_the_plan_names_and_are_taken_in_
     assert (message.dtype, message.shape) == (dtype, [tokens, 8])
     assert body.nbytes == tensor_bytes(dtype, message.shape)
     _, _, came = sent_on(1, message, memoryview(bytes(body)), rows, **hop)
-    assert came.dtype == ("float32" if dtype == "int8" else dtype)  # int8 is nothing that a slice knows
+    assert came.dtype == ("float32" if dtype == "int8" else dtype)  # no slice computes with int8
     assert np.abs(decode(came) - rows).max() < 0.05
 
 
-def test_a_format_that_the_plan_does_not_name_is_refused():
+def test_a_dtype_that_the_plan_does_not_name_is_refused():
     rows = np.zeros((4, 8), np.float32)
     step = Step(1, 1, 1, "float16", [4, 8], [StepSpan("a", 1, 0, 4, 5)])
     message, _, came = sent_on(1, step, memoryview(bytes(64)), rows)
