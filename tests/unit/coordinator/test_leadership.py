@@ -24,7 +24,7 @@ def waits(view, leads=True, detail="connecting", up=False):
     return waiting_for(view, leads, detail, up)
 
 
-def test_what_is_waited_for_is_said_in_the_order_in_which_it_must_happen():
+def test_pending_conditions_are_listed_in_the_order_in_which_they_must_happen():
     assert waits(a_view(), up=True) == []
     assert waits(a_view(queue_error="Valkey does not answer")) == ["Valkey does not answer"]
     assert "b/2" in waits(a_view(leader="b/2"), leads=False)[0]
@@ -63,7 +63,7 @@ def test_the_tightest_stage_decides_how_many_tokens_fit():
     assert (limits.kv_tokens, limits.stage_count, limits.plan_version) == (30, 2, 4)
 
 
-def test_stages_that_send_another_way_than_the_coordinator_are_named():
+def test_stages_with_another_transport_than_the_coordinator_are_named():
     states = [state(0, "ready", transport="auto"), state(1, "ready", transport="direct")]
     assert disagreement_of(states[:1], "auto") == ""
     said = disagreement_of(states, "auto")
@@ -74,7 +74,7 @@ def test_stages_that_send_another_way_than_the_coordinator_are_named():
     assert waits(a_view(stages=ready, disagreement=said)) == [said]
 
 
-def test_less_room_for_kv_rows_than_the_context_is_said_with_the_stage_and_the_numbers():
+def test_less_room_for_kv_rows_than_the_context_is_a_warning_with_the_stage_and_the_numbers():
     def view(*tokens, version=4):
         rooms = [{"kv_budget_bytes": each * 10 + 5, "kv_bytes_per_token": 10} for each in tokens]
         return a_view(stages={i: state(i, "ready", ready_version=version, **room) for i, room in enumerate(rooms)})

@@ -12,7 +12,7 @@ STEP_SECONDS = 0.02
 
 
 def learnt(chunks, fixed, each, per_row, *, repeated=10):
-    """From chunks (tokens, rows before them) on a stage of these costs."""
+    """Costs learnt from chunks (tokens, rows before them) on a stage with these parameters."""
     costs = ChunkCosts(STEP_SECONDS)
     for _ in range(repeated):
         for tokens, first in chunks:
@@ -21,25 +21,25 @@ def learnt(chunks, fixed, each, per_row, *, repeated=10):
     return costs
 
 
-def test_from_chunks_of_different_sizes_the_fixed_part_is_learnt_though_it_is_no_decode_step():
+def test_chunks_of_different_sizes_teach_the_fixed_part_even_if_it_differs_from_a_decode_step():
     costs = learnt([(500, 0), (300, 500), (200, 800), (100, 1000), (50, 1100)], 0.05, 0.002, 1e-6)
     assert costs.fixed_seconds == pytest.approx(0.05, rel=0.05)
     assert costs.seconds(0, 1000) == pytest.approx(1000 * (0.002 + 1e-6 * 500), rel=0.02)
 
 
-def test_chunks_of_one_size_leave_the_fixed_part_as_the_decode_steps_tell_it():
+def test_with_chunks_of_one_size_the_fixed_part_is_taken_from_decode_steps():
     costs = learnt([(100, 0), (100, 100), (100, 200)], STEP_SECONDS, 0.002, 1e-6)
     assert costs.fixed_seconds == pytest.approx(STEP_SECONDS, rel=0.3)
 
 
-def test_the_tokens_that_fit_into_some_seconds_take_so_long():
+def test_tokens_within_some_seconds_take_that_long():
     costs = learnt([(500, 0), (300, 500), (50, 800)], 0.05, 0.002, 1e-6)
     tokens = costs.tokens_within(400, 0.7)
     assert costs.seconds(400, 400 + tokens) == pytest.approx(0.7, rel=0.02)
 
 
 @given(st.lists(st.tuples(st.integers(1, 4000), st.floats(0, 1e5), st.floats(1e-6, 1e3)), max_size=30))
-def test_whatever_was_measured_no_part_is_below_nothing(measured):
+def test_no_part_is_negative_for_any_measurements(measured):
     costs = ChunkCosts(STEP_SECONDS)
     for tokens, rows, seconds in measured:
         costs.add(tokens, rows, seconds, STEP_SECONDS)
@@ -55,19 +55,19 @@ def test_one_stage_takes_a_prompt_whole():
     assert chunk_shares([0.02], [3.0], 100, 0.01) == (1.0,)
 
 
-def test_a_pipelines_seconds_are_those_of_its_chunks_one_behind_the_other():
+def test_pipeline_seconds_are_those_of_chunks_that_follow_one_another():
     assert pipeline_seconds([0.0, 0.0], [1.0, 1.0], [0.5, 0.5]) == pytest.approx(1.5)
     assert pipeline_seconds([0.1, 0.1], [1.0, 2.0], [0.5, 0.5]) == pytest.approx(0.6 + 1.1 + 1.1)
 
 
-def test_two_unequal_stages_come_closer_to_the_slow_ones_own_time_than_by_equal_chunks():
+def test_two_unequal_stages_are_faster_than_with_equal_chunks():
     fixed, work = [0.025, 0.035], [3.6, 2.75]
     equal = min(pipeline_seconds(fixed, work, [1 / count] * count) for count in range(1, 20))
     assert pipeline_seconds(fixed, work, chunk_shares(fixed, work, 20, 0.02)) < 0.97 * equal
 
 
 @given(STAGES, st.integers(1, 64), st.floats(0.01, 0.5))
-def test_whatever_the_costs_the_shares_are_a_whole_and_no_worse_than_no_cut(costs, most, smallest):
+def test_for_any_costs_the_shares_sum_to_one_and_are_no_worse_than_one_chunk(costs, most, smallest):
     fixed, work = zip(*costs, strict=True)
     shares = chunk_shares(fixed, work, most, smallest)
     assert sum(shares) == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""The coordinator's books of KV rows, and the rows of ended sessions."""
+"""The KV rows that the coordinator counts, and the rows of ended sequences."""
 
 from services.coordinator.engine.kv_accounting import (
     MAXIMUM_KEPT_SESSIONS,
@@ -13,7 +13,7 @@ def limits(kv_tokens, reserved=None):
     return plan_limits(kv_tokens=kv_tokens, reserved_kv_tokens=reserved)
 
 
-def test_the_common_beginning_is_found_at_every_length():
+def test_the_common_prefix_is_found_at_every_length():
     left = list(range(100))
     for equal in (0, 1, 7, 16, 17, 63, 64, 99, 100):
         right = left[:equal] + [-1] * (100 - equal)
@@ -22,60 +22,60 @@ def test_the_common_beginning_is_found_at_every_length():
     assert common_prefix_length(left, left[:20] + [-1] * 80, 100, least=21) == 0
 
 
-def test_rows_count_as_they_are_held_and_reservations_beside_them():
-    books = KvAccounting()
+def test_held_rows_and_reservations_are_counted_separately():
+    accounting = KvAccounting()
     a, b = a_sequence("a", range(10)), a_sequence("b", range(10))
-    assert books.fits(a, 10, limits(15))
-    books.hold(a, 10)
-    books.hold(a, 6)  # computed again
-    assert books.rows == 10
-    assert not books.fits(b, 6, limits(15))
-    assert books.fits(b, 5, limits(15))
-    assert not books.fits(b, 5, limits(15, reserved=27))
-    assert books.fits(a, 11, limits(15, reserved=14))
-    books.forget("a")
-    assert (books.rows, books.take_released()) == (0, [])
+    assert accounting.fits(a, 10, limits(15))
+    accounting.hold(a, 10)
+    accounting.hold(a, 6)  # computed again
+    assert accounting.rows == 10
+    assert not accounting.fits(b, 6, limits(15))
+    assert accounting.fits(b, 5, limits(15))
+    assert not accounting.fits(b, 5, limits(15, reserved=27))
+    assert accounting.fits(a, 11, limits(15, reserved=14))
+    accounting.forget("a")
+    assert (accounting.rows, accounting.take_released()) == (0, [])
 
 
-def test_what_is_released_is_told_once_with_its_epoch():
-    books = KvAccounting()
+def test_a_released_session_is_returned_once_with_its_epoch():
+    accounting = KvAccounting()
     a = a_sequence("a", range(10))
-    books.hold(a, 10)
-    books.release("a", 3)
-    books.release("a", 3)
-    assert [(each.session_id, each.session_epoch) for each in books.take_released()] == [("a", 3)]
-    assert books.take_released() == []
+    accounting.hold(a, 10)
+    accounting.release("a", 3)
+    accounting.release("a", 3)
+    assert [(each.session_id, each.session_epoch) for each in accounting.take_released()] == [("a", 3)]
+    assert accounting.take_released() == []
 
 
-def kept(books, name, token_ids):
+def kept(accounting, name, token_ids):
     session = a_sequence(name, token_ids)
-    books.hold(session, len(token_ids))
-    return books.keep(session)
+    accounting.hold(session, len(token_ids))
+    return accounting.keep(session)
 
 
-def test_the_longest_beginning_is_taken_and_the_longest_unused_given_up_first():
-    books = KvAccounting()
-    kept(books, "short", [*range(20), 99])
-    kept(books, "long", [*range(40), 98])
-    found = books.prefix_for(a_sequence("new", range(60)), [])
+def test_the_longest_prefix_is_reused_and_the_longest_unused_session_is_freed_first():
+    accounting = KvAccounting()
+    kept(accounting, "short", [*range(20), 99])
+    kept(accounting, "long", [*range(40), 98])
+    found = accounting.prefix_for(a_sequence("new", range(60)), [])
     assert (found.session_id, found.token_count) == ("long", 40)
-    found = books.prefix_for(a_sequence("new", [*range(20), 99, 97]), [])
+    found = accounting.prefix_for(a_sequence("new", [*range(20), 99, 97]), [])
     assert (found.session_id, found.token_count) == ("short", 21)
-    assert books.give_up_kept(())
-    assert books.kept_ids == ["short"]
-    assert not books.give_up_kept({"short"})
+    assert accounting.give_up_kept(())
+    assert accounting.kept_ids == ["short"]
+    assert not accounting.give_up_kept({"short"})
 
 
-def test_a_beginning_too_short_to_be_worth_it_is_computed():
-    books = KvAccounting()
-    kept(books, "other", [*range(MINIMUM_PREFIX_TOKENS - 1), 99])
-    assert books.prefix_for(a_sequence("new", range(60)), []) is None
+def test_a_prefix_too_short_to_copy_is_computed():
+    accounting = KvAccounting()
+    kept(accounting, "other", [*range(MINIMUM_PREFIX_TOKENS - 1), 99])
+    assert accounting.prefix_for(a_sequence("new", range(60)), []) is None
 
 
-def test_only_so_many_are_kept():
-    books = KvAccounting()
+def test_the_number_of_kept_sessions_is_bounded():
+    accounting = KvAccounting()
     gone = []
     for number in range(MAXIMUM_KEPT_SESSIONS + 3):
-        gone += kept(books, f"s{number}", range(number * 100, number * 100 + 20))
+        gone += kept(accounting, f"s{number}", range(number * 100, number * 100 + 20))
     assert gone == ["s0", "s1", "s2"]
-    assert books.rows == MAXIMUM_KEPT_SESSIONS * 20
+    assert accounting.rows == MAXIMUM_KEPT_SESSIONS * 20

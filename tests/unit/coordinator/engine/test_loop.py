@@ -1,4 +1,4 @@
-"""The coordinator's loop over a stand-in pipeline: what it sends, in which order, and what becomes of requests."""
+"""The coordinator's loop with a fake pipeline: the messages it sends, their order, and the fate of requests."""
 
 import threading
 import time
@@ -52,7 +52,7 @@ class SilentRecorder:
 
 
 class StandInPipeline:
-    """Keeps what it is given to send; the test answers."""
+    """Keeps the messages it is given; the test answers."""
 
     def __init__(self):
         self.sent = []
@@ -72,7 +72,7 @@ class StandInPipeline:
 
 
 class Rig:
-    """A loop that runs, with two stages that the test plays."""
+    """A running loop; the test plays its two stages."""
 
     def __init__(self, kv_tokens=1000):
         self.pipeline = StandInPipeline()
@@ -109,7 +109,7 @@ class Rig:
         return self.loop.admission.submit(asked, LOOPBACK, frozenset())
 
     def step(self, number):
-        """The step that was sent as this one, counted from 1."""
+        """Wait for a step by its number, counted from 1."""
         wait_until(lambda: len(self.pipeline.steps) >= number, WAIT_SECONDS, f"step {number}")
         return self.pipeline.steps[number - 1]
 
@@ -136,7 +136,7 @@ def rig():
 
 
 def ended_with(stream, seconds=WAIT_SECONDS):
-    """The error that ends a request, and when."""
+    """Wait for the error that ends a request."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -150,7 +150,7 @@ def live_lists(rig):
     return [message for message in rig.pipeline.sent if isinstance(message, LiveSessions)]
 
 
-def test_after_a_break_the_stages_hear_which_sessions_live_before_any_step(rig):
+def test_after_a_break_the_stages_get_the_live_sessions_before_any_step(rig):
     gone, stays = rig.submit(), rig.submit()
     rig.step(1)
     rig.down()
@@ -167,7 +167,7 @@ def test_after_a_break_the_stages_hear_which_sessions_live_before_any_step(rig):
     assert isinstance(second, Step)
 
 
-def test_after_a_restart_of_a_stage_the_others_hear_it_too_before_the_replay(rig):
+def test_after_a_restart_of_a_stage_all_get_the_live_sessions_before_the_replay(rig):
     gone, stays = rig.submit(), rig.submit()
     rig.step(1)
     rig.down()
@@ -181,7 +181,7 @@ def test_after_a_restart_of_a_stage_the_others_hear_it_too_before_the_replay(rig
 
 
 @pytest.mark.parametrize("is_long", [False, True])
-def test_after_a_long_break_nothing_is_counted_on_that_stages_may_have_freed(rig, monkeypatch, is_long):
+def test_after_a_long_break_kept_rows_that_stages_may_have_freed_are_forgotten(rig, monkeypatch, is_long):
     monkeypatch.setattr(loop, "KEPT_OVER_BREAK_SECONDS", 0.0 if is_long else 60.0)
     ended = rig.submit(new=1)
     rig.answer(rig.step(1))
@@ -208,7 +208,7 @@ def test_new_limits_of_the_active_plan_count_at_once_and_nothing_is_prefilled_ag
     assert rig.step(2).spans[0].session_epoch == 1
 
 
-def test_the_ordinary_lists_free_nothing_at_once(rig):
+def test_regular_lists_of_live_sessions_free_nothing_at_once(rig):
     rig.submit()
     rig.step(1)
     before = len(live_lists(rig))
@@ -216,7 +216,7 @@ def test_the_ordinary_lists_free_nothing_at_once(rig):
     assert not any(live.is_authoritative for live in live_lists(rig)[before:])
 
 
-def test_a_stage_without_room_for_what_was_promised_gets_the_whole_list_and_the_request_goes_on(rig, monkeypatch):
+def test_a_stage_without_room_gets_the_authoritative_list_and_the_request_continues(rig, monkeypatch):
     monkeypatch.setattr(scheduler_module, "ROOM_RETRY_SECONDS", 0.1)
     request = rig.submit(new=1)
     rig.refuse(rig.step(1), "kv_budget")
@@ -230,7 +230,7 @@ def test_a_stage_without_room_for_what_was_promised_gets_the_whole_list_and_the_
     assert (token.token_id, token.finish_reason) == (7, "length")
 
 
-def test_a_stage_that_never_has_room_ends_the_request_with_its_words(rig, monkeypatch):
+def test_a_stage_that_never_has_room_ends_the_request_with_its_message(rig, monkeypatch):
     monkeypatch.setattr(scheduler_module, "ROOM_RETRY_SECONDS", 0.01)
     request = rig.submit()
     for number in range(1, scheduler_module.MAXIMUM_REPLAYS + 2):
@@ -250,7 +250,7 @@ def test_a_request_whose_pipeline_does_not_return_ends_in_time_with_the_stage_na
     assert "noodle status" in str(error)
 
 
-def test_a_request_goes_on_when_the_stage_returns_in_time(rig):
+def test_a_request_continues_if_the_stage_returns_in_time(rig):
     request = rig.submit(new=2)
     rig.answer(rig.step(1))
     rig.step(2)
@@ -286,7 +286,7 @@ def test_a_pipeline_that_comes_and_goes_does_not_hold_a_request_for_ever(rig):
         thread.join(WAIT_SECONDS)
 
 
-def test_a_step_that_is_lost_after_the_break_is_not_tried_again_when_the_time_is_over(rig, monkeypatch):
+def test_a_step_that_is_lost_after_the_break_is_not_retried_when_the_time_is_over(rig, monkeypatch):
     monkeypatch.setattr(scheduler_module, "DEADLINE_FLOOR_SECONDS", RECOVERY_SECONDS)
     request = rig.submit()
     rig.step(1)
@@ -296,7 +296,7 @@ def test_a_step_that_is_lost_after_the_break_is_not_tried_again_when_the_time_is
     assert len(rig.pipeline.steps) == 2
 
 
-def test_a_request_in_line_has_its_full_time_again_as_soon_as_something_is_computed_for_others(rig):
+def test_a_waiting_request_has_its_full_time_again_as_soon_as_something_is_computed_for_others(rig):
     rig.submit(new=600), rig.submit(new=600)  # the second waits for the rows of the first
     rig.answer(rig.step(1))
     rig.step(2)
@@ -307,14 +307,14 @@ def test_a_request_in_line_has_its_full_time_again_as_soon_as_something_is_compu
     wait_until(lambda: rig.loop._recovery.is_whole, WAIT_SECONDS, "nothing is left of the break")
 
 
-def test_a_pipeline_that_says_again_that_it_stands_gets_the_steps_on_their_way_again(rig):
+def test_a_pipeline_that_is_up_again_gets_the_steps_in_flight_again(rig):
     rig.submit()
     step = rig.step(1)
     rig.up()
     assert rig.step(2) == step
 
 
-def test_a_request_that_takes_longer_than_it_may_ends_with_what_it_has(rig):
+def test_a_request_past_its_deadline_ends_with_its_tokens_so_far(rig):
     request = rig.submit(timeout_seconds=0.5)
     rig.answer(rig.step(1))
     assert wait_until(lambda: request.next(0.05), WAIT_SECONDS, "a token").token_id == 7
@@ -324,7 +324,7 @@ def test_a_request_that_takes_longer_than_it_may_ends_with_what_it_has(rig):
     assert "has 1 tokens" in str(error)
 
 
-def test_a_request_whose_client_may_come_back_goes_on_without_it_for_so_long(rig):
+def test_a_request_whose_client_may_come_back_runs_without_it_for_resume_seconds(rig):
     stream = rig.stream(resume_seconds=0.6)
     stream.open_reader().cancel()
     rig.answer(rig.step(1))
@@ -349,7 +349,7 @@ def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
     wait_until(lambda: stream.has_ended, WAIT_SECONDS, "it is cancelled")
 
 
-def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorded_token(rig):
+def test_a_request_of_an_earlier_coordinator_continues_after_its_last_recorded_token(rig):
     record = a_request("r", [3, 4, 5], 4, ignore_eos=True)
     stream = rig.loop.admission.resume(record, [Token(7), Token(8)], frozenset(), 30.0)
     assert rig.loop.admission.resume(record, [], frozenset(), 30.0) is None
@@ -363,7 +363,7 @@ def test_what_another_coordinator_had_in_progress_goes_on_after_its_last_recorde
     assert tokens[-1].finish_reason == "length"
 
 
-def test_a_request_of_which_all_but_the_end_was_recorded_ends(rig):
+def test_a_recorded_request_that_lacks_only_its_end_ends(rig):
     record = a_request("r", [3, 4, 5], 1, ignore_eos=True)
     stream = rig.loop.admission.resume(record, [Token(7, finish_reason="length")], frozenset(), 30.0)
     wait_until(lambda: stream.has_ended, WAIT_SECONDS, "it has ended")

@@ -1,4 +1,4 @@
-"""When a pipeline counts as whole by the stages' beats, what is told again, and what is named when it breaks."""
+"""When a pipeline is up by the stages' heartbeats, which events it repeats, and what its errors name."""
 
 import time
 
@@ -20,7 +20,7 @@ VERSION = 4
 
 
 class BeatingStreams(MemoryStreams):
-    """Streams, and the beats of two stages."""
+    """Streams, and the heartbeats of two stages."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ def streams():
 
 @pytest.fixture(params=["queue", "auto"])
 def told(request, streams):
-    """What a pipeline tells whose stages can not be connected to."""
+    """The events of a pipeline whose stages accept no connections."""
     ports = free_ports(2)
     stages = tuple(
         StageAssignment(index, "vm", f"http://127.0.0.1:{port}", index, index + 1, "float32")
@@ -78,7 +78,7 @@ class Told:
 BOOT_IDS = ("boot 0", "boot 1")
 
 
-def test_it_stands_when_every_stage_beats_and_is_ready(told):
+def test_it_is_up_when_every_stage_has_heartbeats_and_is_ready(told):
     assert told.next(1) == PipelineUp(VERSION, BOOT_IDS)
 
 
@@ -103,17 +103,17 @@ def test_a_stage_that_is_silent_or_not_ready_or_cut_off_breaks_it(told, streams,
     assert told.next(3) == PipelineUp(VERSION, ("boot 0", "new boot 1"))
 
 
-def test_a_connection_that_was_lost_between_two_stages_is_told_once_more_with_the_same_boots(told, streams):
+def test_a_lost_connection_between_two_stages_sends_one_more_event_with_the_same_boot_ids(told, streams):
     told.next(1)
     streams.beat(0, losses=1)
     assert told.next(2) == PipelineUp(VERSION, BOOT_IDS)
-    streams.beat(0, losses=0)  # a beat that is older than what was known
+    streams.beat(0, losses=0)  # a heartbeat that is older than the known state
     streams.beat(0, losses=1)
-    time.sleep(0.6)  # two looks, in which nothing may be told
+    time.sleep(0.6)  # two looks, without an event
     assert len(told.events) == 2
 
 
-def test_steps_go_onto_the_stream_of_stage_0_and_results_come_from_theirs(told, streams):
+def test_steps_go_to_the_stream_of_stage_0_and_results_come_from_the_results_stream(told, streams):
     told.next(1)
     live = LiveSessions(VERSION, 1, ["a"])
     told.pipeline.send(live)
@@ -132,7 +132,7 @@ def test_steps_go_onto_the_stream_of_stage_0_and_results_come_from_theirs(told, 
         {"scores": [TokenScore(-1.0, [TokenLogprob(1 << 31, -1.0)])]},
     ],
 )
-def test_a_token_that_the_model_does_not_have_is_a_refusal_and_its_neighbours_are_taken(told, streams, wrong):
+def test_a_token_outside_the_vocabulary_becomes_a_refusal_and_the_others_are_delivered(told, streams, wrong):
     told.next(1)
     good = [SpanResult("good", 1, 0, 4, 299), SpanResult("prompt", 1, 0, 4)]
     bad = SpanResult("bad", 2, 7, 1, **wrong)
@@ -157,7 +157,7 @@ def test_a_full_queue_is_named_and_recovers_by_itself(told, streams):
     assert told.next(3) == PipelineUp(VERSION, BOOT_IDS)
 
 
-def test_a_queue_that_was_away_is_told_and_comes_back(told, streams):
+def test_a_queue_that_is_away_is_an_event_and_so_is_its_return(told, streams):
     told.next(1)
     streams.go_away()
     assert isinstance(told.next(2), PipelineDown)
@@ -165,7 +165,7 @@ def test_a_queue_that_was_away_is_told_and_comes_back(told, streams):
     assert told.next(3) == PipelineUp(VERSION, BOOT_IDS)
 
 
-def test_nothing_is_told_after_it_is_closed(told, streams):
+def test_no_event_follows_after_it_is_closed(told, streams):
     told.next(1)
     told.pipeline.close()
     streams.states = {}
@@ -173,7 +173,7 @@ def test_nothing_is_told_after_it_is_closed(told, streams):
     assert len(told.events) == 1
 
 
-def test_a_stage_that_only_takes_connections_is_named_by_a_coordinator_that_only_queues(streams):
+def test_a_stage_with_direct_transport_is_named_by_a_coordinator_with_queue_transport(streams):
     streams.beat(1, transport="direct")
     events = []
     stages = tuple(StageAssignment(i, "vm", f"http://127.0.0.1:{9 + i}", i, i + 1, "float32") for i in range(2))

@@ -1,4 +1,4 @@
-"""Contract of the recorder, over a queue that goes away and comes back."""
+"""The recorder, with a queue that goes away and comes back."""
 
 import threading
 
@@ -14,7 +14,7 @@ from tests.support.sequences import a_request
 
 
 class QueueThatGoesAway:
-    """What the recorder asks of WorkQueue, in memory; `away` makes every call fail and `restart` forgets all."""
+    """The calls that the recorder makes, in memory; `away` makes each fail, `restart` deletes everything."""
 
     def __init__(self):
         self.away = False
@@ -83,13 +83,13 @@ def test_tokens_follow_their_request_and_the_end_takes_both_away(recorder, queue
     wait_until(lambda: not queue.records, 5, "the record is gone")
 
 
-def test_a_request_that_can_not_be_recorded_is_refused(recorder, queue):
+def test_a_request_that_cannot_be_recorded_is_refused(recorder, queue):
     queue.away = True
     with pytest.raises(QueueUnavailable):
         recorder.begin(a_request())
 
 
-def test_what_valkey_lost_while_it_was_away_is_written_again_whole(recorder, queue):
+def test_everything_is_written_again_after_valkey_was_away(recorder, queue):
     recorder.begin(a_request())
     recorder.begin(a_request("ends meanwhile"))
     recorder.token("a", Token(5))
@@ -103,7 +103,7 @@ def test_what_valkey_lost_while_it_was_away_is_written_again_whole(recorder, que
     wait_until(lambda: queue.tokens == {"a": [5, 6]}, 5, "all of it is there again")
 
 
-def test_a_valkey_that_came_back_unnoticed_gets_everything_again(recorder, queue):
+def test_everything_is_written_again_after_valkey_restarted_unnoticed(recorder, queue):
     recorder.begin(a_request())
     recorder.token("a", Token(5))
     wait_until(lambda: queue.tokens.get("a") == [5], 5, "the first token is recorded")
@@ -112,14 +112,14 @@ def test_a_valkey_that_came_back_unnoticed_gets_everything_again(recorder, queue
     wait_until(lambda: queue.tokens == {"a": [5, 6]}, 5, "both tokens are there")
 
 
-def test_a_token_of_a_request_that_has_ended_is_nobodys(recorder, queue):
+def test_a_token_of_an_ended_request_is_ignored(recorder, queue):
     recorder.token("unknown", Token(1))
     recorder.begin(a_request())
     wait_until(lambda: "a" in queue.records, 5, "the request is recorded")
     assert queue.tokens == {"a": []}
 
 
-def test_a_request_whose_client_may_come_back_is_kept_with_how_it_ended(recorder, queue):
+def test_a_request_whose_client_may_come_back_is_kept_with_its_outcome(recorder, queue):
     recorder.begin(a_request(resume_seconds=5.0))
     recorder.token("a", Token(5))
     recorder.end("a", "finished")
@@ -127,7 +127,7 @@ def test_a_request_whose_client_may_come_back_is_kept_with_how_it_ended(recorder
     assert queue.tokens == {"a": [5]}
 
 
-def test_a_request_that_goes_on_from_another_coordinator_keeps_its_tokens(recorder, queue):
+def test_a_resumed_request_keeps_its_tokens(recorder, queue):
     recorder.resume(a_request(), [Token(4)])
     recorder.token("a", Token(5))
     wait_until(lambda: queue.tokens.get("a") == [4, 5], 5, "both are recorded")

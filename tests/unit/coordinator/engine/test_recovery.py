@@ -9,7 +9,7 @@ def a_broken_one(at=100.0, is_busy=False, **arrived_at):
     return recovery
 
 
-def test_a_request_ends_when_its_pipeline_was_broken_for_as_long_as_may_be():
+def test_a_request_ends_after_the_recovery_time():
     recovery = a_broken_one()
     assert recovery.out_of_time(109.9) == {}
     error = recovery.out_of_time(110.0)["a"]
@@ -18,7 +18,7 @@ def test_a_request_ends_when_its_pipeline_was_broken_for_as_long_as_may_be():
     assert "NOODLE_RECOVERY_SECONDS" in error.cure
 
 
-def test_what_was_computed_for_it_gives_a_request_its_full_time_again_and_no_other():
+def test_a_computed_step_gives_only_its_requests_their_full_time_again():
     recovery = a_broken_one(a=0.0, b=0.0)
     recovery.computed(105.0, ["a"])
     assert not recovery.is_whole
@@ -28,7 +28,7 @@ def test_what_was_computed_for_it_gives_a_request_its_full_time_again_and_no_oth
     assert set(recovery.out_of_time(122.0)) == {"a", "b"}
 
 
-def test_a_pipeline_that_comes_and_goes_does_not_begin_the_time_anew():
+def test_a_pipeline_that_comes_and_goes_does_not_restart_the_time():
     recovery = a_broken_one()
     for second in range(101, 110):
         recovery.broke("stage 1 on b is lost", float(second), {"a": 0.0}, is_busy=True)

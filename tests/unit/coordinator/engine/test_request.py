@@ -49,8 +49,8 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 
 
 def test_a_prompt_that_fills_the_context_at_its_shortest_is_refused_with_the_three_numbers() -> None:
-    parameters = asking(max_tokens=3)
-    refuse_what_cannot_fit(parameters, least_tokens=99, context_length=100, prompt_name="messages")
+    request = asking(max_tokens=3)
+    refuse_what_cannot_fit(request, least_tokens=99, context_length=100, prompt_name="messages")
     with pytest.raises(ContextTooLong, match=r"context is 100 tokens.*at least 100 and 3 more are") as caught:
-        refuse_what_cannot_fit(parameters, least_tokens=100, context_length=100, prompt_name="messages")
+        refuse_what_cannot_fit(request, least_tokens=100, context_length=100, prompt_name="messages")
     assert caught.value.param == "messages"

@@ -1,4 +1,4 @@
-"""Requests that can be taken up: how many may read at once, whose they are, and how long they stay."""
+"""Requests that can be resumed: how many may read at once, who owns them, and how long they are kept."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_no_more_read_at_once_than_there_are_threads_for():
     requests.open_reader(two)
 
 
-def test_a_request_is_found_by_the_key_that_made_it_alone():
+def test_a_request_is_found_only_by_the_key_that_made_it():
     requests = KeptRequests(3)
     kept = keep(requests, "one")
     assert requests.find(ALICE, "one") is requests.find(ALICE, "one-session") is kept
@@ -56,7 +56,7 @@ def test_the_same_idempotency_key_with_another_body_is_a_conflict_and_of_another
         requests.find_same(asked("two", key="k", digest="b"))
 
 
-def test_what_has_ended_goes_when_the_kept_bytes_are_too_many_and_what_is_open_stays(monkeypatch):
+def test_ended_requests_are_dropped_at_the_limit_of_bytes_and_open_ones_stay(monkeypatch):
     requests = KeptRequests(3)
     kept = [keep(requests, str(number)) for number in range(3)]
     for each in kept[:2]:

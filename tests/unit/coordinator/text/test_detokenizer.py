@@ -1,4 +1,4 @@
-"""Text comes out whole, in time, and is the decoded whole in the end."""
+"""Text comes in whole characters, without delay, and equals the decoded whole in the end."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def stream_all(
 
 
 def random_ids(generator: random.Random, vocabulary_size: int) -> list[int]:
-    """Runs of one token, of few tokens and of any: what a model at a high temperature or in a rut says."""
+    """Runs of one token, of few and of any, as a model writes them at a high temperature or in a loop."""
     ids: list[int] = []
     for _ in range(generator.randrange(1, 6)):
         choice = generator.random()
@@ -211,7 +211,7 @@ def test_special_tokens_are_text_only_when_asked_for(byte_level: RawTokenizer) -
 
 
 def cut_by_definition(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The text before the stop string that is complete first; of several there, the longest."""
+    """The text before the first complete stop string, the longest of several that end there."""
     for end in range(1, len(text) + 1):
         lengths = [len(one) for one in stop if text[:end].endswith(one)]
         if lengths:
@@ -219,7 +219,7 @@ def cut_by_definition(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
     return text, False
 
 
-def test_stop_strings_cut_where_the_definition_cuts_however_the_text_arrives() -> None:
+def test_stop_strings_cut_at_the_same_place_for_any_split_of_the_text() -> None:
     generator = random.Random(23)
     for _ in range(3000):
         stop = tuple(
@@ -238,7 +238,7 @@ def test_stop_strings_cut_where_the_definition_cuts_however_the_text_arrives() -
         assert (released, cutter.found) == (expected, expected_found), (text, stop)
 
 
-def test_no_more_is_held_back_than_could_begin_a_stop_string() -> None:
+def test_only_text_that_could_begin_a_stop_string_is_held_back() -> None:
     cutter = StopStrings(("END", "\n\n"))
     assert cutter.push("text E") == "text "
     assert cutter.push("N") == ""

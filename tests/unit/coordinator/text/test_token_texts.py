@@ -16,7 +16,7 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(make, text):
     assert b"".join(map(texts.bytes_of, ids)).decode().removeprefix(" ") == text
 
 
-def test_a_token_that_is_a_piece_of_a_character_is_named_by_its_bytes():
+def test_a_token_that_is_a_part_of_a_character_is_named_by_its_bytes():
     tokenizer = byte_level_tokenizer()
     texts = TokenTexts(tokenizer)
     names = [texts.name_of(token_id) for token_id in tokenizer.encode("😀").ids]
@@ -24,7 +24,7 @@ def test_a_token_that_is_a_piece_of_a_character_is_named_by_its_bytes():
     assert texts.text_of(tokenizer.encode("😀").ids[1]) == "\ufffd"
 
 
-def test_marks_are_named_by_what_they_are_and_foreign_ids_by_their_number():
+def test_special_tokens_are_named_by_their_text_and_unknown_ids_by_their_number():
     tokenizer = byte_level_tokenizer()
     texts = TokenTexts(tokenizer)
     assert texts.name_of(tokenizer.token_to_id("<s>")) == "<s>"
@@ -34,7 +34,7 @@ def test_marks_are_named_by_what_they_are_and_foreign_ids_by_their_number():
 
 
 @pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
-def test_offsets_point_to_where_each_token_stands(make):
+def test_offsets_point_to_each_tokens_place(make):
     tokenizer = make()
     texts = TokenTexts(tokenizer)
     ids = tokenizer.encode("hello é world", add_special_tokens=False).ids

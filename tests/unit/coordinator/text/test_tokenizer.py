@@ -1,4 +1,4 @@
-"""The same ids, texts and prompts as transformers gives, from the same folder; and refusals that say what to do."""
+"""The same ids, texts and prompts as transformers returns for the same folder, and refusals with their cure."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def assert_like_transformers(folder: Path) -> None:
 
 
 @pytest.mark.model
-def test_the_real_models_tokenizer_gives_what_transformers_gives() -> None:
+def test_the_real_models_tokenizer_matches_transformers() -> None:
     assert_like_transformers(real_model_folder())
 
 
@@ -94,7 +94,7 @@ def test_the_real_models_tokenizer_gives_what_transformers_gives() -> None:
     ],
     ids=str,
 )
-def test_a_made_tokenizer_gives_what_transformers_gives(tmp_path: Path, make: Any, settings: dict[str, Any]) -> None:
+def test_a_made_tokenizer_matches_transformers(tmp_path: Path, make: Any, settings: dict[str, Any]) -> None:
     if settings.get("eos_token") == "he" and make is sentencepiece_tokenizer:
         settings = {"eos_token": "▁he"}
     assert_like_transformers(write_tokenizer_folder(tmp_path, make(), chat_template=CHAT_TEMPLATE, **settings))
@@ -102,7 +102,7 @@ def test_a_made_tokenizer_gives_what_transformers_gives(tmp_path: Path, make: An
 
 @pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizer", "LlamaTokenizerFast"])
 @pytest.mark.parametrize("settings", [{}, {"legacy": True}, {"legacy": False}, {"add_prefix_space": False}], ids=str)
-def test_a_llama_tokenizer_of_any_age_gives_what_transformers_gives(
+def test_a_llama_tokenizer_of_any_age_matches_transformers(
     tmp_path: Path, tokenizer_class: str, settings: dict[str, Any]
 ) -> None:
     settings = {"tokenizer_class": tokenizer_class, "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE, **settings}
@@ -202,7 +202,7 @@ def test_a_model_without_a_template_names_the_other_route(tmp_path: Path) -> Non
         ("{{ namespace(_hidden=1) }}", "_hidden"),
     ],
 )
-def test_what_a_template_refuses_is_the_requests_fault(tmp_path: Path, template: str, message: str) -> None:
+def test_messages_that_a_template_refuses_are_an_invalid_request(tmp_path: Path, template: str, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         tokenizer_with(tmp_path, chat_template=template).apply_chat_template(CONVERSATIONS[0])
     assert message in caught.value.message
@@ -214,7 +214,7 @@ def test_a_template_that_is_no_jinja_stops_the_start(tmp_path: Path) -> None:
         tokenizer_with(tmp_path, chat_template="{% for %}")
 
 
-def test_a_text_that_can_not_fit_is_refused_before_it_is_tokenised(tmp_path: Path) -> None:
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path)
     with pytest.raises(ContextTooLong) as caught:
         tokenizer.encode("x" * 5_000_000, False, 100)
@@ -233,7 +233,7 @@ def test_the_fewest_tokens_of_texts_are_never_more_than_they_have(tmp_path: Path
 
 
 def with_embeddings(folder: Path, count: int, **changes: Any) -> Path:
-    """A folder of 265 tokens of text and six added ones, and a model that has so many embeddings."""
+    """A folder of 265 tokens of text and six added ones, and a model with `count` embeddings."""
     write_tokenizer_folder(folder, byte_level_tokenizer(), **changes)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": count}))
