@@ -36,11 +36,13 @@ def not_writable(path: Path, variable: str, error: OSError) -> StartError:
     )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` as a whole, so that no reader sees a part of it; raises OSError."""
+def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace `path` as a whole, so that no reader sees a part of it; raises OSError and leaves nothing behind."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(data)
+        with beside.open("wb") as file:
+            for part in parts:
+                file.write(part)
         beside.replace(path)
     except OSError:
         with contextlib.suppress(OSError):  # the first error is raised

@@ -29,7 +29,11 @@ class Rows(Protocol):
         ...
 
     def copy_from(self, other: Self, tokens: int) -> None:
-        """Take the first rows of another session as one's own."""
+        """Copy the first rows of a session whose tokens up to there are the same."""
+        ...
+
+    def fill_with_noise(self, tokens: int) -> None:
+        """Fill rows with numbers that were not computed."""
         ...
 
 
@@ -42,9 +46,9 @@ class KvCache(Generic[AnyRows]):
     def __init__(
         self,
         new_rows: Callable[[int], AnyRows],
+        *,
         budget_bytes: int | None = None,
         bytes_per_token: int = 0,
-        *,
         reserves_upfront: bool = False,
     ) -> None:
         self._new_rows = new_rows
@@ -132,3 +136,27 @@ class KvCache(Generic[AnyRows]):
     def bytes_allocated(self) -> int:
         """Bytes of all allocated rows, committed or not."""
         return sum(rows.bytes_allocated for rows in self._sessions.values())
+
+
+class CachedSlice(Generic[AnyRows]):
+    """The part of a ModelSlice that holds its sessions' rows; see ModelSlice for the methods."""
+
+    _cache: KvCache[AnyRows]
+
+    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
+        self._cache.open(session_id, reserve_tokens, end)
+
+    def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
+        self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
+
+    def release(self, session_id: str) -> None:
+        self._cache.release(session_id)
+
+    def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
+        self._cache.open(session_id, tokens, tokens).fill_with_noise(tokens)
+
+    def kv_bytes_held(self) -> int:
+        return self._cache.bytes_held()
+
+    def set_kv_budget(self, budget_bytes: int | None) -> None:
+        self._cache.budget_bytes = budget_bytes

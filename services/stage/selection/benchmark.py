@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import statistics
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -47,6 +46,7 @@ CACHE_BYTES = 128 << 20  # written before a step, so that layers are read from m
 SAMPLING = SamplingParameters(temperature=0.8, top_p=0.95)
 
 MeasureProgress = Callable[[float, str], None]
+KeptT = TypeVar("KeptT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,12 @@ class MeasuredSeconds:
     batched_head_seconds: float  # head and sampling, for each of its rows
     source: Source = "measured"
     layer_weight_bytes: float = 0.0  # of one layer in memory; 0 if the model has too few layers to tell
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether layers take time, and the head does not take less than none."""
+        layers = (self.decode_layer_seconds, self.batched_layer_seconds, self.prefill_layer_seconds_per_token)
+        return min(layers) > 0 and min(self.head_decode_seconds, self.batched_head_seconds) >= 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,20 +110,12 @@ def measure_machine(
         cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / FILE_NAME
     with one_at_a_time(cache_dir, progress):
-        kept = read_kept(path)
-        known = _measurement_in(kept, str(key))
-        if known is not None:
+        known = read_kept(path, str(key), MeasuredSeconds)
+        if known is not None and known.is_plausible:
             progress(1.0, "measured before")
             return known
         measured = _measure(folder, layer_count, context_length, key, progress)
-        kept[str(key)] = asdict(measured)
-        try:
-            write_kept(path, kept)
-        except OSError as error:
-            log.warning(
-                "the measurement is used, but not kept: %s It is made again at each start.",
-                not_writable(path, "NOODLE_CACHE_DIR", error),
-            )
+        keep(path, str(key), measured)
     progress(1.0, "measured")
     return measured
 
@@ -293,20 +291,25 @@ def one_at_a_time(
         os.close(descriptor)
 
 
-def _measurement_in(kept: dict[str, Any], key: str) -> MeasuredSeconds | None:
-    entry = kept.get(key)
-    if not isinstance(entry, dict):
-        return None
+def read_kept(path: Path, key: str, kind: type[KeptT]) -> KeptT | None:
+    """A kept measurement; None if there is none or the file is damaged, since it can be measured again."""
     try:
-        measured = msgspec.convert(entry, MeasuredSeconds)
-    except msgspec.ValidationError:
-        return None  # damaged or edited: measure again
-    layers = (measured.decode_layer_seconds, measured.batched_layer_seconds, measured.prefill_layer_seconds_per_token)
-    heads = (measured.head_decode_seconds, measured.batched_head_seconds)
-    return measured if min(layers) > 0 and min(heads) >= 0 else None
+        return msgspec.convert(_entries(path)[key], kind)
+    except (KeyError, msgspec.ValidationError):
+        return None
 
 
-def read_kept(path: Path) -> dict[str, Any]:
+def keep(path: Path, key: str, measured: object) -> None:
+    """Keep a measurement beside others; one that cannot be kept is measured again at each start."""
+    kept = {**_entries(path), key: measured}
+    try:
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(kept)))
+    except OSError as error:
+        refusal = not_writable(path, "NOODLE_CACHE_DIR", error)
+        log.warning("the measurement is used, but not kept: %s It is made again at each start.", refusal)
+
+
+def _entries(path: Path) -> dict[str, Any]:
     """Entries of a JSON file of measurements; none if it is missing, or unreadable, which is logged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
@@ -315,8 +318,3 @@ def read_kept(path: Path) -> dict[str, Any]:
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         log.warning("ignoring %s, which cannot be read: %s", path, error)
         return {}
-
-
-def write_kept(path: Path, kept: dict[str, Any]) -> None:
-    """Replace the file as a whole; raises OSError."""
-    write_atomically(path, json.dumps(kept, indent=2).encode())

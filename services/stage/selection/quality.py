@@ -6,13 +6,11 @@ states go on to the next layers. Results are kept in a file.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -23,10 +21,8 @@ from services.stage.executors.base import Fetch, ModelSlice, PackedBatch, Span
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.hidden_states import cast
 from services.stage.executors.load import build_of, load_by
-from services.stage.selection.benchmark import one_at_a_time, read_kept, write_kept
+from services.stage.selection.benchmark import keep, one_at_a_time, read_kept
 from services.stage.worker.logprobs import log_normalizer
-
-log = logging.getLogger(__name__)
 
 FILE_NAME = "quality.json"
 TEXT_PATH = Path(__file__).with_name("data") / "quality_text.txt"
@@ -68,7 +64,7 @@ class ModelQuality:
         parts = (self.digest, self.device, candidate, candidate.kv_dtype, build_of(candidate.executor), __version__)
         key = " | ".join(map(str, parts))
         with one_at_a_time(self.cache_dir, self.progress, LOCK_TIMEOUT_SECONDS):  # other stages then find it
-            if (known := kept_quality(self.cache_dir, key)) is not None:
+            if (known := read_kept(self.cache_dir / FILE_NAME, key, Quality)) is not None:
                 return known
             self._tokens = self._tokens or text_tokens(self.folder, self.context_length)
             minutes = 2 * len(self._tokens) * token_seconds / 60  # the reference, and the candidate
@@ -80,7 +76,7 @@ class ModelQuality:
             if self._reference is None:
                 self._reference = self._score(Candidate(candidate.executor, "f32", "f32", "float32"))
             quality = quality_of(self._score(candidate), self._reference)
-            keep_quality(self.cache_dir, key, quality)
+            keep(self.cache_dir / FILE_NAME, key, quality)
             return quality
 
     def _score(self, candidate: Candidate) -> TextScore:
@@ -176,22 +172,3 @@ def quality_of(score: TextScore, reference: TextScore) -> Quality:
         greedy_agreement=float((score.greedy == reference.greedy).mean()),
         tokens=len(reference.losses),
     )
-
-
-def kept_quality(cache_dir: Path, key: str) -> Quality | None:
-    """An earlier measurement; None if there is none or the file is damaged."""
-    entry = read_kept(cache_dir / FILE_NAME).get(key)
-    try:
-        return None if entry is None else msgspec.convert(entry, Quality)
-    except msgspec.ValidationError:
-        return None
-
-
-def keep_quality(cache_dir: Path, key: str, quality: Quality) -> None:
-    """Keep a measurement for the next start, if the file can be written."""
-    kept = read_kept(cache_dir / FILE_NAME)
-    kept[key] = msgspec.to_builtins(quality)
-    try:
-        write_kept(cache_dir / FILE_NAME, kept)
-    except OSError as error:
-        log.warning("the quality of %s is not kept: %s", key, error)

@@ -18,6 +18,7 @@ from noodle.errors import GenerationFailed, GgmlUnavailable
 from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
 
 Words = npt.NDArray[np.uint64]
+_Transfers = list[tuple[int, npt.NDArray[Any]]]  # tensors and their arrays in host memory
 NO_WINDOW = 1 << 40
 ROW_MASKED = np.uint16(0xFC00)  # minus infinity in float16
 MEMORY_CURE = (
@@ -106,8 +107,8 @@ class GraphMemory:
     def __init__(self, device: GgmlDevice, tensor_count: int) -> None:
         ggml = self.ggml = device.ggml
         self.device = device
-        self._uploads: list[tuple[int, npt.NDArray[Any]]] = []
-        self._downloads: list[tuple[int, npt.NDArray[Any]]] = []
+        self._uploads: _Transfers = []
+        self._downloads: _Transfers = []
         fields = ggml.ggml_tensor
         self.at_data = fields.data.offset // 8
         self.at_buffer = fields.buffer.offset // 8
@@ -183,23 +184,24 @@ class GraphMemory:
 
     def input(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """The array to write a tensor's values to before each step. Call after `allocate`."""
-        if self.device.is_host:
-            return self.array(tensor, shape, dtype)
-        self._uploads.append((tensor, np.zeros(shape, dtype)))
-        return self._uploads[-1][1]
+        return self._transferred(self._uploads, tensor, shape, dtype)
 
     def output(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """The array to read a tensor's values from after each step. Call after `allocate`."""
-        if self.device.is_host:
-            return self.array(tensor, shape, dtype)
-        self._downloads.append((tensor, np.zeros(shape, dtype)))
-        return self._downloads[-1][1]
+        return self._transferred(self._downloads, tensor, shape, dtype)
 
     def array(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """A tensor's data in host memory, without a copy; valid until `close`."""
         items = int(np.prod(shape))
         memory = (ctypes.c_uint8 * (items * np.dtype(dtype).itemsize)).from_address(self.data_of(tensor))
         return np.frombuffer(memory, dtype).reshape(shape)
+
+    def _transferred(self, transfers: _Transfers, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """A tensor's data, or for a card an array that is copied in each step."""
+        if self.device.is_host:
+            return self.array(tensor, shape, dtype)
+        transfers.append((tensor, np.zeros(shape, dtype)))
+        return transfers[-1][1]
 
     def close(self) -> None:
         """Free what ggml holds, once."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
 from noodle.model.files import model_digest
+from noodle.model.formats import WEIGHTS
 from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml
 from services.stage.executors.ggml.families import ModelShape, shape_of
@@ -21,7 +22,6 @@ from services.stage.executors.ggml.layers import INTERLEAVED, NEOX, SliceTensors
 from services.stage.executors.ggml.slice import GgmlSlice
 from services.stage.executors.ggml.tensor_map import TensorMap
 from services.stage.executors.ggml.weights import (
-    TYPE_NUMBERS,
     GgmlTensors,
     TensorLayout,
     WeightBlock,
@@ -30,7 +30,6 @@ from services.stage.executors.ggml.weights import (
 )
 from services.stage.executors.safetensors import SafetensorsFolder
 
-WEIGHTS = (*TYPE_NUMBERS, "gguf")
 KV_TYPE_NUMBERS = {"f32": 0, "f16": 1, "q8_0": 8}
 
 
@@ -45,7 +44,6 @@ def load_ggml_slice(
     context_length: int,
     threads: int,
     device_name: str = CPU,
-    kv_budget_bytes: int | None = None,
     progress: ReadProgress = ignore_progress,
     fetch: Fetch = nothing_to_fetch,
     cache_dir: Path | None = None,
@@ -122,7 +120,6 @@ def load_ggml_slice(
         start_layer=start_layer,
         end_layer=end_layer,
         bytes_read=counter.bytes_read,
-        kv_budget_bytes=kv_budget_bytes,
     )
 
 

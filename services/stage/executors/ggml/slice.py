@@ -24,7 +24,7 @@ from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
 from services.stage.executors.ggml.layers import LAYER_TENSORS, SPAN_TENSORS, LayerGraph, SliceTensors
 from services.stage.executors.ggml.weights import GgmlTensors
 from services.stage.executors.hidden_states import decode
-from services.stage.executors.kv_cache import KvCache
+from services.stage.executors.kv_cache import CachedSlice, KvCache
 
 Floats = npt.NDArray[np.float32]
 
@@ -54,7 +54,7 @@ class _HeadGraph:
     logits: Floats
 
 
-class GgmlSlice:
+class GgmlSlice(CachedSlice[GgmlRows]):
     """Layers [start_layer, end_layer) of one model; a `ModelSlice`."""
 
     dtype = "float32"  # of the hidden states that it sends
@@ -69,7 +69,6 @@ class GgmlSlice:
         start_layer: int,
         end_layer: int,
         bytes_read: int,
-        kv_budget_bytes: int | None = None,
     ) -> None:
         self.start_layer = start_layer
         self.end_layer = end_layer
@@ -93,9 +92,7 @@ class GgmlSlice:
                 return GgmlRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes)
             return DeviceRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes, device=device)
 
-        self._cache = KvCache(
-            new_rows, kv_budget_bytes, self.kv_bytes_per_token, reserves_upfront=self.reserves_upfront
-        )
+        self._cache = KvCache(new_rows, bytes_per_token=self.kv_bytes_per_token, reserves_upfront=self.reserves_upfront)
         self._graphs: OrderedDict[_GraphKey, _StepGraph | _HeadGraph] = OrderedDict()
         self._graph_bytes = 0
         self._last_hidden: Floats = np.empty((0, self.hidden_size), np.float32)
@@ -127,12 +124,6 @@ class GgmlSlice:
         self._last_hidden = hidden
         return SliceOutput(logits=self.logits_of(batch.logits_rows))
 
-    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
-        self._cache.open(session_id, reserve_tokens, end)
-
-    def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
-        self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
-
     def logits_of(self, rows: npt.NDArray[np.int64]) -> Floats:
         if not self.is_last or not len(rows) or not len(self._last_hidden):
             return np.empty((0, self.vocab_size), np.float32)
@@ -140,18 +131,6 @@ class GgmlSlice:
         graph.inputs[...] = self._last_hidden[rows]
         graph.memory.compute()
         return graph.logits.copy()
-
-    def release(self, session_id: str) -> None:
-        self._cache.release(session_id)
-
-    def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
-        self._cache.open(session_id, tokens, tokens).fill_with_noise(tokens)
-
-    def kv_bytes_held(self) -> int:
-        return self._cache.bytes_held()
-
-    def set_kv_budget(self, budget_bytes: int | None) -> None:
-        self._cache.budget_bytes = budget_bytes
 
     def synchronize(self) -> None:
         """Return at once: ggml's steps are complete when `forward` returns."""

@@ -14,7 +14,6 @@ from noodle.errors import ModelNotFound
 from services.stage.executors.ggml.families import ModelShape
 
 ShapeOf = Callable[[str], tuple[int, ...] | None]  # stored shape of a key; None if there is no such tensor
-FOLDER_CURE = "Fetch the folder again, and check that config and weights belong to the same model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +142,7 @@ class TensorMap:
     def _stored(self, key: str) -> tuple[int, ...]:
         stored = self._shape_of_key(key)
         if stored is None:
-            raise ModelNotFound(
-                f"the weights in {self._folder} are not those of its config: they lack {key}.",
-                cure=FOLDER_CURE,
-            )
+            raise self._mismatch(f"they lack {key}")
         return stored
 
     def _checked(self, tensor: TensorSource) -> TensorSource:
@@ -162,13 +158,16 @@ class TensorMap:
                 rows += (stored[0] if len(stored) == 2 else 1) if stored and stored[-1] == tensor.sizes[0] else -1
         expected = tensor.sizes[0] if len(tensor.sizes) == 1 else tensor.row_count
         if rows != expected:
-            shapes = [list(self._stored(source)) for source in dict.fromkeys(tensor.sources)]
-            raise ModelNotFound(
-                f"the weights in {self._folder} are not those of its config: {', '.join(dict.fromkeys(tensor.sources))}"
-                f" have shapes {shapes}, but {list(tensor.sizes[::-1])} is needed.",
-                cure=FOLDER_CURE,
-            )
+            keys = dict.fromkeys(tensor.sources)
+            shapes = [list(self._stored(key)) for key in keys]
+            raise self._mismatch(f"{', '.join(keys)} have shapes {shapes}, but {list(tensor.sizes[::-1])} is needed")
         return tensor
+
+    def _mismatch(self, reason: str) -> ModelNotFound:
+        return ModelNotFound(
+            f"the weights in {self._folder} are not those of its config: {reason}.",
+            cure="Fetch the folder again, and check that config and weights belong to the same model.",
+        )
 
 
 def keys_of(tensors: Iterable[TensorSource]) -> list[str]:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import ModelNotFound
+from noodle.folders import write_atomically
 from services.stage.executors.base import Fetch, ReadCounter
 from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
 from services.stage.executors.ggml.tensor_map import TensorSource, keys_of
@@ -155,19 +156,13 @@ class WeightMaker:
         path = self._path(name)
         if path is None:
             return
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
         described = {"layout": _described(block.tensors), "digest": _sampled_digest(block.memory)}
         header = MAGIC + json.dumps(described).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
-                file.write(header.ljust(HEADER_BYTES, b"\0"))
-                file.write(block.memory.data)
-            beside.replace(path)
+            write_atomically(path, header.ljust(HEADER_BYTES, b"\0"), block.memory.data)
         except OSError as error:
             log.warning("%s is not kept (%s): it is made again at each start", path, error.strerror or error)
-            with contextlib.suppress(OSError):  # the first error is logged
-                beside.unlink(missing_ok=True)
 
     def _fill(self, target: Bytes, tensor: TensorSource, layout: TensorLayout) -> None:
         if not tensor.is_matrix:

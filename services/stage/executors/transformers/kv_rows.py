@@ -59,6 +59,13 @@ class SessionRows:
                 ours[layer].narrow(2, 0, tokens).copy_(rows.narrow(2, 0, tokens))
         self.length = max(self.length, tokens)
 
+    @torch.inference_mode()
+    def fill_with_noise(self, tokens: int) -> None:
+        """Fill rows with numbers that were not computed."""
+        for rows in (*self.keys.values(), *self.values.values()):
+            rows[:, :, :tokens].normal_()
+        self.length = max(self.length, tokens)
+
     def _allocate(self, rows_by_layer: dict[int, torch.Tensor], layer: int, like: torch.Tensor) -> torch.Tensor:
         _, kv_heads, _, head_dim = like.shape
         rows = _empty_rows((1, kv_heads, self.reserve_tokens, head_dim), like)

@@ -33,7 +33,6 @@ def load_slice(
     device: str,
     dtype: str,
     context_length: int,
-    kv_budget_bytes: int | None = None,
     progress: ReadProgress = ignore_progress,
     fetch: Fetch = nothing_to_fetch,
 ) -> TransformersSlice:
@@ -96,7 +95,6 @@ def load_slice(
         layer_count=layer_count,
         device=device,
         bytes_read=counter.bytes_read,
-        kv_budget_bytes=kv_budget_bytes,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from noodle.errors import GenerationFailed
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
-from services.stage.executors.kv_cache import KvCache
+from services.stage.executors.kv_cache import CachedSlice, KvCache
 from services.stage.executors.transformers import attention
 from services.stage.executors.transformers.attention import AttentionSpan, StepSpans
 from services.stage.executors.transformers.kv_rows import SessionRows
@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
 
 
-class TransformersSlice:
+class TransformersSlice(CachedSlice[SessionRows]):
     """Layers [start_layer, end_layer) of one model; a `ModelSlice`."""
 
     def __init__(
@@ -37,7 +37,6 @@ class TransformersSlice:
         layer_count: int,
         device: str,
         bytes_read: int,
-        kv_budget_bytes: int | None = None,
     ) -> None:
         self.start_layer = start_layer
         self.end_layer = end_layer
@@ -59,7 +58,7 @@ class TransformersSlice:
         self.kv_bytes_per_token = self._measured_kv_bytes_per_token()
         self.reserves_upfront = self._device.type != "cpu"
         self._cache = KvCache(
-            SessionRows, kv_budget_bytes, self.kv_bytes_per_token, reserves_upfront=self.reserves_upfront
+            SessionRows, bytes_per_token=self.kv_bytes_per_token, reserves_upfront=self.reserves_upfront
         )
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
@@ -83,12 +82,9 @@ class TransformersSlice:
             span.rows.length = max(span.rows.length, span.first_position + span.end - span.begin)
         return output
 
-    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
-        self._cache.open(session_id, reserve_tokens, end)
-
+    @torch.inference_mode()
     def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
-        with torch.inference_mode():
-            self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
+        super().copy_rows(from_session_id, to_session_id, tokens, reserve_tokens)
 
     def logits_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """See ModelSlice. The model's own head computes them, with its soft caps and scales."""
@@ -102,23 +98,6 @@ class TransformersSlice:
             finally:
                 self._computed.output = None
         return np.asarray(logits.float().cpu().numpy(), np.float32)
-
-    def release(self, session_id: str) -> None:
-        self._cache.release(session_id)
-
-    def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
-        rows = self._cache.open(session_id, tokens, tokens)
-        with torch.inference_mode():
-            for layer in rows.keys:
-                rows.keys[layer][:, :, :tokens].normal_()
-                rows.values[layer][:, :, :tokens].normal_()
-        rows.length = max(rows.length, tokens)
-
-    def kv_bytes_held(self) -> int:
-        return self._cache.bytes_held()
-
-    def set_kv_budget(self, budget_bytes: int | None) -> None:
-        self._cache.budget_bytes = budget_bytes
 
     def synchronize(self) -> None:
         if self._device.type == "cuda":

@@ -154,11 +154,10 @@ def test_a_measurement_that_can_not_be_kept_is_used_and_said(tmp_path, folder, m
     expected = MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05)
     monkeypatch.setattr(benchmark, "_measure", lambda *arguments: expected)
 
-    def full_disk(path, *_arguments, **_options):
-        path.touch()
+    def full_disk(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(Path, "replace", full_disk)
     with caplog.at_level(logging.WARNING):
         assert measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore) == expected
     assert f"{tmp_path / FILE_NAME} cannot be written (No space left on device)" in caplog.text

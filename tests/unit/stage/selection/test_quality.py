@@ -1,7 +1,6 @@
 """Perplexity and greedy agreement, computed a few layers at a time."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -13,10 +12,9 @@ from noodle.model.formats import Quality
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.load import load_by
 from services.stage.selection import quality
+from services.stage.selection.benchmark import keep, read_kept
 from services.stage.selection.quality import (
     ModelQuality,
-    keep_quality,
-    kept_quality,
     quality_of,
     score_text,
     text_tokens,
@@ -68,15 +66,14 @@ def test_a_model_without_a_tokenizer_can_not_be_tried_and_says_so(tmp_path):
         text_tokens(tmp_path, 100)
 
 
-def test_what_was_measured_is_kept_until_the_file_is_damaged(tmp_path):
-    measured = Quality(1.002, 0.98, 700)
-    keep_quality(tmp_path, "q8_0", measured)
-    keep_quality(tmp_path, "f16", Quality(1.0, 1.0, 700))
-    assert kept_quality(tmp_path, "q8_0") == measured
-    assert kept_quality(tmp_path, "q4_0") is None
-    (tmp_path / quality.FILE_NAME).write_text('{"q8_0": {"perplexity_ratio": "good"}}')
-    assert kept_quality(tmp_path, "q8_0") is None
-    assert math.isfinite(measured.perplexity_ratio)
+def test_a_measured_quality_is_kept_until_the_file_is_damaged(tmp_path):
+    path, measured = tmp_path / quality.FILE_NAME, Quality(1.002, 0.98, 700)
+    keep(path, "q8_0", measured)
+    keep(path, "f16", Quality(1.0, 1.0, 700))
+    assert read_kept(path, "q8_0", Quality) == measured
+    assert read_kept(path, "q4_0", Quality) is None
+    path.write_text('{"q8_0": {"perplexity_ratio": "good"}}')
+    assert read_kept(path, "q8_0", Quality) is None
 
 
 def qualities(folder, cache_dir, told=lambda *_: None, fetch=lambda _keys: None):

@@ -76,7 +76,7 @@ def test_half_precision_is_half_the_bytes(tmp_path: Path) -> None:
     ("made", "said"),
     [
         (lambda path: write_qwen2(path, rope__scaling__type="yarn"), "scales rotary positions"),
-        (lambda path: write_qwen2(path, pre="seed-coder"), "cuts text as 'seed-coder'"),
+        (lambda path: write_qwen2(path, pre="seed-coder"), "splits text as 'seed-coder'"),
         (lambda path: write_tiny_gguf(path, TinyLlama(architecture="bert", pre="qwen2")), "bert"),
         (lambda path: write_tiny_gguf(path, TinyLlama(architecture="rwkv6", pre="qwen2")), "rwkv6"),
         (
