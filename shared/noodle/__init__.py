@@ -1,3 +1,3 @@
-"""What two or more services agree on; knows no service and no torch."""
+"""What two or more services share; knows no service and no torch."""
 
 __version__ = "0.2.0"

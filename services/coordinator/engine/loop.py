@@ -212,7 +212,7 @@ class EngineLoop:
     def _count_step(self, flight: InFlightStep, result: StepResult, now: float, since_last: list[float | None]) -> None:
         """Count where the time of a step and its tokens went."""
         waited = [seconds for seconds in since_last if seconds is not None]
-        self._metrics.steps.came_back(
+        self._metrics.steps.count_step(
             result.timings,
             now - flight.sent_at,
             is_decode=flight.is_decode,

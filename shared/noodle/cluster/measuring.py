@@ -1,5 +1,6 @@
-"""What `noodle bench` and `noodle profile` say to the processes that compute for them, and hear: JSON lines, one struct
-each; a line from a process has exactly one of its fields set.
+"""Messages between `noodle bench` or `noodle profile` and the processes that compute for them: JSON lines.
+
+A line from a process has exactly one of its fields set.
 """
 
 from __future__ import annotations
@@ -8,25 +9,25 @@ from msgspec import Struct
 
 
 class ProcessError(Struct, frozen=True):
-    """Why a process can not do what was asked; it ends after this line."""
+    """Why a process cannot do its work; it ends after this line."""
 
     message: str
     cure: str = ""
 
 
 class ControlQuestion(Struct, frozen=True):
-    """The first line to the control: the unsplit model, and what it may compute with."""
+    """The first line to the control: the unsplit model and its resources."""
 
     folder: str
     device: str  # "cpu", "cuda" or one that ggml alone has
     dtype: str  # float32, float16 or bfloat16
     threads: int
-    cores: tuple[int, ...]  # by the system's numbers; empty: all that the process has
-    context_length: int  # that the cluster promises: it fixes longrope's frequencies
+    cores: tuple[int, ...]  # by their system numbers; empty: all of the process
+    context_length: int  # of the cluster; it determines the frequencies of longrope
 
 
 class ControlRun(Struct, frozen=True):
-    """Each further line: prompts of one length, to be generated from at once."""
+    """A further line: prompts of one length, to continue at the same time."""
 
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int
@@ -46,13 +47,13 @@ class ControlReady(Struct, frozen=True):
 
 
 class ControlTimes(Struct, frozen=True):
-    """One run: seconds from its start until each new token was there, of all prompts at once."""
+    """One run: seconds from its start to each new token of all prompts."""
 
     arrivals_seconds: tuple[float, ...]
 
 
 class ControlLine(Struct, frozen=True, omit_defaults=True):
-    """What the control says."""
+    """A line from the control."""
 
     ready: ControlReady | None = None
     times: ControlTimes | None = None
@@ -60,35 +61,35 @@ class ControlLine(Struct, frozen=True, omit_defaults=True):
 
 
 class ProfileQuestion(Struct, frozen=True):
-    """The line to the profile: what is to be measured on this machine."""
+    """The line to the profile: what to measure on this machine."""
 
     folder: str
-    device: str  # auto: the CPU and the card, where there is one; else cpu or cuda
-    dtype: str  # auto: each device's own choice
-    threads: int  # the most that the CPU computes with; 0: one for each core
-    step_tokens: int  # the most tokens of one step: no point has more
-    cache_dir: str  # where stages lock the machine while they measure
+    device: str  # auto (the CPU and the card, if there is one), cpu or cuda
+    dtype: str  # auto: the default of each device
+    threads: int  # maximum of the CPU; 0: one per core
+    step_tokens: int  # maximum tokens of one step
+    cache_dir: str  # stages lock it while they measure
     is_quick: bool
 
 
 class ProfileProgress(Struct, frozen=True):
-    """How far it is, 0 to 1, and what it does."""
+    """Progress from 0 to 1, and the current work."""
 
     fraction: float
     text: str
 
 
 class DecodePoint(Struct, frozen=True):
-    """A step of one new token for each of some sessions."""
+    """A step of one new token per session."""
 
     sessions: int
-    kv_tokens: int  # rows before the new one, of each session
+    kv_tokens: int  # earlier rows of each session
     layer_seconds: float  # of one layer
     rounds: int
 
 
 class PrefillPoint(Struct, frozen=True):
-    """A step of a chunk of a prompt's beginning for each of some sessions."""
+    """A step of one first prompt chunk per session."""
 
     sessions: int
     chunk_tokens: int  # of each session
@@ -97,7 +98,7 @@ class PrefillPoint(Struct, frozen=True):
 
 
 class PartPoint(Struct, frozen=True):
-    """Embedding of so many tokens, or head and sampling of so many rows; 0 seconds: less than a step varies by."""
+    """Embedding of tokens, or head and sampling of rows; 0 seconds: below the noise of a step."""
 
     tokens: int
     seconds: float
@@ -105,7 +106,7 @@ class PartPoint(Struct, frozen=True):
 
 
 class ThreadsProfile(Struct, frozen=True):
-    """What a device does with so many threads of the CPU."""
+    """A device with a number of CPU threads."""
 
     threads: int
     decode: tuple[DecodePoint, ...] = ()
@@ -115,21 +116,21 @@ class ThreadsProfile(Struct, frozen=True):
 
 
 class DeviceProfile(Struct, frozen=True):
-    """One device, measured with the slices that a stage would load."""
+    """One device, measured with layers as a stage loads them."""
 
     device: str
     device_name: str
     dtype: str
     dtype_reason: str
-    free_bytes: int  # before anything was loaded
+    free_bytes: int  # before loading
     free_source: str
-    layer_bytes: int  # weights of one layer as held in memory
+    layer_bytes: int  # weights of one layer in memory
     kv_bytes_per_token: int  # of one session in one layer
     threads: tuple[ThreadsProfile, ...]  # the most threads first
 
 
 class MachineProfile(Struct, frozen=True):
-    """What this machine does for one model."""
+    """Measurements of this machine for one model."""
 
     model_digest: str
     model_type: str
@@ -140,13 +141,13 @@ class MachineProfile(Struct, frozen=True):
     torch_version: str
     transformers_version: str
     cores: int
-    seconds: float  # that it took
+    seconds: float  # of the measurement
     devices: tuple[DeviceProfile, ...]
-    notes: tuple[str, ...]  # what was left out, and why
+    notes: tuple[str, ...]  # what was not measured, and why
 
 
 class ProfileLine(Struct, frozen=True, omit_defaults=True):
-    """What the profile says."""
+    """A line from the profile."""
 
     progress: ProfileProgress | None = None
     profile: MachineProfile | None = None

@@ -13,21 +13,21 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class MachineUse:
-    """All of the machine, as a container sees it too; under Docker Desktop that is its virtual machine."""
+    """The whole machine, also when seen from a container; under Docker Desktop its virtual machine."""
 
     core_count: int
-    busy_seconds: float  # of all cores together since the machine started
+    busy_seconds: float  # of all cores, since the machine started
     memory_bytes: int
-    available_bytes: int  # that programs may still take
+    available_bytes: int  # to programs
 
 
 @dataclass(frozen=True, slots=True)
 class ContainerUse:
-    """What this process's container may take and has taken; None where nothing limits it."""
+    """Limits and use of this process's container; None where nothing limits it."""
 
     cgroup_version: int | None = None
     memory_limit_bytes: int | None = None
-    memory_bytes: int | None = None  # without pages of files that the system takes back when it needs them
+    memory_bytes: int | None = None  # without file pages that the system can reclaim
     core_limit: float | None = None
 
 
@@ -38,12 +38,12 @@ def machine_use() -> MachineUse | None:
         # guests are counted in user and nice already
         busy_seconds = sum(getattr(times, kind) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
     except (OSError, AttributeError, LookupError, ValueError, TypeError):
-        return None  # not Linux, or a file of another form: the metric is absent then, and never a wrong number
+        return None  # the metric is absent then, never wrong
     return MachineUse(psutil.cpu_count() or 1, busy_seconds, memory.total, memory.available)
 
 
 def container_use(cgroup: Path = CGROUP) -> ContainerUse:
-    """The container now, by cgroup version 2 or 1."""
+    """Return the container's use now, from cgroup version 2 or 1."""
     for version, folder, limit_name, used_name, inactive_name in (
         (2, cgroup, "memory.max", "memory.current", "inactive_file"),
         (1, cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -57,7 +57,7 @@ def container_use(cgroup: Path = CGROUP) -> ContainerUse:
 
 
 def _number_in(path: Path) -> int | None:
-    """The number a file holds; None when it is not there or says `max`."""
+    """The number in a file; None when it is missing or contains `max`."""
     if not path.is_file():
         return None
     text = path.read_text(encoding="ascii").strip()
@@ -65,7 +65,7 @@ def _number_in(path: Path) -> int | None:
 
 
 def _named_number_in(path: Path, name: str) -> int:
-    """The number after a name at the start of a line, 0 when there is none."""
+    """The number after a name at the start of a line, 0 without one."""
     if not path.is_file():
         return 0
     for line in path.read_text(encoding="ascii").splitlines():
@@ -76,12 +76,12 @@ def _named_number_in(path: Path, name: str) -> int:
 
 
 def _core_limit(cgroup: Path) -> float | None:
-    """How many cores' time the container may take, None when nothing limits it."""
+    """Cores whose time the container may use, None without a limit."""
     if (cgroup / "cpu.max").is_file():
         quota, _, period = (cgroup / "cpu.max").read_text(encoding="ascii").strip().partition(" ")
         return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
     quota_number, period_number = (
-        _number_in(cgroup / "cpu" / "cpu.cfs_quota_us"),  # -1, which is no number here: no limit
+        _number_in(cgroup / "cpu" / "cpu.cfs_quota_us"),  # -1 without a limit, which is no number here
         _number_in(cgroup / "cpu" / "cpu.cfs_period_us"),
     )
     return quota_number / period_number if quota_number and period_number else None

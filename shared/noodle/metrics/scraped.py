@@ -1,4 +1,4 @@
-"""Metrics that are not counted but read when somebody scrapes: the plan, this machine, its container, its card."""
+"""Metrics that are read at each scrape: the plan, this machine, its container and its card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from noodle.metrics.machine import ContainerUse, MachineUse, container_use, mach
 
 @dataclass(frozen=True, slots=True)
 class PlannedStage:
-    """Who computes what: one stage of a plan as /metrics shows it."""
+    """One stage of a plan, as /metrics shows it."""
 
     stage_id: int
     machine: str
@@ -24,32 +24,32 @@ class PlannedStage:
     end_layer: int
     dtype: str
     predicted_seconds: float  # of one decode token
-    device: str = ""  # what the stage calls the device it computes on, empty while it is silent
+    device: str = ""  # as the stage names it, empty while it is silent
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSeen:
-    """The plan that a service goes by."""
+    """The plan that a service follows."""
 
     version: int
     stages: Sequence[PlannedStage]
-    predicted_token_seconds: float | None = None  # the planner's alone: it knows what a hop is taken to cost
-    is_up: bool | None = None  # the coordinator's alone: whether every stage is reachable
+    predicted_token_seconds: float | None = None  # of the planner, which knows the cost of hops
+    is_up: bool | None = None  # of the coordinator: every stage is reachable
 
 
 class PlanCollector(Collector):
-    """The plan, asked for when somebody scrapes."""
+    """The plan, read at each scrape."""
 
     def __init__(self, registry: CollectorRegistry, seen: Callable[[], PlanSeen]) -> None:
         self._seen = seen
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
-        """Two labels name a stage, the others say what the plan gives it: they change with plans alone."""
+        """Yield the plan; its labels change only with the plan."""
         seen = self._seen()
-        yield _gauge("noodle_plan_version", "Version of the plan this service goes by, 0 for none.", seen.version)
+        yield _gauge("noodle_plan_version", "Version of the plan that this service follows, 0 for none.", seen.version)
         if seen.predicted_token_seconds is not None:
-            text = "What the planner predicts for one token of a single request, hops included."
+            text = "Predicted seconds of one token of a single request, hops included."
             yield _gauge("noodle_plan_predicted_token_seconds", text, seen.predicted_token_seconds)
         if seen.is_up is not None:
             yield _gauge("noodle_pipeline_up", "1 when requests can be computed.", float(seen.is_up))
@@ -62,7 +62,7 @@ class PlanCollector(Collector):
         )
         predicted = GaugeMetricFamily(
             "noodle_plan_stage_predicted_seconds",
-            "What the planner predicts that a stage computes for one token.",
+            "Predicted seconds of one token on a stage.",
             labels=["stage", "machine"],
         )
         for stage in seen.stages:
@@ -75,7 +75,7 @@ class PlanCollector(Collector):
 
 @dataclass(frozen=True, slots=True)
 class CardUse:
-    """A card, as far as its driver tells."""
+    """A card, as its driver reports it."""
 
     name: str
     memory_bytes: int
@@ -85,7 +85,7 @@ class CardUse:
 
 
 class MachineCollector(Collector):
-    """This machine, its container and its card, read when somebody scrapes; what can not be read is left out."""
+    """This machine, its container and its card, read at each scrape; values that cannot be read are left out."""
 
     def __init__(
         self,
@@ -96,27 +96,27 @@ class MachineCollector(Collector):
         read_container: Callable[[], ContainerUse] = container_use,
     ) -> None:
         self._machine, self._read_machine, self._read_container = machine, read_machine, read_container
-        self.read_card: Callable[[], CardUse | None] = lambda: None  # set by a stage that computes on one
+        self.read_card: Callable[[], CardUse | None] = lambda: None  # a stage on a card replaces it
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
-        """Several services of one machine say the same of it: take the largest, not the sum."""
+        """Yield the metrics; services of one machine report the same values, so take the largest, not the sum."""
         machine, labels = self._read_machine(), {"machine": self._machine}
         if machine is not None:
             busy = CounterMetricFamily(
-                "noodle_machine_cpu_busy_seconds", "Seconds that cores were busy, all cores together.", labels=[*labels]
+                "noodle_machine_cpu_busy_seconds", "Seconds in which cores were busy, of all cores.", labels=[*labels]
             )
             busy.add_metric([*labels.values()], machine.busy_seconds)
             yield busy
             yield _gauge("noodle_machine_cpu_cores", "Cores of the machine.", machine.core_count, labels)
             yield _gauge("noodle_machine_memory_bytes", "Memory of the machine.", machine.memory_bytes, labels)
-            text = "Memory that programs may still take."
+            text = "Memory available to programs."
             yield _gauge("noodle_machine_memory_available_bytes", text, machine.available_bytes, labels)
         container = self._read_container()
         for name, text, value in (
-            ("memory_limit_bytes", "Memory that this service's container may take.", container.memory_limit_bytes),
-            ("memory_bytes", "Memory that it has taken, without what can be taken back.", container.memory_bytes),
-            ("cpu_limit_cores", "Cores whose time it may take.", container.core_limit),
+            ("memory_limit_bytes", "Memory limit of this service's container.", container.memory_limit_bytes),
+            ("memory_bytes", "Memory in use, without reclaimable pages.", container.memory_bytes),
+            ("cpu_limit_cores", "Cores whose time it may use.", container.core_limit),
         ):
             if value is not None:
                 yield _gauge(f"noodle_container_{name}", text, value)
@@ -124,17 +124,17 @@ class MachineCollector(Collector):
         if card is not None:
             labels = {**labels, "gpu": card.name}
             yield _gauge("noodle_gpu_memory_bytes", "Memory of the card.", card.memory_bytes, labels)
-            yield _gauge("noodle_gpu_memory_free_bytes", "Memory that nobody has taken.", card.free_bytes, labels)
+            yield _gauge("noodle_gpu_memory_free_bytes", "Free memory of the card.", card.free_bytes, labels)
             for name, text, number in (
-                ("utilization_ratio", "Share of the time in which the card computed.", card.busy_share),
-                ("temperature_celsius", "Its temperature.", card.celsius),
+                ("utilization_ratio", "Share of time in which the card computed.", card.busy_share),
+                ("temperature_celsius", "Temperature of the card.", card.celsius),
             ):
                 if number is not None:
                     yield _gauge(f"noodle_gpu_{name}", text, number, labels)
 
 
 def service_registry(service: str, machine: str) -> tuple[CollectorRegistry, MachineCollector]:
-    """What every service shows: its version, its process (`process_*`, as everywhere) and its machine."""
+    """Return a registry with the version, process (`process_*`) and machine of a service."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     build = Gauge("noodle_build_info", "Always 1.", ["version", "service", "python"], registry=registry)

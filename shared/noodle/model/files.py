@@ -195,7 +195,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise _broken(path, "its header is longer than the file")
             encoded = file.read(header_bytes)
     except OSError as error:
-        raise ModelNotFound(f"{path} can not be read ({error.strerror}).", cure="Fetch the model again.") from error
+        raise ModelNotFound(f"{path} cannot be read ({error.strerror}).", cure="Fetch the model again.") from error
     try:
         raw = msgspec.json.decode(encoded, type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)

@@ -153,7 +153,7 @@ TIMINGS = [StageTiming(0, 0.001, 0.010, 0.002), StageTiming(1, 0.003, 0.020, 0.0
 
 def test_a_tokens_time_is_told_in_parts_that_add_up(steps):
     metrics, value = steps
-    metrics.came_back(TIMINGS, 0.040, is_decode=True, tokens=3, since_last_seconds=0.150)
+    metrics.count_step(TIMINGS, 0.040, is_decode=True, tokens=3, since_last_seconds=0.150)
     parts = {
         (part, stage): value("noodle_token_stage_seconds_total", part=part, stage=str(stage), machine=machine)
         for part in ("compute", "wait", "send")
@@ -170,7 +170,7 @@ def test_a_tokens_time_is_told_in_parts_that_add_up(steps):
 def test_of_sending_that_overlaps_with_what_comes_after_it_only_the_rest_is_counted(steps):
     metrics, value = steps
     timings = [StageTiming(0, 0.001, 0.010, 0.030), StageTiming(1, 0.003, 0.020, 0.010)]
-    metrics.came_back(timings, 0.040, is_decode=True, tokens=2, since_last_seconds=0.088)
+    metrics.count_step(timings, 0.040, is_decode=True, tokens=2, since_last_seconds=0.088)
     sent = [
         value("noodle_token_stage_seconds_total", part="send", stage=str(stage), machine=machine)
         for stage, machine in STAGES
@@ -182,7 +182,7 @@ def test_of_sending_that_overlaps_with_what_comes_after_it_only_the_rest_is_coun
 
 def test_a_step_without_a_second_token_counts_as_a_step_alone(steps):
     metrics, value = steps
-    metrics.came_back(TIMINGS, 0.5, is_decode=False, tokens=0, since_last_seconds=0.0)
+    metrics.count_step(TIMINGS, 0.5, is_decode=False, tokens=0, since_last_seconds=0.0)
     assert value("noodle_stage_compute_seconds_sum", stage="1", machine="machine-b") == pytest.approx(0.020)
     assert value("noodle_token_stage_seconds_total", part="compute", stage="1", machine="machine-b") == 0
     assert value("noodle_step_seconds_count", kind="prefill") == 1
@@ -191,9 +191,9 @@ def test_a_step_without_a_second_token_counts_as_a_step_alone(steps):
 
 def test_a_stage_that_is_in_no_plan_is_not_counted_and_a_rest_is_never_negative(steps):
     metrics, value = steps
-    metrics.came_back([*TIMINGS, StageTiming(9, 1.0, 1.0)], 0.04, is_decode=True, tokens=1, since_last_seconds=0.001)
+    metrics.count_step([*TIMINGS, StageTiming(9, 1.0, 1.0)], 0.04, is_decode=True, tokens=1, since_last_seconds=0.001)
     assert value("noodle_token_hop_seconds_total") == 0
     metrics.begin_plan([(0, "machine-c")])
-    metrics.came_back(TIMINGS, 0.04, is_decode=True, tokens=1, since_last_seconds=1.0)
+    metrics.count_step(TIMINGS, 0.04, is_decode=True, tokens=1, since_last_seconds=1.0)
     assert value("noodle_stage_compute_seconds_count", stage="0", machine="machine-c") == 1
     assert value("noodle_stage_compute_seconds_count", stage="1", machine="machine-b") == 1
