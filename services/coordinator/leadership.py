@@ -149,7 +149,7 @@ def limits_of(plan: Plan, states: list[StageState]) -> PlanLimits:
         context_length=plan.context_length,
         decode_seconds=decode_seconds,
         prefill_seconds_per_token=decode_seconds * ASSUMED_PREFILL_SHARE,
-        reserved_kv_tokens=min((room for room, state in rooms if state.kv_counts_reservations), default=None),
+        reserved_kv_tokens=min((room for room, state in rooms if state.kv_reserves_upfront), default=None),
     )
 
 

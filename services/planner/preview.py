@@ -131,7 +131,7 @@ def _stages(plan: Plan, shape: ModelShape, listed: Sequence[ListedMachine], kv_t
                 "kv_dtype": stage.kv_dtype or FORMAT_BY_DTYPE[stage.dtype],
                 "quality": stage.quality,
                 "choice": report.choice,
-                "hop_dtype": "" if is_last else " and ".join(stage.may_hand_on),
+                "hop_dtype": "" if is_last else " and ".join(stage.activation_dtypes),
                 "link_bytes_per_second": report.link_bytes_per_second,
                 "start_layer": stage.start_layer,
                 "end_layer": stage.end_layer,

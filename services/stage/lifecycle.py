@@ -287,7 +287,7 @@ class Lifecycle:
             ready_version=plan.version,
             kv_budget_bytes=self._stage.kv_budget_bytes,
             kv_bytes_per_token=model_slice.kv_bytes_per_token,
-            kv_counts_reservations=model_slice.reserves_upfront,
+            kv_reserves_upfront=model_slice.reserves_upfront,
             weight_bytes=model_slice.weight_bytes,
             executor=mine.executor,
             weights=mine.weights,

@@ -153,7 +153,7 @@ def stages_of(coordinator: Coordinator) -> list[dict[str, Any]]:
                 "executor": stage.executor,
                 "weights": stage.weights or FORMAT_BY_DTYPE[stage.dtype],
                 "kv_dtype": stage.kv_dtype or FORMAT_BY_DTYPE[stage.dtype],
-                "hop_dtypes": list(stage.may_hand_on) if stage is not last else [],
+                "hop_dtypes": list(stage.activation_dtypes) if stage is not last else [],
             }
         state = view.stages.get(stage_id)
         line |= {"phase": "silent"} if state is None else {

@@ -21,7 +21,7 @@ def check_step(step: Step, body: memoryview, plan: Plan, index: int) -> None:
     Raises StepRefused, or WireError for a body that is not of the step's shape.
     """
     is_first = index == 0
-    accepted = ("int32",) if is_first else plan.stages[index - 1].may_hand_on
+    accepted = ("int32",) if is_first else plan.stages[index - 1].activation_dtypes
     if step.dtype not in accepted:
         raise StepRefused(
             f"The step's dtype is {step.dtype}, this stage takes {' or '.join(accepted)}.", reason="wrong_dtype"

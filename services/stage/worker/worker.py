@@ -262,7 +262,7 @@ class Worker:
         return step, output.hidden_states, results
 
     def _hand_on(self, role: Role, next_stage: NextStage, step: Step, hidden: ActivationTensor) -> None:
-        hidden = cast(hidden, role.plan.stages[role.index].hands_on(total_tokens(step)))
+        hidden = cast(hidden, role.plan.stages[role.index].activation_dtype_for(total_tokens(step)))
         onward = replace(step, dtype=hidden.dtype, shape=list(hidden.shape))
         if not next_stage.send(onward, hidden.data):
             self._metrics.dropped_spans.labels("next_stage_down").inc(len(step.spans))
@@ -318,7 +318,7 @@ class Worker:
         if role.next_stage is None:
             self._answer(step, [])
             return
-        dtype = role.plan.stages[role.index].hands_on(0)
+        dtype = role.plan.stages[role.index].activation_dtype_for(0)
         role.next_stage.send(replace(step, spans=[], dtype=dtype, shape=[0, role.plan.hidden_size]))
 
     def _take_live_sessions(self, live: LiveSessions) -> None:

@@ -86,16 +86,16 @@ class StageAssignment(Struct, frozen=True):
     prefill_activation_dtype: str = field(default="", name="hop_prefill_dtype")  # of prompts; empty: the same
     hop_token_seconds: float = 0.0  # predicted for sending one token to the next stage
 
-    def hands_on(self, tokens: int) -> str:
+    def activation_dtype_for(self, tokens: int) -> str:
         """The dtype of the hidden states of a step of this many tokens."""
         if self.prefill_activation_dtype and tokens >= PREFILL_HOP_TOKENS:
             return self.prefill_activation_dtype
         return self.activation_dtype or self.dtype
 
     @property
-    def may_hand_on(self) -> tuple[str, ...]:
+    def activation_dtypes(self) -> tuple[str, ...]:
         """Every dtype that the next stage must accept."""
-        return tuple(dict.fromkeys((self.hands_on(1), self.hands_on(PREFILL_HOP_TOKENS))))
+        return tuple(dict.fromkeys((self.activation_dtype_for(1), self.activation_dtype_for(PREFILL_HOP_TOKENS))))
 
 
 class Plan(Struct, frozen=True):
@@ -131,7 +131,7 @@ class StageState(Struct, frozen=True):
     kv_budget_bytes: int = 0
     kv_bytes_per_token: int = 0
     kv_bytes_held: int = 0
-    kv_counts_reservations: bool = False  # a session takes its whole room at its start (on a card)
+    kv_reserves_upfront: bool = field(default=False, name="kv_counts_reservations")  # as cards do
     sessions: int = 0
     weight_bytes: int = 0
     device: str = ""  # this and the next two once it has measured
