@@ -156,15 +156,7 @@ def parse_chat(body: bytes, served: ServedModel, context_length: int) -> ChatReq
         raise InvalidRequest(
             "'top_logprobs' is given, but 'logprobs' is not true.", cure="Set 'logprobs'.", param="top_logprobs"
         )
-    lengths = {
-        name: length for name in ("max_completion_tokens", "max_tokens") if (length := getattr(asked, name)) is not None
-    }
-    if len(set(lengths.values())) > 1:
-        values = " and ".join(f"'{name}' is {length}" for name, length in lengths.items())
-        raise InvalidRequest(
-            f"{values}, but they mean the same.", cure="Give one of them.", param="max_completion_tokens"
-        )
-    length_name, length = next(iter(lengths.items()), (None, MAXIMUM_NEW_TOKENS))
+    length_name, length = read_chat_length(asked)
     request = Request(
         **openai_values(asked),
         max_new_tokens=length,
@@ -177,6 +169,16 @@ def parse_chat(body: bytes, served: ServedModel, context_length: int) -> ChatReq
     refuse_many_text_parts(asked.messages, context_length)
     messages = [template_message(message) for message in read_items(asked.messages, Message, "messages")]
     return ChatRequest(messages, request)
+
+
+def read_chat_length(asked: ChatBody) -> tuple[str | None, int]:
+    """The number of tokens to generate at most, and the field that gave it; two that differ are refused."""
+    names = ("max_completion_tokens", "max_tokens")
+    lengths = {name: length for name in names if (length := getattr(asked, name)) is not None}
+    if len(set(lengths.values())) > 1:
+        values = " and ".join(f"'{name}' is {length}" for name, length in lengths.items())
+        raise InvalidRequest(f"{values}, but they mean the same.", cure="Give one of them.", param=names[0])
+    return next(iter(lengths.items()), (None, MAXIMUM_NEW_TOKENS))
 
 
 def parse_completion(body: bytes, served: ServedModel) -> CompletionRequest:
