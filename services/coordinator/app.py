@@ -14,7 +14,7 @@ from noodle.metrics.counted import CoordinatorMetrics
 from noodle.metrics.scraped import PlanCollector, service_registry
 from noodle.threads import start_loop
 from noodle.web.connectivity_routes import install_connectivity_routes
-from noodle.web.service import Service, install_error_handlers, install_metrics_route
+from noodle.web.service import Service, install_error_handlers, install_metrics_route, json_response
 from services.coordinator.api import generate, manual, openai, openapi, requests
 from services.coordinator.api.auth import Clients, take_request_id
 from services.coordinator.api.body import JsonObject
@@ -92,7 +92,13 @@ def create_app(config: CoordinatorConfig, coordinator: Coordinator, registry: Co
         machine=config.machine,
         targets=lambda: connectivity.reachable_targets(config, coordinator),
     )
-    app.register_blueprint(openapi.openapi_routes(document(), clients))
+    described = document()
+
+    @app.get("/openapi.json")
+    def openapi_json() -> Response:
+        clients.require()
+        return json_response(described)
+
     return app
 
 

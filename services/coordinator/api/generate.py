@@ -31,18 +31,10 @@ from services.coordinator.api.parameters import (
     StopString,
     stop_strings,
 )
-from services.coordinator.api.sse import (
-    COMMENT,
-    COMMENT_SECONDS,
-    event_stream,
-    prompt_text,
-    server_sent_event,
-    whole,
-    with_errors,
-)
+from services.coordinator.api.sse import event_stream, kept_alive, prompt_text, server_sent_event, whole, with_errors
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.engine.request import FinishReason, Request
-from services.coordinator.text.answer import Answer, Part, kept_alive
+from services.coordinator.text.answer import Answer, Part
 from services.coordinator.text.tokenizer import Piece, Tokenizer
 
 MAXIMUM_STOP_STRINGS = 16
@@ -309,7 +301,7 @@ def generate_events(answer: Answer, before: str, after: int = 0) -> Iterator[byt
             return []
         return [server_sent_event(token_event(part, count, answer, before), event_id=str(count))]
 
-    return with_errors(answer, kept_alive(answer, events, COMMENT, COMMENT_SECONDS))
+    return with_errors(answer, kept_alive(answer, events))
 
 
 def token_event(part: Part, count: int, answer: Answer, before: str) -> TokenEvent:

@@ -13,7 +13,6 @@ from noodle.errors import InvalidRequest, UnknownModel
 from noodle.web.service import json_body, json_response
 from services.coordinator.api.auth import Clients, sent_by
 from services.coordinator.api.body import (
-    JsonObject,
     decode_object,
     read,
     read_items,
@@ -150,7 +149,7 @@ def parse_chat(body: bytes, served: ServedModel, context_length: int) -> ChatReq
     """
     fields = decode_object(body)
     refuse_unknown_fields(fields, ChatBody)
-    check_model(fields, served)
+    check_model(fields.get("model"), served)
     asked = read(fields, ChatBody)
     if asked.top_logprobs and not asked.logprobs:
         raise InvalidRequest(
@@ -185,7 +184,7 @@ def parse_completion(body: bytes, served: ServedModel) -> CompletionRequest:
     """Check a body of /v1/completions; raises InvalidRequest naming the field, or UnknownModel."""
     fields = decode_object(body)
     refuse_unknown_fields(fields, CompletionBody)
-    check_model(fields, served)
+    check_model(fields.get("model"), served)
     asked = read(fields, CompletionBody)
     if asked.max_tokens == 0 and not asked.echo:
         raise InvalidRequest(
@@ -252,24 +251,16 @@ def template_message(message: Message) -> dict[str, str]:
     return read if message.name is None else {**read, "name": message.name}
 
 
-def check_model(fields: JsonObject, served: ServedModel) -> None:
+def check_model(name: Any, served: ServedModel) -> None:
     """Raise UnknownModel for a name that is not served."""
-    name = fields.get("model")
     if isinstance(name, str) and name not in served.names:
-        raise unknown_model(name, served)
-
-
-def unknown_model(name: str, served: ServedModel) -> UnknownModel:
-    """The error for a model that is not served; names those that are."""
-    return UnknownModel(
-        f"The model {shown(name)} does not exist here.", cure="Served: " + ", ".join(served.names) + ".", param="model"
-    )
+        names = ", ".join(served.names)
+        raise UnknownModel(f"The model {shown(name)} does not exist here.", cure=f"Served: {names}.", param="model")
 
 
 def model_object(name: str, served: ServedModel) -> Model:
     """OpenAI's model object; raises UnknownModel."""
-    if name not in served.names:
-        raise unknown_model(name, served)
+    check_model(name, served)
     return Model(id=name, created=served.created_seconds)
 
 

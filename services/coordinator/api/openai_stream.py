@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 from msgspec import UNSET
 
@@ -24,23 +25,14 @@ from services.coordinator.api.openai_types import (
     Reason,
     Usage,
 )
-from services.coordinator.api.sse import COMMENT, COMMENT_SECONDS, STREAM_END, server_sent_event, with_errors
+from services.coordinator.api.sse import STREAM_END, kept_alive, server_sent_event, with_errors
 from services.coordinator.engine.request import FinishReason
-from services.coordinator.text.answer import Answer, Part, kept_alive
+from services.coordinator.text.answer import Answer, Part
 from services.coordinator.text.detokenizer import text_offsets
 from services.coordinator.text.token_texts import TokenTexts
 from services.coordinator.text.tokenizer import Tokenizer
 
 FINISH_REASONS: dict[FinishReason, Reason] = {"length": "length", "eos_token": "stop", "stop_sequence": "stop"}
-
-
-class Scored(NamedTuple):
-    """One token of a prompt or an answer; the first of a prompt has no log-probability, for nothing precedes it."""
-
-    token_id: int
-    logprob: float | None
-    top: Sequence[TokenLogprob] = ()
-    text_offset: int = 0  # characters before it in the text of the choice
 
 
 class CompletionWriter:
@@ -81,7 +73,7 @@ class CompletionWriter:
 
         for first in self._first_choices():
             yield self._event([first])
-        yield from kept_alive(self.answer, events, COMMENT, COMMENT_SECONDS)
+        yield from kept_alive(self.answer, events)
         if not is_echoed:
             yield self._echo_chunk()
         yield self._event([self._choice(None, reason=FINISH_REASONS[self.answer.finish_reason])])
@@ -97,23 +89,24 @@ class CompletionWriter:
     def _echo_chunk(self) -> bytes:
         return self._text_chunk(self._echo or "", self._prompt())
 
-    def _text_chunk(self, text: str, tokens: Sequence[Scored]) -> bytes:
+    def _text_chunk(self, text: str, tokens: Sequence[Part]) -> bytes:
         return self._event([self._choice(text, self._logprobs(tokens))])
 
-    def _logprobs(self, tokens: Sequence[Scored]) -> Any:
+    def _logprobs(self, tokens: Sequence[Part]) -> Any:
         if not self.answer.request.want_logprob:
             return None
         return self._scores(tokens, self.answer.tokenizer.texts)
 
-    def _prompt(self) -> list[Scored]:
+    def _prompt(self) -> list[Part]:
         answer, request = self.answer, self.answer.request
         if self._echo is None or not request.score_prompt:
             return []
         return scored_prompt(request.prompt_token_ids, self._echo, answer.prompt_scores, answer.tokenizer)
 
-    def _tokens(self, parts: Sequence[Part]) -> list[Scored]:
+    def _tokens(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Parts with their places in the whole text of the choice."""
         before = len(self._echo or "")
-        return [Scored(part.token_id, part.logprob, part.top, before + part.text_offset) for part in parts]
+        return [replace(part, text_offset=before + part.text_offset) for part in parts] if before else parts
 
     def _usage(self) -> Usage:
         prompt, completion = self.answer.prompt_tokens, len(self.answer.parts)
@@ -129,7 +122,7 @@ class CompletionWriter:
     def _first_choices(self) -> list[Any]:
         return []
 
-    def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> Any:
+    def _scores(self, tokens: Sequence[Part], texts: TokenTexts) -> Any:
         return completion_logprobs(tokens, texts)
 
 
@@ -149,27 +142,27 @@ class ChatWriter(CompletionWriter):
     def _first_choices(self) -> list[Any]:
         return [ChatChunkChoice(delta=Delta(role="assistant", content=""))]
 
-    def _scores(self, tokens: Sequence[Scored], texts: TokenTexts) -> ChatLogprobs:
+    def _scores(self, tokens: Sequence[Part], texts: TokenTexts) -> ChatLogprobs:
         return chat_logprobs(tokens, texts)
 
 
 def scored_prompt(
     token_ids: Sequence[int], text: str, scores: Sequence[TokenScore], tokenizer: Tokenizer
-) -> list[Scored]:
-    """Every token of a prompt with its score; `scores` begin with the second token's.
+) -> list[Part]:
+    """The tokens of a prompt as parts without texts; `scores` begin with the second token's.
 
     Offsets are counted back from the text's end: a mark that the tokenizer puts in front is not part of it.
     """
     whole, offsets = text_offsets(lambda ids: tokenizer.decode(ids, skip_special_tokens=False), token_ids)
     shift = len(whole) - len(text)
-    rest = [
-        Scored(token_id, score.logprob, score.top, max(0, offset - shift))
-        for token_id, score, offset in zip(token_ids[1:], scores, offsets[1:], strict=True)
-    ]
-    return [Scored(token_ids[0], None), *rest]
+    parts = [Part(token_ids[0], text="", logprob=None, finish_reason=None)]  # nothing precedes it
+    for token_id, score, offset in zip(token_ids[1:], scores, offsets[1:], strict=True):
+        place = max(0, offset - shift)
+        parts.append(Part(token_id, "", score.logprob, None, top=tuple(score.top), text_offset=place))
+    return parts
 
 
-def completion_logprobs(tokens: Sequence[Scored], texts: TokenTexts) -> CompletionLogprobs:
+def completion_logprobs(tokens: Sequence[Part], texts: TokenTexts) -> CompletionLogprobs:
     return CompletionLogprobs(
         tokens=[texts.name_of(token.token_id) for token in tokens],
         token_logprobs=[token.logprob for token in tokens],
@@ -178,7 +171,7 @@ def completion_logprobs(tokens: Sequence[Scored], texts: TokenTexts) -> Completi
     )
 
 
-def chat_logprobs(tokens: Sequence[Scored], texts: TokenTexts) -> ChatLogprobs:
+def chat_logprobs(tokens: Sequence[Part], texts: TokenTexts) -> ChatLogprobs:
     content = []
     for token in tokens:
         top = [ChatScore(**_named(each.token_id, each.logprob, texts)) for each in token.top]
@@ -186,7 +179,7 @@ def chat_logprobs(tokens: Sequence[Scored], texts: TokenTexts) -> ChatLogprobs:
     return ChatLogprobs(content=content)
 
 
-def _by_name(token: Scored, texts: TokenTexts) -> dict[str, float] | None:
+def _by_name(token: Part, texts: TokenTexts) -> dict[str, float] | None:
     """The likeliest tokens first, then the token itself; of two tokens with one name the likelier stays."""
     if token.logprob is None:
         return None

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from flask import Blueprint, Response
 from msgspec import Struct
 
 from noodle import __version__
-from noodle.web.service import json_response
-from services.coordinator.api.auth import Clients
 from services.coordinator.api.body import Body, JsonObject
 from services.coordinator.api.sse import STREAM_END
 
@@ -114,7 +111,7 @@ OPENAPI = Operation(
 )
 
 
-def describe(operations: Iterable[Operation]) -> JsonObject:
+def describe(operations: Sequence[Operation]) -> JsonObject:
     """Make the document."""
     operations = tuple(operations)
     schemas = Schemas(operations)
@@ -135,22 +132,10 @@ def describe(operations: Iterable[Operation]) -> JsonObject:
     }
 
 
-def openapi_routes(document: JsonObject, clients: Clients) -> Blueprint:
-    """`GET /openapi.json`."""
-    routes = Blueprint("openapi", __name__)
-
-    @routes.get("/openapi.json")
-    def openapi() -> Response:
-        clients.require()
-        return json_response(document)
-
-    return routes
-
-
 class Schemas:
     """The JSON Schemas of all types that operations use."""
 
-    def __init__(self, operations: Iterable[Operation]) -> None:
+    def __init__(self, operations: Sequence[Operation]) -> None:
         shapes = [shape for operation in operations for shape in operation.shapes() if not isinstance(shape, dict)]
         kinds = list(dict.fromkeys([*shapes, Error]))
         schemas, self.components = msgspec.json.schema_components(kinds, ref_template=f"{COMPONENTS}{{name}}")

@@ -5,7 +5,8 @@ An error after the first byte travels in the stream, as an `error` event with Op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from flask import Response
 
 from noodle.errors import NoodleError
 from noodle.web.service import client_has_gone, error_object, json_response
-from services.coordinator.text.answer import Answer
+from services.coordinator.text.answer import Answer, Part
 from services.coordinator.text.tokenizer import Tokenizer
 
 STREAM_END = "[DONE]"
@@ -35,6 +36,22 @@ def event_stream(events: Iterator[bytes]) -> Response:
     response.headers["Cache-Control"] = "no-store"
     response.headers["X-Accel-Buffering"] = "no"
     return response
+
+
+def kept_alive(answer: Answer, events: Callable[[Part], Sequence[bytes]]) -> Iterator[bytes]:
+    """Yield the events of each part, and a comment line at intervals while none comes.
+
+    The comment tells the client that all is well. Writing it shows whether the client is still there.
+    """
+    written_at = time.monotonic()
+    for part in answer:
+        if part is not None:
+            for event in events(part):
+                yield event
+                written_at = time.monotonic()
+        elif time.monotonic() - written_at >= COMMENT_SECONDS:
+            yield COMMENT
+            written_at = time.monotonic()
 
 
 def with_errors(answer: Answer, events: Iterator[bytes]) -> Iterator[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from noodle.errors import GenerationFailed
@@ -105,22 +105,3 @@ class Answer:
         if self._finish_reason is None:
             raise GenerationFailed("The answer was formatted before its end.")
         return self._finish_reason
-
-
-def kept_alive(
-    answer: Answer, events: Callable[[Part], Sequence[bytes]], comment: bytes, comment_seconds: float
-) -> Iterator[bytes]:
-    """Yield the events of a stream, and a comment line at intervals while it waits.
-
-    The comment tells the client that all is well. Writing it shows whether the client is still there.
-    """
-    written_at = time.monotonic()
-    for part in answer:
-        if part is None:
-            if time.monotonic() - written_at >= comment_seconds:
-                yield comment
-                written_at = time.monotonic()
-            continue
-        for event in events(part):
-            yield event
-            written_at = time.monotonic()
