@@ -95,18 +95,14 @@ class WorkQueue:
             return int(self._redis.incr("noodle:plan:version"))
 
     def put_plan(self, plan: Plan) -> None:
-        """Store the newest plan."""
-        with self._errors():
-            self._redis.set("noodle:plan", msgspec.json.encode(plan))
+        self._put("noodle:plan", plan)
 
     def plan(self) -> Plan | None:
         """Return the newest plan."""
         return self._get("noodle:plan", Plan)
 
     def put_planner_state(self, state: PlannerState) -> None:
-        """Store the planner's state."""
-        with self._errors():
-            self._redis.set("noodle:planner", msgspec.json.encode(state), ex=BEAT_EXPIRES_SECONDS)
+        self._put("noodle:planner", state, BEAT_EXPIRES_SECONDS)
 
     def claim_stage(self, stage_id: int, url: str) -> str:
         """Claim a number for the stage at this URL, with each heartbeat; return the URL of its owner.
@@ -120,9 +116,7 @@ class WorkQueue:
 
     def put_report(self, report: MachineReport) -> None:
         """Store a stage's report; it expires when the stage falls silent."""
-        with self._errors():
-            key = f"noodle:stage:{report.stage_id}:report"
-            self._redis.set(key, msgspec.json.encode(report), ex=BEAT_EXPIRES_SECONDS)
+        self._put(f"noodle:stage:{report.stage_id}:report", report, BEAT_EXPIRES_SECONDS)
 
     def reports(self) -> list[MachineReport]:
         """Return the reports of all live stages, by stage id."""
@@ -130,8 +124,7 @@ class WorkQueue:
 
     def put_stage_state(self, state: StageState) -> None:
         """Store a stage's heartbeat."""
-        with self._errors():
-            self._redis.set(_state_key(state.stage_id), msgspec.json.encode(state), ex=BEAT_EXPIRES_SECONDS)
+        self._put(_state_key(state.stage_id), state, BEAT_EXPIRES_SECONDS)
 
     def stage_states(self) -> dict[int, StageState]:
         """Return the states of all live stages."""
@@ -153,10 +146,7 @@ class WorkQueue:
 
     def states_of(self, stage_ids: Sequence[int]) -> dict[int, StageState]:
         """Return the states of these stages that are live, in one round trip."""
-        keys = list(map(_state_key, stage_ids))
-        with self._errors():
-            values = self._redis.mget(keys)
-        return _by_stage(self._decode_all(keys, values, StageState))
+        return _by_stage(self._many(list(map(_state_key, stage_ids)), StageState))
 
     def forget_stage(self, stage_id: int, url: str) -> None:
         """Delete the records of the stage at this URL when it leaves, and free its number."""
@@ -256,16 +246,24 @@ class WorkQueue:
             entries = [entry for _, found in answer or () for entry in found]
             return [(name.decode(), fields.get(b"m", b"")) for name, fields in entries]
 
+    def _put(self, key: str, value: msgspec.Struct, expires_seconds: int | None = None) -> None:
+        with self._errors():
+            self._redis.set(key, msgspec.json.encode(value), ex=expires_seconds)
+
     def _get(self, key: str, kind: type[Value]) -> Value | None:
         with self._errors():
             data = self._redis.get(key)
         return self._decode(key, data, kind)
 
+    def _many(self, keys: Sequence[str], kind: type[Value]) -> list[Value]:
+        with self._errors():
+            values = self._redis.mget(keys) if keys else []
+        return self._decode_all(keys, values, kind)
+
     def _all(self, pattern: str, kind: type[Value]) -> list[Value]:
         with self._errors():
             keys = [key.decode() for key in self._redis.scan_iter(match=pattern, count=1000)]
-            values = self._redis.mget(keys) if keys else []
-        return self._decode_all(keys, values, kind)
+        return self._many(keys, kind)
 
     def _decode_all(self, keys: Sequence[str], values: Sequence[object], kind: type[Value]) -> list[Value]:
         """Decode the values that exist and are readable."""

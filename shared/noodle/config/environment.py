@@ -137,7 +137,6 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
 
 
 def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
-    """The planner's configuration."""
     config = _read(PlannerConfig, environment)
     _require_token(config)
     if config.split is not None and len(config.split) != config.stage_count:

@@ -29,14 +29,9 @@ STREAM_TIMEOUT_SECONDS = 2.0  # longest wait for an answer; longer than a blocke
 class Streams(Protocol):
     """The part of WorkQueue that hops need; every method may raise QueueUnavailable."""
 
-    def append(self, stream: str, entry: bytes) -> None:
-        """Append an entry."""
-
-    def newest(self, stream: str) -> str:
-        """Return the id of the last entry."""
-
-    def read(self, stream: str, after: str, block_seconds: float) -> list[tuple[str, bytes]]:
-        """Return the next entries, each with its id."""
+    def append(self, stream: str, entry: bytes) -> None: ...
+    def newest(self, stream: str) -> str: ...
+    def read(self, stream: str, after: str, block_seconds: float) -> list[tuple[str, bytes]]: ...
 
 
 class QueueEnd:
