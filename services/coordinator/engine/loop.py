@@ -107,27 +107,31 @@ class EngineLoop:
     # the loop
 
     def run(self) -> None:
-        """Compute all requests until `stop`. This is a token's life in this process, in the order it happens."""
+        """Compute all requests until `stop`. This is a token's life in this process, from 1 to 5."""
         while not isinstance(event := self._next_event(), Stop):
-            now = time.monotonic()
-            if isinstance(event, ResultArrived):
-                # A step is back from the last stage (pipeline.py): the scheduler appends its tokens to their sequences.
+            now, flight = time.monotonic(), None
+            if isinstance(event, Submitted):
+                # 1. An HTTP thread has admitted a request (admission.py): its sequence waits for a place.
+                self._scheduler.add(event.sequence)
+            elif isinstance(event, ResultArrived):
+                # 3. The last stage has returned a step (pipeline.py): each of its sequences gets its next token.
                 result = event.result
                 flight, tokens, refusals = self._scheduler.apply(result)
                 if flight is not None:
                     self._note_computed(result, now)
-                    # The next steps go first: the stages compute them while tokens are delivered and counted.
-                    self._send_steps()
-                    # Each token goes to its request's stream, where an HTTP thread makes text of it (text/answer.py).
-                    computed_seconds = sum(timing.computed_seconds for timing in result.timings)
-                    since_last = [self._deliver(*each, now, computed_seconds) for each in tokens]
-                    self._end_answered(tokens, refusals)
-                    self._count_step(flight, result, now, since_last)
             elif event is not None:
-                # A request came in (admission.py) and now waits in the scheduler, or anything but a token happened.
-                self._handle(event)
-            # The scheduler forms steps of what waits and runs (scheduler.py), and the pipeline sends them to stage 0.
+                self._handle(event)  # a request ends early, a plan changes, the pipeline comes or goes
+            # 2. Sequences that want tokens form steps (scheduler.py), and stage 0 gets them (pipeline.py). After a
+            # result this comes before delivery, so that the stages compute meanwhile.
             self._send_steps()
+            if flight is not None:
+                # 4. Each token goes to its request's stream, and an HTTP thread makes text of it (text/answer.py).
+                computed_seconds = sum(timing.computed_seconds for timing in result.timings)
+                since_last = [self._deliver(*each, now, computed_seconds) for each in tokens]
+                # 5. A request with its last token ends, and others take its room.
+                self._end_answered(tokens, refusals)
+                self._count_step(flight, result, now, since_last)
+                self._send_steps()
             if (now := time.monotonic()) >= self._next_tick:
                 self._tick(now)
         self._hand_over(NotReady("The coordinator is stopping.", retry_after_seconds=5))
@@ -141,9 +145,7 @@ class EngineLoop:
             return None
 
     def _handle(self, event: LoopEvent) -> None:
-        if isinstance(event, Submitted):
-            self._scheduler.add(event.sequence)
-        elif isinstance(event, Ended):
+        if isinstance(event, Ended):
             self._end(event.request_id, event.outcome, event.error)
         elif isinstance(event, PipelineUp):
             self._pipeline_is_up(event)
