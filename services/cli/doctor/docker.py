@@ -92,11 +92,13 @@ def engine_problem(ran: Ran, info: dict[str, Any]) -> tuple[str, str]:
 
 def check_docker(facts: DockerFacts, where: str, system: System, *, is_needed: bool) -> list[CheckResult]:
     """Judge engine and compose; if noodle runs without Docker here (`noodle up`), its faults are no findings."""
-    if not is_needed and (not facts.is_installed or facts.problem):
-        return [skipped("docker", where, "noodle runs without Docker here, and Docker does not answer")]
-    if not facts.is_installed:
-        return [error("docker", where, "Docker is not installed.", why=WHY_ENGINE, cure=INSTALL[system])]
-    return [_check_engine(facts, where, system), _check_compose(facts, where, system)]
+    if facts.is_installed:
+        results = [_check_engine(facts, where, system), _check_compose(facts, where, system)]
+    else:
+        results = [error("docker", where, "Docker is not installed.", why=WHY_ENGINE, cure=INSTALL[system])]
+    if not is_needed and any(result.status == "error" for result in results):
+        return [skipped("docker", where, "noodle runs without Docker here, and Docker cannot be used")]
+    return results
 
 
 def _check_engine(facts: DockerFacts, where: str, system: System) -> CheckResult:

@@ -107,8 +107,9 @@ def test_compose_must_be_2_20_or_later(compose, status):
     assert only(check_docker(facts, "m", "linux", is_needed=True), "compose").status == status
 
 
-def test_noodle_up_needs_no_docker():
-    assert statuses(check_docker(DockerFacts(is_installed=False), "m", "linux", is_needed=False)) == ["skipped"]
+@pytest.mark.parametrize("facts", [DockerFacts(is_installed=False), DockerFacts(True, engine="27.1.2", compose="")])
+def test_noodle_up_needs_no_docker(facts):
+    assert statuses(check_docker(facts, "m", "linux", is_needed=False)) == ["skipped"]
 
 
 def test_a_debian_version_is_read():
