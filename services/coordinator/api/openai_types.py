@@ -62,7 +62,7 @@ class OpenAIFields(GenerationFields, kw_only=True):
         Meta(description=STOP_TEXT, extra=STOP_WORDS),
     ] = None
     stream: Annotated[bool, Meta(description="Send the answer as server-sent events.")] = False
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, Meta(description="Needs `stream`.")] = None
 
     @classmethod
     def refuse_first(cls, fields: JsonObject, _where: str) -> None:
@@ -103,7 +103,7 @@ class Message(Body, kw_only=True):
             description="Text parts are joined, a line each.", extra={"expected": "a string or an array of text parts"}
         ),
     ]
-    name: str | None = None
+    name: Annotated[str | None, Meta(description="The author, for chat templates that name it.")] = None
 
     @classmethod
     def refuse_first(cls, fields: JsonObject, where: str) -> None:
@@ -143,7 +143,7 @@ class ChatBody(OpenAIFields, kw_only=True):
     messages: Annotated[
         list[Any],
         Meta(min_length=1, extra={"expected": "an array of messages", "item": "message"}),
-        Meta(extra_json_schema={"items": {"$ref": "#/components/schemas/Message"}}),
+        Meta(description="The conversation.", extra_json_schema={"items": {"$ref": "#/components/schemas/Message"}}),
     ]
 
 
