@@ -118,13 +118,14 @@ class Rig:
             SpanResult(s.session_id, s.session_epoch, s.first_position, s.token_count, token_id if s.sampling else None)
             for s in step.spans
         ]
-        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], list(timings))))
+        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], timings=list(timings))))
 
     def refuse(self, step, reason):
         refusals = [
-            SpanRefusal(s.session_id, s.session_epoch, s.first_position, 1, reason, "because") for s in step.spans
+            SpanRefusal(s.session_id, s.session_epoch, s.first_position, 1, reason, message="because")
+            for s in step.spans
         ]
-        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, [], refusals, [])))
+        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, [], refusals, timings=[])))
 
 
 @pytest.fixture
