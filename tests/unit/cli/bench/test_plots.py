@@ -1,4 +1,4 @@
-"""Pictures of reports, and what is said where matplotlib is missing."""
+"""Plots of reports, and the message without matplotlib."""
 
 import importlib.util
 import struct

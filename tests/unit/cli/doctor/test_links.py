@@ -1,4 +1,4 @@
-"""What noodle doctor makes of tries to reach others, and how all of it is told; facts as values, no network."""
+"""What `noodle doctor` concludes from probes of other services, and its report; facts as values, no network."""
 
 import threading
 import time
