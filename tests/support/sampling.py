@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
 
 
-def sampled(values: Iterable[Any], is_in_sample: Callable[[Any], bool]) -> list[Any]:
-    """The values for `pytest.mark.parametrize`; those outside of the sample are marked `full`."""
-    return [value if is_in_sample(value) else pytest.param(value, marks=pytest.mark.full) for value in values]
+def sampled(names: str | tuple[str, ...], values: Iterable[Any], sample: Collection[Any]) -> pytest.MarkDecorator:
+    """Return `pytest.mark.parametrize` of all values, with those outside of the sample marked `full`."""
+
+    def parameters(value: Any) -> Any:
+        marks = () if value in sample else (pytest.mark.full,)
+        return pytest.param(*(value if isinstance(names, tuple) else (value,)), marks=marks)
+
+    return pytest.mark.parametrize(names, [parameters(value) for value in values])

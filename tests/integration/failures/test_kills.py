@@ -14,7 +14,6 @@ from tests.support.processes.stage_rig import running_coordinator, running_stage
 from tests.support.sampling import sampled
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.model]
-NUMBERS = sampled(range(2), lambda number: number == 0)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def check_that_all_end_well(services, run, kill, expected, whole):
     wait_until(services.is_empty, 60, "only kept KV rows are left")
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@sampled("number", range(2), (0,))
 @pytest.mark.parametrize("kind", [*SERVICES_OF, "valkey, then the coordinator"])
 def test_every_request_ends_with_its_own_tokens(real_cluster, undisturbed, whole, kind, number):
     run = f"{kind.replace(' ', '-').replace(',', '')}-{number}"
@@ -73,7 +72,7 @@ def test_every_request_ends_with_its_own_tokens_where_ggml_computes(real_ggml_cl
     check_that_all_end_well(real_ggml_cluster, kind.replace(" ", "-"), kill, undisturbed_ggml, whole)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@sampled("number", range(2), (0,))
 def test_every_request_ends_with_its_own_tokens_though_the_link_is_cut(undisturbed, linked, whole, number):
     services, cable = linked
     connections = cable.connections
