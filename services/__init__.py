@@ -1,0 +1,1 @@
+"""The services and the command of noodle; services never import one another, and share only `noodle`."""

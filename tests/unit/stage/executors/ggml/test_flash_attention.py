@@ -28,7 +28,7 @@ def random(*shape, seed=0):
 
 
 def attention(ggml, instructions, query, key, value, kind="f32", *, scale=0.125, cap=0.0, window=0, threads=1):
-    """Of queries [tokens, heads, dimensions]: by the kernel, and by numpy in float64."""
+    """Return the attention of queries [tokens, heads, dimensions]: by the kernel, and by numpy in float64."""
     tokens, heads, dimensions = query.shape
     keys, key_heads, _ = key.shape
     graph = Graph(ggml, threads)
@@ -101,7 +101,7 @@ def test_in_float32_heads_of_any_size_are_attended_to(dimensions, ggml, instruct
 @sampled("window", (1, 2, 7, 31, 32, 33, 64, 100, 1000), {1, 31, 33, 100})
 @pytest.mark.parametrize(("tokens", "keys"), [(3, 3), (40, 40), (40, 71), (90, 200)])
 def test_a_window_ends_what_is_attended_to(tokens, keys, window, ggml, instructions):
-    keys = min(keys, window + tokens - 1)  # keys before all windows are left out by whoever calls
+    keys = min(keys, window + tokens - 1)  # the caller leaves out keys before all windows
     query, key, value = random(tokens, 6, 64), random(keys, 2, 64, seed=1), random(keys, 2, 64, seed=2)
     tokens = min(tokens, keys)
     found, expected = attention(ggml, instructions, query[:tokens], key, value, window=window)

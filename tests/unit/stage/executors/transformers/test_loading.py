@@ -44,7 +44,7 @@ def bytes_of(sizes: dict[str, int], start: int, end: int, *others: str) -> int:
 
 
 def punch_out_all_but(folder: Path, start: int, end: int, *others: str) -> None:
-    """Write each weights file anew with holes where tensors of other slices were."""
+    """Rewrite each weights file with holes in place of the tensors of other slices."""
     layers = tuple(f"model.layers.{layer}." for layer in range(start, end))
     for path in folder.glob("*.safetensors"):
         content = path.read_bytes()
