@@ -73,12 +73,12 @@ class Worker:
         self._coordinator_epoch = 0
         self._sent_seconds = 0.0
         self._next_tick = 0.0
-        self._heard_at = 0.0  # arrival of the message in work, or when the inbox was empty: expiries go by this time
+        self._arrived_at = 0.0  # arrival of the message in work, or when the inbox was empty: expiries go by this time
         self._stopping = False
 
     @property
     def coordinator_epoch(self) -> int:
-        """The epoch of the newest coordinator this stage has heard."""
+        """The newest epoch in a message to this stage."""
         return self._coordinator_epoch
 
     @property
@@ -91,7 +91,7 @@ class Worker:
         while not self._stopping:
             arrival = self._inbox.take(TICK_SECONDS)
             # Messages wait in the inbox while a step computes: no session may expire because they did.
-            self._heard_at = time.monotonic() if arrival is None else arrival.arrived_at
+            self._arrived_at = time.monotonic() if arrival is None else arrival.arrived_at
             if arrival is not None:
                 self._take(arrival)
             now = time.monotonic()
@@ -143,7 +143,7 @@ class Worker:
         self._release_rows(self._sessions.release_old(step.released))
         if not self._passes_check(role, step, body):
             return
-        admission = self._sessions.admit(step, body, self._heard_at)
+        admission = self._sessions.admit(step, body, self._arrived_at)
         step, body = self._put_in_order(role, step, body, admission)
         step, body = self._reuse_prefixes(role, step, body, admission.copies)
         ready = [(step, body)]
@@ -325,7 +325,7 @@ class Worker:
         role = self._role
         if role is None or not self._is_current(role, live):
             return
-        unlisted = self._sessions.listed(live.sessions, self._heard_at)
+        unlisted = self._sessions.listed(live.sessions, self._arrived_at)
         self._release_rows(unlisted)
         for session_id in unlisted:
             log.info("freed: the coordinator no longer lists it", extra=about(session_id))
@@ -338,11 +338,11 @@ class Worker:
 
     def _tick(self) -> None:
         """Expire early spans and sessions of forwards by hand."""
-        gaps = self._sessions.expire(self._heard_at)
+        gaps = self._sessions.expire(self._arrived_at)
         role = self._role
         if role is None:
             return
-        self._release_rows(role.forwards.expire(self._heard_at))
+        self._release_rows(role.forwards.expire(self._arrived_at))
         for step, refusal in gaps:
             log.info("%s", refusal.message, extra=about(refusal.session_id))
             self._pass_on_refusals(role, self._with_refusals(step, [refusal]))
