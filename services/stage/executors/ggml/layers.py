@@ -263,8 +263,8 @@ class LayerGraph:
         if rows > count:
             padding = (0, rows - count, 0, 0)
             own = self._call("pad", self._call("cont", own), *padding)
-        factors = (scale, 0.0, cap)  # the second one is the largest ALiBi bias
-        return self._call("flash_attn_ext", own, key, value, mask, *factors)
+        sources, factors = (own, key, value, mask), (scale, 0.0, cap)  # the second factor is the largest ALiBi bias
+        return self._call("flash_attn_ext", *sources, *factors)
 
     def _attended_rows(self, count: int) -> int:
         """Number of rows that attention computes for a span of `count` tokens; the rows beyond are discarded."""
