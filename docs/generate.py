@@ -106,7 +106,7 @@ def _inner_routes(service: str) -> Iterator[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 for decorator in node.decorator_list:
-                    if isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Attribute):
+                    if isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Attribute) and decorator.args:
                         method, route = decorator.func.attr.upper(), decorator.args[0]
                         if method in ("GET", "POST", "DELETE") and isinstance(route, ast.Constant):
                             yield f"| {service} | `{method} {route.value}` | {ast.get_docstring(node) or ''} |"
