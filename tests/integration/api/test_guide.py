@@ -29,18 +29,6 @@ def stage_paths(cluster):
     return [f"{cluster.url}/stage/{index}" for index in range(cluster.stages)]
 
 
-def command(cluster, *arguments, stdin=None):
-    return subprocess.run(
-        [sys.executable, "-m", "services.cli", *arguments],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        input=stdin,
-        timeout=120,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def cluster(tiny_folder, tmp_path_factory):
     """Two stages of the tiny model, not shared: forwards by hand leave sessions on them."""
@@ -175,7 +163,7 @@ def test_a_plan_that_does_not_fit_says_how_much_is_short_where_and_what_would_cu
 
 
 def test_the_plan_command_prints_a_line_a_machine_and_the_cures(cluster, tmp_path):
-    done = command(cluster, "plan")
+    done = cluster.noodle("plan")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if " cpu " in line]
     assert len(lines) == cluster.stages
@@ -183,15 +171,15 @@ def test_the_plan_command_prints_a_line_a_machine_and_the_cures(cluster, tmp_pat
     assert "tokens/s" in done.stdout
     file = tmp_path / "nodes.json"
     file.write_text(json.dumps({"available_nodes": NODES}), encoding="utf-8")
-    done = command(cluster, "plan", "--nodes", str(file), "--json")
+    done = cluster.noodle("plan", "--nodes", str(file), "--json")
     assert done.returncode == 0, done.stderr
     assert [stage["node_id"] for stage in json.loads(done.stdout)["plan"]["stages"]] == ["laptop", "pc"]
-    done = command(cluster, "plan", "--nodes", "-", stdin='[{"node_id": "a", "device_type": "cpu", "ram_gb": 0.0005}]')
+    done = cluster.noodle("plan", "--nodes", "-", stdin='[{"node_id": "a", "device_type": "cpu", "ram_gb": 0.0005}]')
     assert done.returncode == 1
     assert "bytes short" in done.stdout
     assert "NOODLE_DTYPE" in done.stdout
     for text in ("{", "5", '[{"node_id": "a"}]'):
-        done = command(cluster, "plan", "--nodes", "-", stdin=text)
+        done = cluster.noodle("plan", "--nodes", "-", stdin=text)
         assert (done.returncode, done.stdout) == (1, "")
         assert "noodle:" in done.stderr
 

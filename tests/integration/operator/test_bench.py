@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,15 @@ pytestmark = [
 SMALL = ("--streams", "1,3", "--prompt-tokens", "24", "--new-tokens", "8", "--pairs", "2")
 
 
-def noodle(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "services.cli", *arguments],
-        env=cluster.environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def kept(cluster: Cluster, kind: str) -> list[dict[str, Any]]:
-    done = noodle(cluster, kind, "--list", "--json")
+    done = cluster.noodle(kind, "--list", "--json")
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout))
 
 
 def test_bench_measures_both_sides_prints_draws_and_keeps(cluster: Cluster, tmp_path: Path) -> None:
     before = len(kept(cluster, "bench"))
-    done = noodle(cluster, "bench", *SMALL, "--output", str(tmp_path))
+    done = cluster.noodle("bench", *SMALL, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "cluster" in done.stdout
     assert "control" in done.stdout
@@ -62,10 +49,10 @@ def test_bench_measures_both_sides_prints_draws_and_keeps(cluster: Cluster, tmp_
     listed = kept(cluster, "bench")
     assert len(listed) == before + 1
     assert listed[0]["headline"] == report["headline"]
-    shown = noodle(cluster, "bench", "--show", listed[0]["id"])
+    shown = cluster.noodle("bench", "--show", listed[0]["id"])
     assert shown.stdout == done.stdout
-    assert json.loads(noodle(cluster, "bench", "--show", listed[0]["id"], "--json").stdout) == report
-    assert listed[0]["id"] in noodle(cluster, "bench", "--list").stdout
+    assert json.loads(cluster.noodle("bench", "--show", listed[0]["id"], "--json").stdout) == report
+    assert listed[0]["id"] in cluster.noodle("bench", "--list").stdout
 
 
 def test_bench_without_a_control_needs_no_model_here(cluster: Cluster, tmp_path: Path) -> None:
@@ -81,7 +68,7 @@ def test_bench_without_a_control_needs_no_model_here(cluster: Cluster, tmp_path:
         "--no-control",
         "--json",
     )
-    done = noodle(cluster, "bench", *arguments, "--output", str(tmp_path))
+    done = cluster.noodle("bench", *arguments, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert "control" not in report["results"][0] or report["results"][0]["control"] is None
@@ -90,26 +77,26 @@ def test_bench_without_a_control_needs_no_model_here(cluster: Cluster, tmp_path:
 
 
 def test_what_passes_the_context_is_refused_before_anything_runs(cluster: Cluster, tmp_path: Path) -> None:
-    done = noodle(cluster, "bench", "--new-tokens", "100000", "--output", str(tmp_path))
+    done = cluster.noodle("bench", "--new-tokens", "100000", "--output", str(tmp_path))
     assert done.returncode == 1
     assert "--new-tokens" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_a_report_that_is_not_there_is_said_so(cluster: Cluster) -> None:
-    done = noodle(cluster, "bench", "--show", "20260101-000000-000000-bench-ffffff")
+    done = cluster.noodle("bench", "--show", "20260101-000000-000000-bench-ffffff")
     assert done.returncode == 1
     assert "no report" in done.stderr
 
 
 def test_options_of_measuring_are_refused_beside_list(cluster: Cluster) -> None:
-    done = noodle(cluster, "bench", "--list", "--pairs", "3")
+    done = cluster.noodle("bench", "--list", "--pairs", "3")
     assert done.returncode == 1
     assert "--pairs" in done.stderr
 
 
 def test_profile_measures_layers_embedding_and_head_and_keeps_it(cluster: Cluster, tmp_path: Path) -> None:
-    done = noodle(cluster, "profile", "--quick", "--output", str(tmp_path))
+    done = cluster.noodle("profile", "--quick", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "decode: milliseconds a layer" in done.stdout
     assert "free memory" in done.stdout
@@ -129,4 +116,4 @@ def test_profile_measures_layers_embedding_and_head_and_keeps_it(cluster: Cluste
     assert any("left out" in remark for remark in report["remarks"])  # rows beyond the tiny model's context
     listed = kept(cluster, "profile")
     assert listed[0]["headline"] == report["headline"]
-    assert noodle(cluster, "profile", "--show", listed[0]["id"]).stdout == done.stdout
+    assert cluster.noodle("profile", "--show", listed[0]["id"]).stdout == done.stdout

@@ -22,18 +22,6 @@ pytestmark = [
 GONE_SECONDS = 20.0  # gunicorn gives open requests 10 s
 
 
-def noodle(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "services.cli", *arguments],
-        env=cluster.environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def processes_with(state_dir: Path) -> list[int]:
     """Return every process of this `noodle up`, itself included."""
     found = []
@@ -50,11 +38,11 @@ def processes_with(state_dir: Path) -> list[int]:
 
 def test_generate_streams_the_same_text_twice_with_a_seed(cluster: Cluster) -> None:
     arguments = ("generate", "the cat", "--max-new-tokens", "12", "--temperature", "0.8", "--seed", "7")
-    first, second = noodle(cluster, *arguments), noodle(cluster, *arguments)
+    first, second = cluster.noodle(*arguments), cluster.noodle(*arguments)
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip()
     assert first.stdout == second.stdout
-    assert noodle(cluster, *arguments, "--raw").returncode == 0
+    assert cluster.noodle(*arguments, "--raw").returncode == 0
 
 
 def test_ctrl_c_ends_a_generation_at_once_and_frees_the_cluster(cluster: Cluster) -> None:
@@ -65,24 +53,24 @@ def test_ctrl_c_ends_a_generation_at_once_and_frees_the_cluster(cluster: Cluster
         process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(5) == 130
-    assert noodle(cluster, "generate", "again", "--max-new-tokens", "2").returncode == 0
+    assert cluster.noodle("generate", "again", "--max-new-tokens", "2").returncode == 0
 
 
 def test_verify_finds_a_split_model_equal_to_the_whole(cluster: Cluster) -> None:
-    done = noodle(cluster, "verify", "--prompts", "4", "--new-tokens", "16", "--json")
+    done = cluster.noodle("verify", "--prompts", "4", "--new-tokens", "16", "--json")
     assert done.returncode == 0, done.stderr
     verdict = json.loads(done.stdout)["verdict"]
     assert (verdict["dtype"], verdict["tokens"], verdict["broken"]) == ("float32", 64, [])
 
 
 def test_status_names_machine_layers_and_memory_of_every_stage(cluster: Cluster) -> None:
-    status = json.loads(noodle(cluster, "status", "--json").stdout)
+    status = json.loads(cluster.noodle("status", "--json").stdout)
     stages = [service for service in status["services"] if service["name"].startswith("stage")]
     assert status["status"] == "ready"
     assert [stage["layers"][0] for stage in stages] == [0, stages[0]["layers"][1]]
     assert stages[-1]["layers"][1] == 6
     assert all(stage["dtype"] == "float32" and stage["machine"] and stage["memory_bytes"] > 1e6 for stage in stages)
-    assert "0 to " in noodle(cluster, "status").stdout
+    assert "0 to " in cluster.noodle("status").stdout
 
 
 @pytest.mark.parametrize(
@@ -100,14 +88,14 @@ def test_no_service_outlives_up(
         cluster.process.wait(60)
         wait_until(lambda: not processes_with(state_dir), GONE_SECONDS, "every process gone")
         assert time.monotonic() - began_seconds < GONE_SECONDS
-        noodle(cluster, "down")
+        cluster.noodle("down")
         left = {path.name for path in state_dir.glob("*")}  # a slow start may produce a first measurement
         assert left <= {"metrics.jsonl", "unsent-metrics-stage-0.jsonl"}
 
 
 def test_a_split_that_does_not_add_up_is_refused_at_the_start(tiny_folder: Path, tmp_path: Path) -> None:
     cluster = Cluster(tmp_path / "state", tiny_folder, 2)
-    up = noodle(cluster, "up", "--split", "3,4")
+    up = cluster.noodle("up", "--split", "3,4")
     assert up.returncode == 1
     assert "6" in up.stderr  # the model's layers
     assert "7" in up.stderr

@@ -18,6 +18,7 @@ from typing import Any
 READY_SECONDS = 180.0
 DOWN_SECONDS = 60.0
 ANSWER_SECONDS = 120.0
+COMMAND_SECONDS = 240.0
 # tests of equality need this; every rig has it unless a test overrides it
 EXACT = {"NOODLE_EXECUTOR": "transformers", "NOODLE_QUALITY": "exact"}
 
@@ -166,6 +167,19 @@ class Cluster(Services):
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+
+    def noodle(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a noodle command in this cluster's environment to its end."""
+        source: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "services.cli", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
+            **source,
+        )
 
     @property
     def token(self) -> str:
