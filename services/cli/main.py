@@ -20,13 +20,16 @@ AddOption = Callable[[Any], Any]  # adds itself to a parser, or to a group of on
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command. `runs` names its function as module:function, which is imported only when the command runs."""
+    """One command. `runs` names its function as module:name, which is imported only when the command runs."""
 
-    name: str
     runs: str
     help: str
     description: str
     options: tuple[AddOption, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.runs.partition(":")[2]
 
 
 def option(*flags: str, **settings: Any) -> AddOption:
@@ -96,7 +99,6 @@ COUNT = at_least(1)
 
 COMMANDS = (
     Command(
-        name="up",
         runs="services.cli.commands.up:up",
         help="start everything on this machine and keep it running",
         description=(
@@ -112,7 +114,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="down",
         runs="services.cli.commands.down:down",
         help="stop what `noodle up` started",
         description=(
@@ -120,7 +121,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="status",
         runs="services.cli.commands.status:status",
         help="show what runs, where, and its state",
         description=(
@@ -129,7 +129,6 @@ COMMANDS = (
         options=(JSON, URL),
     ),
     Command(
-        name="generate",
         runs="services.cli.commands.generate:generate",
         help="generate text and stream it to the terminal",
         description="Sends one prompt to the coordinator and prints the answer as it is generated.",
@@ -151,7 +150,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="init",
         runs="services.cli.commands.init:init",
         help="prepare this folder for `docker compose up`: .env and secrets",
         description=(
@@ -172,7 +170,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="leave",
         runs="services.cli.commands.leave:leave",
         help="move a stage's layers to the others so that its machine can go",
         description="Asks a stage to leave, and waits until the other stages have loaded its layers.",
@@ -183,7 +180,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="verify",
         runs="services.cli.verify.command:verify",
         help="compare the cluster's tokens with the unsplit model's",
         description=(
@@ -198,7 +194,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="bench",
         runs="services.cli.bench.command:bench",
         help="time the cluster against the unsplit model on this machine",
         description=(
@@ -216,7 +211,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="profile",
         runs="services.cli.bench.profile:profile",
         help="time this machine's layers, embedding and head for the model",
         description=(
@@ -225,7 +219,6 @@ COMMANDS = (
         options=(switch("--quick", default=None, help="measure fewer points in fewer rounds"), *REPORT, *TARGET),
     ),
     Command(
-        name="plan",
         runs="services.cli.commands.plan:plan",
         help="show which machine gets which layers and why",
         description=(
@@ -239,7 +232,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="doctor",
         runs="services.cli.doctor.command:doctor",
         help="find what keeps this machine out of the cluster, with the cure",
         description=(
@@ -249,7 +241,6 @@ COMMANDS = (
         options=(JSON,),
     ),
     Command(
-        name="firewall",
         runs="services.cli.commands.firewall:firewall",
         help="show or set who can connect to the ports that this machine publishes",
         description=(
@@ -271,7 +262,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="deploy",
         runs="services.cli.deploy.command:deploy",
         help="start machine A here and machine B by ssh, and verify both",
         description=(
@@ -290,7 +280,6 @@ COMMANDS = (
         ),
     ),
     Command(
-        name="convert",
         runs="services.cli.commands.convert:convert",
         help="convert a .gguf file to a folder that noodle reads (needs torch)",
         description="Converts a .gguf file of any architecture that transformers reads.",
