@@ -14,6 +14,7 @@ from pathlib import Path
 
 from noodle import __version__
 from noodle.errors import ConfigurationError
+from services.cli.project import secret_files
 from services.cli.project.join_line import Join, decode, encode
 from services.cli.project.machine_settings import GPU_FILE, MODELS_FOLDER, InitOptions, settings
 from services.cli.project.project import (
@@ -24,18 +25,6 @@ from services.cli.project.project import (
     read_values,
     require_project,
     with_values,
-)
-from services.cli.project.secret_files import (
-    CLUSTER_TOKEN,
-    FILE_MODE,
-    SECRETS_OF_A,
-    SECRETS_OF_B,
-    VALKEY_PASSWORD,
-    assign_to_owner,
-    completed,
-    read_secrets,
-    write_file,
-    write_secrets,
 )
 
 ROLES_IN_WORDS = {"single": "a whole cluster on one host", "a": "machine A", "b": "machine B"}
@@ -69,13 +58,15 @@ def prepare(folder: Path, options: InitOptions, join_text: str | None) -> int:
     text = _text_of(path)
     values = settings(options, read_values(text), os.cpu_count() or 1)
     role = values["COMPOSE_PROFILES"]
-    found = read_secrets(folder)
-    secrets = _secrets_of_b(found, options.join) if role == "b" else completed(found, SECRETS_OF_A)
-    if role != "b":
+    found = secret_files.read_secrets(folder)
+    if role == "b":
+        secrets = _secrets_of_b(found, options.join)
+    else:
+        secrets = secret_files.completed(found)
         (folder / MODELS_FOLDER).mkdir(exist_ok=True)
-        assign_to_owner(folder / MODELS_FOLDER, folder)
-    names = write_secrets(folder, secrets, with_valkey=role != "b")
-    write_file(path, with_values(text, values), FILE_MODE, folder)  # last: a folder with .env has its secrets
+        secret_files.assign_to_owner(folder / MODELS_FOLDER, folder)
+    names = secret_files.write_secrets(folder, secrets, with_valkey=role != "b")
+    secret_files.write_file(path, with_values(text, values), folder)  # last: a folder with .env has its secrets
     print(f"This folder is {ROLES_IN_WORDS[role]}, {values['NOODLE_MACHINE']}.")
     print(f"  {ENV_NAME:<10} what `docker compose up` starts here, with its addresses and ports")
     print(f"  {SECRETS_NAME + '/':<10} {', '.join(names)}: keep them secret")
@@ -98,14 +89,14 @@ def _text_of(path: Path) -> str:
 def _secrets_of_b(found: Mapping[str, str], join: Join | None) -> dict[str, str]:
     """Return A's secrets; raises ConfigurationError if they are missing, or differ from those that B has."""
     if join is None:
-        missing = [name for name in SECRETS_OF_B if name not in found]
+        missing = [name for name in secret_files.SECRETS_OF_B if name not in found]
         if missing:
             raise ConfigurationError(
                 f"{SECRETS_NAME}/{missing[0]} is missing.",
                 cure="Give the join line again (--join ...); `noodle init` on machine A prints it.",
             )
-        return {name: found[name] for name in SECRETS_OF_B}
-    given = {CLUSTER_TOKEN: join.cluster_token, VALKEY_PASSWORD: join.valkey_password}
+        return {name: found[name] for name in secret_files.SECRETS_OF_B}
+    given = {secret_files.CLUSTER_TOKEN: join.cluster_token, secret_files.VALKEY_PASSWORD: join.valkey_password}
     for name, value in given.items():
         if found.get(name, value) != value:
             raise ConfigurationError(
@@ -124,8 +115,8 @@ def join_of(project: Project) -> Join:
         coordinator_port=project.port("NOODLE_COORDINATOR_PORT"),
         valkey_port=project.port("NOODLE_VALKEY_PORT"),
         peer_address=project.peer_address,
-        cluster_token=project.secret(CLUSTER_TOKEN),
-        valkey_password=project.secret(VALKEY_PASSWORD),
+        cluster_token=project.secret(secret_files.CLUSTER_TOKEN),
+        valkey_password=project.secret(secret_files.VALKEY_PASSWORD),
     )
 
 

@@ -88,14 +88,6 @@ def _role(options: InitOptions, before: Mapping[str, str]) -> Role:
 
 
 def _refuse_options_of_another_role(role: Role, options: InitOptions) -> None:
-    given = {
-        "--address": options.address is not None,
-        "--peer": options.peer is not None,
-        "--join": options.join is not None,
-        "--gpu": bool(options.gpu),
-        "--stages": options.stages is not None,
-        "--model": options.model is not None,
-    }
     reasons = {
         "single": {
             "--address": "it is reached only on 127.0.0.1",
@@ -111,7 +103,7 @@ def _refuse_options_of_another_role(role: Role, options: InitOptions) -> None:
         },
     }
     for option, reason in reasons[role].items():
-        if given[option]:
+        if getattr(options, option.removeprefix("--")) not in (None, False):  # --no-gpu asks for nothing
             raise ConfigurationError(f"{option} means nothing with --machine {role}: {reason}.", cure="Leave it out.")
 
 

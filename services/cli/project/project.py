@@ -37,6 +37,16 @@ class Published:
     clients: tuple[Clients, ...]
 
 
+# service, variable, clients, and the machines that publish it
+PUBLISHED: tuple[tuple[str, str, tuple[Clients, ...], tuple[Role, ...]], ...] = (
+    ("coordinator", "NOODLE_COORDINATOR_PORT", ("machine", "people"), ("single", "a")),
+    ("valkey", "NOODLE_VALKEY_PORT", ("machine",), ("single", "a")),
+    ("stage-0", "NOODLE_STAGE_0_PORT", ("machine",), ("single", "a")),
+    ("stage-1", "NOODLE_STAGE_1_PORT", ("machine",), ("single", "b")),
+    ("grafana", "NOODLE_GRAFANA_PORT", ("people",), ("single", "a")),
+)
+
+
 @dataclass(frozen=True)
 class Project:
     """One machine's part of a cluster under Docker."""
@@ -92,19 +102,11 @@ class Project:
         return int(text)
 
     def published(self) -> list[Published]:
-        both: tuple[Clients, ...] = ("machine", "people")
-        first_stage = self._published("stage-0", "NOODLE_STAGE_0_PORT", ("machine",))
-        second_stage = self._published("stage-1", "NOODLE_STAGE_1_PORT", ("machine",))
-        if self.role == "b":
-            return [second_stage]
-        ports = [
-            self._published("coordinator", "NOODLE_COORDINATOR_PORT", both),
-            self._published("valkey", "NOODLE_VALKEY_PORT", ("machine",)),
-            first_stage,
+        return [
+            Published(service, variable, self.port(variable), clients)
+            for service, variable, clients, roles in PUBLISHED
+            if self.role in roles
         ]
-        if self.role == "single":
-            ports.append(second_stage)
-        return [*ports, self._published("grafana", "NOODLE_GRAFANA_PORT", ("people",))]
 
     def secret(self, name: str) -> str:
         """Return a secret from its file; raises ConfigurationError if it cannot be read or is empty."""
@@ -121,9 +123,6 @@ class Project:
         if not secret:
             raise ConfigurationError(f"{path} is empty.", cure=f"Delete it. {again}")
         return secret
-
-    def _published(self, service: str, variable: str, clients: tuple[Clients, ...]) -> Published:
-        return Published(service, variable, self.port(variable), clients)
 
 
 def find_project(folder: Path) -> Project | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from noodle.cluster.valkey_access import acl_text
 from noodle.errors import ConfigurationError, NotWritable
+from noodle.folders import write_atomically
 from services.cli.project.project import SECRETS_NAME
 
 CLUSTER_TOKEN, VALKEY_PASSWORD, VALKEY_ACL = "cluster_token", "valkey_password", "valkey.acl"
@@ -22,7 +23,7 @@ SECRETS_OF_A = (CLUSTER_TOKEN, VALKEY_PASSWORD, API_KEY, GRAFANA_PASSWORD)
 SECRETS_OF_B = (CLUSTER_TOKEN, VALKEY_PASSWORD)
 SECRET_BYTES = 32
 MINIMUM_CHARACTERS = 16  # length of a cluster token that services accept
-FOLDER_MODE, SECRET_MODE, FILE_MODE = 0o700, 0o644, 0o644
+FOLDER_MODE, FILE_MODE = 0o700, 0o644
 
 
 def assign_to_owner(path: Path, folder: Path) -> None:
@@ -56,9 +57,9 @@ def read_secrets(folder: Path) -> dict[str, str]:
     return found
 
 
-def completed(found: dict[str, str], names: Sequence[str]) -> dict[str, str]:
-    """Return the named secrets: those found, and new ones for the rest."""
-    return {name: found.get(name) or secrets.token_urlsafe(SECRET_BYTES) for name in names}
+def completed(found: dict[str, str]) -> dict[str, str]:
+    """Return all secrets: those found, and new ones for the rest."""
+    return {name: found.get(name) or secrets.token_urlsafe(SECRET_BYTES) for name in SECRETS_OF_A}
 
 
 def write_secrets(folder: Path, values: dict[str, str], *, with_valkey: bool) -> list[str]:
@@ -72,23 +73,16 @@ def write_secrets(folder: Path, values: dict[str, str], *, with_valkey: bool) ->
         secrets_folder.chmod(FOLDER_MODE)
         assign_to_owner(secrets_folder, folder)
     for name, text in texts.items():
-        write_file(secrets_folder / name, text, SECRET_MODE, folder)
+        write_file(secrets_folder / name, text, folder)
     return sorted(texts)
 
 
-def write_file(path: Path, text: str, mode: int, folder: Path) -> None:
+def write_file(path: Path, text: str, folder: Path) -> None:
     """Write a file of a project whole or not at all; if the content is the same, set only mode and owner."""
     with _writing(path):
         if not (path.is_file() and path.read_bytes() == text.encode()):
-            beside = path.with_name(f".{path.name}.new")
-            try:
-                beside.write_bytes(text.encode())
-                beside.replace(path)
-            except OSError:
-                with contextlib.suppress(OSError):  # the first error is the one to report
-                    beside.unlink(missing_ok=True)
-                raise
-        path.chmod(mode)
+            write_atomically(path, text.encode())
+        path.chmod(FILE_MODE)
         assign_to_owner(path, folder)
 
 
