@@ -17,27 +17,17 @@ from noodle.config.addresses import host_of
 from noodle.config.environment import command_config, process_environment
 from noodle.errors import NoodleError
 from services.cli.client.reports import print_json
+from services.cli.doctor import links
 from services.cli.doctor.capacity import Planned, ask_plan, check_memory, check_plan, gather_memory, need_of
 from services.cli.doctor.context import UP_ROLE, MachineContext, find_context, ports_to_try
 from services.cli.doctor.docker import DockerFacts, check_docker, gather_docker
 from services.cli.doctor.firewall import LOOPBACK_ONLY, FirewallFacts, check_firewall, gather_firewall
 from services.cli.doctor.gpu import check_gpu, gather_gpu
-from services.cli.doctor.links import (
-    Here,
-    check_advertised,
-    check_digests,
-    check_names,
-    check_reached,
-    check_versions,
-    check_way_back,
-    resolve,
-    unresolved,
-)
-from services.cli.doctor.ports import PROJECT_NAME, PortFacts, check_port, gather_port
+from services.cli.doctor.ports import PROJECT_NAME, Port, check_port, gather_port
 from services.cli.doctor.probes import Job, Links, probe_links
 from services.cli.doctor.results import CheckResult, Report, skipped, text_of
 from services.cli.project.machine_settings import GPU_FILE
-from services.cli.project.programs import Run, System, is_wsl, run_program, this_system
+from services.cli.project.programs import Run, is_wsl, run_program, this_system
 
 DOCTOR_SECONDS = 28.0  # all of `noodle doctor`, also if every packet is dropped
 SPARE_SECONDS = 1.0  # of it, for what follows when Docker has not answered
@@ -79,12 +69,13 @@ def examine(context: MachineContext, run: Run, cache_dir: Path, end: float) -> l
     up_facts = FirewallFacts(nothing_to_close=LOOPBACK_ONLY)
     firewall_job = Job("reading the firewall", lambda: up_facts if is_up else gather_firewall(run, system, project))
     name = (project.values.get("COMPOSE_PROJECT_NAME") if project else None) or PROJECT_NAME
-    port_jobs = [
-        Job(f"trying port {port.number}", partial(gather_port, run, port, context.own_ports, name))
-        for port in ports_to_try(context)
-    ]
+
+    def try_port(port: Port) -> list[CheckResult]:
+        return [check_port(gather_port(run, port, context.own_ports, name), where, system)]
+
+    port_jobs = [Job(f"trying port {port.number}", partial(try_port, port)) for port in ports_to_try(context)]
     hosts = [host_of(target.url) for target in context.targets]
-    names_job = Job("resolving names", lambda: unresolved(hosts, resolve))
+    names_job = Job("resolving names", lambda: links.unresolved(hosts, links.resolve))
     links_job = Job("trying the others", lambda: probe_links(context))
     plan_job = Job("asking for the plan", lambda: ask_plan(context))
 
@@ -94,18 +85,19 @@ def examine(context: MachineContext, run: Run, cache_dir: Path, end: float) -> l
         "docker", where, lambda: check_docker(docker_job.value(end), where, system, is_needed=context.needs_docker)
     )
     results += _attempt("gpu", where, lambda: check_gpu(gpu_job.value(end), docker, where, system, is_wanted=wants_gpu))
-    ports = [
-        result for job in port_jobs for result in _attempt("port", where, partial(_check_port, job, where, system, end))
-    ]
+    ports = [result for job in port_jobs for result in _attempt("port", where, partial(job.value, end))]
     results += dict.fromkeys(ports)  # an address that is not this machine's is reported once
     if not port_jobs:
         results.append(skipped("port", where, "the ports that this machine publishes are unknown"))
     names_end = min(end, time.monotonic() + NAMES_SECONDS)
-    results += _attempt("names", where, lambda: check_names(hosts, names_job.value(names_end), where, system))
-    results += [check_advertised(what, url, name, where, system) for what, url, name in context.advertised]
+    results += _attempt("names", where, lambda: links.check_names(hosts, names_job.value(names_end), where, system))
+    results += [links.check_advertised(what, url, name, where, system) for what, url, name in context.advertised]
     results += _attempt("firewall", where, lambda: check_firewall(firewall_job.value(end), where, system))
     results += _attempt("reach", where, lambda: check_links(context, links_job.value(end)))
-    planned = plan_job.value_or(end, lambda problem: Planned(reason=problem.message))
+    try:
+        planned = plan_job.value(end)
+    except NoodleError as problem:
+        planned = Planned(reason=problem.message)
     results.append(check_plan(planned, where))
     need = need_of(planned.answer["plan"], where, planned.phases) if planned.answer else None
     reason = planned.reason or "the plan has no layers for this machine"
@@ -117,10 +109,10 @@ def examine(context: MachineContext, run: Run, cache_dir: Path, end: float) -> l
     return results
 
 
-def check_links(context: MachineContext, links: Links) -> list[CheckResult]:
+def check_links(context: MachineContext, probed: Links) -> list[CheckResult]:
     """Judge all probes and reports."""
-    own = {reached.outcome for reached in links.from_here if reached.name in context.own_names}
-    here = Here(
+    own = {reached.outcome for reached in probed.from_here if reached.name in context.own_names}
+    here = links.Here(
         machine=context.machine,
         system=context.system,
         version=__version__,
@@ -129,46 +121,43 @@ def check_links(context: MachineContext, links: Links) -> list[CheckResult]:
         start_command="docker compose up -d" if context.needs_docker else "noodle up",
     )
     results: list[CheckResult] = []
-    for reached in links.from_here:
+    for reached in probed.from_here:
         secret = context.valkey_password if reached.name == "valkey" else context.token
         if reached.outcome == "locked" and not secret:
             reason = f"{reached.name} answers at {reached.url}, but its secret is unknown here"
             results.append(skipped("lock", context.machine, reason))
         else:
-            results += check_reached(reached, here)
-    machines = {report.name: report.machine for report in links.reports if report.machine}
-    for report in links.reports:
-        results += check_way_back(report, machines, here)
-    results += [skipped("way back", name, reason) for name, reason in links.unreported]
-    if not links.reports:
+            results += links.check_reached(reached, here)
+    machines = {report.name: report.machine for report in probed.reports if report.machine}
+    for report in probed.reports:
+        results += links.check_way_back(report, machines, here)
+    results += [skipped("way back", name, reason) for name, reason in probed.unreported]
+    if not probed.reports:
         results.append(skipped("way back", context.machine, "no service could be asked which others it reaches"))
-    results += _check_registered(context, links, here)
-    in_reports = [reached for report in links.reports for reached in report.results]
-    seen = [(reached.name, reached.version) for reached in links.from_here if reached.outcome == "open"]
-    results.append(check_versions([*seen, *((reached.name, reached.version) for reached in in_reports)], here))
-    digests = [(report.name, report.model_digest) for report in links.reports]
-    results.append(check_digests([*digests, *((reached.name, reached.model_digest) for reached in in_reports)], here))
+    results += _check_registered(context, probed, here)
+    in_reports = [reached for report in probed.reports for reached in report.results]
+    seen = [*(reached for reached in probed.from_here if reached.outcome == "open"), *in_reports]
+    results.append(links.check_versions([(reached.name, reached.version) for reached in seen], here))
+    digests = [(report.name, report.model_digest) for report in probed.reports]
+    digests += [(reached.name, reached.model_digest) for reached in in_reports]
+    results.append(links.check_digests(digests, here))
     return results
 
 
-def _check_registered(context: MachineContext, links: Links, here: Here) -> list[CheckResult]:
+def _check_registered(context: MachineContext, probed: Links, here: links.Here) -> list[CheckResult]:
     """Judge the URLs that stages registered, in a cluster of several machines."""
-    coordinator = next((report for report in links.reports if report.name == "coordinator"), None)
-    if coordinator is None:
-        return []
-    stages = [reached for reached in coordinator.results if reached.name.startswith("stage ")]
+    known = next((report.results for report in probed.reports if report.name == "coordinator"), ())
+    stages = [reached for reached in known if reached.name.startswith("stage ")]
     machines = {stage.machine for stage in stages if stage.machine}
-    if context.is_alone and len(machines) < 2:
-        return []
-    variable = "NOODLE_LAN_ADDRESS in .env (or NOODLE_ADVERTISE_URL)"
-    return [
-        check_advertised(f"The URL of {stage.name}", stage.url, variable, stage.machine or stage.name, here.system)
-        for stage in stages
-    ]
-
-
-def _check_port(job: Job[PortFacts], where: str, system: System, end: float) -> list[CheckResult]:
-    return [check_port(job.value(end), where, system)]
+    variable, system = "NOODLE_LAN_ADDRESS in .env (or NOODLE_ADVERTISE_URL)", here.system
+    return (
+        []
+        if context.is_alone and len(machines) < 2
+        else [
+            links.check_advertised(f"The URL of {stage.name}", stage.url, variable, stage.machine or stage.name, system)
+            for stage in stages
+        ]
+    )
 
 
 def _or_none(job: Job[DockerFacts], end: float) -> DockerFacts | None:

@@ -12,13 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from noodle.errors import NoodleError, RequestTimedOut
-from noodle.web.connectivity import (
-    CONNECTIVITY_PATH,
-    ConnectionResult,
-    ConnectivityReport,
-    Target,
-    try_targets,
-)
+from noodle.web.connectivity import CONNECTIVITY_PATH, ConnectionResult, ConnectivityReport, Target, try_targets
 from services.cli.client.http_client import error_in, get_json
 from services.cli.doctor.context import MachineContext
 
@@ -45,13 +39,6 @@ class Job(Generic[Value]):
             raise self._error
         return self._values[0]
 
-    def value_or(self, end: float, otherwise: Callable[[NoodleError], Value]) -> Value:
-        """Return the value, or `otherwise(error)` after a NoodleError."""
-        try:
-            return self.value(end)
-        except NoodleError as error:
-            return otherwise(error)
-
     def _run(self) -> None:
         try:
             self._values.append(self._work())
@@ -74,7 +61,7 @@ def probe_links(context: MachineContext) -> Links:
     One after the other, so that they do not measure each other's probes. The coordinator comes first, because it knows
     further stages.
     """
-    from_here = _probe(context, context.targets)
+    from_here = try_targets(context.targets, context.token, context.valkey_password, threading.Lock())
     end = time.monotonic() + REACH_SECONDS
     reports: list[ConnectivityReport] = []
     unreported: list[tuple[str, str]] = []
@@ -110,13 +97,9 @@ def _with_registered(
         for reached in report.results
         if reached.name.startswith("stage ") and reached.url not in known
     ]
-    found = _probe(context, named)
+    found = try_targets(named, context.token, context.valkey_password, threading.Lock())
     elsewhere = {reached.name for reached in found} - context.own_names
     return tuple(each for each in from_here if each.outcome == "open" or each.name not in elsewhere) + found
-
-
-def _probe(context: MachineContext, targets: Sequence[Target]) -> tuple[ConnectionResult, ...]:
-    return try_targets(targets, context.token, context.valkey_password, threading.Lock())
 
 
 def _ask_for_report(url: str, token: str) -> ConnectivityReport:
