@@ -29,8 +29,8 @@ class Progress(ABC):
         """Show what `key` is doing; `fraction` is from 0 to 1, None if unknown."""
 
     @abstractmethod
-    def finish(self, key: str, text: str) -> None:
-        """Remove a row, leaving `text` as a line unless it is empty."""
+    def finish(self, key: str) -> None:
+        """Remove a row."""
 
     @abstractmethod
     def log(self, text: str) -> None:
@@ -68,12 +68,9 @@ class TerminalProgress(Progress):
         )
         self._rows: dict[str, TaskID] = {}
         self._drawn_seconds = 0.0
-        self._is_open = False
 
     def show(self, key: str, text: str, fraction: float | None = None) -> None:
-        if not self._is_open:
-            self._bars.start()
-            self._is_open = True
+        self._bars.start()  # does nothing if it is shown already
         if key not in self._rows:
             self._rows[key] = self._bars.add_task(escape(text), total=None)
         self._bars.update(
@@ -87,21 +84,17 @@ class TerminalProgress(Progress):
             self._drawn_seconds = now
             self._bars.refresh()
 
-    def finish(self, key: str, text: str) -> None:
+    def finish(self, key: str) -> None:
         if key in self._rows:
             self._bars.remove_task(self._rows.pop(key))
-        if text:
-            self.log(text)
 
     def log(self, text: str) -> None:
         self._console.print(escape(text), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self._is_open:
-            self._is_open = False
-            for key in list(self._rows):
-                self._bars.remove_task(self._rows.pop(key))
-            self._bars.stop()
+        for key in list(self._rows):
+            self.finish(key)
+        self._bars.stop()
 
 
 class LineProgress(Progress):
@@ -121,10 +114,8 @@ class LineProgress(Progress):
             self._printed, self._printed_seconds = line, now
             self.log(line)
 
-    def finish(self, key: str, text: str) -> None:
+    def finish(self, key: str) -> None:
         self._rows.pop(key, None)
-        if text:
-            self.log(text)
 
     def log(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -147,8 +138,8 @@ class PipeProgress(Progress):
     def show(self, key: str, text: str, fraction: float | None = None) -> None:
         self._send(StartEvent("show", key, text, fraction))
 
-    def finish(self, key: str, text: str) -> None:
-        self._send(StartEvent("finish", key, text))
+    def finish(self, key: str) -> None:
+        self._send(StartEvent("finish", key))
 
     def log(self, text: str) -> None:
         if self._descriptor is None:

@@ -123,7 +123,7 @@ class MachineA(Machine):
             while True:
                 health = ask_health(project.coordinator_url, token)
                 if health.status == "ready":
-                    progress.finish("ready", "")
+                    progress.finish("ready")
                     return
                 if health.status == "failed":
                     raise StartError(

@@ -56,7 +56,7 @@ def _follow(
         if event.type == "show":
             progress.show(event.key, event.text, event.fraction)
         elif event.type == "finish":
-            progress.finish(event.key, event.text)
+            progress.finish(event.key)
         elif event.type == "log":
             progress.log(event.text)
         else:

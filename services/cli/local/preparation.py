@@ -84,7 +84,7 @@ def prepare_model(
             code = store.process.returncode
             raise StartError(f"Preparing the model {model} ended with exit code {code}.", cure=cure) from error
         finally:
-            progress.finish(ROW, "")
+            progress.finish(ROW)
 
 
 def find_model(

@@ -65,7 +65,7 @@ class Start:
                 self.signals.wait(min(HEALTH_INTERVAL_SECONDS, self.supervisor.seconds_until_restart()))
         finally:
             for spec in specs:
-                self.progress.finish(spec.name, "")
+                self.progress.finish(spec.name)
 
     def _look(self, on_change: Callable[[], None]) -> None:
         ended, started = self.supervisor.look()
@@ -79,7 +79,7 @@ class Start:
         if health.status == "silent":
             self.progress.show(name, f"{name}: starting")
         elif health.status == "ready":
-            self.progress.finish(name, "")
+            self.progress.finish(name)
         else:
             self.progress.show(name, f"{name}: {health.text()}", health.progress)
 

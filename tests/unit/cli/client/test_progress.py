@@ -33,15 +33,14 @@ def test_all_rows_stand_in_one_line_and_one_that_is_done_goes(monkeypatch: pytes
     lines.show("a", "a: loading", 0.5)
     clock.now_seconds += 2
     lines.show("b", "b: starting")
-    lines.finish("a", "")
+    lines.finish("a")
     clock.now_seconds += 2
     lines.show("b", "b: loading", 0.1)
-    lines.finish("b", "b: done")
+    lines.finish("b")
     assert stream.getvalue().splitlines() == [
         "a: loading 50%",
         "a: loading 50%; b: starting",
         "b: loading 10%",
-        "b: done",
     ]
 
 
@@ -66,7 +65,7 @@ def test_a_terminal_gets_bars_and_text_with_brackets_stays_whole() -> None:
         pytest.skip("TERM is dumb here")
     bars.show("a", "loading [bold]x[/bold]", 0.5)
     bars.log("[red]logged[/red]")
-    bars.finish("a", "")
+    bars.finish("a")
     bars.close()
     assert "[bold]x[/bold]" in terminal.getvalue()
     assert "[red]logged[/red]" in terminal.getvalue()
