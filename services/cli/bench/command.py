@@ -16,31 +16,20 @@ from noodle.config.environment import command_config, process_environment
 from noodle.config.settings import CommandConfig
 from noodle.errors import ConfigurationError
 from noodle.model.files import model_digest
+from services.cli.bench import report
 from services.cli.bench.cluster import Prompt, prompts_of, run_streams, text_token_ids
 from services.cli.bench.control import Control, control_question, cores_of_stages, open_control
 from services.cli.bench.plots import draw_bench
-from services.cli.bench.report import (
-    BenchConditions,
-    BenchReport,
-    RunTimes,
-    StageConditions,
-    StreamsResult,
-    figures_of,
-    headline,
-    print_report,
-    ratio_of,
-    remarks,
-)
 from services.cli.client.health import Health, require_ready
 from services.cli.client.progress import Progress, open_progress
 from services.cli.client.reports import output_folder, print_stored, store_report, wants_stored, write_and_print
 from services.cli.client.target import Target, find_target
 from services.cli.local.preparation import find_model, require_torch
-from services.cli.local.processes import Interrupted, Signals, usable_cores
+from services.cli.local.processes import Signals, usable_cores
 
 WARM_UP_TOKENS = 4  # new tokens of a warm-up, after a whole prompt: memory, threads and connections are in use then
 
-RunSide = Callable[[tuple[Prompt, ...], int], RunTimes]
+RunSide = Callable[[tuple[Prompt, ...], int], report.RunTimes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +49,7 @@ def bench(options: argparse.Namespace) -> int:
     config = command_config(environment)
     target = find_target(config, options.url, options.key)
     if wants_stored(options, ("streams", "prompt_tokens", "new_tokens", "pairs", "no_control", "output")):
-        return print_stored(options, target, "bench", BenchReport, print_report)
+        return print_stored(options, target, "bench", report.BenchReport, report.print_report)
     wanted = BenchOptions(
         streams=options.streams or (1, 2, 4, 8),
         prompt_tokens=options.prompt_tokens or 128,
@@ -73,25 +62,19 @@ def bench(options: argparse.Namespace) -> int:
         require_torch("The control", "Use --no-control, or install noodle's extra `stage` (`make setup`).")
     health = require_ready(target)
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before anything is started
-    progress = open_progress(sys.stderr)
-    try:
-        with Signals() as signals:
-            report = Measuring(
-                target=target,
-                config=config,
-                environment=environment,
-                health=health,
-                wanted=wanted,
-                load_average=load_average,
-                signals=signals,
-                progress=progress,
-            ).run()
-    except Interrupted:
-        raise KeyboardInterrupt from None
-    finally:
-        progress.close()
-    write_and_print("bench", report, folder, as_json=options.json, print_report=print_report, draw=draw_bench)
-    print(f"Stored by {target.url} as {store_report(target, 'bench', report)}.", file=sys.stderr)
+    with contextlib.closing(open_progress(sys.stderr)) as progress, Signals() as signals:
+        measured = Measuring(
+            target=target,
+            config=config,
+            environment=environment,
+            health=health,
+            wanted=wanted,
+            load_average=load_average,
+            signals=signals,
+            progress=progress,
+        ).run()
+    write_and_print("bench", measured, folder, as_json=options.json, print_report=report.print_report, draw=draw_bench)
+    print(f"Stored by {target.url} as {store_report(target, 'bench', measured)}.", file=sys.stderr)
     return 0
 
 
@@ -108,7 +91,7 @@ class Measuring:
     signals: Signals
     progress: Progress
 
-    def run(self) -> BenchReport:
+    def run(self) -> report.BenchReport:
         """Measure both sides; raises NoodleError or Interrupted."""
         wanted, context_length = self.wanted, self.health.context_length
         if context_length and wanted.prompt_tokens + wanted.new_tokens > context_length:
@@ -142,25 +125,25 @@ class Measuring:
                 )
                 sides["control"] = control.run
             results = self._run_all(sides, text_ids)
-        self.progress.finish("bench", "")
+        self.progress.finish("bench")
         conditions = self._conditions(ready, digest, control_model)
-        return BenchReport(
+        return report.BenchReport(
             made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             machine=self.config.machine,
             model=self._served_model,
-            headline=headline(results),
+            headline=report.headline(results),
             conditions=conditions,
             results=tuple(results),
-            remarks=remarks(conditions, wanted.streams, self.config.machine, self._served_model),
+            remarks=report.remarks(conditions, wanted.streams, self.config.machine, self._served_model),
         )
 
     @property
     def _served_model(self) -> str:
         return str(self.health.answer.get("model") or "")
 
-    def _conditions(self, control: ControlReady | None, digest: str, control_model: str) -> BenchConditions:
+    def _conditions(self, control: ControlReady | None, digest: str, control_model: str) -> report.BenchConditions:
         wanted, answer = self.wanted, self.health.answer
-        return BenchConditions(
+        return report.BenchConditions(
             noodle_version=__version__,
             coordinator_version=str(answer.get("version", "")),
             url=self.target.url,
@@ -179,13 +162,13 @@ class Measuring:
             control=control,
         )
 
-    def _run_all(self, sides: Mapping[str, RunSide], text_ids: Prompt) -> list[StreamsResult]:
+    def _run_all(self, sides: Mapping[str, RunSide], text_ids: Prompt) -> list[report.StreamsResult]:
         """For each number of streams, warm up both sides and then run them in pairs, each going first in turn."""
         wanted = self.wanted
         total = len(wanted.streams) * (1 + wanted.pairs) * len(sides)
         done = 0
 
-        def run(side: str, streams: int, number: int) -> RunTimes:
+        def run(side: str, streams: int, number: int) -> report.RunTimes:
             nonlocal done
             text = f"run {number} of {wanted.pairs}" if number else "warm-up"
             self.progress.show("bench", f"{streams} concurrent, {text}: {side}", done / total)
@@ -198,22 +181,21 @@ class Measuring:
         for streams in wanted.streams:
             for side in sides:
                 run(side, streams, 0)
-            runs: dict[str, list[RunTimes]] = {side: [] for side in sides}
+            runs: dict[str, list[report.RunTimes]] = {side: [] for side in sides}
             for pair in range(1, wanted.pairs + 1):
                 for side in sides if pair % 2 else reversed(list(sides)):
                     runs[side].append(run(side, streams, pair))
+            control = ratio = None
             if "control" in runs:
-                ratio = ratio_of(runs["cluster"], runs["control"])
-                results.append(StreamsResult(streams, figures_of(runs["cluster"]), figures_of(runs["control"]), ratio))
-            else:
-                results.append(StreamsResult(streams, figures_of(runs["cluster"])))
+                control, ratio = report.figures_of(runs["control"]), report.ratio_of(runs["cluster"], runs["control"])
+            results.append(report.StreamsResult(streams, report.figures_of(runs["cluster"]), control, ratio))
         return results
 
 
-def _stages(health: Health) -> tuple[StageConditions, ...]:
+def _stages(health: Health) -> tuple[report.StageConditions, ...]:
     """Return the stages that have layers, in the plan's order."""
     return tuple(
-        StageConditions(
+        report.StageConditions(
             stage_id=int(stage["stage_id"]),
             machine=str(stage.get("machine", "")),
             layers=stage["layers"][1] - stage["layers"][0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import sys
@@ -20,7 +21,7 @@ from services.cli.client.reports import output_folder, print_stored, store_repor
 from services.cli.client.target import Target, find_target
 from services.cli.local.conversation import Conversation
 from services.cli.local.preparation import PreparedModel, find_model, require_torch
-from services.cli.local.processes import Interrupted, Signals, python_module
+from services.cli.local.processes import Signals, python_module
 
 SILENCE_SECONDS = 900.0  # between two lines: loading a slice from a slow disk, waiting for stages that measure
 
@@ -46,16 +47,10 @@ def profile(options: argparse.Namespace) -> int:
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         noodle_runs_here=target.record is not None,
     )
-    progress = open_progress(sys.stderr)
-    try:
-        with Signals() as signals:
-            model = find_model(target, config, environment, signals, progress)
-            question = _question(model, config, is_quick=conditions.is_quick)
-            measured = _measure(question, environment, signals, progress)
-    except Interrupted:
-        raise KeyboardInterrupt from None
-    finally:
-        progress.close()
+    with contextlib.closing(open_progress(sys.stderr)) as progress, Signals() as signals:
+        model = find_model(target, config, environment, signals, progress)
+        question = _question(model, config, is_quick=conditions.is_quick)
+        measured = _measure(question, environment, signals, progress)
     report = ProfileReport(
         made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         machine=config.machine,
@@ -92,7 +87,7 @@ def _measure(
         while True:
             line = process.receive(ProfileLine, SILENCE_SECONDS)
             if line.profile is not None:
-                progress.finish("profile", "")
+                progress.finish("profile")
                 return line.profile
             if line.progress is not None:
                 progress.show("profile", line.progress.text, line.progress.fraction)

@@ -20,15 +20,7 @@ from noodle.errors import Conflict, NotWritable, StartError
 from services.cli.client.progress import Progress, open_progress
 from services.cli.client.reports import counted
 from services.cli.client.run_record import RunPhase, RunRecord, identify, read_record, running
-from services.cli.local import valkey
-from services.cli.local.cluster import (
-    ClusterSpec,
-    children_environment,
-    refuse_ports_in_use,
-    resolve,
-    service_specs,
-    valkey_spec,
-)
+from services.cli.local import cluster, valkey
 from services.cli.local.detach import report_to, start_detached
 from services.cli.local.preparation import PreparedModel, prepare_model
 from services.cli.local.processes import Interrupted, Signals, end_leftovers, wait_until
@@ -53,22 +45,19 @@ def up(options: argparse.Namespace) -> int:
             cure="Use Docker (`docker compose up`), or run it inside WSL on Windows.",
         )
     config = command_config(environment)
-    spec = resolve(config, environment, options.stages, options.model, options.split)
+    spec = cluster.resolve(config, environment, options.stages, options.model, options.split)
     if options.report_to is not None:
         return report_to(
             options.report_to,
             lambda progress, on_ready: run(config, spec, environment, progress, is_detached=True, on_ready=on_ready),
         )
-    progress = open_progress()
-    try:
+    with contextlib.closing(open_progress()) as progress:
         if already_running(config, progress):
             return 0
         if not options.detach:
             return run(config, spec, environment, progress)
         arguments = ["--stages", str(spec.stage_count), "--model", spec.model]
         return start_detached(arguments + (["--split", spec.split] if spec.split else []), environment, progress)
-    finally:
-        progress.close()
 
 
 def already_running(config: CommandConfig, progress: Progress) -> bool:
@@ -89,7 +78,7 @@ class Up:
     """One run, from the locked run folder to its removal."""
 
     config: CommandConfig
-    spec: ClusterSpec
+    spec: cluster.ClusterSpec
     environment: Mapping[str, str]
     folder: RunFolder
     signals: Signals
@@ -113,13 +102,13 @@ class Up:
             if self.is_detached:
                 self._redirect_output_to_log()
         self._record()
-        refuse_ports_in_use(self.spec)
+        cluster.refuse_ports_in_use(self.spec)
         binary = valkey.server_binary()
         self._token = self.config.cluster_token or secrets.token_urlsafe(32)
         password = secrets.token_urlsafe(32)
         write_private(self.folder.token_path, self._token.encode())
         write_private(self.folder.valkey_password_path, password.encode())
-        common = children_environment(self.environment, self.config, self.folder)
+        common = cluster.children_environment(self.environment, self.config, self.folder)
         self._model = prepare_model(
             self.spec.model,
             self.config,
@@ -131,9 +120,9 @@ class Up:
         self._record()
         start = Start(self._supervisor, self.signals, self.progress)
         configuration = valkey.write_configuration(self.folder, self.spec.valkey_port, password)
-        self._add(valkey_spec(self.spec, binary, configuration))
+        self._add(cluster.valkey_spec(self.spec, binary, configuration))
         start.wait_until(lambda: valkey.answers(self.spec.valkey_port, password), "Valkey", QUEUE_SECONDS)
-        self._specs = service_specs(self.spec, self.config, common, self._model.folder)
+        self._specs = cluster.service_specs(self.spec, self.config, common, self._model.folder)
         for spec in self._specs:
             self._add(spec)
         self._record()
@@ -256,7 +245,7 @@ class Up:
 
 def run(
     config: CommandConfig,
-    spec: ClusterSpec,
+    spec: cluster.ClusterSpec,
     environment: Mapping[str, str],
     progress: Progress,
     *,

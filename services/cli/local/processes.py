@@ -151,7 +151,7 @@ def last_lines(path: Path, count: int, maximum_bytes: int = 16_384) -> list[str]
         return []
 
 
-class Interrupted(Exception):  # not a failure
+class Interrupted(KeyboardInterrupt):
     """Raised when a stop was requested before the work was done."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import queue
 import sys
 import threading
@@ -23,7 +24,7 @@ from services.cli.client.reports import print_json, print_table
 from services.cli.client.target import Target, find_target
 from services.cli.local.conversation import Conversation
 from services.cli.local.preparation import find_model
-from services.cli.local.processes import Interrupted, Signals, python_module
+from services.cli.local.processes import Signals, python_module
 from services.cli.verify.bounds import PromptResult, Verdict, format_of, judge, loosest, reference_dtype
 from services.cli.verify.prompts import PROMPTS
 
@@ -58,17 +59,12 @@ def verify(options: argparse.Namespace) -> int:
     health = require_ready(target)
     dtype = loosest([format_of(stage) for stage in health.stages if stage.get("layers")])
     prompts = PROMPTS[: options.prompts]
-    progress = open_progress(sys.stderr)
-    try:
+    with contextlib.closing(open_progress(sys.stderr)) as progress:
         answers = ask_all(target, prompts, options.new_tokens, progress)
         with Signals() as signals:
             folder = find_model(target, config, environment, signals, progress).folder
             question = reference_question(folder, reference_dtype(dtype), health.context_length, answers)
             results = compare(question, environment, signals, progress)
-    except Interrupted:
-        raise KeyboardInterrupt from None
-    finally:
-        progress.close()
     _refuse_other_tokenization(answers, results)
     verdict = judge(dtype, results)
     if options.json:
@@ -106,7 +102,7 @@ def ask_all(target: Target, prompts: Sequence[str], new_tokens: int, progress: P
         if isinstance(answer, NoodleError):
             raise answer
         answers[index] = answer
-    progress.finish("ask", "")
+    progress.finish("ask")
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -159,7 +155,7 @@ def compare(
                         "compare", f"unsplit model: {line.compared} of {count} prompts", line.compared / count
                     )
     finally:
-        progress.finish("compare", "")
+        progress.finish("compare")
 
 
 def _refuse_other_tokenization(answers: Sequence[Answer], results: Sequence[PromptResult]) -> None:
