@@ -7,12 +7,14 @@ import pytest
 from tests.support.models.equality import assert_equal_or_tied
 from tests.support.models.whole_model import WholeModel
 from tests.support.processes.stage_rig import running_coordinator, running_stages
+from tests.support.sampling import sampled
 
 needs_ggml = pytest.mark.skipif(importlib.util.find_spec("ggml") is None, reason="ggml is not installed (make ggml)")
 NEW_TOKENS = 24
 PROMPTS = ("a fixed prompt", "some other words, and a few more of them so that a chunk is longer than a step of decode")
 TRANSFORMERS = {"executor": "transformers", "weights": "f32", "kv_dtype": "f32"}
 GGML = {"executor": "ggml", "weights": "f32", "kv_dtype": "f32"}
+PIPELINES = ((GGML, TRANSFORMERS, GGML), (TRANSFORMERS, GGML, TRANSFORMERS))
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -34,7 +36,7 @@ def answers(tiny_folder, folder, computed):
 
 
 @needs_ggml
-@pytest.mark.parametrize("computed", [(GGML, TRANSFORMERS, GGML), (TRANSFORMERS, GGML, TRANSFORMERS)], ids=str)
+@sampled("computed", PIPELINES, PIPELINES[:1])
 def test_both_executors_in_one_pipeline_say_what_the_unsplit_model_says(computed, tiny_folder, whole, tmp_path):
     tokens, stages = answers(tiny_folder, tmp_path, computed)
     assert [stage["executor"] for stage in stages] == [each["executor"] for each in computed]
