@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import json
 import logging
 import math
 import mmap
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -71,6 +71,13 @@ class WeightBlock:
     def bytes_of(self, tensor: TensorLayout) -> Bytes:
         """One tensor's part of the memory."""
         return self.memory[tensor.offset : tensor.offset + tensor.byte_count]
+
+
+class KeptHeader(msgspec.Struct, frozen=True):
+    """JSON at the beginning of a kept file, after MAGIC."""
+
+    layout: list[list[Any]]  # as `_described` returns it
+    digest: str  # of samples of the block
 
 
 def layout_of(
@@ -135,8 +142,10 @@ class WeightMaker:
                 if os.fstat(file.fileno()).st_size != HEADER_BYTES + len(block.memory):
                     return False
                 header = file.read(HEADER_BYTES).rstrip(b"\0")
-                described = json.loads(header.removeprefix(MAGIC)) if header.startswith(MAGIC) else {}
-                if described.get("layout") != _described(block.tensors):
+                if not header.startswith(MAGIC):
+                    return False
+                described = msgspec.json.decode(header.removeprefix(MAGIC), type=KeptHeader)
+                if described.layout != _described(block.tensors):
                     return False
                 done = 0
                 while done < len(block.memory):
@@ -144,9 +153,12 @@ class WeightMaker:
                     if not read:
                         return False
                     done += read
-        except (OSError, ValueError):
+        except FileNotFoundError:
             return False
-        if described.get("digest") != _sampled_digest(block.memory):
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            log.warning("%s cannot be read and is made again: %s", path, error)
+            return False
+        if described.digest != _sampled_digest(block.memory):
             log.warning("%s is damaged and is made again", path)
             return False
         return True
@@ -156,8 +168,7 @@ class WeightMaker:
         path = self._path(name)
         if path is None:
             return
-        described = {"layout": _described(block.tensors), "digest": _sampled_digest(block.memory)}
-        header = MAGIC + json.dumps(described).encode()
+        header = MAGIC + msgspec.json.encode(KeptHeader(_described(block.tensors), _sampled_digest(block.memory)))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, header.ljust(HEADER_BYTES, b"\0"), block.memory.data)

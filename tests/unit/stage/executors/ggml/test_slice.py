@@ -10,6 +10,7 @@ from noodle.errors import ConfigurationError, ModelNotFound, PlanDoesNotFit, Uns
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, Span
 from services.stage.executors.ggml import loading, slice
+from services.stage.executors.ggml.weights import HEADER_BYTES, MAGIC
 from services.stage.executors.transformers.loading import load_slice
 from tests.support.models.tiny_model import make_tiny_model
 from tests.support.stages.executors import load_by_ggml, need_ggml
@@ -173,7 +174,7 @@ def test_rows_of_noise_are_finite_and_count(folder):
         assert whole.kv_bytes_held() == 61 * whole.kv_bytes_per_token
 
 
-def test_a_damaged_or_cut_kept_file_is_made_anew(folder, tmp_path):
+def test_a_damaged_or_cut_kept_file_is_made_anew(folder, tmp_path, caplog):
     before = load(folder, weights="q8_0", cache_dir=tmp_path).forward(tokens_batch("a", 0, [5, 6], rows=[1])).logits
     kept = sorted(tmp_path.glob("ggml/*/*.weights"))
     assert [path.stem for path in kept] == ["0", "1", "2", "3", "4", "5", "embedding", "final_norm", "head"]
@@ -183,8 +184,11 @@ def test_a_damaged_or_cut_kept_file_is_made_anew(folder, tmp_path):
     content[-64:] = bytes(64)
     content[65536:65600] = bytes(64)
     kept[1].write_bytes(content)
+    for path, header in ((kept[2], b"[]"), (kept[3], b"{"), (kept[4], b'{"layout": 1}')):
+        path.write_bytes((MAGIC + header).ljust(HEADER_BYTES, b"\0") + path.read_bytes()[HEADER_BYTES:])
     whole = load(folder, weights="q8_0", cache_dir=tmp_path)
     assert whole.bytes_read > 0
+    assert all(caplog.text.count(str(path)) == 1 for path in kept[1:5])
     assert np.array_equal(whole.forward(tokens_batch("a", 0, [5, 6], rows=[1])).logits, before)
 
 
