@@ -67,7 +67,6 @@ def document() -> JsonObject:
 
 
 def create_app(config: CoordinatorConfig, coordinator: Coordinator, registry: CollectorRegistry) -> Flask:
-    """The routes of an already wired coordinator."""
     app = Flask("noodle.coordinator")
     app.url_map.merge_slashes = False  # no answer of ours is a redirection
     install_error_handlers(app)

@@ -17,7 +17,7 @@ from noodle.config.settings import CoordinatorConfig
 from noodle.errors import NotFound, NotReady, QueueUnavailable, StartError
 from noodle.logs import about
 from noodle.metrics.counted import CoordinatorMetrics
-from noodle.metrics.scraped import PlannedStage, PlanSeen
+from noodle.metrics.scraped import PlanSeen
 from noodle.wire.queue_end import STREAM_TIMEOUT_SECONDS
 from services.coordinator.engine.loop import EngineLoop
 from services.coordinator.engine.pipeline import Pipeline, PipelineEvent
@@ -144,7 +144,6 @@ class Coordinator:
 
     @property
     def context_length(self) -> int:
-        """Tokens of the longest sequence that the active plan allows."""
         return self.plan.context_length
 
     def reports(self) -> list[MachineReport]:
@@ -157,22 +156,11 @@ class Coordinator:
 
     def plan_seen(self) -> PlanSeen:
         """Return the active plan and whether its pipeline is up, for /metrics."""
-        state, reported = self.loop.state, self.leadership.view.stages
+        state = self.loop.state
         if state.plan is None:
-            return PlanSeen(0, (), is_up=False)
-        stages = [
-            PlannedStage(
-                stage_id=stage.stage_id,
-                machine=stage.machine,
-                start_layer=stage.start_layer,
-                end_layer=stage.end_layer,
-                dtype=stage.dtype,
-                predicted_seconds=stage.decode_seconds,
-                device=reported[stage.stage_id].device_name if stage.stage_id in reported else "",
-            )
-            for stage in state.plan.stages
-        ]
-        return PlanSeen(state.plan.version, stages, is_up=state.up)
+            return PlanSeen(0, is_up=False)
+        device_names = {stage_id: stage.device_name for stage_id, stage in self.leadership.view.stages.items()}
+        return PlanSeen(state.plan.version, state.plan.stages, device_names, is_up=state.up)
 
     def start(self, request: Request, client: Client, *, prompt_name: str) -> Answer:
         """Admit a checked request and return its answer; raises what still refuses it before the first byte.

@@ -56,11 +56,9 @@ class Leadership:
 
     @property
     def leads(self) -> bool:
-        """Whether this coordinator holds the lease."""
         return self._epoch is not None
 
     def run(self) -> None:
-        """Look at Valkey until `stopping`."""
         renew_at = search_at = 0.0
         while not self.stopping.is_set():
             try:

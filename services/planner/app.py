@@ -99,8 +99,8 @@ def watch(planning: Planning, wanted_stages: int, metrics: PlannerMetrics) -> No
     def seen() -> PlanSeen:
         plan = planning.plan
         if plan is None:
-            return PlanSeen(0, ())
-        return PlanSeen(plan.version, (), predicted_token_seconds=planned_token_seconds(plan))
+            return PlanSeen(0)
+        return PlanSeen(plan.version, predicted_token_seconds=planned_token_seconds(plan))
 
     PlanCollector(metrics.registry, seen)
 

@@ -29,7 +29,6 @@ def writing(path: Path, variable: str) -> Iterator[None]:
 
 
 def not_writable(path: Path, variable: str, error: OSError) -> StartError:
-    """The error for a path that cannot be written."""
     return NotWritable(
         f"{path} cannot be written ({error.strerror or error}).",
         cure=f"Free some space on its disk, or set {variable} to a folder that this user may write.",

@@ -22,13 +22,6 @@ LONGEST_KEPT_ID = 48  # characters of a client's id; a session's id has 64 at mo
 
 
 @dataclass(frozen=True, slots=True)
-class Submitted:
-    """A request came in."""
-
-    sequence: Sequence
-
-
-@dataclass(frozen=True, slots=True)
 class Ended:
     """A request was cancelled by its client, or its text is complete."""
 
@@ -58,7 +51,7 @@ class Stop:
     """End the loop; open requests end with an error."""
 
 
-LoopEvent = PipelineEvent | Submitted | Ended | Activate | StandBy | Stop
+LoopEvent = PipelineEvent | Sequence | Ended | Activate | StandBy | Stop  # a sequence is a request that came in
 
 
 @dataclass(slots=True)
@@ -104,11 +97,9 @@ class OpenRequests:
             return self._open.setdefault(stream.request_id, stream) is stream
 
     def get(self, request_id: str) -> RequestStream | None:
-        """Return an open request, None if it has ended."""
         return self._open.get(request_id)
 
     def pop(self, request_id: str) -> RequestStream | None:
-        """Remove and return a request, None if it has ended."""
         with self._changed:
             found = self._open.pop(request_id, None)
             self._changed.notify_all()
@@ -171,7 +162,7 @@ class Admission:
         except NoodleError:
             self._open.pop(request.request_id)
             raise
-        self._notify(Submitted(Sequence(request, end_token_ids)))
+        self._notify(Sequence(request, end_token_ids))
         return stream
 
     def resume(
@@ -198,7 +189,7 @@ class Admission:
         else:
             sequence = Sequence(request, end_token_ids)
             sequence.token_ids += [token.token_id for token in tokens]
-            self._notify(Submitted(sequence))
+            self._notify(sequence)
         return stream
 
     def end_early(self, request_id: str, outcome: str) -> None:

@@ -30,7 +30,6 @@ class KvAccounting:
 
     @property
     def kept_rows(self) -> int:
-        """Rows of ended sessions."""
         return sum(self._rows[session_id] for session_id in self._kept)
 
     @property

@@ -32,9 +32,8 @@ from services.coordinator.engine.admission import (
     OpenRequests,
     StandBy,
     Stop,
-    Submitted,
 )
-from services.coordinator.engine.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp, ResultArrived
+from services.coordinator.engine.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp
 from services.coordinator.engine.recorder import Recorder
 from services.coordinator.engine.recovery import Recovery
 from services.coordinator.engine.request import FINISHED, PromptComputed, Token
@@ -79,11 +78,7 @@ class EngineLoop:
         self._counted = Counts()  # the scheduler's counts that the metrics have
         self.state = LoopState()
         self.admission = Admission(
-            self._open,
-            recorder,
-            self.notify,
-            limits=lambda: self._scheduler.limits,
-            state=lambda: self.state,
+            self._open, recorder, self.notify, limits=lambda: self._scheduler.limits, state=lambda: self.state
         )
 
     @property
@@ -110,12 +105,12 @@ class EngineLoop:
         """Compute all requests until `stop`. This is a token's life in this process, from 1 to 5."""
         while not isinstance(event := self._next_event(), Stop):
             now, flight = time.monotonic(), None
-            if isinstance(event, Submitted):
+            if isinstance(event, Sequence):
                 # 1. An HTTP thread has admitted a request (admission.py): its sequence waits for a place.
-                self._scheduler.add(event.sequence)
-            elif isinstance(event, ResultArrived):
+                self._scheduler.add(event)
+            elif isinstance(event, StepResult):
                 # 3. The last stage has returned a step (pipeline.py): each of its sequences gets its next token.
-                result = event.result
+                result = event
                 flight, tokens, refusals = self._scheduler.apply(result)
                 if flight is not None:
                     self._note_computed(result, now)
@@ -138,7 +133,6 @@ class EngineLoop:
         self._close_pipeline()
 
     def _next_event(self) -> LoopEvent | None:
-        """Return the next event, None if none comes within a tick."""
         try:
             return self._events.get(timeout=TICK_SECONDS)
         except queue.Empty:
@@ -157,14 +151,13 @@ class EngineLoop:
             self._stand_by(event.error)
 
     def _send_steps(self) -> None:
-        """Send every step that can be formed."""
         if self._pending is not None and (self._scheduler.steps_in_flight == 0 or not self.state.up):
             self._switch(self._pending)
         if not self.state.up or self._pending is not None or self._pipeline is None:
             return
         while (flight := self._scheduler.next_step(time.monotonic())) is not None:
             if self._scheduler.steps_in_flight == 1:
-                self._recovery.began(flight.sent_at)
+                self._recovery.computed(flight.sent_at)
             try:
                 self._pipeline.send(flight.step, flight.body)
             except LinkLost as error:  # the step stays in flight and is sent again when the pipeline is back
@@ -212,7 +205,6 @@ class EngineLoop:
             self._end(sequence.session_id, "failed", GenerationFailed(message))
 
     def _count_step(self, flight: InFlightStep, result: StepResult, now: float, since_last: list[float | None]) -> None:
-        """Count where the time of a step and its tokens went."""
         waited = [seconds for seconds in since_last if seconds is not None]
         self._metrics.steps.count_step(
             result.timings,

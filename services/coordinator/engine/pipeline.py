@@ -14,20 +14,8 @@ from noodle.cluster.valkey import RESULTS_STREAM, WorkQueue, hop_stream
 from noodle.errors import LinkLost, QueueUnavailable, WireError
 from noodle.metrics.counted import TravelMetrics
 from noodle.threads import start_loop
+from noodle.wire import messages
 from noodle.wire.hop_client import HopConnection, KeptOpen, ResultsConnection
-from noodle.wire.messages import (
-    ChainLink,
-    HopMessage,
-    HopRefused,
-    InlineStep,
-    KeepAlive,
-    LiveSessions,
-    QueueEntry,
-    SpanRefusal,
-    SpanResult,
-    Step,
-    StepResult,
-)
 from noodle.wire.queue_end import QueueEnd
 
 log = logging.getLogger(__name__)
@@ -54,14 +42,7 @@ class PipelineDown:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ResultArrived:
-    """The last stage returned the result of a step."""
-
-    result: StepResult
-
-
-PipelineEvent = PipelineUp | PipelineDown | ResultArrived
+PipelineEvent = PipelineUp | PipelineDown | messages.StepResult  # that the last stage returned
 
 
 class Pipeline:
@@ -80,7 +61,7 @@ class Pipeline:
     ) -> None:
         self._plan, self._transport, self._notify, self._travel = plan, transport, notify, travel
         self._work_queue = work_queue
-        self._chain: list[ChainLink] = []  # as keep-alives of stage 0 report it
+        self._chain: list[messages.ChainLink] = []  # as keep-alives of stage 0 report it
         self._states: dict[int, StageState] = {}  # as heartbeats report it
         self._losses: dict[tuple[int, str], int] = {}  # of a stage's connection to the next, by stage and boot id
         self._results_changes = 0
@@ -122,7 +103,7 @@ class Pipeline:
                 self._results = KeptOpen("results", "coordinator", open_results, self._results_changed)
                 self._hop = KeptOpen("hop", "coordinator", open_hop, self._hop_changed)
 
-    def send(self, message: Step | LiveSessions, body: bytes = b"") -> None:
+    def send(self, message: messages.Step | messages.LiveSessions, body: bytes = b"") -> None:
         """Send one message to stage 0. Raises LinkLost if neither the connection nor the queue takes it."""
         hop = self._hop.connection if self._hop is not None else None
         try:
@@ -133,13 +114,15 @@ class Pipeline:
         except LinkLost:
             if self._queue is None:
                 raise
-            entry: QueueEntry = InlineStep(message, body) if isinstance(message, Step) else message
+            entry: messages.QueueEntry = (
+                messages.InlineStep(message, body) if isinstance(message, messages.Step) else message
+            )
             try:
                 self._queue.write(hop_stream(self._plan.stages[0].stage_id), entry)
             except QueueUnavailable as error:
                 raise LinkLost(str(error)) from error
             transport = "queue"
-        if isinstance(message, Step):
+        if isinstance(message, messages.Step):
             self._travel.step(transport, len(body))
 
     def close(self) -> None:
@@ -151,22 +134,22 @@ class Pipeline:
 
     # messages from stages
 
-    def _receive(self, message: HopMessage) -> None:
-        if isinstance(message, StepResult):
-            self._send_event(ResultArrived(self._within_vocabulary(message)))
-        elif isinstance(message, KeepAlive) and message.chain:
+    def _receive(self, message: messages.HopMessage) -> None:
+        if isinstance(message, messages.StepResult):
+            self._send_event(self._within_vocabulary(message))
+        elif isinstance(message, messages.KeepAlive) and message.chain:
             with self._lock:
                 self._chain = message.chain
             self._look()
-        elif isinstance(message, HopRefused):
+        elif isinstance(message, messages.HopRefused):
             log.warning("stage %d refused a frame: %s (%s)", message.stage_id, message.message, message.reason)
 
-    def _take_entry(self, entry: QueueEntry) -> None:
-        if not isinstance(entry, StepResult):
+    def _take_entry(self, entry: messages.QueueEntry) -> None:
+        if not isinstance(entry, messages.StepResult):
             raise WireError(f"a {type(entry).__name__} is no result.")
-        self._send_event(ResultArrived(self._within_vocabulary(entry)))
+        self._send_event(self._within_vocabulary(entry))
 
-    def _within_vocabulary(self, result: StepResult) -> StepResult:
+    def _within_vocabulary(self, result: messages.StepResult) -> messages.StepResult:
         """Replace each span that has a token outside the model's vocabulary by a refusal.
 
         Such a token would be refused by stage 0, has no text, and would stay in the request's record.
@@ -177,7 +160,7 @@ class Pipeline:
             return result
         spans = [span for span in result.spans if span not in wrong]
         refusals = [
-            SpanRefusal(
+            messages.SpanRefusal(
                 span.session_id,
                 span.session_epoch,
                 span.first_position,
@@ -234,9 +217,9 @@ class Pipeline:
                 self._notified = state
                 self._send_event(PipelineUp(self._plan.version, boot_ids))
 
-    def _links(self) -> list[ChainLink]:
+    def _links(self) -> list[messages.ChainLink]:
         """Return the link of each stage: as far as connections reach from their reports, then from heartbeats."""
-        links: list[ChainLink] = []
+        links: list[messages.ChainLink] = []
         for link in self._chain:
             links.append(link)
             if link.by_queue:  # its view of downstream stages may be stale
@@ -248,7 +231,7 @@ class Pipeline:
             links.append(state.link)
         return links
 
-    def _missing(self, links: list[ChainLink]) -> str | None:
+    def _missing(self, links: list[messages.ChainLink]) -> str | None:
         """Return why the pipeline is incomplete, None if it is complete."""
         queue_failure = self._queue.failure if self._queue is not None else None
         for name, kept in (("hop", self._hop), ("results", self._results)):
@@ -269,7 +252,7 @@ class Pipeline:
                 return f"{_named(stage)} does not reach {_named(behind)}{reason}"
         return None
 
-    def _losses_of(self, links: list[ChainLink]) -> tuple[int, ...]:
+    def _losses_of(self, links: list[messages.ChainLink]) -> tuple[int, ...]:
         """Return how often each connection was lost. A heartbeat may be older than its stage's last report."""
         counts = [self._hop.losses if self._hop is not None else 0]
         for link in links:
@@ -283,7 +266,7 @@ class Pipeline:
             self._notify(event)
 
 
-def _largest_token_id(span: SpanResult) -> int:
+def _largest_token_id(span: messages.SpanResult) -> int:
     """Return the largest token id that a span's result names, -1 if it names none."""
     if span.token_id is None and not span.scores:
         return -1  # most spans of a prompt

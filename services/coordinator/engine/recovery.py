@@ -22,12 +22,8 @@ class Recovery:
         self._reason = ""
         self._computed_at = 0.0  # when the pipeline last returned a result, or got its first step after none
 
-    def began(self, now: float) -> None:
-        """Note a step that was sent while none was in flight."""
-        self._computed_at = now
-
-    def computed(self, now: float, request_ids: Iterable[str]) -> None:
-        """Give these requests their full time again: something was computed for them."""
+    def computed(self, now: float, request_ids: Iterable[str] = ()) -> None:
+        """Give these requests their full time again: something was computed for them; none at a first step."""
         self._computed_at = now
         for request_id in request_ids:
             self._broken_since.pop(request_id, None)
@@ -48,7 +44,6 @@ class Recovery:
             self._broken_since.setdefault(request_id, max(since, arrived))
 
     def forget(self, request_id: str) -> None:
-        """Drop a request that has ended."""
         self._broken_since.pop(request_id, None)
 
     def out_of_time(self, now: float) -> dict[str, GenerationFailed]:

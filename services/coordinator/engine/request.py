@@ -75,7 +75,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sampling(self) -> SamplingParameters:
-        """Sampling parameters as stages get them."""
         return SamplingParameters(
             temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed & WIRE_SEED_MASK
         )
@@ -134,7 +133,6 @@ class RequestStream:
     # for the loop
 
     def put(self, item: Item) -> None:
-        """Deliver one more token, or the prompt's scores."""
         with self._lock:
             self._items.append(item)
             self.token_count += isinstance(item, Token)
@@ -194,7 +192,6 @@ class RequestStream:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory that it takes, about."""
         return len(self.request.prompt_token_ids) * PROMPT_TOKEN_BYTES + self.token_count * TOKEN_BYTES
 
 

@@ -48,7 +48,6 @@ class Sequence:
 
     @property
     def scores_are_complete(self) -> bool:
-        """Whether all wanted log-probabilities of the prompt are known."""
         return self.scores is None or None not in self.scores
 
     def tokens_to_score(self, first: int, end: int) -> list[int]:
@@ -101,9 +100,9 @@ class WaitingQueue:
             sequence.arrived = self._arrivals
         self._sequences[sequence.session_id] = sequence
 
-    def remove(self, session_id: str) -> bool:
-        """Remove a sequence. Returns False if it did not wait."""
-        return self._sequences.pop(session_id, None) is not None
+    def remove(self, session_id: str) -> None:
+        """Remove a sequence if it waits."""
+        self._sequences.pop(session_id, None)
 
     def next(self, running_by_client: Mapping[str, int]) -> Sequence | None:
         """Return the sequence whose turn it is. One that needs less room never overtakes a long one.

@@ -69,7 +69,6 @@ class DecodeCosts:
         self._means[tokens] = seen + 1, mean + weight * (seconds - mean)
 
     def seconds(self, tokens: int) -> float:
-        """Predict the seconds of a step of `tokens` tokens."""
         seen, mean = self._means.get(tokens, (0, 0.0))
         return mean if seen >= KNOWN_STEPS else self._line.seconds(tokens)
 

@@ -91,12 +91,10 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """All text so far."""
         return "".join(part.text for part in self.parts)
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of tokens of the prompt."""
         return len(self.request.prompt_token_ids)
 
     @property

@@ -92,7 +92,6 @@ class Detokenizer:
         return fresh
 
     def finish(self) -> str:
-        """Return the rest."""
         return self._take(0)
 
     def _characters_in_doubt(self) -> int:

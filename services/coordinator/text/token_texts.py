@@ -63,7 +63,6 @@ def byte_of_character() -> dict[str, int]:
 
 
 def _kinds(decoder: dict[str, object]) -> set[str]:
-    """Return the types of a decoder and of its parts."""
     inner = decoder.get("decoders")
     kinds = {str(decoder.get("type"))}
     for each in inner if isinstance(inner, list) else []:

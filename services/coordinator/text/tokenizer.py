@@ -111,7 +111,6 @@ class Tokenizer:
         return self._chat_template.render(messages, self._special_tokens, add_generation_prompt)
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token is a special one (BOS, end of turn) and not text."""
         return token_id in self._special_ids
 
     def _refuse_foreign_tokenizer(self, folder: Path) -> None:

@@ -87,7 +87,6 @@ class StageAssignment(Struct, frozen=True):
     hop_token_seconds: float = 0.0  # predicted for sending one token to the next stage
 
     def activation_dtype_for(self, tokens: int) -> str:
-        """The dtype of the hidden states of a step of this many tokens."""
         if self.prefill_activation_dtype and tokens >= PREFILL_HOP_TOKENS:
             return self.prefill_activation_dtype
         return self.activation_dtype or self.dtype

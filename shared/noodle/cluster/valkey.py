@@ -56,7 +56,6 @@ Value = TypeVar("Value", bound=msgspec.Struct)
 
 
 def hop_stream(stage_id: int) -> str:
-    """The stream of a stage's steps."""
     return f"noodle:hop:{stage_id}"
 
 
@@ -98,7 +97,6 @@ class WorkQueue:
         self._put("noodle:plan", plan)
 
     def plan(self) -> Plan | None:
-        """Return the newest plan."""
         return self._get("noodle:plan", Plan)
 
     def put_planner_state(self, state: PlannerState) -> None:
@@ -123,11 +121,9 @@ class WorkQueue:
         return sorted(self._all("noodle:stage:*:report", MachineReport), key=lambda report: report.stage_id)
 
     def put_stage_state(self, state: StageState) -> None:
-        """Store a stage's heartbeat."""
         self._put(_state_key(state.stage_id), state, BEAT_EXPIRES_SECONDS)
 
     def stage_states(self) -> dict[int, StageState]:
-        """Return the states of all live stages."""
         return _by_stage(self._all(_state_key("*"), StageState))
 
     def look(self, stage_ids: Collection[int]) -> tuple[PlannerState | None, Plan | None, dict[int, StageState]]:
@@ -174,7 +170,6 @@ class WorkQueue:
             self._redis.eval(END_LEASE, 1, "noodle:coordinator:leader", name)
 
     def leader(self) -> str | None:
-        """Return the name of the leading coordinator."""
         with self._errors():
             name = self._redis.get("noodle:coordinator:leader")
             return name.decode() if isinstance(name, bytes) else None
@@ -205,7 +200,6 @@ class WorkQueue:
             pipeline.execute()
 
     def forget_request(self, request_id: str) -> None:
-        """Delete the record of a request that has ended."""
         with self._errors():
             self._redis.delete(f"noodle:request:{request_id}", f"noodle:request:{request_id}:tokens")
 

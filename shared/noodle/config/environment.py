@@ -13,16 +13,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from noodle.config import settings
 from noodle.config.addresses import host_of
-from noodle.config.settings import (
-    RETIRED,
-    VARIABLES,
-    CommandConfig,
-    CoordinatorConfig,
-    PlannerConfig,
-    ServiceConfig,
-    StageConfig,
-)
 from noodle.config.variables import Variable
 from noodle.errors import ConfigurationError
 from noodle.model.formats import DTYPE_BY_FORMAT, FORMAT_BY_DTYPE
@@ -34,7 +26,9 @@ FILE_CURE = (
     "Write the secret into it. With Docker, `docker compose run --rm init` does, and lets its containers read it."
 )
 
-Config = TypeVar("Config", CoordinatorConfig, PlannerConfig, StageConfig, CommandConfig)
+Config = TypeVar(
+    "Config", settings.CoordinatorConfig, settings.PlannerConfig, settings.StageConfig, settings.CommandConfig
+)
 
 
 def process_environment() -> dict[str, str]:
@@ -44,10 +38,10 @@ def process_environment() -> dict[str, str]:
 
 def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
     """All variables with their checked values, secrets as text; raises ConfigurationError for a bad name or value."""
-    known = [each.name for each in VARIABLES]
+    known = [each.name for each in settings.VARIABLES]
     for name in environment:
-        if name in RETIRED:
-            log.warning("%s has no effect any more: %s. Remove it.", name, RETIRED[name])
+        if name in settings.RETIRED:
+            log.warning("%s has no effect any more: %s. Remove it.", name, settings.RETIRED[name])
         elif name.startswith("NOODLE_") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigurationError(
@@ -55,7 +49,7 @@ def read_variables(environment: Mapping[str, str]) -> dict[str, Any]:
                 cure=f"Did you mean {near[0]}?" if near else "See .env.example for all of them.",
             )
     values: dict[str, Any] = {}
-    for each in VARIABLES:
+    for each in settings.VARIABLES:
         text = environment.get(each.name, "").strip() or each.default
         try:
             values[each.name] = text if each.file_remark else each.parse(text)
@@ -115,7 +109,7 @@ def _secret(values: Mapping[str, Any], declared: Variable) -> str:
     return text
 
 
-def _require_token(config: ServiceConfig) -> None:
+def _require_token(config: settings.ServiceConfig) -> None:
     if len(config.cluster_token) < MINIMUM_TOKEN_CHARACTERS:
         raise ConfigurationError(
             f"NOODLE_CLUSTER_TOKEN is missing or shorter than {MINIMUM_TOKEN_CHARACTERS} characters.",
@@ -123,9 +117,9 @@ def _require_token(config: ServiceConfig) -> None:
         )
 
 
-def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
+def coordinator_config(environment: Mapping[str, str]) -> settings.CoordinatorConfig:
     """The coordinator's configuration; a coordinator that others can reach must have an API key (design D5)."""
-    config = _read(CoordinatorConfig, environment)
+    config = _read(settings.CoordinatorConfig, environment)
     _require_token(config)
     if not config.api_keys and not config.bind.is_loopback:
         raise ConfigurationError(
@@ -136,8 +130,8 @@ def coordinator_config(environment: Mapping[str, str]) -> CoordinatorConfig:
     return config if has_file else replace(config, metrics_file=config.state_dir / "metrics.jsonl")
 
 
-def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
-    config = _read(PlannerConfig, environment)
+def planner_config(environment: Mapping[str, str]) -> settings.PlannerConfig:
+    config = _read(settings.PlannerConfig, environment)
     _require_token(config)
     if config.split is not None and len(config.split) != config.stage_count:
         raise ConfigurationError(
@@ -148,9 +142,9 @@ def planner_config(environment: Mapping[str, str]) -> PlannerConfig:
     return config
 
 
-def stage_config(environment: Mapping[str, str]) -> StageConfig:
+def stage_config(environment: Mapping[str, str]) -> settings.StageConfig:
     """A stage's configuration; addresses are configured, never guessed (design D6)."""
-    config = _read(StageConfig, environment)
+    config = _read(settings.StageConfig, environment)
     _require_token(config)
     any_address = ("0.0.0.0", "::")
     if host_of(config.advertise_url) in any_address:
@@ -168,6 +162,6 @@ def stage_config(environment: Mapping[str, str]) -> StageConfig:
     return replace(config, advertise_url=f"http://{config.bind}")
 
 
-def command_config(environment: Mapping[str, str]) -> CommandConfig:
+def command_config(environment: Mapping[str, str]) -> settings.CommandConfig:
     """The command's configuration; secrets may be missing, since a running `noodle up` keeps its own."""
-    return _read(CommandConfig, environment)
+    return _read(settings.CommandConfig, environment)

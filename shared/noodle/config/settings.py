@@ -255,7 +255,6 @@ class CommandConfig(RequestOptions, LayerSplit, ComputeOptions, CoordinatorUrl, 
 
     @property
     def stage_url(self) -> str:
-        """URL of this machine's stage."""
         return self.advertise_url or f"http://{self.bind}"
 
 

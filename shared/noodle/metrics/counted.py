@@ -174,7 +174,6 @@ class TravelMetrics(_Metrics):
         self.refused_entries = self._counter("noodle_queue_refused_entries", text, "reason")
 
     def step(self, transport: str, body_bytes: int) -> None:
-        """Count one step that was sent."""
         self.steps.labels(transport).inc()
         self.bytes.labels(transport).inc(body_bytes)
 

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from noodle import __version__
+from noodle.cluster.plan import StageAssignment
 from noodle.metrics.machine import ContainerUse, MachineUse, container_use, machine_use
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedStage:
-    """One stage of a plan, as /metrics shows it."""
-
-    stage_id: int
-    machine: str
-    start_layer: int
-    end_layer: int
-    dtype: str
-    predicted_seconds: float  # of one decode token
-    device: str = ""  # as the stage names it, empty while it is silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +20,8 @@ class PlanSeen:
     """The plan that a service follows."""
 
     version: int
-    stages: Sequence[PlannedStage]
+    stages: Sequence[StageAssignment] = ()  # with their samples
+    device_names: Mapping[int, str] = field(default_factory=dict)  # by stage id; a silent stage has none
     predicted_token_seconds: float | None = None  # of the planner, which knows the cost of hops
     is_up: bool | None = None  # of the coordinator: every stage is reachable
 
@@ -67,8 +56,9 @@ class PlanCollector(Collector):
         )
         for stage in seen.stages:
             name, start, end = str(stage.stage_id), stage.start_layer, stage.end_layer
-            layers.add_metric([name, stage.machine, str(start), str(end), stage.dtype, stage.device], end - start)
-            predicted.add_metric([name, stage.machine], stage.predicted_seconds)
+            device = seen.device_names.get(stage.stage_id, "")
+            layers.add_metric([name, stage.machine, str(start), str(end), stage.dtype, device], end - start)
+            predicted.add_metric([name, stage.machine], stage.decode_seconds)
         yield layers
         yield predicted
 

@@ -69,8 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise ModelNotFound(
-            f"{path} cannot be read ({error.strerror}).",
-            cure="Name a folder with config.json and *.safetensors.",
+            f"{path} cannot be read ({error.strerror}).", cure="Name a folder with config.json and *.safetensors."
         ) from error
     except msgspec.DecodeError as error:
         raise UnsupportedModel(f"{path} is not a JSON object ({error}).", cure="Fetch the model again.") from error
@@ -160,7 +159,6 @@ def model_digest(folder: Path) -> str:
 
 
 def digest_of_range(path: Path, first_byte: int, byte_count: int) -> str:
-    """Return the sha256 of a part of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(first_byte)

@@ -24,13 +24,7 @@ from noodle.errors import LinkLost, ModelNotFound, StartError
 from noodle.folders import write_atomically, writing
 from noodle.http_client import HTTP_ERRORS, HttpResponse, message_of, open_request, reason_of
 from noodle.model.files import DIGEST_NAME, digest_of_range
-from noodle.model.weight_manifest import (
-    FILES_PATH,
-    MANIFEST_BYTES_CAP,
-    MANIFEST_PATH,
-    TensorRange,
-    WeightManifest,
-)
+from noodle.model.weight_manifest import FILES_PATH, MANIFEST_BYTES_CAP, MANIFEST_PATH, TensorRange, WeightManifest
 
 log = logging.getLogger(__name__)
 
@@ -68,16 +62,9 @@ class WeightCache:
     ) -> None:
         self._root = cache_dir / "weights"
         self._url, self._token, self._stopping, self._machine = coordinator_url, cluster_token, stopping, machine
-        self._manifest: WeightManifest | None = None
+        self.manifest: WeightManifest  # that `prepare` fetched
         self.fetched_bytes = 0  # of tensors, by this process
         self.waits_for = ""  # what it waits for now, for /health
-
-    @property
-    def manifest(self) -> WeightManifest:
-        """The manifest that `prepare` fetched."""
-        if self._manifest is None:
-            raise StartError("The weights were requested before their manifest.")
-        return self._manifest
 
     @property
     def folder(self) -> Path:
@@ -85,7 +72,7 @@ class WeightCache:
 
     def prepare(self) -> Path:
         """Make the folder with config, headers and holes, and return it; waits for the coordinator."""
-        self._manifest = self._retried(self._fetch_manifest)
+        self.manifest = self._retried(self._fetch_manifest)
         with writing(self.folder, "NOODLE_CACHE_DIR"), self._locked():
             fetched = self._fetched()
             for companion in self.manifest.companions:
@@ -121,6 +108,10 @@ class WeightCache:
             )
         wanted = sorted((by_name[name] for name in set(names)), key=lambda tensor: (tensor.file, tensor.first_byte))
         total_bytes, done_bytes = sum(tensor.byte_count for tensor in wanted), 0
+
+        def tell(more_bytes: int) -> None:
+            progress(done_bytes + more_bytes, total_bytes)
+
         with writing(self.folder, "NOODLE_CACHE_DIR"), self._locked():
             fetched = self._fetched()
             for tensor in wanted:
@@ -128,22 +119,21 @@ class WeightCache:
                     log.warning("%s in %s is damaged, fetching it again", tensor.name, self.folder / tensor.file)
                     fetched.whole.discard(tensor.name)
                 if tensor.name not in fetched.whole:
-                    self._fetch_tensor(tensor, fetched, partial(_add, progress, done_bytes, total_bytes))
+                    self._fetch_tensor(tensor, fetched, tell)
                 done_bytes += tensor.byte_count
-                progress(done_bytes, total_bytes)
+                tell(0)
 
     def _fetch_tensor(self, tensor: TensorRange, fetched: Fetched, progress: Callable[[int], None]) -> None:
         for is_last_try in (False, True):
             self._retried(lambda: self._fetch_rest(tensor, fetched, progress))
             fetched.begun.pop(tensor.name, None)
-            if self._is_right(tensor):
+            if is_right := self._is_right(tensor):
                 fetched.whole.add(tensor.name)
-                self._note(fetched)
-                return
             self._note(fetched)
-            if is_last_try:
-                break
-            log.warning("the digest of %s does not match, fetching it again", tensor.name)
+            if is_right:
+                return
+            if not is_last_try:
+                log.warning("the digest of %s does not match, fetching it again", tensor.name)
         raise ModelNotFound(
             f"{self._machine} received {tensor.name} from {self._url} twice with a wrong digest.",
             cure="The model files of the coordinator have changed or are damaged: restart the coordinator.",
@@ -280,10 +270,6 @@ class WeightCache:
                     self._stopping.wait(LOCK_POLL_SECONDS)
             self.waits_for = ""
             yield
-
-
-def _add(progress: Progress, before_bytes: int, total_bytes: int, more_bytes: int) -> None:
-    progress(before_bytes + more_bytes, total_bytes)
 
 
 def _refusal(url: str, path: str, answer: HttpResponse) -> LinkLost | StartError:

@@ -166,7 +166,6 @@ def try_valkey(target: Target, password: str) -> ConnectionResult:
 
 
 def classify_error(error: Exception) -> tuple[Outcome, str]:
-    """Classify the error of a connection."""
     if isinstance(error, socket.gaierror):
         return "no_such_name", "the name does not resolve here"
     if isinstance(error, ConnectionRefusedError):
@@ -179,8 +178,7 @@ def classify_error(error: Exception) -> tuple[Outcome, str]:
 
 
 def _failed(target: Target, outcome: Outcome, detail: str) -> ConnectionResult:
-    known = msgspec.structs.asdict(target)
-    return ConnectionResult(outcome=outcome, detail=detail, **known)
+    return ConnectionResult(outcome=outcome, detail=detail, **msgspec.structs.asdict(target))
 
 
 def _round_trip(host: str, port: int) -> float:

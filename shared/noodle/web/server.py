@@ -19,17 +19,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from gunicorn.http.errors import (
-    ConfigurationProblem,
-    ExpectationFailed,
-    ForbiddenProxyRequest,
-    InvalidResponseHeader,
-    InvalidResponseHeaderName,
-    LimitRequestHeaders,
-    LimitRequestLine,
-    ParseException,
-    UnsupportedTransferCoding,
-)
+from gunicorn.http import errors
 from gunicorn.http.parser import RequestParser
 from gunicorn.workers.gthread import ThreadWorker
 
@@ -49,13 +39,13 @@ OTHER_FILES = 256  # files of a service besides its client connections
 
 # Refusals of gunicorn's parser are a 400 except for these; OWN_FAULTS are errors of noodle.
 REFUSAL_STATUS: dict[type[Exception], int] = {
-    LimitRequestLine: 414,
-    ExpectationFailed: 417,
-    LimitRequestHeaders: 431,
-    UnsupportedTransferCoding: 501,
-    ForbiddenProxyRequest: 403,
+    errors.LimitRequestLine: 414,
+    errors.ExpectationFailed: 417,
+    errors.LimitRequestHeaders: 431,
+    errors.UnsupportedTransferCoding: 501,
+    errors.ForbiddenProxyRequest: 403,
 }
-OWN_FAULTS = (ConfigurationProblem, InvalidResponseHeader, InvalidResponseHeaderName)
+OWN_FAULTS = (errors.ConfigurationProblem, errors.InvalidResponseHeader, errors.InvalidResponseHeaderName)
 
 
 class ClientSession:
@@ -280,7 +270,7 @@ class BufferedHeadWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn publis
     def handle_error(self, http_request: Any, connection: ClientConnection, client: Any, error: Exception) -> None:
         """Answer a request that did not reach the app with an error object, as the app does."""
         answer: NoodleError
-        if isinstance(error, ParseException) and not isinstance(error, OWN_FAULTS):
+        if isinstance(error, errors.ParseException) and not isinstance(error, OWN_FAULTS):
             answer = InvalidRequest(f"The request is not HTTP that this server accepts: {str(error)[:200]}.")
             answer.http_status = REFUSAL_STATUS.get(type(error), 400)
             log.info("refusing a request from %s: %s", _host(client), answer)

@@ -166,7 +166,6 @@ def error_object(error: NoodleError) -> dict[str, Any]:
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    """Answer with a JSON body, encoded by msgspec."""
     return Response(msgspec.json.encode(value), status, mimetype="application/json")
 
 
@@ -284,10 +283,7 @@ def bounded_body(maximum_bytes: int, cure: str = "Send less.") -> bytes:
     body = b"" if (announced_bytes or 0) > maximum_bytes else _received(maximum_bytes + 1)
     if max(len(body), announced_bytes or 0) > maximum_bytes:
         size = f"{announced_bytes}" if announced_bytes else f"more than {maximum_bytes}"
-        raise BodyTooLarge(
-            f"The body is {size} bytes, {request.path} accepts at most {maximum_bytes}.",
-            cure=cure,
-        )
+        raise BodyTooLarge(f"The body is {size} bytes, {request.path} accepts at most {maximum_bytes}.", cure=cure)
     if announced_bytes is not None and len(body) < announced_bytes:
         raise _logged(InvalidRequest(f"The body ended after {len(body)} of the {announced_bytes} bytes announced."))
     return body

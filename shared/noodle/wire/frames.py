@@ -73,7 +73,6 @@ def encode_frame(header: HopMessage, body: bytes | memoryview = b"") -> tuple[by
 
 
 def whole_frame(message: HopMessage) -> bytes:
-    """Encode a message without a body."""
     head, _ = encode_frame(message)
     return head
 

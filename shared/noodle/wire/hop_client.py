@@ -39,11 +39,7 @@ class _FrameStream:
     """A connection whose answer is a stream of frames, read in a thread of its own until it ends or is lost."""
 
     def __init__(
-        self,
-        url: str,
-        cluster_token: str,
-        on_message: Callable[[HopMessage], None],
-        on_lost: Callable[[str], None],
+        self, url: str, cluster_token: str, on_message: Callable[[HopMessage], None], on_lost: Callable[[str], None]
     ) -> None:
         self.url = url
         self._token = cluster_token
@@ -220,24 +216,18 @@ class KeptOpen(Generic[Connection]):
         changed: Callable[[str], None],
     ) -> None:
         self._open_one, self._changed = open_one, changed
-        self._connection: Connection | None = None
+        self.connection: Connection | None = None  # while it is open
         self._changing = threading.Lock()
         self._lost = threading.Event()
         self._closed = threading.Event()
         self.losses = 0  # of open connections
         start_loop(name, self._keep_open, service_name)
 
-    @property
-    def connection(self) -> Connection | None:
-        """The open connection, if there is one."""
-        return self._connection
-
     def close(self) -> None:
         """Close the connection and stop reconnecting; `changed` is not called again."""
         self._closed.set()
         self._lost.set()
-        connection = self._connection
-        if connection is not None:
+        if (connection := self.connection) is not None:
             connection.close()
 
     def _keep_open(self) -> None:
@@ -256,7 +246,7 @@ class KeptOpen(Generic[Connection]):
             wait_seconds = RECONNECT_FIRST_SECONDS
             with self._changing:
                 is_open = not self._lost.is_set()  # it may be lost already
-                self._connection = connection if is_open else None
+                self.connection = connection if is_open else None
             if is_open:
                 self._notify("")
             self._lost.wait()
@@ -266,7 +256,7 @@ class KeptOpen(Generic[Connection]):
     def _when_lost(self, reason: str) -> None:
         with self._changing:
             self.losses += 1
-            self._connection = None
+            self.connection = None
             self._lost.set()
         self._notify(reason)
 

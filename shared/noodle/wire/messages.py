@@ -209,5 +209,4 @@ QueueEntry = InlineStep | ActivationRef | LiveSessions | StepResult | KeepAlive
 
 
 def total_tokens(step: Step) -> int:
-    """Rows of the step's body."""
     return sum(span.token_count for span in step.spans)

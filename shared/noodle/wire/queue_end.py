@@ -62,7 +62,6 @@ class QueueEnd:
         self._closed = threading.Event()
 
     def start(self, service_name: str) -> None:
-        """Start reading."""
         start_loop(f"read {self._own_stream}", self._run, service_name)
 
     @property

@@ -21,7 +21,7 @@ from services.coordinator.engine import loop
 from services.coordinator.engine import scheduler as scheduler_module
 from services.coordinator.engine.admission import Activate
 from services.coordinator.engine.loop import EngineLoop
-from services.coordinator.engine.pipeline import PipelineDown, PipelineUp, ResultArrived
+from services.coordinator.engine.pipeline import PipelineDown, PipelineUp
 from services.coordinator.engine.request import LOOPBACK, Token
 from services.coordinator.engine.scheduler import Scheduler
 from tests.support.processes.cluster import wait_until
@@ -118,14 +118,14 @@ class Rig:
             SpanResult(s.session_id, s.session_epoch, s.first_position, s.token_count, token_id if s.sampling else None)
             for s in step.spans
         ]
-        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, spans, [], timings=list(timings))))
+        self.tell(StepResult(step.step_id, 1, 1, spans, [], timings=list(timings)))
 
     def refuse(self, step, reason):
         refusals = [
             SpanRefusal(s.session_id, s.session_epoch, s.first_position, 1, reason, message="because")
             for s in step.spans
         ]
-        self.tell(ResultArrived(StepResult(step.step_id, 1, 1, [], refusals, timings=[])))
+        self.tell(StepResult(step.step_id, 1, 1, [], refusals, timings=[]))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from noodle.errors import LinkLost
 from noodle.metrics.counted import TravelMetrics
 from noodle.wire.frames import decode_entry, encode_entry
 from noodle.wire.messages import ChainLink, LiveSessions, SpanResult, StepResult, TokenLogprob, TokenScore
-from services.coordinator.engine.pipeline import Pipeline, PipelineDown, PipelineUp, ResultArrived
+from services.coordinator.engine.pipeline import Pipeline, PipelineDown, PipelineUp
 from tests.support.network.memory_streams import MemoryStreams
 from tests.support.processes.cluster import free_ports, wait_until
 
@@ -121,7 +121,7 @@ def test_steps_go_to_the_stream_of_stage_0_and_results_come_from_the_results_str
     assert decode_entry(entry[1]) == live
     result = StepResult(1, VERSION, 1, [], [], [])
     streams.append(RESULTS_STREAM, encode_entry(result))
-    assert told.next(2) == ResultArrived(result)
+    assert told.next(2) == result
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_token_outside_the_vocabulary_becomes_a_refusal_and_the_others_are_del
     good = [SpanResult("good", 1, 0, 4, 299), SpanResult("prompt", 1, 0, 4)]
     bad = SpanResult("bad", 2, 7, 1, **wrong)
     streams.append(RESULTS_STREAM, encode_entry(StepResult(1, VERSION, 1, [good[0], bad, good[1]], [], [])))
-    result = told.next(2).result
+    result = told.next(2)
     assert result.spans == good
     (refusal,) = result.refusals
     assert (refusal.session_id, refusal.session_epoch, refusal.first_position) == ("bad", 2, 7)

@@ -53,7 +53,7 @@ def test_a_long_step_before_the_break_costs_a_request_no_more_than_that_silence(
 
 def test_a_request_that_came_after_the_break_has_its_full_time():
     recovery = Recovery(LIMIT)
-    recovery.began(90.0)
+    recovery.computed(90.0)
     recovery.broke("silent", 100.0, {"a": 0.0, "late": 99.5}, is_busy=True)
     assert set(recovery.out_of_time(107.0)) == {"a"}
     assert set(recovery.out_of_time(109.5)) == {"a", "late"}

@@ -8,9 +8,10 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from noodle.cluster.plan import StageAssignment
 from noodle.metrics.counted import CoordinatorMetrics, PlannerMetrics, StageMetrics
 from noodle.metrics.machine import ContainerUse
-from noodle.metrics.scraped import CardUse, MachineCollector, PlanCollector, PlannedStage, PlanSeen, service_registry
+from noodle.metrics.scraped import CardUse, MachineCollector, PlanCollector, PlanSeen, service_registry
 from tests.support.processes.prometheus import GRAFANA, RATE_INTERVAL, without_data_here
 
 DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))
@@ -35,8 +36,8 @@ def exported_names():
     for metrics in (CoordinatorMetrics, PlannerMetrics, StageMetrics):
         registry, _ = service_registry("service", "machine")
         metrics(registry)
-        stage = PlannedStage(0, "machine", 0, 3, "float32", 0.1)
-        PlanCollector(registry, lambda stage=stage: PlanSeen(1, [stage], 0.1, True))
+        stage = StageAssignment(0, "machine", "http://machine:8081", 0, 3, "float32")
+        PlanCollector(registry, lambda stage=stage: PlanSeen(1, [stage], predicted_token_seconds=0.1, is_up=True))
         names |= names_of(registry)
     registry = CollectorRegistry()
     collector = MachineCollector(registry, "machine", read_container=lambda: ContainerUse(2, 2, 1, 1.0))

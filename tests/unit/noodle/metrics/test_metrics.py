@@ -6,9 +6,10 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from noodle import __version__
+from noodle.cluster.plan import StageAssignment
 from noodle.metrics.counted import CoordinatorMetrics, PlannerMetrics, StageMetrics, StepMetrics
 from noodle.metrics.machine import ContainerUse, MachineUse, container_use, machine_use
-from noodle.metrics.scraped import CardUse, MachineCollector, PlanCollector, PlannedStage, PlanSeen, service_registry
+from noodle.metrics.scraped import CardUse, MachineCollector, PlanCollector, PlanSeen, service_registry
 from noodle.wire.messages import StageTiming
 
 BOUNDED_LABELS = {
@@ -28,7 +29,8 @@ def all_registries():
         registry, machine = service_registry(name, "machine-a")
         machine.read_card = lambda: CardUse("card", 2, 1, 0.5, 50.0)
         metrics(registry)
-        PlanCollector(registry, lambda: PlanSeen(1, [PlannedStage(0, "machine-a", 0, 3, "float32", 0.1)], 0.1, True))
+        stage = StageAssignment(0, "machine-a", "http://a:8081", 0, 3, "float32")
+        PlanCollector(registry, lambda stage=stage: PlanSeen(1, [stage], predicted_token_seconds=0.1, is_up=True))
         yield registry
 
 
@@ -121,11 +123,13 @@ def test_a_card_is_shown_as_far_as_its_driver_tells():
 
 
 def test_the_plan_says_who_computes_what():
-    seen = [PlanSeen(0, ())]
+    seen = [PlanSeen(0)]
     registry = CollectorRegistry()
     PlanCollector(registry, lambda: seen[0])
     assert registry.get_sample_value("noodle_plan_version") == 0
-    seen[0] = PlanSeen(7, [PlannedStage(1, "machine-b", 3, 8, "float32", 0.02, "some CPU")], None, True)
+    seen[0] = PlanSeen(
+        7, [StageAssignment(1, "machine-b", "http://b:8081", 3, 8, "float32")], {1: "some CPU"}, is_up=True
+    )
     labels = {
         "stage": "1", "machine": "machine-b", "start_layer": "3", "end_layer": "8", "dtype": "float32",
         "device": "some CPU",
