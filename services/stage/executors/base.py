@@ -66,19 +66,17 @@ class ModelSlice(Protocol):
     kv_bytes_per_token: int  # of one session, over all layers of the slice
     reserves_upfront: bool  # whether a session occupies all the memory that it reserves from its start
 
-    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
+    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> object:
         """Hold memory for a session's KV rows up to `end` until `release`. Idempotent.
 
         Raises StepRefused with reason `kv_budget` if the budget is exhausted; nothing is held then.
         """
-        ...
 
     def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
         """Copy the first rows of one session to another, which then need not be computed.
 
         Raises PositionGap if the source has fewer rows, StepRefused as `reserve`; nothing is held then.
         """
-        ...
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
         """Compute one packed batch and keep its K and V rows.
@@ -86,34 +84,27 @@ class ModelSlice(Protocol):
         Rows before a span's first position must be computed already; computing a row again overwrites it. Raises
         GenerationFailed if the device runs out of memory.
         """
-        ...
 
     def logits_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Logits [rows, vocab_size] of rows of the last `forward`'s packed axis; last stage only.
 
         The caller bounds the number of rows: each is as long as the vocabulary.
         """
-        ...
 
     def release(self, session_id: str) -> None:
         """Free the KV rows of a session, if it holds any."""
-        ...
 
     def kv_bytes_held(self) -> int:
         """Bytes that the KV rows of all sessions count for."""
-        ...
 
     def set_kv_budget(self, budget_bytes: int | None) -> None:
         """Limit the bytes that sessions may hold from now on; None removes the limit."""
-        ...
 
     def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
         """Give a session that holds rows `tokens` of them without computing, to time steps far into a context."""
-        ...
 
     def synchronize(self) -> None:
         """Wait until the device has computed all steps so far."""
-        ...
 
 
 def checked_hidden_states(model_slice: ModelSlice, batch: PackedBatch) -> ActivationTensor:

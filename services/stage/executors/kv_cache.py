@@ -26,52 +26,41 @@ class Rows(Protocol):
 
     def grow(self, reserve_tokens: int) -> None:
         """Make room for more tokens; computed rows are kept."""
-        ...
 
     def copy_from(self, other: Self, tokens: int) -> None:
         """Copy the first rows of a session whose tokens up to there are the same."""
-        ...
 
     def fill_with_noise(self, tokens: int) -> None:
         """Fill rows with numbers that were not computed."""
-        ...
 
 
 AnyRows = TypeVar("AnyRows", bound=Rows)
 
 
 class KvCache(Generic[AnyRows]):
-    """The rows of all sessions of one slice, made by `new_rows(reserve_tokens)`; `budget_bytes` None is no limit."""
+    """The part of a ModelSlice that holds its sessions' rows, made by `new_rows(reserve_tokens)`."""
 
     def __init__(
-        self,
-        new_rows: Callable[[int], AnyRows],
-        *,
-        budget_bytes: int | None = None,
-        bytes_per_token: int = 0,
-        reserves_upfront: bool = False,
+        self, new_rows: Callable[[int], AnyRows], *, kv_bytes_per_token: int = 0, reserves_upfront: bool = False
     ) -> None:
         self._new_rows = new_rows
-        self.budget_bytes = budget_bytes
-        self.bytes_per_token = bytes_per_token  # over all layers of the slice
+        self._budget_bytes: int | None = None
+        self.kv_bytes_per_token = kv_bytes_per_token
         self.reserves_upfront = reserves_upfront
         self._sessions: dict[str, AnyRows] = {}
         self._counted_tokens = 0
 
-    def open(self, session_id: str, reserve_tokens: int, end: int) -> AnyRows:
-        """Rows of a session up to `end`, moved to larger ones if it reserves more than before.
-
-        Raises StepRefused with reason `kv_budget` if they exceed the budget; nothing changes then.
-        """
+    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> AnyRows:
+        """See ModelSlice. Returns the rows, moved to larger ones if the session reserves more than before."""
         rows = self._sessions.get(session_id)
         counted = reserve_tokens if self.reserves_upfront else end
         more_tokens = max(0, counted - (rows.counted_tokens if rows else 0))
-        taken_bytes = self._counted_tokens * self.bytes_per_token
-        wanted_bytes = taken_bytes + more_tokens * self.bytes_per_token
-        if more_tokens and self.budget_bytes is not None and wanted_bytes > self.budget_bytes:
+        taken_bytes = self.kv_bytes_held()
+        wanted_bytes = taken_bytes + more_tokens * self.kv_bytes_per_token
+        if more_tokens and self._budget_bytes is not None and wanted_bytes > self._budget_bytes:
             raise StepRefused(
-                f"session {session_id} needs {counted} tokens of KV cache ({counted * self.bytes_per_token} bytes), "
-                f"but {taken_bytes} of this stage's {self.budget_bytes} bytes are taken.",
+                f"session {session_id} needs {counted} tokens of KV cache ({counted * self.kv_bytes_per_token} bytes), "
+                f"but {taken_bytes} of this stage's {self._budget_bytes} bytes are taken.",
                 reason="kv_budget",
                 cure="Wait for other requests to end, ask for fewer tokens, or raise NOODLE_KV_BYTES on this stage.",
             )
@@ -91,7 +80,7 @@ class KvCache(Generic[AnyRows]):
             for span in spans:
                 if not self.holds(span.session_id):
                     opened.append(span.session_id)
-                rows = self.open(span.session_id, span.reserve_tokens, span.first_position + span.token_count)
+                rows = self.reserve(span.session_id, span.reserve_tokens, span.first_position + span.token_count)
                 self.check_span(span.session_id, rows, span.first_position, span.token_count)
                 found.append(rows)
         except Exception:
@@ -100,12 +89,11 @@ class KvCache(Generic[AnyRows]):
             raise
         return found
 
-    def copy(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
-        """Copy the first rows of a session to another; raises PositionGap if the source has fewer, else as `open`."""
+    def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
         source = self._sessions.get(from_session_id)
         if source is None or source.length < tokens:
             raise PositionGap(f"session {from_session_id} has no {tokens} rows for session {to_session_id}.")
-        self.open(to_session_id, reserve_tokens, tokens).copy_from(source, tokens)
+        self.reserve(to_session_id, reserve_tokens, tokens).copy_from(source, tokens)
 
     def check_span(self, session_id: str, rows: AnyRows, first_position: int, token_count: int) -> None:
         """Refuse rows that were not reserved, and rows after a gap."""
@@ -124,39 +112,19 @@ class KvCache(Generic[AnyRows]):
         return session_id in self._sessions
 
     def release(self, session_id: str) -> None:
-        """Free a session's rows, if it holds any."""
         rows = self._sessions.pop(session_id, None)
         if rows is not None:
             self._counted_tokens -= rows.counted_tokens
 
-    def bytes_held(self) -> int:
-        """Bytes that the rows of all sessions count for."""
-        return self._counted_tokens * self.bytes_per_token
+    def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
+        self.reserve(session_id, tokens, tokens).fill_with_noise(tokens)
+
+    def set_kv_budget(self, budget_bytes: int | None) -> None:
+        self._budget_bytes = budget_bytes
+
+    def kv_bytes_held(self) -> int:
+        return self._counted_tokens * self.kv_bytes_per_token
 
     def bytes_allocated(self) -> int:
         """Bytes of all allocated rows, committed or not."""
         return sum(rows.bytes_allocated for rows in self._sessions.values())
-
-
-class CachedSlice(Generic[AnyRows]):
-    """The part of a ModelSlice that holds its sessions' rows; see ModelSlice for the methods."""
-
-    _cache: KvCache[AnyRows]
-
-    def reserve(self, session_id: str, reserve_tokens: int, end: int) -> None:
-        self._cache.open(session_id, reserve_tokens, end)
-
-    def copy_rows(self, from_session_id: str, to_session_id: str, tokens: int, reserve_tokens: int) -> None:
-        self._cache.copy(from_session_id, to_session_id, tokens, reserve_tokens)
-
-    def release(self, session_id: str) -> None:
-        self._cache.release(session_id)
-
-    def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
-        self._cache.open(session_id, tokens, tokens).fill_with_noise(tokens)
-
-    def kv_bytes_held(self) -> int:
-        return self._cache.bytes_held()
-
-    def set_kv_budget(self, budget_bytes: int | None) -> None:
-        self._cache.budget_bytes = budget_bytes

@@ -46,7 +46,6 @@ class NextStage(Protocol):
 
     def send(self, message: Step | LiveSessions, body: memoryview = ...) -> bool:
         """Send one message on; False when the next stage cannot be reached."""
-        ...
 
 
 @dataclass(slots=True)

@@ -31,18 +31,15 @@ class GgmlRows:
         self._allocate(reserve_tokens)
 
     def grow(self, reserve_tokens: int) -> None:
-        """Make room for more tokens; computed rows are kept."""
         before, area_bytes = self.memory, self.area_bytes
         self._allocate(reserve_tokens)
         self._copy(before, area_bytes, self.length)
 
     def copy_from(self, other: GgmlRows, tokens: int) -> None:
-        """Copy the first rows of a session whose tokens up to there are the same."""
         self._copy(other.memory, other.area_bytes, tokens)
         self.length = max(self.length, tokens)
 
     def fill_with_noise(self, tokens: int) -> None:
-        """Fill rows with numbers that were not computed."""
         self.memory[:, : tokens * self._row_bytes] = NOISE
         self.length = max(self.length, tokens)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
 from services.stage.executors.ggml.layers import LAYER_TENSORS, SPAN_TENSORS, LayerGraph, SliceTensors
 from services.stage.executors.ggml.weights import GgmlTensors
 from services.stage.executors.hidden_states import decode
-from services.stage.executors.kv_cache import CachedSlice, KvCache
+from services.stage.executors.kv_cache import KvCache
 
 Floats = npt.NDArray[np.float32]
 
@@ -54,7 +55,10 @@ class _HeadGraph:
     logits: Floats
 
 
-class GgmlSlice(CachedSlice[GgmlRows]):
+_AnyGraph = TypeVar("_AnyGraph", _StepGraph, _HeadGraph)
+
+
+class GgmlSlice(KvCache[GgmlRows]):
     """Layers [start_layer, end_layer) of one model; a `ModelSlice`."""
 
     dtype = "float32"  # of the hidden states that it sends
@@ -70,6 +74,16 @@ class GgmlSlice(CachedSlice[GgmlRows]):
         end_layer: int,
         bytes_read: int,
     ) -> None:
+        layers = end_layer - start_layer
+
+        def new_rows(reserve_tokens: int) -> GgmlRows:
+            if device.is_host:
+                return GgmlRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes)
+            return DeviceRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes, device=device)
+
+        super().__init__(
+            new_rows, kv_bytes_per_token=2 * layers * tensors.row_bytes, reserves_upfront=not device.is_host
+        )
         self.start_layer = start_layer
         self.end_layer = end_layer
         self.is_first = start_layer == 0
@@ -78,22 +92,12 @@ class GgmlSlice(CachedSlice[GgmlRows]):
         self.vocab_size = shape.vocab_size
         self.bytes_read = bytes_read  # from disk, as stored there
         self.weight_bytes = weights.byte_count
-        layers = end_layer - start_layer
-        self.kv_bytes_per_token = 2 * layers * tensors.row_bytes
-        self.reserves_upfront = not device.is_host
         self._ggml = device.ggml
         self._device = device
         self._weights = weights
         self._tensors = tensors
         self._shape = shape
-
-        def new_rows(reserve_tokens: int) -> GgmlRows:
-            if device.is_host:
-                return GgmlRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes)
-            return DeviceRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes, device=device)
-
-        self._cache = KvCache(new_rows, bytes_per_token=self.kv_bytes_per_token, reserves_upfront=self.reserves_upfront)
-        self._graphs: OrderedDict[_GraphKey, _StepGraph | _HeadGraph] = OrderedDict()
+        self._graphs: OrderedDict[_GraphKey, Any] = OrderedDict()
         self._graph_bytes = 0
         self._last_hidden: Floats = np.empty((0, self.hidden_size), np.float32)
         self._finalizer = weakref.finalize(self, _free, device, weights, self._graphs)
@@ -107,7 +111,10 @@ class GgmlSlice(CachedSlice[GgmlRows]):
             SpanRows(each.address, each.buffer, each.area_bytes, span.first_position, span.token_count)
             for each, span in zip(rows, batch.spans, strict=True)
         ]
-        step = self._step_graph(inputs.ndim == 1, tuple(span.token_count for span in batch.spans))
+        if total_tokens <= LARGE_STEP_TOKENS:
+            self._drop_large()
+        counts = tuple(span.token_count for span in batch.spans)
+        step = self._graph((inputs.ndim == 1, counts), self._new_step_graph)
         step.inputs[...] = inputs
         begin = 0
         for place in spans:
@@ -127,7 +134,7 @@ class GgmlSlice(CachedSlice[GgmlRows]):
     def logits_of(self, rows: npt.NDArray[np.int64]) -> Floats:
         if not self.is_last or not len(rows) or not len(self._last_hidden):
             return np.empty((0, self.vocab_size), np.float32)
-        graph = self._head_graph(len(rows))
+        graph = self._graph((False, (-len(rows),)), self._new_head_graph)  # a span never has fewer than 0 tokens
         graph.inputs[...] = self._last_hidden[rows]
         graph.memory.compute()
         return graph.logits.copy()
@@ -156,21 +163,20 @@ class GgmlSlice(CachedSlice[GgmlRows]):
             last = max(span.first_position + span.token_count for span in spans) - 1
             if last >= self._shape.maximum_positions:
                 raise WireError(f"position {last} came, and this model has {self._shape.maximum_positions}.")
-        return self._cache.open_spans(spans)
+        return self.open_spans(spans)
 
-    def _step_graph(self, from_tokens: bool, counts: tuple[int, ...]) -> _StepGraph:
-        key = (from_tokens, counts)
-        if sum(counts) <= LARGE_STEP_TOKENS:
-            self._drop_large()
-        found = self._graphs.get(key)
-        if isinstance(found, _StepGraph):
+    def _graph(self, key: _GraphKey, new: Callable[[_GraphKey], _AnyGraph]) -> _AnyGraph:
+        """Return the kept graph of this key, or a new one."""
+        found: _AnyGraph | None = self._graphs.get(key)
+        if found is None:
+            found = new(key)
+            self._keep(key, found)
+        else:
             self._graphs.move_to_end(key)
-            return found
-        made = self._new_step_graph(from_tokens, counts)
-        self._keep(key, made)
-        return made
+        return found
 
-    def _new_step_graph(self, from_tokens: bool, counts: tuple[int, ...]) -> _StepGraph:
+    def _new_step_graph(self, key: _GraphKey) -> _StepGraph:
+        from_tokens, counts = key
         ggml, shape, tensors = self._ggml, self._shape, self._tensors
         layers = self.end_layer - self.start_layer
         layer_tensors = LAYER_TENSORS + 2 * shape.experts_per_token + SPAN_TENSORS * len(counts)
@@ -204,13 +210,8 @@ class GgmlSlice(CachedSlice[GgmlRows]):
             memory.output(output, (tokens, self.hidden_size), "<f4"),
         )
 
-    def _head_graph(self, row_count: int) -> _HeadGraph:
-        key = (False, (-row_count,))  # a span never has fewer than 0 tokens
-        found = self._graphs.get(key)
-        if isinstance(found, _HeadGraph):
-            self._graphs.move_to_end(key)
-            return found
-        ggml = self._ggml
+    def _new_head_graph(self, key: _GraphKey) -> _HeadGraph:
+        ggml, row_count = self._ggml, -key[1][0]
         memory = GraphMemory(self._device, 64)
         inputs = ggml.ggml_new_tensor_2d(memory.context, ggml.GGML_TYPE_F32, self.hidden_size, row_count)
         ggml.ggml_set_input(inputs)
@@ -220,15 +221,13 @@ class GgmlSlice(CachedSlice[GgmlRows]):
         ggml.ggml_build_forward_expand(memory.graph, logits)
         memory.allocate()
         write_expert_zero(memory, build.expert_zero, row_count)
-        made = _HeadGraph(
+        return _HeadGraph(
             memory,
             memory.input(inputs, (row_count, self.hidden_size), "<f4"),
             memory.output(logits, (row_count, self.vocab_size), "<f4"),
         )
-        self._keep(key, made)
-        return made
 
-    def _keep(self, key: _GraphKey, graph: _StepGraph | _HeadGraph) -> None:
+    def _keep(self, key: _GraphKey, graph: _AnyGraph) -> None:
         """Keep a new graph; free large ones, and the least recently used ones beyond the limits."""
         if sum(key[1]) > LARGE_STEP_TOKENS:
             self._drop_large()
@@ -247,7 +246,7 @@ class GgmlSlice(CachedSlice[GgmlRows]):
         memory.close()
 
 
-def _free(device: GgmlDevice, weights: GgmlTensors, graphs: OrderedDict[_GraphKey, _StepGraph | _HeadGraph]) -> None:
+def _free(device: GgmlDevice, weights: GgmlTensors, graphs: OrderedDict[_GraphKey, Any]) -> None:
     for graph in graphs.values():
         graph.memory.close()
     graphs.clear()

@@ -6,6 +6,7 @@ slice's StepSpans (`attach`), which keeps slices in one process apart.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +19,15 @@ IMPLEMENTATION = "noodle"
 _ATTRIBUTE = "noodle_step_spans"
 
 
+@dataclass(eq=False, slots=True)
 class AttentionSpan:
     """Rows [begin, end) of the packed axis: one session's tokens from `first_position` on."""
 
-    __slots__ = ("begin", "end", "first_position", "masks", "rows")
-
-    def __init__(self, rows: SessionRows, begin: int, end: int, first_position: int) -> None:
-        self.rows = rows
-        self.begin = begin
-        self.end = end
-        self.first_position = first_position
-        self.masks: dict[int | None, torch.Tensor] = {}  # by window; shared by all layers of the step
+    rows: SessionRows
+    begin: int
+    end: int
+    first_position: int
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window; shared by all layers of the step
 
     def mask(self, first_key: int, window: int | None, device: torch.device) -> torch.Tensor:
         """Whether each row of the span attends to each key from `first_key` on, bool [rows, keys]."""
@@ -53,13 +52,11 @@ class _Options(NamedTuple):
     sinks: torch.Tensor | None
 
 
+@dataclass(eq=False, slots=True)
 class StepSpans:
     """The spans of a slice's current step, in the order of the packed axis; shared with its attention modules."""
 
-    __slots__ = ("spans",)
-
-    def __init__(self) -> None:
-        self.spans: list[AttentionSpan] = []
+    spans: list[AttentionSpan] = field(default_factory=list)
 
 
 def register() -> None:

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import math
 import mmap
+from dataclasses import dataclass, field
 
 import torch
 
 
+@dataclass(eq=False, slots=True)
 class SessionRows:
-    """K and V of one session in every layer of a slice, rows 0 to `reserve_tokens`."""
+    """`Rows` in torch tensors."""
 
-    __slots__ = ("bytes_allocated", "counted_tokens", "keys", "length", "reserve_tokens", "values")
-
-    def __init__(self, reserve_tokens: int) -> None:
-        self.reserve_tokens = reserve_tokens
-        self.counted_tokens = 0  # in the budget
-        self.length = 0  # rows [0, length) are computed in all layers
-        self.bytes_allocated = 0
-        self.keys: dict[int, torch.Tensor] = {}  # layer -> [1, kv_heads, reserve_tokens, head_dim]
-        self.values: dict[int, torch.Tensor] = {}
+    reserve_tokens: int
+    counted_tokens: int = 0
+    length: int = 0
+    bytes_allocated: int = 0
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> [1, kv_heads, reserve_tokens, head_dim]
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def write(
         self, layer: int, first_position: int, key: torch.Tensor, value: torch.Tensor
@@ -39,7 +38,7 @@ class SessionRows:
         return keys, values
 
     def grow(self, reserve_tokens: int) -> None:
-        """Make room for more tokens; computed rows are kept. Layers move one by one, so little is held twice."""
+        """Move the layers one by one, so little is held twice."""
         for rows_by_layer in (self.keys, self.values):
             for layer, old in rows_by_layer.items():
                 _, kv_heads, held_tokens, head_dim = old.shape
@@ -51,7 +50,6 @@ class SessionRows:
         self.reserve_tokens = reserve_tokens
 
     def copy_from(self, other: SessionRows, tokens: int) -> None:
-        """Copy the first rows of a session whose tokens up to there are the same."""
         for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for layer, rows in theirs.items():
                 if layer not in ours:
@@ -61,7 +59,6 @@ class SessionRows:
 
     @torch.inference_mode()
     def fill_with_noise(self, tokens: int) -> None:
-        """Fill rows with numbers that were not computed."""
         for rows in (*self.keys.values(), *self.values.values()):
             rows[:, :, :tokens].normal_()
         self.length = max(self.length, tokens)

@@ -14,7 +14,7 @@ import torch
 from noodle.errors import GenerationFailed
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
-from services.stage.executors.kv_cache import CachedSlice, KvCache
+from services.stage.executors.kv_cache import KvCache
 from services.stage.executors.transformers import attention
 from services.stage.executors.transformers.attention import AttentionSpan, StepSpans
 from services.stage.executors.transformers.kv_rows import SessionRows
@@ -25,19 +25,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _NAMES = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
 
 
-class TransformersSlice(CachedSlice[SessionRows]):
+class TransformersSlice(KvCache[SessionRows]):
     """Layers [start_layer, end_layer) of one model; a `ModelSlice`."""
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        start_layer: int,
-        end_layer: int,
-        layer_count: int,
-        device: str,
-        bytes_read: int,
+        self, model: Any, *, start_layer: int, end_layer: int, layer_count: int, device: str, bytes_read: int
     ) -> None:
+        super().__init__(SessionRows, reserves_upfront=torch.device(device).type != "cpu")
         self.start_layer = start_layer
         self.end_layer = end_layer
         self.is_first = start_layer == 0
@@ -54,12 +48,7 @@ class TransformersSlice(CachedSlice[SessionRows]):
         self._base_output: Any = None  # of the last step, on the last stage
         self._step_spans = StepSpans()
         attention.attach(model, self._step_spans)
-        self._cache = KvCache(SessionRows)
         self.kv_bytes_per_token = self._measured_kv_bytes_per_token()
-        self.reserves_upfront = self._device.type != "cpu"
-        self._cache = KvCache(
-            SessionRows, bytes_per_token=self.kv_bytes_per_token, reserves_upfront=self.reserves_upfront
-        )
 
     def forward(self, batch: PackedBatch) -> SliceOutput:
         """See ModelSlice. Raises StepRefused without room for KV rows, PositionGap if earlier rows are missing."""
@@ -107,7 +96,7 @@ class TransformersSlice(CachedSlice[SessionRows]):
         """Rows of each span on the packed axis and in the cache; nothing is reserved if one is refused."""
         attention_spans: list[AttentionSpan] = []
         begin = 0
-        for rows, span in zip(self._cache.open_spans(spans), spans, strict=True):
+        for rows, span in zip(self.open_spans(spans), spans, strict=True):
             attention_spans.append(AttentionSpan(rows, begin, begin + span.token_count, span.first_position))
             begin += span.token_count
         return attention_spans
@@ -144,7 +133,9 @@ class TransformersSlice(CachedSlice[SessionRows]):
             zeros = torch.zeros(1, self.hidden_size, dtype=self._torch_dtype)
             batch = PackedBatch((span,), no_rows, hidden_states=to_wire(zeros))
         self.forward(batch)
-        return self._cache.bytes_allocated()
+        measured_bytes = self.bytes_allocated()
+        self.release(span.session_id)
+        return measured_bytes
 
 
 def to_wire(tensor: torch.Tensor) -> ActivationTensor:
