@@ -6,28 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from msgspec import Struct
-
+from noodle.cluster.measuring import Difference, PromptResult
 from noodle.errors import UnsupportedModel
-
-
-class Difference(Struct, frozen=True):
-    """A token of the cluster that is not the reference's most likely one."""
-
-    index: int  # among the new tokens of its prompt, from 0
-    token_id: int
-    best_token_id: int
-    logit_gap: float  # from the reference's best logit down to that of the cluster's token; never negative
-    two_best_gap: float  # between the reference's two best logits; at most logit_gap
-
-
-class PromptResult(Struct, frozen=True):
-    """One prompt, with the cluster's tokens fed to the unsplit model."""
-
-    prompt_tokens: int
-    tokens: int
-    largest_logprob_error: float
-    differences: tuple[Difference, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,9 @@ import queue
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
-
-from noodle.cluster.measuring import ProcessError
+from noodle.cluster.measuring import GreedyAnswer, PromptResult, ReferenceLine, ReferenceQuestion
 from noodle.config.environment import command_config, process_environment
 from noodle.errors import GenerationFailed, NoodleError
 from services.cli.client.health import require_ready
@@ -25,30 +21,12 @@ from services.cli.client.target import Target, find_target
 from services.cli.local.conversation import Conversation
 from services.cli.local.preparation import find_model
 from services.cli.local.processes import Signals, python_module
-from services.cli.verify.bounds import PromptResult, Verdict, format_of, judge, loosest, reference_dtype
+from services.cli.verify.bounds import Verdict, format_of, judge, loosest, reference_dtype
 from services.cli.verify.prompts import PROMPTS
 
 CONCURRENT_REQUESTS = 4  # so that batches of sessions of different lengths are verified too
 BROKEN_EXIT_CODE = 1
 FIGURES = ("prompt tokens", "new tokens", "logprob error", "most likely", "first difference", "logit gap there")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The cluster's answer to one prompt."""
-
-    prompt: str
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-
-
-class ReferenceLine(Struct, frozen=True):
-    """One line of the reference process; exactly one field is set."""
-
-    compared: int | None = None
-    results: tuple[PromptResult, ...] | None = None
-    error: ProcessError | None = None
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -63,7 +41,9 @@ def verify(options: argparse.Namespace) -> int:
         answers = ask_all(target, prompts, options.new_tokens, progress)
         with Signals() as signals:
             folder = find_model(target, config, environment, signals, progress).folder
-            question = reference_question(folder, reference_dtype(dtype), health.context_length, answers)
+            question = ReferenceQuestion(
+                str(folder), reference_dtype(dtype), health.context_length, answers=tuple(answers)
+            )
             results = compare(question, environment, signals, progress)
     _refuse_other_tokenization(answers, results)
     verdict = judge(dtype, results)
@@ -74,10 +54,10 @@ def verify(options: argparse.Namespace) -> int:
     return BROKEN_EXIT_CODE if verdict.broken else 0
 
 
-def ask_all(target: Target, prompts: Sequence[str], new_tokens: int, progress: Progress) -> list[Answer]:
+def ask_all(target: Target, prompts: Sequence[str], new_tokens: int, progress: Progress) -> list[GreedyAnswer]:
     """Return the cluster's greedy answers, in the order of the prompts; raises the first error."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[int, Answer | NoodleError]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, GreedyAnswer | NoodleError]] = queue.SimpleQueue()
     for index in range(len(prompts)):
         waiting.put(index)
 
@@ -95,7 +75,7 @@ def ask_all(target: Target, prompts: Sequence[str], new_tokens: int, progress: P
 
     for _ in range(min(CONCURRENT_REQUESTS, len(prompts))):
         threading.Thread(target=work, daemon=True).start()  # daemons, so that Ctrl-C does not wait for them
-    answers: dict[int, Answer] = {}
+    answers: dict[int, GreedyAnswer] = {}
     while len(answers) < len(prompts):
         progress.show("ask", f"cluster: {len(answers)} of {len(prompts)} prompts", len(answers) / len(prompts))
         index, answer = done.get()
@@ -106,14 +86,14 @@ def ask_all(target: Target, prompts: Sequence[str], new_tokens: int, progress: P
     return [answers[index] for index in range(len(prompts))]
 
 
-def ask(target: Target, prompt: str, new_tokens: int) -> Answer:
+def ask(target: Target, prompt: str, new_tokens: int) -> GreedyAnswer:
     """Return one greedy answer with its log-probabilities; raises NoodleError."""
     parameters = {"max_new_tokens": new_tokens, "details": True, "ignore_eos": True}
     answer = post_json(f"{target.url}/generate", {"inputs": prompt, "parameters": parameters}, target.credential)
     try:
         details = answer["details"]
         tokens: list[dict[str, Any]] = details["tokens"]
-        return Answer(
+        return GreedyAnswer(
             prompt,
             int(details["prompt_tokens"]),
             tuple(int(token["id"]) for token in tokens),
@@ -126,21 +106,11 @@ def ask(target: Target, prompt: str, new_tokens: int) -> Answer:
         ) from error
 
 
-def reference_question(folder: Path, dtype: str, context_length: int, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Return the question for the reference process (services/stage/tools/reference.py)."""
-    return {
-        "folder": str(folder),
-        "dtype": dtype,
-        "context_length": context_length,
-        "prompts": [{"text": each.prompt, "token_ids": each.token_ids, "logprobs": each.logprobs} for each in answers],
-    }
-
-
 def compare(
-    question: dict[str, Any], environment: Mapping[str, str], signals: Signals, progress: Progress
+    question: ReferenceQuestion, environment: Mapping[str, str], signals: Signals, progress: Progress
 ) -> tuple[PromptResult, ...]:
     """Run the unsplit model over the answers in a process of its own; raises NoodleError or Interrupted."""
-    count = len(question["prompts"])
+    count = len(question.answers)
     progress.show("compare", "unsplit model: loading")
     reference = python_module("services.stage.tools.reference")
     try:
@@ -158,7 +128,7 @@ def compare(
         progress.finish("compare")
 
 
-def _refuse_other_tokenization(answers: Sequence[Answer], results: Sequence[PromptResult]) -> None:
+def _refuse_other_tokenization(answers: Sequence[GreedyAnswer], results: Sequence[PromptResult]) -> None:
     for answer, result in zip(answers, results, strict=True):
         if answer.prompt_tokens != result.prompt_tokens:
             raise GenerationFailed(

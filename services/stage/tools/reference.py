@@ -1,7 +1,7 @@
 """Compares what a cluster generated with the unsplit model, computed by transformers on the CPU.
 
-A process for `noodle verify` (`python -m services.stage.tools.reference`): it reads one JSON object from standard input
-and writes JSON lines to standard output, the last one with the results.
+A process for `noodle verify` (`python -m services.stage.tools.reference`): it reads a ReferenceQuestion from standard
+input and writes ReferenceLines to standard output, the last one with the results (noodle/cluster/measuring.py).
 """
 
 from __future__ import annotations
@@ -12,60 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
+from noodle.cluster.measuring import (
+    Difference,
+    GreedyAnswer,
+    ProcessError,
+    PromptResult,
+    ReferenceLine,
+    ReferenceQuestion,
+)
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError
-
-
-class Answered(Struct, frozen=True):
-    """A prompt and the tokens that a cluster generated greedily."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of each of these tokens, by the cluster
-
-
-class Question(Struct, frozen=True):
-    """The prompts to compare, and the model."""
-
-    folder: str
-    dtype: str  # float32, float16 or bfloat16
-    context_length: int  # of the cluster's plan, which fixes longrope's frequencies
-    prompts: tuple[Answered, ...]
-
-
-class Difference(Struct, frozen=True):
-    """A token that is not the reference's most likely one; services/cli/verify/bounds.py reads this."""
-
-    index: int
-    token_id: int
-    best_token_id: int
-    logit_gap: float
-    two_best_gap: float
-
-
-class Result(Struct, frozen=True):
-    """The comparison of one prompt."""
-
-    prompt_tokens: int
-    tokens: int
-    largest_logprob_error: float
-    differences: tuple[Difference, ...]
 
 
 def main() -> int:
     """Compare; after an error the last line describes it and the exit status is 1."""
     try:
-        question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
-        results = compare(question, lambda done: write_line({"compared": done}))
+        question = msgspec.json.decode(sys.stdin.buffer.read(), type=ReferenceQuestion)
+        results = compare(question, lambda done: write_line(ReferenceLine(compared=done)))
     except NoodleError as error:
-        write_line({"error": {"message": error.message, "cure": error.cure}})
+        write_line(ReferenceLine(error=ProcessError(error.message, error.cure)))
         return 1
-    write_line({"results": msgspec.to_builtins(results)})
+    write_line(ReferenceLine(results=tuple(results)))
     return 0
 
 
-def compare(question: Question, compared: Callable[[int], None]) -> list[Result]:
+def compare(question: ReferenceQuestion, compared: Callable[[int], None]) -> list[PromptResult]:
     """Compute each prompt with its tokens by the unsplit model; `compared` receives the number of finished prompts.
 
     Raises ConfigurationError without torch, ModelNotFound if the folder cannot be loaded.
@@ -73,31 +44,31 @@ def compare(question: Question, compared: Callable[[int], None]) -> list[Result]
     model, tokenizer = _load(question)
     compared(0)
     results = []
-    for answered in question.prompts:
-        prompt_ids = list(tokenizer(answered.text)["input_ids"])
-        results.append(compare_tokens(model, prompt_ids, answered))
+    for answer in question.answers:
+        prompt_ids = list(tokenizer(answer.prompt)["input_ids"])
+        results.append(compare_tokens(model, prompt_ids, answer))
         compared(len(results))
     return results
 
 
-def compare_tokens(model: Any, prompt_ids: list[int], answered: Answered) -> Result:
+def compare_tokens(model: Any, prompt_ids: list[int], answer: GreedyAnswer) -> PromptResult:
     """Compare each new token with the logits computed from the cluster's tokens before it."""
     import torch
 
-    count = len(answered.token_ids)
+    count = len(answer.token_ids)
     with torch.inference_mode():
-        sequence = torch.tensor([[*prompt_ids, *answered.token_ids[:-1]]])
+        sequence = torch.tensor([[*prompt_ids, *answer.token_ids[:-1]]])
         logits = model(input_ids=sequence, use_cache=False).logits[0, -count:].float()
-    chosen = torch.tensor(answered.token_ids)[:, None]
+    chosen = torch.tensor(answer.token_ids)[:, None]
     logprobs = torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0]
-    errors = (logprobs - torch.tensor(answered.logprobs)).abs()
+    errors = (logprobs - torch.tensor(answer.logprobs)).abs()
     best = logits.topk(2, dim=-1)
     gaps = best.values[:, 0] - logits.gather(1, chosen)[:, 0]
     # two tokens with exactly the best logit are both the most likely
     differences = tuple(
         Difference(
             index=index,
-            token_id=answered.token_ids[index],
+            token_id=answer.token_ids[index],
             best_token_id=int(best.indices[index, 0]),
             logit_gap=float(gaps[index]),
             two_best_gap=float(best.values[index, 0] - best.values[index, 1]),
@@ -105,7 +76,7 @@ def compare_tokens(model: Any, prompt_ids: list[int], answered: Answered) -> Res
         for index in range(count)
         if float(gaps[index]) > 0
     )
-    return Result(len(prompt_ids), count, float(errors.max()), differences)
+    return PromptResult(len(prompt_ids), count, float(errors.max()), differences)
 
 
 def load_whole_model(folder: Path, dtype: str, context_length: int, device: str = "cpu") -> Any:
@@ -127,7 +98,7 @@ def load_whole_model(folder: Path, dtype: str, context_length: int, device: str 
     return model.eval().to(device)
 
 
-def _load(question: Question) -> tuple[Any, Any]:
+def _load(question: ReferenceQuestion) -> tuple[Any, Any]:
     try:
         import torch  # noqa: F401  # reports its absence before anything is loaded
         import transformers

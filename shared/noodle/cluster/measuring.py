@@ -1,4 +1,4 @@
-"""Messages between `noodle bench` or `noodle profile` and the processes that compute for them: JSON lines.
+"""Messages between `noodle bench`, `verify` or `profile` and the processes that compute for them: JSON lines.
 
 A line from a process has exactly one of its fields set.
 """
@@ -57,6 +57,51 @@ class ControlLine(Struct, frozen=True, omit_defaults=True):
 
     ready: ControlReady | None = None
     times: ControlTimes | None = None
+    error: ProcessError | None = None
+
+
+class GreedyAnswer(Struct, frozen=True):
+    """The cluster's greedy answer to one prompt."""
+
+    prompt: str
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of each of these tokens
+
+
+class ReferenceQuestion(Struct, frozen=True):
+    """The line to the reference: the answers to compare, and the unsplit model."""
+
+    folder: str
+    dtype: str  # float32, float16 or bfloat16
+    context_length: int  # of the cluster's plan, which fixes longrope's frequencies
+    answers: tuple[GreedyAnswer, ...]
+
+
+class Difference(Struct, frozen=True):
+    """A token of the cluster that is not the reference's most likely one."""
+
+    index: int  # among the new tokens of its prompt, from 0
+    token_id: int
+    best_token_id: int
+    logit_gap: float  # from the reference's best logit down to that of the cluster's token; never negative
+    two_best_gap: float  # between the reference's two best logits; at most logit_gap
+
+
+class PromptResult(Struct, frozen=True):
+    """One prompt, with the cluster's tokens fed to the unsplit model."""
+
+    prompt_tokens: int
+    tokens: int
+    largest_logprob_error: float
+    differences: tuple[Difference, ...] = ()
+
+
+class ReferenceLine(Struct, frozen=True, omit_defaults=True):
+    """A line from the reference."""
+
+    compared: int | None = None  # prompts so far
+    results: tuple[PromptResult, ...] | None = None
     error: ProcessError | None = None
 
 

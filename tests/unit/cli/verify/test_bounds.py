@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from noodle.cluster.measuring import Difference, PromptResult
 from noodle.errors import UnsupportedModel
-from services.cli.verify.bounds import Difference, PromptResult, format_of, judge, loosest, reference_dtype
+from services.cli.verify.bounds import format_of, judge, loosest, reference_dtype
 
 
 def result(tokens: int = 64, error: float = 1e-5, gaps: tuple[float, ...] = ()) -> PromptResult:

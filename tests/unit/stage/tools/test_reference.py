@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from noodle.cluster.measuring import GreedyAnswer, ReferenceQuestion
 from noodle.errors import ModelNotFound
-from services.stage.tools.reference import Answered, Question, compare
+from services.stage.tools.reference import compare
 from tests.support.models.tiny_model import tiny_llama_folder
 
 TEXT = "the cat sat on"
@@ -18,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answered(folder: Path) -> Answered:
+def answered(folder: Path) -> GreedyAnswer:
     """What the unsplit model itself makes of the text, token by token."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,21 +33,21 @@ def answered(folder: Path) -> Answered:
             token_ids.append(int(scores.argmax()))
             logprobs.append(float(scores.max()))
             ids.append(token_ids[-1])
-    return Answered(TEXT, tuple(token_ids), tuple(logprobs))
+    return GreedyAnswer(TEXT, 4, tuple(token_ids), tuple(logprobs))
 
 
-def test_the_models_own_tokens_are_equal(folder: Path, answered: Answered) -> None:
-    result = compare(Question(str(folder), "float32", 256, (answered,)), lambda _done: None)[0]
+def test_the_models_own_tokens_are_equal(folder: Path, answered: GreedyAnswer) -> None:
+    result = compare(ReferenceQuestion(str(folder), "float32", 256, (answered,)), lambda _done: None)[0]
     assert result.tokens == NEW_TOKENS
     assert result.differences == ()
     assert result.largest_logprob_error < 1e-4
 
 
-def test_another_token_is_found_with_its_gap(folder: Path, answered: Answered) -> None:
+def test_another_token_is_found_with_its_gap(folder: Path, answered: GreedyAnswer) -> None:
     token_ids = list(answered.token_ids)
     token_ids[5] = (token_ids[5] + 1) % 300
     result = compare(
-        Question(str(folder), "float32", 256, (Answered(TEXT, tuple(token_ids), answered.logprobs),)),
+        ReferenceQuestion(str(folder), "float32", 256, (GreedyAnswer(TEXT, 4, tuple(token_ids), answered.logprobs),)),
         lambda _done: None,
     )[0]
     first = result.differences[0]
@@ -55,11 +56,12 @@ def test_another_token_is_found_with_its_gap(folder: Path, answered: Answered) -
     assert result.largest_logprob_error > 0.01
 
 
-def test_a_wrong_logprob_is_found(folder: Path, answered: Answered) -> None:
+def test_a_wrong_logprob_is_found(folder: Path, answered: GreedyAnswer) -> None:
     logprobs = (answered.logprobs[0] + 0.5, *answered.logprobs[1:])
     told: list[int] = []
     result = compare(
-        Question(str(folder), "float32", 256, (Answered(TEXT, answered.token_ids, logprobs),)), told.append
+        ReferenceQuestion(str(folder), "float32", 256, (GreedyAnswer(TEXT, 4, answered.token_ids, logprobs),)),
+        told.append,
     )
     assert result[0].largest_logprob_error == pytest.approx(0.5, abs=1e-3)
     assert told == [0, 1]
@@ -67,4 +69,4 @@ def test_a_wrong_logprob_is_found(folder: Path, answered: Answered) -> None:
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound):
-        compare(Question(str(tmp_path), "float32", 256, ()), lambda _done: None)
+        compare(ReferenceQuestion(str(tmp_path), "float32", 256, ()), lambda _done: None)
