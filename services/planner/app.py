@@ -31,7 +31,6 @@ from services.planner.planning import Planning, activation_dtype_of
 from services.planner.prediction import planned_token_seconds
 from services.planner.preview import preview
 
-PLANNER_THREADS = 16
 PREVIEW_BODY_BYTES = 256 << 10
 
 
@@ -52,7 +51,6 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
 
     @app.get("/plan")
     def plan() -> Response:
-        """Return the plan, the model's shape and the reports of the machines behind it."""
         require_token(config.cluster_token)
         return json_response({"plan": planning.plan, "model": planning.shape, "machines": planning.reports})
 
@@ -97,8 +95,7 @@ def watch(planning: Planning, wanted_stages: int, metrics: PlannerMetrics) -> No
     metrics.machines.set_function(lambda: len({report.machine for report in planning.reports}))
 
     def seen() -> PlanSeen:
-        plan = planning.plan
-        if plan is None:
+        if (plan := planning.plan) is None:
             return PlanSeen(0)
         return PlanSeen(plan.version, predicted_token_seconds=planned_token_seconds(plan))
 
@@ -109,7 +106,7 @@ class PlannerService(Service):
     """The planner behind gunicorn."""
 
     name = "planner"
-    threads = PLANNER_THREADS
+    threads = 16
 
     def __init__(self, config: PlannerConfig) -> None:
         self._config = config
@@ -127,9 +124,7 @@ class PlannerService(Service):
         return create_app(self._config, self._planning, registry)
 
     def start(self) -> None:
-        """Start the planner's loop."""
         start_loop("planning", self._planning.run, self.name)
 
     def stop(self) -> None:
-        """Stop the planner's loop."""
         self._planning.stopping.set()

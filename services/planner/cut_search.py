@@ -85,7 +85,6 @@ def some_cut_fits(problem: CutProblem, extra_bytes: float = 0.0) -> bool:
 
 
 def held_bytes(problem: CutProblem, ends: Sequence[int]) -> list[float]:
-    """Bytes each memory holds with this cut."""
     starts = [0, *ends[:-1]]
     return [
         sum(float(problem.memory_bytes[index][starts[index], ends[index]]) for index in indices)

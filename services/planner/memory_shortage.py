@@ -50,7 +50,7 @@ def explain_shortage(
 ) -> Shortage:
     """Explain a MemoryShort of `partition`; machines in stage order."""
     problem = cut_problem(shape, machines, kv_tokens)
-    ends = best_cut(problem, shortage_bytes(problem)) if split is None else _ends_of(split)
+    ends = best_cut(problem, shortage_bytes(problem)) if split is None else list(itertools.accumulate(split))
     assert ends is not None  # noqa: S101  # shortage_bytes makes some cut fit
     starts = [0, *ends[:-1]]
     memories = [
@@ -70,10 +70,6 @@ def explain_shortage(
     return Shortage(sum(memory.short_bytes for memory in memories), tuple(memories), cures)
 
 
-def _ends_of(split: tuple[int, ...]) -> list[int]:
-    return list(itertools.accumulate(split))
-
-
 def _cures(
     shape: ModelShape,
     machines: Sequence[MachineReport],
@@ -86,10 +82,13 @@ def _cures(
     ) -> bool:
         problem = cut_problem(shape, machines, kv_tokens)
         if split is not None and len(split) == len(machines):
-            return cut_fits(problem, _ends_of(split))
+            return cut_fits(problem, list(itertools.accumulate(split)))
         return some_cut_fits(problem)
 
-    cures = [_free_memory(memories)]
+    # more than is missing, because only USABLE_SHARE of free memory is used
+    wanted = {memory.machine: math.ceil(memory.short_bytes / USABLE_SHARE) for memory in memories}
+    named = " and ".join(f"{_size(count)} on {machine}" for machine, count in wanted.items())
+    cures = [Cure("free_memory", f"More memory, or less of it in use: {named}.", sum(wanted.values()))]
     if split is not None and some_cut_fits(cut_problem(shape, machines, kv_tokens)):
         cures.append(Cure("no_split", "Remove the split: a cut by the planner fits."))
     lighter = [_with_fewer_bits(machine) for machine in machines]
@@ -107,19 +106,11 @@ def _cures(
     thousandths = boundary(lambda count: fits(shape=_scaled(shape, count / 1000)), 0, 1000)
     if thousandths:
         fitting_bytes = stored_bytes * thousandths // 1000
-        text = (
-            f"A smaller model: with this shape, weight files of at most {_size(fitting_bytes)} fit "
-            f"(now {_size(stored_bytes)})."
+        sizes = f"at most {_size(fitting_bytes)} fit (now {_size(stored_bytes)})"
+        cures.append(
+            Cure("smaller_model", f"A smaller model: with this shape, weight files of {sizes}.", fitting_bytes)
         )
-        cures.append(Cure("smaller_model", text, fitting_bytes))
     return tuple(cures)
-
-
-def _free_memory(memories: Sequence[ShortMemory]) -> Cure:
-    # more than is missing, because only USABLE_SHARE of free memory is used
-    wanted = {memory.machine: math.ceil(memory.short_bytes / USABLE_SHARE) for memory in memories}
-    named = " and ".join(f"{_size(count)} on {machine}" for machine, count in wanted.items())
-    return Cure("free_memory", f"More memory, or less of it in use: {named}.", sum(wanted.values()))
 
 
 def _with_fewer_bits(machine: MachineReport) -> MachineReport:

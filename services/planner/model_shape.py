@@ -43,7 +43,6 @@ def read_model_shape(folder: Path, context_length: int | None = None) -> ModelSh
     entries = read_tensor_entries(folder)
     layer_bytes, others = _split_by_layer(entries, layer_count, folder)
     embedding_bytes, head_bytes = _ends(others, folder)
-    counted_items = sum(entry.item_count for entry in entries.values())
     stored_bytes = sum(entry.byte_count for entry in entries.values())
     return ModelShape(
         digest=model_digest(folder),
@@ -53,7 +52,7 @@ def read_model_shape(folder: Path, context_length: int | None = None) -> ModelSh
         hidden_size=_count(config, HIDDEN_SIZE_KEYS, MAXIMUM_HIDDEN_SIZE, folder),
         vocab_size=_count(config, ("vocab_size",), MAXIMUM_VOCABULARY, folder),
         context_length=_context_length(config, context_length, folder),
-        stored_item_bytes=stored_bytes / counted_items,
+        stored_item_bytes=stored_bytes / sum(entry.item_count for entry in entries.values()),
         layer_bytes=layer_bytes,
         embedding_bytes=embedding_bytes,
         head_bytes=head_bytes,
@@ -96,9 +95,7 @@ def _kv_items(config: Mapping[str, Any], folder: Path) -> int:
             _count(config, (key,), MAXIMUM_HIDDEN_SIZE, folder) for key in ("qk_nope_head_dim", "qk_rope_head_dim")
         )
         return heads * (key_dim + _count(config, ("v_head_dim",), MAXIMUM_HIDDEN_SIZE, folder))
-    kv_heads = heads
-    if config.get("num_key_value_heads") is not None:
-        kv_heads = _count(config, ("num_key_value_heads",), MAXIMUM_HEADS, folder)
+    kv_heads = _count(config, ("num_key_value_heads", *HEAD_COUNT_KEYS), MAXIMUM_HEADS, folder)
     if config.get("head_dim") is not None:
         head_dim = _count(config, ("head_dim",), MAXIMUM_HIDDEN_SIZE, folder)
     else:
@@ -149,10 +146,10 @@ def _ends(others: Mapping[str, TensorEntry], folder: Path) -> tuple[int, int]:
     has_own_head = False
     for name, entry in others.items():
         segments = set(name.split("."))
-        if segments & HEAD_SEGMENTS:
-            has_own_head = has_own_head or len(entry.shape) == 2
-            head_bytes += entry.byte_count
-        elif "wte" in segments or segments & POSITION_SEGMENTS or any("embed" in segment for segment in segments):
+        is_head = bool(segments & HEAD_SEGMENTS)
+        has_own_head |= is_head and len(entry.shape) == 2
+        is_embedding = segments & {"wte", *POSITION_SEGMENTS} or any("embed" in segment for segment in segments)
+        if is_embedding and not is_head:
             embedding_bytes += entry.byte_count
             if not segments & POSITION_SEGMENTS:
                 token_embedding_bytes += entry.byte_count

@@ -28,21 +28,20 @@ ASSUMED_OPERATIONS_PER_SECOND = {"cuda": 0.9e12, "cpu": 0.1e12}
 ASSUMED_LAYER_SECONDS = {"cuda": 0.0004, "cpu": 0.0003}  # to start a layer's operations, whatever its size
 ASSUMED_DTYPES = {"cuda": "float16", "cpu": "float32"}
 
-SPEEDS = (
+# fields that are assumed of a measured machine too if it is to compute in another dtype than it chose itself
+ASSUMED_WITH_DTYPE = (
+    "source",
+    "executor",
+    "weights",
+    "kv_dtype",
+    "quality",
+    "choice",
     "decode_layer_seconds",
     "prefill_layer_seconds_per_token",
     "head_decode_seconds",
     "batched_layer_seconds",
     "batched_head_seconds",
 )
-# the other fields of a machine that is to compute in a given dtype instead of the way it chose itself
-TRANSFORMERS: dict[str, Any] = {
-    "executor": "transformers",
-    "weights": "",
-    "kv_dtype": "",
-    "quality": None,
-    "choice": "",
-}
 
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
@@ -103,8 +102,7 @@ def parse_plan_request(body: bytes) -> tuple[PlanRequest, list[str]]:
 def _unused_fields(fields: dict[str, Any]) -> list[str]:
     unused = sorted(fields.keys() - set(PlanRequest.__struct_fields__))
     for index, node in enumerate(fields.get("available_nodes") or ()):
-        unknown = sorted(node.keys() - set(Node.__struct_fields__))
-        unused += [f"available_nodes[{index}].{name}" for name in unknown]
+        unused += [f"available_nodes[{index}].{name}" for name in sorted(node.keys() - set(Node.__struct_fields__))]
     return [name[:80] for name in unused]
 
 
@@ -126,7 +124,8 @@ def _machine_of(node: Node, index: int, shape: ModelShape, registered: Sequence[
             cure=f"noodle computes on {' or '.join(DEVICE_TYPES)}.",
             param=f"{where}.device_type",
         )
-    measured = next((report for report in registered if report.device == device and _is_named(report, name)), None)
+    named = [each for each in registered if name in (each.machine, str(each.stage_id), f"stage-{each.stage_id}")]
+    measured = next((report for report in named if report.device == device), None)
     dtype = node.dtype or (measured.dtype if measured else ASSUMED_DTYPES[device])
     if dtype not in DTYPE_BYTES:
         raise Unprocessable(
@@ -144,7 +143,7 @@ def _machine_of(node: Node, index: int, shape: ModelShape, registered: Sequence[
     if measured is not None:
         changes = {"stage_id": index, "machine": name, "dtype": dtype}
         if dtype != measured.dtype:
-            changes |= {"source": "assumed", **TRANSFORMERS, **{speed: getattr(machine, speed) for speed in SPEEDS}}
+            changes |= {field: getattr(machine, field) for field in ASSUMED_WITH_DTYPE}
         machine = msgspec.structs.replace(measured, **changes)
     if gigabytes is not None:
         machine = msgspec.structs.replace(machine, free_bytes=round(gigabytes * BYTES_PER_GIGABYTE))
@@ -153,10 +152,6 @@ def _machine_of(node: Node, index: int, shape: ModelShape, registered: Sequence[
         memory_source="measured" if gigabytes is None else "configured",
         dtype_source="configured" if node.dtype else "measured" if measured else "assumed",
     )
-
-
-def _is_named(report: MachineReport, name: str) -> bool:
-    return name in (report.machine, str(report.stage_id), f"stage-{report.stage_id}")
 
 
 def _assumed_machine(name: str, stage_id: int, device: str, dtype: str, shape: ModelShape) -> MachineReport:

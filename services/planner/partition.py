@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -37,18 +38,13 @@ def partition(
     ordered = tuple(sorted(machines, key=lambda machine: machine.stage_id))
     _check_machines(shape, ordered)
     problem = cut_problem(shape, ordered, kv_tokens)
-    if split is not None:
-        _check_split(split, shape, ordered)
-        ends = [int(end) for end in np.cumsum(split)]
-        if not cut_fits(problem, ends):
-            raise _does_not_fit(shape, ordered, problem, kv_tokens, ends)
-        why = f"Cut by {_split_text(split)}"
+    if split is None:
+        ends, why = best_cut(problem), "Cut to make the slowest stage as fast as possible"
     else:
-        found = best_cut(problem)
-        if found is None:
-            raise _does_not_fit(shape, ordered, problem, kv_tokens, None)
-        ends = found
-        why = "Cut to make the slowest stage as fast as possible"
+        _check_split(split, shape, ordered)
+        ends, why = list(itertools.accumulate(split)), f"Cut by {_split_text(split)}"
+    if ends is None or not cut_fits(problem, ends):
+        raise _does_not_fit(shape, ordered, problem, kv_tokens, ends)
     stages = _assignments(shape, ordered, ends, activation_dtype)
     prediction = predict(stages, {machine.stage_id: machine for machine in ordered})
     return Plan(
@@ -95,8 +91,7 @@ def _check_machines(shape: ModelShape, machines: tuple[MachineReport, ...]) -> N
             )
         numbers = (machine.decode_layer_seconds, machine.prefill_layer_seconds_per_token)
         may_be_zero = (machine.head_decode_seconds, machine.batched_layer_seconds, machine.batched_head_seconds)
-        are_numbers = all(math.isfinite(it) and it >= 0 for it in (*numbers, *may_be_zero))
-        if not are_numbers or min(numbers) == 0:
+        if not all(math.isfinite(it) and it >= 0 for it in (*numbers, *may_be_zero)) or min(numbers) == 0:
             raise PlanDoesNotFit(
                 f"{where} reports impossible layer seconds ({', '.join(map(str, (*numbers, *may_be_zero)))}).",
                 cure="Delete the measurements in its NOODLE_CACHE_DIR and start it again.",

@@ -109,7 +109,9 @@ class Planning:
         if self.plan is not None and holds and must_stay:
             self.state = PlannerState("planned", describe(self.plan, membership), self.plan.version)
         elif not holds and len(chosen) < stage_count:
-            self.state = PlannerState("waiting", self._missing(chosen))
+            known = ", ".join(f"stage {report.stage_id} on {report.machine}" for report in chosen) or "none yet"
+            detail = f"{len(chosen)} of {stage_count} stages have measured their machine ({known})"
+            self.state = PlannerState("waiting", detail)
         else:
             self._replan(self.shape, membership, self.plan if holds else None)
 
@@ -143,10 +145,6 @@ class Planning:
         if self.state.detail != detail:
             log.error("no plan is possible: %s", detail)
         self.state = PlannerState("failed", detail)
-
-    def _missing(self, chosen: Sequence[MachineReport]) -> str:
-        known = ", ".join(f"stage {report.stage_id} on {report.machine}" for report in chosen)
-        return f"{len(chosen)} of {self._config.stage_count} stages have measured their machine ({known or 'none yet'})"
 
 
 def activation_dtype_of(config: PlannerConfig) -> str:

@@ -76,9 +76,7 @@ def preview(
 
 
 def _context_length(request: PlanRequest, shape: ModelShape) -> int:
-    asked = request.context_length
-    if asked is None:
-        return shape.context_length
+    asked = request.context_length or shape.context_length
     if asked > shape.context_length:
         raise Unprocessable(
             f"A context of {asked} tokens was asked for; this model is planned with 1 to {shape.context_length}.",
