@@ -109,17 +109,11 @@ def _run_pip(command: list[str], report: ReportProgress) -> tuple[int, list[str]
         finally:
             limit.cancel()
             if process.poll() is None:
-                _stop(process)
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    """Interrupt pip, which then removes its temporary files; kill it if it does not react."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(PIP_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+                process.send_signal(signal.SIGINT)  # pip then removes its temporary files
+                try:
+                    process.wait(PIP_STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
 
 
 def _pip_version() -> tuple[int, ...]:

@@ -85,7 +85,6 @@ class StoredTensor:
 
     @property
     def byte_count(self) -> int:
-        """Bytes in the safetensors file."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -115,7 +114,6 @@ class GgufModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors in the safetensors file."""
         return sum(tensor.byte_count for tensor in self.tensors)
 
     def _refusal(self, problem: str) -> UnsupportedModel:
@@ -251,7 +249,7 @@ class GgufModel:
         by_dtype = dict.fromkeys(ITEM_BYTES, 0)
         for tensor in self.tensors:
             by_dtype[tensor.dtype] += tensor.byte_count
-        return CONFIG_DTYPES[max(by_dtype, key=lambda dtype: by_dtype[dtype])]
+        return CONFIG_DTYPES[max(by_dtype, key=by_dtype.__getitem__)]
 
 
 def _shortest(value: float) -> float:

@@ -44,14 +44,13 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: i
         )
     tokenizer = build_tokenizer(metadata)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    special = _special_tokens(metadata, tokens)
     tokenizer_config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
-        **{name: tokens[token_id] for name, token_id in special.items()},
+        **_special_tokens(metadata, tokens),
     }
     if "tokenizer.chat_template" in metadata:
         tokenizer_config["chat_template"] = metadata["tokenizer.chat_template"]
@@ -60,7 +59,6 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: i
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer with its added tokens and BOS rule."""
     model_kind = metadata.get("tokenizer.ggml.model")
     if model_kind != "gpt2":
         raise UnsupportedModel(
@@ -83,11 +81,9 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = _post_processor(metadata, tokens)
     types: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or [0] * len(tokens)
-    by_kind: dict[int, list[str]] = {}
-    for token, kind in zip(tokens, types, strict=True):
-        by_kind.setdefault(kind, []).append(token)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in by_kind.get(CONTROL_TOKEN, ())])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in by_kind.get(USER_DEFINED_TOKEN, ())])
+    for added_type, add in ((CONTROL_TOKEN, tokenizer.add_special_tokens), (USER_DEFINED_TOKEN, tokenizer.add_tokens)):
+        added = [token for token, its_type in zip(tokens, types, strict=True) if its_type == added_type]
+        add([AddedToken(token, normalized=False) for token in added])
     return tokenizer
 
 
@@ -152,13 +148,10 @@ def _merges(lines: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-def _special_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
+def _special_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    found = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    present = {name: token_id for name, token_id in found.items() if token_id is not None}
-    for token_id in present.values():
-        _token_at(tokens, token_id)
-    return present
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    return {name: _token_at(tokens, token_id) for name, token_id in ids.items() if token_id is not None}
 
 
 def _token_at(tokens: list[str], token_id: int) -> str:

@@ -11,7 +11,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import quote
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CACHE_VARIABLE = "NOODLE_CACHE_DIR"
 LIST_TIMEOUT_SECONDS = 20  # for the list of files; the download has huggingface_hub's own timeouts
 POLL_SECONDS = 0.5
-SPARE_DISK_BYTES = 64 << 20
+SPARE_DISK_BYTES = 64 << 20  # for the tokenizer, manifests and logs
 # nothing that can run code: no pickle, no Python
 WANTED_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 # copies of the weights in other layouts
@@ -45,7 +45,8 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Pat
     """Fetch `org/name[@revision]` unless it is cached; returns its folder. Raises StartError."""
     repository, _, revision = model.partition("@")
     hub_dir = cache_dir / "hub"
-    if (cached := _cached_folder(model, hub_dir)) is not None:
+    record_path = hub_dir / f"{quote(model, safe='@')}.json"
+    if (cached := _cached_folder(record_path)) is not None:
         return cached
     # not imported above: the hub's client takes half a second to import, and only a download needs it
     from huggingface_hub import HfApi, snapshot_download
@@ -71,7 +72,9 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Pat
             )
         folder = Path(snapshot)
         try:
-            _remember(model, hub_dir, folder)
+            files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+            download = _Download(str(folder.resolve().relative_to(hub_dir.resolve())), files)
+            write_atomically(record_path, msgspec.json.encode(download))
         except OSError as error:
             problem = not_writable(hub_dir, CACHE_VARIABLE, error)
             log.warning("each start will ask the hub for %s again: %s", model, problem)
@@ -109,25 +112,15 @@ class _Download(msgspec.Struct, frozen=True):
     sizes: dict[str, int]
 
 
-def _record_path(model: str, hub_dir: Path) -> Path:
-    return hub_dir / f"{quote(model, safe='@')}.json"
-
-
-def _cached_folder(model: str, hub_dir: Path) -> Path | None:
+def _cached_folder(record_path: Path) -> Path | None:
     """The folder of an earlier download, if every file is there with its full size."""
     try:
-        download = msgspec.json.decode(_record_path(model, hub_dir).read_bytes(), type=_Download)
-        folder = hub_dir / download.snapshot
+        download = msgspec.json.decode(record_path.read_bytes(), type=_Download)
+        folder = record_path.parent / download.snapshot
         is_complete = all((folder / name).stat().st_size == size for name, size in download.sizes.items())
     except (OSError, msgspec.DecodeError):
         return None
     return folder if is_complete else None
-
-
-def _remember(model: str, hub_dir: Path, folder: Path) -> None:
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    download = _Download(str(folder.resolve().relative_to(hub_dir.resolve())), sizes)
-    write_atomically(_record_path(model, hub_dir), msgspec.json.encode(download))
 
 
 @contextmanager
@@ -153,10 +146,8 @@ def _download_progress(hub_dir: Path, model: str, total_bytes: int, progress: Re
 def _bytes_under(folder: Path) -> int:
     total = 0
     for path in folder.glob("**/blobs/*"):
-        try:
+        with suppress(FileNotFoundError):  # renamed from its .incomplete name in the meantime
             total += path.stat().st_size
-        except FileNotFoundError:
-            continue  # renamed from its .incomplete name in the meantime
     return total
 
 

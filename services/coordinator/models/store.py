@@ -24,15 +24,13 @@ from noodle.folders import writing
 from noodle.model.files import missing_weight_files, sampled_digest
 from services.coordinator.models.default_model import DEFAULT_GGUF_SHA256, DEFAULT_MODEL_NAME, fetch_default_gguf
 from services.coordinator.models.gguf import GgufModel, write_model_folder
-from services.coordinator.models.hub import fetch_from_hub, is_hub_id
+from services.coordinator.models.hub import CACHE_VARIABLE, SPARE_DISK_BYTES, fetch_from_hub, is_hub_id
 from services.coordinator.models.progress import Progress, ReportProgress, at_intervals
 
 # incremented when the converter's output changes, so that folders are converted again
 CONVERSION_VERSION = 1
 MANIFEST_NAME = "noodle_manifest.json"
-CACHE_VARIABLE = "NOODLE_CACHE_DIR"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-SPARE_DISK_BYTES = 64 << 20  # for tokenizer, manifest and logs
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +135,6 @@ class _Source:
     digest: str
     description: str
 
-    @property
-    def folder_name(self) -> str:
-        return f"{self.name}-{self.digest[:12]}"
-
 
 def _digest_of_gguf(path: Path) -> str:
     if not path.is_file():
@@ -157,7 +151,7 @@ def _converted_once(
     source: _Source, cache_dir: Path, fetch: Callable[[Path], Path], progress: ReportProgress
 ) -> PreparedModel:
     """Convert the .gguf that `fetch(work_dir)` returns, unless its folder is complete."""
-    folder = cache_dir / "models" / source.folder_name
+    folder = cache_dir / "models" / f"{source.name}-{source.digest[:12]}"
     with writing(folder.parent, CACHE_VARIABLE):
         folder.parent.mkdir(parents=True, exist_ok=True)
     if _is_complete(folder):
@@ -201,11 +195,7 @@ def _convert(gguf_path: Path, folder: Path, source: str, progress: ReportProgres
     files = {path.name: StoredFile(path.stat().st_size, sampled_digest(path)) for path in sorted(folder.iterdir())}
     manifest = Manifest(source, CONVERSION_VERSION, files)
     (folder / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-    _link_gguf(gguf_path, folder)  # not in the manifest: the folder is complete without it
-
-
-def _link_gguf(gguf_path: Path, folder: Path) -> None:
-    """Link the .gguf into the folder, for stages that compute with its own tensors; takes no space."""
+    # for stages that compute with the .gguf's own tensors; not in the manifest: the folder is complete without it
     link = folder / gguf_path.name
     try:
         link.hardlink_to(gguf_path)

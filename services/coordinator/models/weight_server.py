@@ -54,7 +54,6 @@ class WeightStore:
         self._is_ready = threading.Event()
 
     def serve(self, folder: Path, model_name: str) -> None:
-        """Set the model."""
         with self._lock:
             self._model = (folder, model_name)
 

@@ -34,8 +34,7 @@ def reachable_targets(config: CoordinatorConfig, coordinator: Coordinator) -> tu
         for stage in (plan.stages if plan is not None else ())
     }
     for report in coordinator.reports():
-        name = f"stage {report.stage_id}"
-        target = Target(name, report.url, report.machine, report.noodle_version, report.model_digest)
-        stages[report.stage_id] = target
+        known = (report.url, report.machine, report.noodle_version, report.model_digest)
+        stages[report.stage_id] = Target(f"stage {report.stage_id}", *known)
     services = [Target("planner", config.planner_url), Target("valkey", config.valkey_url)]
     return plan.model_digest if plan is not None else "", services + [target for _, target in sorted(stages.items())]

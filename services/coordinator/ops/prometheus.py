@@ -17,8 +17,6 @@ from noodle.web.service import json_response, require_token
 from services.coordinator.api.openapi import Operation
 from services.coordinator.coordinator import Coordinator
 
-HTTP_PORT = 80
-
 
 class ScrapeTarget(Struct):
     """One entry of Prometheus' HTTP service discovery."""
@@ -45,8 +43,10 @@ def install_targets_route(app: Flask, config: CoordinatorConfig, coordinator: Co
     @app.get("/prometheus/targets")
     def prometheus_targets() -> Response:
         require_token(config.cluster_token)
-        # the client reached the coordinator under this name; the coordinator knows no better one
-        own = _target(_with_port(request.host), service="coordinator", machine=config.machine)
+        # the client reached the coordinator under this name; the coordinator knows no better one. Prometheus needs a
+        # port, which clients omit for HTTP
+        host = request.host if request.host.rpartition(":")[2].isdigit() else f"{request.host}:80"
+        own = _target(host, service="coordinator", machine=config.machine)
         planner = _target(urlsplit(config.planner_url).netloc, service="planner")
         return json_response([own, planner, *stage_targets(coordinator.leadership.view.plan, coordinator.reports())])
 
@@ -63,8 +63,3 @@ def stage_targets(plan: Plan | None, reports: Iterable[MachineReport]) -> list[S
 
 def _target(address: str, **labels: str) -> ScrapeTarget:
     return ScrapeTarget([address], labels)
-
-
-def _with_port(host: str) -> str:
-    """The host with a port, which Prometheus needs and clients omit for HTTP."""
-    return host if host.rpartition(":")[2].isdigit() else f"{host}:{HTTP_PORT}"

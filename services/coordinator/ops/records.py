@@ -55,19 +55,16 @@ class RecordStore:
     def newest(self, kind: type[AnyRecord], count: int) -> list[AnyRecord]:
         """At most `count` records, newest first."""
         with self._lock:
-            return list(islice(self._records(kind), count))
+            return list(islice(self._records(kind, *self._files), count))
 
     def find(self, kind: type[AnyRecord], entry_id: str, count: int) -> AnyRecord | None:
         """The record with this id, if it is one of the newest `count`."""
         with self._lock:
-            return next((record for record in islice(self._records(kind), count) if record.entry_id == entry_id), None)
+            records = islice(self._records(kind, *self._files), count)
+            return next((record for record in records if record.entry_id == entry_id), None)
 
-    def _records(self, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
-        for path in self._files:
-            yield from self._records_in(path, kind)
-
-    def _records_in(self, path: Path, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
-        for line in _lines_backwards(path):
+    def _records(self, kind: type[AnyRecord], *paths: Path) -> Iterator[AnyRecord]:
+        for path, line in ((each, line) for each in paths for line in _lines_backwards(each)):
             try:
                 yield msgspec.json.decode(line, type=kind)
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -78,7 +75,7 @@ class RecordStore:
     def _new_among(self, records: Sequence[Record]) -> list[Record]:
         """Records that no file has; the first one of those with the same id."""
         if self._ids is None:
-            newest, before = ({record.entry_id for record in self._records_in(path, Record)} for path in self._files)
+            newest, before = ({record.entry_id for record in self._records(Record, path)} for path in self._files)
             self._ids = newest, before
         seen: set[str] = set()
         new = []

@@ -187,7 +187,7 @@ def test_a_download_is_used_although_its_record_cannot_be_written(
     def no_space(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_hub, "_remember", no_space)
+    monkeypatch.setattr(model_hub, "write_atomically", no_space)
     assert prepare_model("org/tiny", tmp_path, silent).folder.is_dir()
     assert "No space left on device" in caplog.text
 
