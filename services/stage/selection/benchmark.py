@@ -88,7 +88,6 @@ class MeasurementKey:
 
     @property
     def candidate(self) -> Candidate:
-        """The measured candidate."""
         return Candidate(self.executor, self.weights, self.kv_dtype, self.dtype)
 
 
@@ -121,11 +120,7 @@ def measure_machine(
 
 
 def _measure(
-    folder: Path,
-    layer_count: int,
-    context_length: int,
-    key: MeasurementKey,
-    progress: MeasureProgress,
+    folder: Path, layer_count: int, context_length: int, key: MeasurementKey, progress: MeasureProgress
 ) -> MeasuredSeconds:
     """Measure what further layers add to a step of one layer, which leaves out the costs of the step itself.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +60,10 @@ def device_name(device: str) -> str:
         return card_name()
     if device not in TORCH_DEVICES:
         return ggml_card(device)[0]
-    try:
+    with contextlib.suppress(OSError):  # not Linux
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        return "CPU"  # not Linux
     return "CPU"
 
 
@@ -94,9 +93,8 @@ def free_memory(device: str, *, cgroup: Path = CGROUP) -> FreeMemory:
     candidates = [FreeMemory(machine.available_bytes, "available on the system")]
     container = container_use(cgroup)
     if container.memory_limit_bytes is not None and container.memory_bytes is not None:
-        free_bytes = max(0, container.memory_limit_bytes - container.memory_bytes)
         source = f"the container's memory limit (cgroup v{container.cgroup_version})"
-        candidates.append(FreeMemory(free_bytes, source))
+        candidates.append(FreeMemory(max(0, container.memory_limit_bytes - container.memory_bytes), source))
     return min(candidates, key=lambda memory: memory.free_bytes)
 
 

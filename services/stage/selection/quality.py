@@ -21,7 +21,7 @@ from services.stage.executors.base import Fetch, ModelSlice, PackedBatch, Span
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.hidden_states import cast
 from services.stage.executors.load import build_of, load_by
-from services.stage.selection.benchmark import keep, one_at_a_time, read_kept
+from services.stage.selection.benchmark import MeasureProgress, keep, one_at_a_time, read_kept
 from services.stage.worker.logprobs import log_normalizer
 
 FILE_NAME = "quality.json"
@@ -36,7 +36,6 @@ SESSION = "quality"
 NO_ROWS = np.zeros(0, np.int64)
 
 LoadLayers = Callable[[int, int], ModelSlice]
-QualityProgress = Callable[[float, str], None]
 
 
 @dataclass(kw_only=True)
@@ -50,7 +49,7 @@ class ModelQuality:
     device: str
     threads: int
     cache_dir: Path
-    progress: QualityProgress
+    progress: MeasureProgress
     fetch: Fetch
     _tokens: list[int] = field(default_factory=list)
     _reference: TextScore | None = None
@@ -90,11 +89,12 @@ class ModelQuality:
             cache_dir=None,  # converted weights are kept only for the layers that stay loaded
             fetch=self.fetch,
         )
-
-        def progress(done: float, text: str) -> None:
-            self.progress(done, f"quality of {candidate}: {text}")
-
-        return score_text(load, self.layer_count, self._tokens, progress)
+        return score_text(
+            load,
+            self.layer_count,
+            self._tokens,
+            lambda done, text: self.progress(done, f"quality of {candidate}: {text}"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +119,22 @@ def text_tokens(folder: Path, context_length: int) -> list[int]:
 
 
 def score_text(
-    load: LoadLayers, layer_count: int, tokens: list[int], progress: QualityProgress, activation_dtype: str = "float32"
+    load: LoadLayers, layer_count: int, tokens: list[int], progress: MeasureProgress, activation_dtype: str = "float32"
 ) -> TextScore:
     """Compute the text by a few layers at a time, with hidden states in `activation_dtype` between them.
 
     Raises GenerationFailed if the model overflows.
     """
-    chunks = [(begin, min(begin + CHUNK_TOKENS, len(tokens))) for begin in range(0, len(tokens), CHUNK_TOKENS)]
-    batches = [
-        PackedBatch((Span(SESSION, begin, end - begin, len(tokens)),), NO_ROWS, token_ids=np.array(tokens[begin:end]))
-        for begin, end in chunks
-    ]
+    batches = []
+    for begin in range(0, len(tokens), CHUNK_TOKENS):
+        ids = np.array(tokens[begin : begin + CHUNK_TOKENS])
+        batches.append(PackedBatch((Span(SESSION, begin, len(ids), len(tokens)),), NO_ROWS, token_ids=ids))
     losses: list[float] = []
     greedy: list[int] = []
     for start in range(0, layer_count, LAYERS_AT_ONCE):
-        progress(start / layer_count, f"layers {start} to {min(start + LAYERS_AT_ONCE, layer_count) - 1}")
-        layers = load(start, min(start + LAYERS_AT_ONCE, layer_count))
+        end = min(start + LAYERS_AT_ONCE, layer_count)
+        progress(start / layer_count, f"layers {start} to {end - 1}")
+        layers = load(start, end)
         following: list[PackedBatch] = []
         for batch in batches:
             output = layers.forward(batch)
@@ -166,7 +166,6 @@ def _losses(logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]) -> 
 
 
 def quality_of(score: TextScore, reference: TextScore) -> Quality:
-    """Compare a score with float32's."""
     return Quality(
         perplexity_ratio=float(np.exp(score.losses.mean() - reference.losses.mean())),
         greedy_agreement=float((score.greedy == reference.greedy).mean()),

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
@@ -24,14 +25,12 @@ from services.stage.executors.base import Fetch, nothing_to_fetch
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.ggml.backend import keep_float32_on_cards
 from services.stage.executors.load import build_of, ggml_hindrance, version_of
-from services.stage.selection.benchmark import MeasuredSeconds, MeasurementKey, measure_machine
+from services.stage.selection.benchmark import MeasuredSeconds, MeasurementKey, MeasureProgress, measure_machine
 from services.stage.selection.device import TORCH_DEVICES, choose_device, choose_dtype, device_name, free_memory
 from services.stage.selection.quality import ModelQuality
 from services.stage.selection.select import ExecutorOptions, candidates, choose, choose_threads
 
 log = logging.getLogger(__name__)
-
-ReportProgress = Callable[[float, str], None]
 
 
 def import_early() -> None:
@@ -52,7 +51,7 @@ def build_machine_report(
     boot_id: str,
     folder: Path,
     *,
-    progress: ReportProgress,
+    progress: MeasureProgress,
     fetch: Fetch = nothing_to_fetch,
     known_quality: Callable[[MachineReport], Quality | None] = lambda _: None,
 ) -> MachineReport:
@@ -117,11 +116,8 @@ def build_machine_report(
             model_digest=digest,
             device=device.value,
             device_name=name,
-            executor=candidate.executor,
             executor_version=build_of(candidate.executor),
-            weights=candidate.weights,
-            kv_dtype=candidate.kv_dtype,
-            dtype=candidate.dtype,
+            **asdict(candidate),
             threads=threads,
             noodle_version=__version__,
         )
@@ -146,16 +142,12 @@ def build_machine_report(
         threads, chosen = choose_threads(chosen, threads, measure)
         set_threads(threads)
     log.info("layers are computed on %d threads by %s", threads, chosen.reason)
+    is_ggml = chosen.candidate.executor == "ggml"
+    seconds = chosen.seconds if is_ggml else replace(chosen.seconds, layer_weight_bytes=0.0)
     return msgspec.structs.replace(
         with_candidate(report, chosen.candidate),
         threads=threads,
-        decode_layer_seconds=chosen.seconds.decode_layer_seconds,
-        prefill_layer_seconds_per_token=chosen.seconds.prefill_layer_seconds_per_token,
-        head_decode_seconds=chosen.seconds.head_decode_seconds,
-        batched_layer_seconds=chosen.seconds.batched_layer_seconds,
-        batched_head_seconds=chosen.seconds.batched_head_seconds,
-        source=chosen.seconds.source,
-        layer_weight_bytes=chosen.seconds.layer_weight_bytes if chosen.candidate.executor == "ggml" else 0.0,
+        **asdict(seconds),
         executor_version=version_of(chosen.candidate.executor),
         quality=chosen.quality,
         link_bytes_per_second=link_bytes_per_second(config),
@@ -171,11 +163,4 @@ def link_bytes_per_second(config: StageConfig) -> float:
 
 
 def with_candidate(report: MachineReport, candidate: Candidate) -> MachineReport:
-    """The report of a stage that computes with a candidate."""
-    return msgspec.structs.replace(
-        report,
-        executor=candidate.executor,
-        weights=candidate.weights,
-        kv_dtype=candidate.kv_dtype,
-        dtype=candidate.dtype,
-    )
+    return msgspec.structs.replace(report, **asdict(candidate))

@@ -108,7 +108,10 @@ def choose(
         if why:
             refused.append(f"{candidate} is refused ({why})")
             continue
-        described = [] if quality is None else [_described(quality)]
+        described = []
+        if quality is not None:
+            agreement = f"{quality.greedy_agreement:.1%} of greedy tokens agree"
+            described.append(f"perplexity times {quality.perplexity_ratio:.4f}, {agreement}")
         reason = "; ".join([f"{candidate}, of a new and a prompt token: {times}", *described, *refused])
         return Chosen(candidate, seconds, quality, reason)
     raise ConfigurationError(
@@ -142,7 +145,3 @@ def cost(seconds: MeasuredSeconds) -> float:
 def _times(seconds: MeasuredSeconds) -> str:
     decode, prefill = seconds.decode_layer_seconds * 1e3, seconds.prefill_layer_seconds_per_token * 1e3
     return f"{decode:.2f} and {prefill:.3f} ms a layer"
-
-
-def _described(quality: Quality) -> str:
-    return f"perplexity times {quality.perplexity_ratio:.4f}, {quality.greedy_agreement:.1%} of greedy tokens agree"

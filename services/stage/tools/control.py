@@ -57,7 +57,6 @@ class Control:
             raise _no_memory(question.device) from error
 
     def ready(self) -> ControlReady:
-        """Describe the device, threads and versions that it computes with."""
         import torch
         import transformers
 
@@ -82,10 +81,9 @@ class Control:
         import torch
 
         ids = torch.tensor(run.prompts, device=self._question.device)
-        arrivals = _Arrivals()
         try:
             with torch.inference_mode():
-                arrivals.start()
+                arrivals = _Arrivals()
                 self._model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
@@ -110,11 +108,8 @@ class _Arrivals:
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._start_seconds = 0.0
-        self._is_prompt = True  # which generate() puts first
-
-    def start(self) -> None:
         self._start_seconds = time.perf_counter()
+        self._is_prompt = True  # which generate() puts first
 
     def put(self, _tokens: Any) -> None:
         if self._is_prompt:

@@ -7,7 +7,6 @@ transformers, and the whole model in memory. The coordinator's model store conve
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,13 +33,12 @@ def convert(gguf_path: Path, folder: Path, dtype: str = "float32") -> None:
         raise ConfigurationError(f"{folder} exists and is not empty.", cure="Name a folder that does not exist yet.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work_dir = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            new_folder = work_dir / "folder"
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+        ) as work_dir:
+            new_folder = Path(work_dir, "folder")
             _write(gguf_path, new_folder, dtype)
             new_folder.replace(folder)
-        finally:
-            shutil.rmtree(work_dir, ignore_errors=True)
     except OSError as error:
         raise StartError(
             f"{folder} could not be written ({error.strerror or error}).", cure="Free some disk space, or name another."

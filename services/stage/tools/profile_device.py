@@ -18,16 +18,10 @@ from services.stage.executors.transformers.loading import load_slice
 from services.stage.selection.benchmark import SliceTimer, seconds_per_layer
 from services.stage.selection.device import choose_dtype, device_name, free_memory
 
-SESSIONS = (1, 2, 4, 8)
-KV_TOKENS = (16, 128, 512, 1024, 2048)
-CHUNK_TOKENS = (16, 64, 128, 256, 512)
-PART_TOKENS = (1, 8, 64, 512)  # of steps whose embedding is timed; heads are timed for SESSIONS
 KEY_KV_TOKENS, KEY_CHUNK_TOKENS = 128, 128  # of one session, timed first with every number of threads
 MINIMUM_ROUNDS = 3
-MAXIMUM_ROUNDS = 15
 POINT_SECONDS = 0.5  # of rounds for a point beyond the minimum
 SLOW_SECONDS = 2.0  # a first round that takes longer remains the only one
-MEASURING_SECONDS = 180.0  # for all points of all devices without loading; less than stages wait for the lock
 FURTHER_LAYERS = 2  # beyond the one that every slice has
 LAYERS_SHARE = 0.75  # of the budget; embedding and head share the rest
 KV_SHARE_OF_FREE_BYTES = 0.25  # for rows to attend to
@@ -39,12 +33,12 @@ PointT = TypeVar("PointT")
 class Extent:
     """The points to time, and the limits."""
 
-    sessions: tuple[int, ...] = SESSIONS
-    kv_tokens: tuple[int, ...] = KV_TOKENS
-    chunk_tokens: tuple[int, ...] = CHUNK_TOKENS
-    part_tokens: tuple[int, ...] = PART_TOKENS
-    maximum_rounds: int = MAXIMUM_ROUNDS
-    measuring_seconds: float = MEASURING_SECONDS
+    sessions: tuple[int, ...] = (1, 2, 4, 8)
+    kv_tokens: tuple[int, ...] = (16, 128, 512, 1024, 2048)
+    chunk_tokens: tuple[int, ...] = (16, 64, 128, 256, 512)
+    part_tokens: tuple[int, ...] = (1, 8, 64, 512)  # of steps whose embedding is timed; heads are timed for `sessions`
+    maximum_rounds: int = 15
+    measuring_seconds: float = 180.0  # all points of all devices without loading; less than stages wait for the lock
 
 
 FULL = Extent()
@@ -245,8 +239,7 @@ def layer_points(
     points = [Point(threads, "decode", *pair) for threads in counts for pair in decode]
     points += [Point(threads, "prefill", *pair) for threads in counts for pair in prefill]
     return sorted(
-        points,
-        key=lambda point: ((point.sessions, point.length) != keys[point.kind], counts.index(point.threads)),
+        points, key=lambda point: ((point.sessions, point.length) != keys[point.kind], counts.index(point.threads))
     )
 
 
