@@ -8,10 +8,9 @@ import shlex
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from noodle.errors import ConfigurationError, NotReady, StartError
 from services.cli.client.health import Health, ask_health
@@ -40,33 +39,31 @@ VERIFY_PROMPTS = 8  # enough to notice a wrong cut or wrong weights; `noodle ver
 VERIFY_SERVICE = "stage-0"  # its image has torch
 
 
-class Compose(Protocol):
-    """Runs `docker compose` in a machine's folder of noodle."""
-
-    def run(self, arguments: Sequence[str], seconds: float) -> Ran:
-        """Run it and return its output."""
-
-    def follow(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        """Run it and log its lines."""
-
-
-class Machine:
+class Machine(ABC):
     """A folder of noodle on one machine, and where to look after a failure there."""
 
-    def __init__(self, name: str, cure: str, compose: Compose) -> None:
-        self.name, self.cure, self._compose = name, cure, compose
+    def __init__(self, name: str, cure: str) -> None:
+        self.name, self.cure = name, cure
+
+    @abstractmethod
+    def compose(self, arguments: Sequence[str], seconds: float) -> Ran:
+        """Run `docker compose` in the folder and return its output."""
+
+    @abstractmethod
+    def follow_compose(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
+        """Run `docker compose` in the folder and log its lines."""
 
     def start(self) -> None:
-        self.must(self._compose.follow(["up", "--detach", "--build"], BUILD_SECONDS), "the containers could not start")
+        self.must(self.follow_compose(["up", "--detach", "--build"], BUILD_SECONDS), "the containers could not start")
 
     def stop(self) -> str:
         """Stop the containers and return what was done; raises StartError."""
-        self.must(self._compose.follow(["down"], DOWN_SECONDS), "the containers could not be stopped")
+        self.must(self.follow_compose(["down"], DOWN_SECONDS), "the containers could not be stopped")
         return "stopped"
 
     def logs(self) -> str:
         """Return the newest lines of the containers, or why there are none."""
-        ran = self._compose.run(["logs", "--no-color", "--tail", str(LOG_LINES)], LOG_SECONDS)
+        ran = self.compose(["logs", "--no-color", "--tail", str(LOG_LINES)], LOG_SECONDS)
         return ran.output if ran.is_good else f"the logs could not be read: {ran.last_line}\n"
 
     def must(self, ran: Ran, problem: str) -> None:
@@ -84,26 +81,18 @@ def docker_in_words(facts: DockerFacts, machine: str, system: System, cure_prefi
     return ", ".join(result.what for result in results)
 
 
-@dataclass(frozen=True)
-class LocalCompose:
-    """`docker compose` in a folder of this machine."""
-
-    folder: Path
-    log: Callable[[str], None]
-
-    def run(self, arguments: Sequence[str], seconds: float) -> Ran:
-        return run_program(["docker", "compose", *arguments], seconds, folder=self.folder)
-
-    def follow(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        return follow_program(["docker", "compose", *arguments], seconds, self.log, folder=self.folder, sent=sent)
-
-
 class MachineA(Machine):
     """This folder on this machine."""
 
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
-        super().__init__("this machine", "See the lines above, and `noodle doctor`.", LocalCompose(folder, log))
-        self.folder = folder
+        super().__init__("this machine", "See the lines above, and `noodle doctor`.")
+        self.folder, self._log = folder, log
+
+    def compose(self, arguments: Sequence[str], seconds: float) -> Ran:
+        return run_program(["docker", "compose", *arguments], seconds, folder=self.folder)
+
+    def follow_compose(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
+        return follow_program(["docker", "compose", *arguments], seconds, self._log, folder=self.folder, sent=sent)
 
     def check(self, system: System) -> str:
         """Return the state of Docker here; raises StartError."""
@@ -116,14 +105,12 @@ class MachineA(Machine):
         """Wait for the coordinator and show what it waits for; raises StartError or NotReady if nothing changes."""
         project = require_project(self.folder)
         token = project.secret("cluster_token")
-        progress = open_progress(sys.stderr)
         seen: Health | None = None
         changed_at = time.monotonic()
-        try:
+        with contextlib.closing(open_progress(sys.stderr)) as progress:
             while True:
                 health = ask_health(project.coordinator_url, token)
                 if health.status == "ready":
-                    progress.finish("ready")
                     return
                 if health.status == "failed":
                     raise StartError(
@@ -138,8 +125,6 @@ class MachineA(Machine):
                     )
                 progress.show("ready", health.text(), health.progress)
                 time.sleep(READY_LOOK_SECONDS)  # the polling interval
-        finally:
-            progress.close()
 
     def verify(self, report_path: Path) -> int:
         """Run `noodle verify` in the stage's image, keep its report, and return its exit code."""
@@ -147,7 +132,7 @@ class MachineA(Machine):
         arguments = ["run", "--rm", "--no-deps", "-T", "--entrypoint", "noodle", "-e", f"NOODLE_MODEL={model}"]
         arguments += ["--volume", f"{self.folder / 'models'}:/models:ro", VERIFY_SERVICE, "verify", "--json"]
         arguments += ["--prompts", str(VERIFY_PROMPTS)]
-        ran = self._compose.run(arguments, VERIFY_SECONDS)
+        ran = self.compose(arguments, VERIFY_SECONDS)
         report_path.write_text(ran.output, encoding="utf-8")
         if ran.code not in (0, 1) or not ran.output.lstrip().startswith("{"):
             raise StartError(
@@ -168,31 +153,22 @@ class MachineA(Machine):
         )
 
 
-@dataclass(frozen=True)
-class RemoteCompose:
-    """`docker compose` in a folder of another machine."""
-
-    remote: Remote
-    folder: str
-    log: Callable[[str], None]
-
-    def run(self, arguments: Sequence[str], seconds: float) -> Ran:
-        return self.remote.shell(self._script(arguments), seconds)
-
-    def follow(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
-        return self.remote.follow(self._script(arguments), seconds, self.log, sent)
-
-    def _script(self, arguments: Sequence[str]) -> str:
-        return f"cd {shlex.quote(self.folder)} && docker compose {shlex.join(arguments)}"
-
-
 class MachineB(Machine):
     """A folder on the remote machine."""
 
     def __init__(self, remote: Remote, folder: str, log: Callable[[str], None]) -> None:
         cure = f"Look there: ssh {remote.name}, then cd {folder}"
-        super().__init__(remote.host, cure, RemoteCompose(remote, folder, log))
+        super().__init__(remote.host, cure)
         self._remote, self._folder, self._quoted, self._log = remote, folder, shlex.quote(folder), log
+
+    def compose(self, arguments: Sequence[str], seconds: float) -> Ran:
+        return self._remote.shell(self._compose_script(arguments), seconds)
+
+    def follow_compose(self, arguments: Sequence[str], seconds: float, sent: bytes = b"") -> Ran:
+        return self._remote.follow(self._compose_script(arguments), seconds, self._log, sent)
+
+    def _compose_script(self, arguments: Sequence[str]) -> str:
+        return f"cd {self._quoted} && docker compose {shlex.join(arguments)}"
 
     def check(self) -> str:
         """Return the state of Docker there; raises StartError."""
@@ -225,9 +201,9 @@ class MachineB(Machine):
 
     def initialise(self, join: Join, address: str) -> None:
         """Write .env and secrets there, in B's own control image; the join line goes through standard input."""
-        self.must(self._compose.follow(["build", "init"], BUILD_SECONDS), "the control image could not be built")
+        self.must(self.follow_compose(["build", "init"], BUILD_SECONDS), "the control image could not be built")
         arguments = ["run", "--rm", "-T", "init", "--machine", "b", "--join", "-", "--address", address]
-        ran = self._compose.follow(arguments, INIT_SECONDS, encode(join).encode())
+        ran = self.follow_compose(arguments, INIT_SECONDS, encode(join).encode())
         self.must(ran, "the settings could not be written")
 
 
