@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from noodle.cluster.measuring import DeviceProfile
 from services.cli.bench.profile_report import ProfileReport, decode_alone, prefill_alone
-from services.cli.bench.report import BenchReport, Figures, StreamsResult, was_busy
+from services.cli.bench.report import BenchReport, was_busy
 from services.cli.client.reports import counted
 
 if TYPE_CHECKING:
@@ -28,13 +28,14 @@ def draw_bench(report: BenchReport, path: Path) -> str:
     """Plot tokens per second, first token and waits between tokens over streams; return a line about the file."""
     if not has_matplotlib():
         return NOT_INSTALLED
-    figure, rows = _figure(rows=1, columns=3)
+    figure, rows = _figure(1)
     rates, firsts, waits = rows[0]
-    sides = _sides(report.results)
-    for name, results in sides.items():
-        streams = [result[0] for result in results]
-        figures = [result[1] for result in results]
-        colour = SIDE_COLOURS[name]
+    for name, colour in SIDE_COLOURS.items():
+        results = [result for result in report.results if getattr(result, name) is not None]
+        if not results:  # no control was measured
+            continue
+        streams = [result.streams for result in results]
+        figures: list[Figures] = [getattr(result, name) for result in results]
         rates.plot(streams, [each.tokens_per_second for each in figures], "o-", color=colour, label=name)
         firsts.plot(streams, [each.first_token_seconds for each in figures], "o-", color=colour, label=name)
         middle = [_milliseconds(each.between_tokens_seconds) for each in figures]
@@ -59,7 +60,7 @@ def draw_profile(report: ProfileReport, path: Path) -> str:
     if not has_matplotlib():
         return NOT_INSTALLED
     devices = report.profile.devices
-    figure, rows = _figure(rows=len(devices), columns=3)
+    figure, rows = _figure(len(devices))
     for device, (decode, prefill, threads) in zip(devices, rows, strict=True):
         _draw_device(device, decode, prefill, threads)
     name = report.model or report.profile.model_type
@@ -75,36 +76,28 @@ def has_matplotlib() -> bool:
 def _draw_device(device: DeviceProfile, decode: Axes, prefill: Axes, threads: Axes) -> None:
     most = device.threads[0]
     name = f"{device.device}, {device.dtype}, {counted(most.threads, 'thread')}"
-    for index, sessions in enumerate(sorted({point.sessions for point in most.decode})):
-        points = [point for point in most.decode if point.sessions == sessions]
-        times = [point.layer_seconds * 1e3 for point in points]
-        decode.plot(
-            [point.kv_tokens for point in points], times, "o-", color=_colour(index), label=counted(sessions, "session")
-        )
-    for index, sessions in enumerate(sorted({point.sessions for point in most.prefill})):
-        chunks = [point for point in most.prefill if point.sessions == sessions]
-        rates = [point.layer_seconds / point.chunk_tokens / sessions * 1e3 for point in chunks]
-        lengths = [point.chunk_tokens for point in chunks]
-        prefill.plot(lengths, rates, "o-", color=_colour(index), label=counted(sessions, "session"))
-    _label(
-        decode,
-        f"Decode, one token a session\n{name}",
-        "KV rows of each session",
-        "ms a layer",
-        sorted({point.kv_tokens for point in most.decode}),
-    )
-    _label(
-        prefill,
-        f"Prefill\n{name}",
-        "chunk of each session (tokens)",
-        "ms a layer and token",
-        sorted({point.chunk_tokens for point in most.prefill}),
-    )
+    steps = [(each.sessions, each.kv_tokens, each.layer_seconds) for each in most.decode]
+    chunks = [
+        (each.sessions, each.chunk_tokens, each.layer_seconds / each.chunk_tokens / each.sessions)
+        for each in most.prefill
+    ]
+    for axes, points, title, length, unit in (
+        (decode, steps, "Decode, one token a session", "KV rows of each session", "ms a layer"),
+        (prefill, chunks, "Prefill", "chunk of each session (tokens)", "ms a layer and token"),
+    ):
+        for index, sessions in enumerate(sorted({point[0] for point in points})):
+            lengths = [point[1] for point in points if point[0] == sessions]
+            times = [point[2] * 1e3 for point in points if point[0] == sessions]
+            axes.plot(lengths, times, "o-", color=_colour(index), label=counted(sessions, "session"))
+        _label(axes, f"{title}\n{name}", length, unit, sorted({point[1] for point in points}))
     _draw_threads(device, threads)
 
 
 def _draw_threads(device: DeviceProfile, axes: Axes) -> None:
     """Plot the speed-up of one session; empty if only one number of threads was measured."""
+    if len(device.threads) < 2:
+        axes.set_axis_off()
+        return
     by_threads = sorted(device.threads, key=lambda each: each.threads)
     decode, prefill = decode_alone(device), prefill_alone(device)
     decodes = {
@@ -119,9 +112,6 @@ def _draw_threads(device: DeviceProfile, axes: Axes) -> None:
         for point in each.prefill
         if prefill is not None and (point.sessions, point.chunk_tokens) == (1, prefill.chunk_tokens)
     }
-    if len(device.threads) < 2:
-        axes.set_axis_off()
-        return
     for index, (label, seconds) in enumerate((("decode", decodes), ("prefill", prefills))):
         if seconds:
             fewest = next(iter(seconds.values()))
@@ -131,15 +121,15 @@ def _draw_threads(device: DeviceProfile, axes: Axes) -> None:
     _label(axes, title, "threads", "times the fewest threads' speed", sorted({*decodes, *prefills}))
 
 
-def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
-    """Return an empty figure that needs no display."""
+def _figure(rows: int) -> tuple[Figure, list[list[Axes]]]:
+    """Return an empty figure of three columns that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    size = (PANEL_WIDTH_INCHES * columns, PANEL_HEIGHT_INCHES * rows + 0.4)
+    size = (PANEL_WIDTH_INCHES * 3, PANEL_HEIGHT_INCHES * rows + 0.4)
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, 3, squeeze=False)
     return figure, [list(row) for row in axes]
 
 
@@ -161,12 +151,6 @@ def _label(axes: Axes, title: str, x_label: str, y_label: str, ticks: Sequence[f
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, framealpha=0.8)
-
-
-def _sides(results: Sequence[StreamsResult]) -> dict[str, list[tuple[int, Figures]]]:
-    sides = {"cluster": [(result.streams, result.cluster) for result in results]}
-    control = [(result.streams, result.control) for result in results if result.control is not None]
-    return sides | ({"control": control} if control else {})
 
 
 def _milliseconds(seconds: float | None) -> float:
