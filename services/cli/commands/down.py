@@ -16,7 +16,6 @@ from services.cli.local.run_folder import acquire
 
 STOP_SECONDS = 75.0  # for `noodle up` to stop its services: four ranks of at most 15 s, and some spare
 KILL_SECONDS = 5.0  # from SIGKILL until the kernel has ended it
-LEFTOVER_GRACE_SECONDS = 12.0  # from SIGTERM to SIGKILL for what a killed `up` left
 
 
 def down(_options: argparse.Namespace) -> int:
@@ -57,6 +56,6 @@ def _clean_up(config: CommandConfig) -> bool:
         return False
     record = read_record(folder.path)
     if record is not None:
-        end_leftovers([each.process for each in record.services if each.process is not None], LEFTOVER_GRACE_SECONDS)
+        end_leftovers(record)
     folder.remove()
     return True

@@ -28,7 +28,6 @@ from services.cli.local.readiness import Start, are_ready, log_death
 from services.cli.local.run_folder import RunFolder, acquire, write_private, writing
 from services.cli.local.supervisor import ServiceSpec, Supervisor
 
-LEFTOVER_GRACE_SECONDS = 12.0  # from SIGTERM to SIGKILL for what a killed `up` left; gunicorn gives open requests 10
 OTHER_START_SECONDS = 5.0  # from another `up` taking the folder to its first record
 QUEUE_SECONDS = 20.0  # from Valkey's start to its first answer
 IDLE_SECONDS = 60.0  # between two looks at the size of the logs
@@ -100,7 +99,9 @@ class Up:
         with writing(self.folder.logs_dir):
             self.folder.logs_dir.mkdir(mode=0o700)
             if self.is_detached:
-                self._redirect_output_to_log()
+                with self.folder.log_path("up").open("ab") as log:
+                    for descriptor in (1, 2):
+                        os.dup2(log.fileno(), descriptor)
         self._record()
         cluster.refuse_ports_in_use(self.spec)
         binary = valkey.server_binary()
@@ -129,8 +130,7 @@ class Up:
         health = start.wait_until_ready(self._specs, self._token, self._record)
         self._phase = "running"
         self._record()
-        served_name = str(health.answer.get("model") or self._model.name)
-        for line in self._welcome(served_name):
+        for line in self._welcome(str(health.answer.get("model") or self._model.name)):
             self.progress.log(line)
         for warning in health.warnings:
             self.progress.log(f"Note: {warning}")
@@ -161,7 +161,6 @@ class Up:
     def stop(self) -> None:
         """Stop everything in order and remove the run folder; a further Ctrl-C kills what is left."""
         was_running, self._phase = self._phase == "running", "stopping"
-        killed: list[str] = []
         try:
             self._try_to_record()
             if was_running:
@@ -177,11 +176,6 @@ class Up:
         with contextlib.suppress(OSError):
             self.progress.log(text)
 
-    def _redirect_output_to_log(self) -> None:
-        with self.folder.log_path("up").open("ab") as log:
-            for descriptor in (1, 2):
-                os.dup2(log.fileno(), descriptor)
-
     def _add(self, spec: ServiceSpec) -> None:
         try:
             self._supervisor.add(spec)
@@ -192,11 +186,9 @@ class Up:
             ) from error
 
     def _clear_leftovers(self) -> None:
-        """End and remove what a killed `noodle up` left."""
         record = read_record(self.folder.path)
         if record is not None:
-            children = [service.process for service in record.services if service.process is not None]
-            ended = end_leftovers(children, LEFTOVER_GRACE_SECONDS)
+            ended = end_leftovers(record)
             left = f"ended {counted(len(ended), 'process', 'processes')}" if ended else "removed the files"
             self.progress.log(f"An earlier `noodle up` (pid {record.supervisor.pid}) was killed; {left} that it left.")
         self.folder.empty()

@@ -12,15 +12,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
-from services.cli.client.run_record import ProcessIdentity, boot_id, identify, is_alive
+from services.cli.client.run_record import ProcessIdentity, RunRecord, boot_id, identify, is_alive
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+LEFTOVER_GRACE_SECONDS = 12.0  # from SIGTERM to SIGKILL for what a killed `up` left; gunicorn gives open requests 10
 LOOK_AGAIN_SECONDS = 0.05  # between two looks at processes that are not our children
 
 
@@ -50,12 +51,11 @@ def leftovers_of(identity: ProcessIdentity) -> list[int]:
     ]
 
 
-def end_leftovers(identities: Iterable[ProcessIdentity], grace_seconds: float) -> list[int]:
+def end_leftovers(record: RunRecord) -> list[int]:
     """Send SIGTERM, and SIGKILL after the grace, to what another `noodle up` left running; return the ended ids."""
-    known = list(identities)
 
     def living() -> list[int]:
-        return [pid for identity in known for pid in leftovers_of(identity)]
+        return [pid for each in record.services if each.process is not None for pid in leftovers_of(each.process)]
 
     ended: set[int] = set()
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
@@ -63,7 +63,7 @@ def end_leftovers(identities: Iterable[ProcessIdentity], grace_seconds: float) -
             ended.add(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal_number)
-        if wait_until(lambda: not living(), grace_seconds):
+        if wait_until(lambda: not living(), LEFTOVER_GRACE_SECONDS):
             break
     return sorted(ended)
 
