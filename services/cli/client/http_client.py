@@ -51,7 +51,9 @@ def post_for_events(url: str, body: object, credential: str = "") -> Generator[s
     with _request("POST", url, body, credential, STREAM_SILENCE_SECONDS) as response:
         _raise_if_refused(url, response)
         data: list[str] = []
-        while line := _read_line(url, response):
+        while line := response.readline(MAXIMUM_LINE_BYTES + 1):
+            if len(line) > MAXIMUM_LINE_BYTES:
+                raise NoodleError(f"{url} sent a line of more than {MAXIMUM_LINE_BYTES} bytes.")
             text = line.decode("utf-8", errors="replace").rstrip("\r\n")
             if text.startswith("data:"):
                 data.append(text.removeprefix("data:").removeprefix(" "))
@@ -88,13 +90,6 @@ def _request(method: str, url: str, body: object, credential: str, timeout_secon
         raise NoodleError(f"{url} answered with {error}.") from error
     except HTTP_ERRORS as error:
         _raise_trouble(url, error, timeout_seconds)
-
-
-def _read_line(url: str, response: HttpResponse) -> bytes:
-    line = response.readline(MAXIMUM_LINE_BYTES + 1)
-    if len(line) > MAXIMUM_LINE_BYTES:
-        raise NoodleError(f"{url} sent a line of more than {MAXIMUM_LINE_BYTES} bytes.")
-    return line
 
 
 def _json_object(url: str, content: bytes) -> dict[str, Any]:

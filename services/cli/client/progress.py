@@ -37,7 +37,7 @@ class Progress(ABC):
         """Print a line that stays."""
 
     def close(self) -> None:  # noqa: B027  # most leave nothing to undo
-        """Leave the terminal as it was."""
+        """Remove all rows and leave the terminal as it was."""
 
 
 class StartEvent(Struct, frozen=True, omit_defaults=True):

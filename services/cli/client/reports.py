@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from noodle.cluster.reports import KeptReport, ReportKind, ReportList
+from noodle.cluster.reports import ReportKind, ReportList
 from noodle.errors import ConfigurationError, LinkLost, NoodleError
 from services.cli.client.http_client import error_in, get_json, post_json
 from services.cli.client.target import Target
@@ -86,26 +86,21 @@ def print_stored(
     report_type: type[ReportT],
     print_report: Callable[[ReportT], None],
 ) -> int:
-    """Print the list of stored reports, or the one that --show names."""
+    """Print the list of stored reports, or the one that --show names; raises NoodleError if it is of another kind."""
     if options.list:
         return _print_list(target, kind, as_json=options.json)
-    report = read_report(target, options.show, report_type)
+    answer = _get(target, f"/reports/{options.show}")
+    try:
+        report = msgspec.convert(answer, report_type)
+    except msgspec.ValidationError as error:
+        raise LinkLost(
+            f"The report {options.show} is not one of this command: {error}.", cure="--list shows the right ids."
+        ) from error
     if options.json:
         print_json(report)
     else:
         print_report(report)
     return 0
-
-
-def read_report(target: Target, report_id: str, report_type: type[ReportT]) -> ReportT:
-    """Return a stored report; raises NoodleError if there is none with this id and kind."""
-    answer = _get(target, f"/reports/{report_id}")
-    try:
-        return msgspec.convert(answer, report_type)
-    except msgspec.ValidationError as error:
-        raise LinkLost(
-            f"The report {report_id} is not one of this command: {error}.", cure="--list shows the right ids."
-        ) from error
 
 
 def print_json(value: object) -> None:
@@ -145,13 +140,10 @@ def _print_list(target: Target, kind: ReportKind, *, as_json: bool) -> int:
     except msgspec.ValidationError as error:
         raise LinkLost(f"{target.url}/reports answered no list of reports: {error}.") from error
     if as_json:
-        print_json([msgspec.to_builtins(report) for report in kept])
+        print_json(kept)
     elif kept:
-        print_table(("id", "made at", "machine", "model", "result"), [_row(report) for report in kept])
+        rows = [(each.id, each.made_at, each.machine, each.model, each.headline) for each in kept]
+        print_table(("id", "made at", "machine", "model", "result"), rows)
     else:
         print(f"{target.url} stores no report of `noodle {kind}`.")
     return 0
-
-
-def _row(report: KeptReport) -> tuple[str, ...]:
-    return (report.id, report.made_at, report.machine, report.model, report.headline)

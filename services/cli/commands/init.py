@@ -107,7 +107,6 @@ def _secrets_of_b(found: Mapping[str, str], join: Join | None) -> dict[str, str]
 
 
 def join_of(project: Project) -> Join:
-    """Return what machine B needs to know about this machine A."""
     return Join(
         noodle_version=__version__,
         machine=project.machine,

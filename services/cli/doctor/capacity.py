@@ -11,7 +11,7 @@ import psutil
 from msgspec import Struct
 
 from noodle.errors import NoodleError
-from services.cli.client.health import Health, ask_health
+from services.cli.client.health import ask_health
 from services.cli.client.http_client import error_in, post_for_answer
 from services.cli.doctor.context import MachineContext
 from services.cli.doctor.docker import DockerFacts
@@ -52,7 +52,11 @@ def ask_plan(context: MachineContext) -> Planned:
     health = ask_health(url, context.token)
     if not health.answer:
         return Planned(reason=health.detail)
-    phases = _phases(health)
+    phases = {
+        stage["stage_id"]: str(stage.get("phase", ""))
+        for stage in health.stages
+        if isinstance(stage.get("stage_id"), int)
+    }
     try:
         status, answer = post_for_answer(f"{url}/plan/generate", {}, context.token, PLAN_SECONDS)
     except NoodleError as problem:
@@ -66,16 +70,7 @@ def ask_plan(context: MachineContext) -> Planned:
     return Planned(answer, phases=phases, model=str(health.answer.get("model") or answer["plan"]["model"]))
 
 
-def _phases(health: Health) -> dict[int, str]:
-    return {
-        stage["stage_id"]: str(stage.get("phase", ""))
-        for stage in health.stages
-        if isinstance(stage.get("stage_id"), int)
-    }
-
-
 def check_plan(planned: Planned, where: str) -> CheckResult:
-    """Judge whether the model fits into the machines."""
     if planned.answer is not None:
         plan = planned.answer["plan"]
         layers = ", ".join(
@@ -108,7 +103,6 @@ class Need(Struct, frozen=True):
 
 
 def gather_memory(run: Run, docker: DockerFacts | None, cache_dir: Path) -> MemoryFacts:
-    """Read this machine's memory and disk."""
     memory = psutil.virtual_memory()
     path = cache_dir
     if docker is not None and docker.root_dir and not docker.is_desktop:
@@ -173,10 +167,10 @@ def _check_cap(
     if docker is None or not docker.is_desktop or not facts.total_bytes or not docker.memory_bytes:
         return []
     shown = f"Docker may use {_gigabytes(docker.memory_bytes)} of {_gigabytes(facts.total_bytes)}"
-    needed_bytes = (need.cpu_bytes if need is not None else 0) + PROCESS_BYTES
-    if docker.memory_bytes >= min(needed_bytes, CAP_SHARE * facts.total_bytes) and need is not None:
-        return [ok("memory cap", where, shown)]
-    if docker.memory_bytes >= CAP_SHARE * facts.total_bytes:
+    enough_bytes = CAP_SHARE * facts.total_bytes
+    if need is not None:
+        enough_bytes = min(enough_bytes, need.cpu_bytes + PROCESS_BYTES)
+    if docker.memory_bytes >= enough_bytes:
         return [ok("memory cap", where, shown)]
     gigabytes = max(1, int(0.8 * facts.total_bytes / GIGABYTE))
     cure = WSL_CURE.format(gigabytes=gigabytes) if system == "windows" else "raise the memory in Docker's settings"

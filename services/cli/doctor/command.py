@@ -110,7 +110,6 @@ def examine(context: MachineContext, run: Run, cache_dir: Path, end: float) -> l
 
 
 def check_links(context: MachineContext, probed: Links) -> list[CheckResult]:
-    """Judge all probes and reports."""
     own = {reached.outcome for reached in probed.from_here if reached.name in context.own_names}
     here = links.Here(
         machine=context.machine,

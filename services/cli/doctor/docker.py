@@ -55,7 +55,6 @@ class DockerFacts(Struct, frozen=True):
 
 
 def gather_docker(run: Run) -> DockerFacts:
-    """Ask docker and its compose plugin."""
     ran = run(["docker", "info", "--format", "{{json .}}"], DOCKER_SECONDS)
     if ran.is_missing:
         return DockerFacts(is_installed=False)

@@ -61,7 +61,6 @@ class Here(Struct, frozen=True, kw_only=True):
 
 
 def check_reached(reached: ConnectionResult, here: Here) -> list[CheckResult]:
-    """Judge one probe from this machine."""
     where = here.machine
     shown = f"{reached.name} at {reached.url}"
     if reached.outcome != "open":

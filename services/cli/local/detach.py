@@ -51,7 +51,7 @@ def _follow(
     output: IO[bytes], process: subprocess.Popen[bytes], signals: Signals, progress: Progress
 ) -> StartEvent | None:
     """Show its events until the last one; None if it ended without one."""
-    for line in _lines_of(output, signals, lambda: process.send_signal(signal.SIGTERM)):
+    for line in _lines_of(output, process, signals):
         event = msgspec.json.decode(line, type=StartEvent)
         if event.type == "show":
             progress.show(event.key, event.text, event.fraction)
@@ -64,14 +64,14 @@ def _follow(
     return None
 
 
-def _lines_of(output: IO[bytes], signals: Signals, on_stop: Callable[[], None]) -> Generator[bytes, None, None]:
-    """Yield each whole line of a pipe until it is closed; call `on_stop` once when a stop is requested."""
+def _lines_of(output: IO[bytes], process: subprocess.Popen[bytes], signals: Signals) -> Generator[bytes, None, None]:
+    """Yield each whole line of a pipe until it is closed; stop the process once when a stop is requested."""
     rest = b""
     is_stopping = False
     while True:
         if signals.stop_requested and not is_stopping:
             is_stopping = True
-            on_stop()
+            process.send_signal(signal.SIGTERM)
         if not signals.wait(SILENCE_SECONDS, [output]):
             continue
         part = os.read(output.fileno(), 65536)

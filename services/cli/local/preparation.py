@@ -107,14 +107,10 @@ def _follow(store: Conversation, progress: Progress) -> PreparedModel:
         line = store.receive(StoreLine)
         if line.folder:
             return PreparedModel(Path(line.folder), line.name)
-        if line.progress is not None:
-            _show(line.progress, progress)
-
-
-def _show(done: StoreProgress, progress: Progress) -> None:
-    text = f"{done.activity}: {done.detail}"
-    if not done.bytes_total:
-        progress.show(ROW, text)
-        return
-    size = f"{done.bytes_done / 1e6:.0f} of {done.bytes_total / 1e6:.0f} MB"
-    progress.show(ROW, f"{text}, {size}", min(1.0, done.bytes_done / done.bytes_total))
+        if (done := line.progress) is None:
+            continue
+        text, fraction = f"{done.activity}: {done.detail}", None
+        if done.bytes_total:
+            text += f", {done.bytes_done / 1e6:.0f} of {done.bytes_total / 1e6:.0f} MB"
+            fraction = min(1.0, done.bytes_done / done.bytes_total)
+        progress.show(ROW, text, fraction)
