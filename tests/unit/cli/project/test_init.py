@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from noodle import __version__
 from noodle.config.environment import read_variables
 from noodle.errors import ConfigurationError
 from services.cli.commands.init import prepare
@@ -29,7 +30,7 @@ def folder(tmp_path):
 
 def join_of_a():
     return Join(
-        noodle_version="0.1.0",
+        noodle_version=__version__,
         machine="machine-a",
         address="192.168.1.101",
         coordinator_port=8080,
@@ -278,7 +279,7 @@ def test_a_join_line_that_was_wrapped_is_read():
 
 def test_a_join_line_of_another_version_is_refused_with_both():
     text = base64.urlsafe_b64encode(json.dumps({"noodle_version": "9.0", "new": 1}).encode()).decode()
-    with pytest.raises(ConfigurationError, match=r"noodle 9\.0, and this is noodle 0\.1\.0"):
+    with pytest.raises(ConfigurationError, match=f"noodle 9.0, and this is noodle {__version__}"):
         join_line.decode(text)
 
 
