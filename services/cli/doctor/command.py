@@ -102,9 +102,7 @@ def examine(context: MachineContext, run: Run, cache_dir: Path, end: float) -> l
     need = need_of(planned.answer["plan"], where, planned.phases) if planned.answer else None
     reason = planned.reason or "the plan has no layers for this machine"
     results += _attempt(
-        "memory",
-        where,
-        lambda: check_memory(memory_job.value(end), docker, need, where, system, why_no_need=reason),
+        "memory", where, lambda: check_memory(memory_job.value(end), docker, need, where, system, why_no_need=reason)
     )
     return results
 

@@ -69,19 +69,15 @@ def find_context(config: CommandConfig, environment: Mapping[str, str], folder: 
     if record is not None:
         return _of_run(record, config, system)
     if (folder / COMPOSE_NAME).is_file() and not any(environment.get(name) for name in URL_VARIABLES):
-        return _of_new_machine(config, folder, system)
+        finding = warning(
+            "settings",
+            config.machine,
+            f"{folder} has no .env yet that says what this machine is.",
+            why="the services that this machine must reach are unknown, so only the machine itself is checked",
+            cure="docker compose run --rm init   (one host; add --machine a or b for one of two)",
+        )
+        return MachineContext(role=NEW_ROLE, machine=config.machine, system=system, results=(finding,))
     return _of_variables(config, environment, folder, system)
-
-
-def _of_new_machine(config: CommandConfig, folder: Path, system: System) -> MachineContext:
-    finding = warning(
-        "settings",
-        config.machine,
-        f"{folder} has no .env yet that says what this machine is.",
-        why="the services that this machine must reach are unknown, so only the machine itself is checked",
-        cure="docker compose run --rm init   (one host; add --machine a or b for one of two)",
-    )
-    return MachineContext(role=NEW_ROLE, machine=config.machine, system=system, results=(finding,))
 
 
 def _of_project(project: Project, system: System) -> MachineContext:

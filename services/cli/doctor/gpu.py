@@ -60,16 +60,14 @@ def gather_gpu(run: Run, system: System, project_folder: Path | None, *, is_want
     query = ["nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader"]
     ran = run(query, NVIDIA_SECONDS)
     cards = parse_cards(ran.output) if ran.is_good else ()
-    detail = "" if cards else "no answer in time" if ran.is_late else ran.last_line
-    has_device = _has_device(run, system)
     image, architectures, image_detail = "", None, "this machine has no GPU stage"
     if cards and is_wanted and project_folder is not None:
         image, architectures, image_detail = _ask_image(run, project_folder)
     return GpuFacts(
         cards=cards,
-        detail=detail,
+        detail="" if cards else "no answer in time" if ran.is_late else ran.last_line,
         has_driver=not ran.is_missing,
-        has_device=has_device,
+        has_device=_has_device(run, system),
         image=image,
         architectures=architectures,
         image_detail=image_detail,

@@ -18,16 +18,8 @@ SLOW_ROUND_TRIP_SECONDS = 0.002  # longer ones are as slow as Wi-Fi
 SLOW_BYTES_PER_SECOND = 30e6  # less is as slow as Wi-Fi
 CLOCK_SECONDS = 5.0  # of difference between two clocks; HTTP's whole seconds and a slow answer cause less
 
-LOOK_UP = {
-    "linux": "getent hosts {name}",
-    "windows": "Resolve-DnsName {name}",
-    "other": "ping {name}",
-}
-OWN_ADDRESS = {
-    "linux": "ip -4 -brief address",
-    "windows": "ipconfig",
-    "other": "ifconfig",
-}
+LOOK_UP = {"linux": "getent hosts {name}", "windows": "Resolve-DnsName {name}", "other": "ping {name}"}
+OWN_ADDRESS = {"linux": "ip -4 -brief address", "windows": "ipconfig", "other": "ifconfig"}
 CLOCK_CURES = {
     "linux": "sudo timedatectl set-ntp true   (on both machines)",
     "windows": "w32tm /resync   (as administrator, on both machines)",
@@ -95,21 +87,6 @@ def check_way_back(report: ConnectivityReport, machines: Mapping[str, str], here
 
 def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, *, is_from_here: bool) -> CheckResult:
     why, host = WHY.get(reached.name, WHY_STAGE), host_of(reached.url)
-    blocked = FIREWALL_CURE.format(host=host)
-    if reached.outcome == "no_such_name":
-        what = f"{shown}: the name {host!r} does not resolve {'here' if is_from_here else 'there'}."
-        return error("reach", where, what, why=why, cure=_name_cure(host, here.system))
-    if reached.outcome == "silent":
-        what = f"{shown}: no answer ({reached.detail}): a firewall drops the packets, or the machine is off."
-        return error("reach", where, what, why=why, cure=blocked)
-    if reached.outcome == "no_way":
-        return error("reach", where, f"{shown}: there is no route to it ({reached.detail}).", why=why, cure=blocked)
-    if reached.outcome == "refused":
-        what = f"{shown}: refused, nothing listens on that port."
-        cure = f"on that machine: {here.start_command}   (starts it)"
-        if is_from_here and not here.is_running:
-            return warning("reach", where, what, why=f"not started yet? {why}", cure=cure)
-        return error("reach", where, what, why=why, cure=cure)
     if reached.outcome == "unlocked":
         why = "anyone on the network can read and change plans and requests"
         cure = "docker compose run --rm init && docker compose up -d   (writes its password and access list)"
@@ -118,8 +95,21 @@ def _not_reached(reached: ConnectionResult, here: Here, where: str, shown: str, 
         secret = "Valkey password" if reached.name == "valkey" else "cluster token"
         what = f"{shown} answers, but refuses the {secret} of {where} (401: {reached.detail})."
         return error("lock", where, what, why="all machines must have the same one", cure=JOIN_CURE)
-    cure = "git pull && docker compose up -d --build   (on both machines), or correct the address and port in .env"
-    return error("reach", where, f"{shown}: {reached.detail}.", why=why, cure=cure)
+    blocked = FIREWALL_CURE.format(host=host)
+    problems = {
+        "no_such_name": (
+            f"the name {host!r} does not resolve {'here' if is_from_here else 'there'}",
+            _name_cure(host, here.system),
+        ),
+        "silent": (f"no answer ({reached.detail}): a firewall drops the packets, or the machine is off", blocked),
+        "no_way": (f"there is no route to it ({reached.detail})", blocked),
+        "refused": ("refused, nothing listens on that port", f"on that machine: {here.start_command}   (starts it)"),
+    }
+    update = "git pull && docker compose up -d --build   (on both machines), or correct the address and port in .env"
+    what, cure = problems.get(reached.outcome, (reached.detail, update))
+    if reached.outcome == "refused" and is_from_here and not here.is_running:
+        return warning("reach", where, f"{shown}: {what}.", why=f"not started yet? {why}", cure=cure)
+    return error("reach", where, f"{shown}: {what}.", why=why, cure=cure)
 
 
 def _name_cure(name: str, system: System) -> str:
