@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 from collections.abc import Generator, Iterator
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 from noodle.errors import LinkLost, NoodleError, NotAuthenticated, NotReady, RequestTimedOut
@@ -68,6 +68,7 @@ def post_for_events(url: str, body: object, credential: str = "") -> Generator[s
 def _request(method: str, url: str, body: object, credential: str, timeout_seconds: float) -> Iterator[HttpResponse]:
     """Send a request; turn a failure of the connection, also while the body is read, into a NoodleError."""
     parts = urlsplit(url)
+    where = f"{parts.scheme}://{parts.netloc}"
     if parts.scheme != "http" or not parts.hostname:
         raise NoodleError(f"{url!r} is not an http:// URL.", cure="Write it as http://192.168.1.101:8080.")
     headers = {"Accept": "application/json, text/event-stream"}
@@ -88,8 +89,16 @@ def _request(method: str, url: str, body: object, credential: str, timeout_secon
             yield response
     except AnswerTooLarge as error:
         raise NoodleError(f"{url} answered with {error}.") from error
+    except ConnectionRefusedError as error:
+        raise NotReady(f"Nothing answers at {where}.", cure="Start noodle with `noodle up`.") from error
+    except TimeoutError as error:
+        raise RequestTimedOut(f"{where} did not answer for {timeout_seconds:.0f} seconds.", cure=LOGS_CURE) from error
+    except socket.gaierror as error:
+        raise NoodleError(
+            f"The name {parts.hostname!r} does not resolve here.", cure="Use the machine's IP address."
+        ) from error
     except HTTP_ERRORS as error:
-        _raise_trouble(url, error, timeout_seconds)
+        raise LinkLost(f"The connection to {where} was lost: {reason_of(error)}.", cure=LOGS_CURE) from error
 
 
 def _json_object(url: str, content: bytes) -> dict[str, Any]:
@@ -103,20 +112,6 @@ def _json_object(url: str, content: bytes) -> dict[str, Any]:
             cure="Check NOODLE_COORDINATOR_URL, or choose another port with NOODLE_COORDINATOR_PORT.",
         )
     return value
-
-
-def _raise_trouble(url: str, error: Exception, timeout_seconds: float) -> NoReturn:
-    parts = urlsplit(url)
-    where = f"{parts.scheme}://{parts.netloc}"
-    if isinstance(error, ConnectionRefusedError):
-        raise NotReady(f"Nothing answers at {where}.", cure="Start noodle with `noodle up`.") from error
-    if isinstance(error, TimeoutError):
-        raise RequestTimedOut(f"{where} did not answer for {timeout_seconds:.0f} seconds.", cure=LOGS_CURE) from error
-    if isinstance(error, socket.gaierror):
-        raise NoodleError(
-            f"The name {parts.hostname!r} does not resolve here.", cure="Use the machine's IP address."
-        ) from error
-    raise LinkLost(f"The connection to {where} was lost: {reason_of(error)}.", cure=LOGS_CURE) from error
 
 
 def _raise_if_refused(url: str, response: HttpResponse) -> None:

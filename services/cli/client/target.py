@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 from noodle.config.settings import CommandConfig
@@ -26,15 +27,9 @@ def find_target(config: CommandConfig, url: str | None = None, key: str | None =
     record = running(config.state_dir)
     chosen_url = (url or (record.coordinator_url if record else config.coordinator_url)).rstrip("/")
     token = config.cluster_token
-    if record is None or chosen_url != record.coordinator_url:
-        return Target(chosen_url, key or config.api_key or token, token, None)
-    token = _run_token(config) or token
+    if record is not None and chosen_url != record.coordinator_url:
+        record = None
+    if record is not None:
+        with contextlib.suppress(FileNotFoundError):  # `noodle up` is just starting or stopping
+            token = (run_folder_path(config.state_dir) / TOKEN_NAME).read_text(encoding="utf-8").strip() or token
     return Target(chosen_url, key or config.api_key or token, token, record)
-
-
-def _run_token(config: CommandConfig) -> str:
-    path = run_folder_path(config.state_dir) / TOKEN_NAME
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:  # `noodle up` is just starting or stopping
-        return ""
