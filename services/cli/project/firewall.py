@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from noodle.errors import ConfigurationError
 from services.cli.project.programs import run_program
-from services.cli.project.project import LOOPBACK, Project, Published
+from services.cli.project.project import LOOPBACK, Project
 
 CHAIN = "NOODLE"
 DOCKER_CHAIN = "DOCKER-USER"
@@ -51,7 +51,12 @@ def openings_of(project: Project, clients: Sequence[str], own_networks: Sequence
     peers = [_network(project.peer_address, "NOODLE_PEER_ADDRESS in .env")]
     people = [_network(client, "--clients") for client in clients]
     own = [_network(network, "Docker's network") for network in own_networks]
-    return [_opening(published, peers, people, own) for published in project.published()]
+    openings = []
+    for published in project.published():
+        sources = peers if "machine" in published.clients else []
+        sources = [*sources, *(people if "people" in published.clients else []), *own]
+        openings.append(Opening(published.service, published.port, tuple(dict.fromkeys(sources))))
+    return openings
 
 
 def own_networks(project: Project) -> list[str]:
@@ -62,11 +67,6 @@ def own_networks(project: Project) -> list[str]:
     name = project.values.get("COMPOSE_PROJECT_NAME") or "noodle"
     ran = run_program(["docker", "network", "inspect", f"{name}_default", "--format", OWN_NETWORK], DOCKER_SECONDS)
     return [text for text in ran.output.split() if ":" not in text] if ran.is_good else []
-
-
-def _opening(published: Published, peers: list[str], people: list[str], own: list[str]) -> Opening:
-    sources = (peers if "machine" in published.clients else []) + (people if "people" in published.clients else [])
-    return Opening(published.service, published.port, tuple(dict.fromkeys([*sources, *own])))
 
 
 def _network(text: str, what: str) -> str:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from noodle.config.environment import read_variables
 from noodle.errors import ConfigurationError
@@ -137,17 +136,15 @@ def _addresses(role: Role, options: InitOptions, before: Mapping[str, str]) -> t
 def _check_address(option: str, value: str) -> None:
     try:
         address = ipaddress.IPv4Address(value)
+        is_local = address.is_loopback or address.is_unspecified or address.is_multicast
+        reason = "cannot be reached from another machine" if is_local else ""
     except ValueError:
-        _refuse_address(option, value, "is not an IPv4 address")
-    if address.is_loopback or address.is_unspecified or address.is_multicast:
-        _refuse_address(option, value, "cannot be reached from another machine")
-
-
-def _refuse_address(option: str, value: str, reason: str) -> NoReturn:
-    raise ConfigurationError(
-        f"{option} {value} {reason}.",
-        cure="Give the machine's address on your network, as 192.168.1.101 (`ip -4 address`, or `ipconfig`).",
-    )
+        reason = "is not an IPv4 address"
+    if reason:
+        raise ConfigurationError(
+            f"{option} {value} {reason}.",
+            cure="Give the machine's address on your network, as 192.168.1.101 (`ip -4 address`, or `ipconfig`).",
+        )
 
 
 def _files(role: Role, options: InitOptions, before: Mapping[str, str]) -> list[str]:

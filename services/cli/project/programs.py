@@ -38,16 +38,11 @@ class Ran:
         return lines[-1] if lines else f"exit code {self.code}"
 
 
-def run_program(arguments: Sequence[str], seconds: float, folder: Path | None = None, sent: str = "") -> Ran:
-    """Run a program to its end or for `seconds`, with `sent` on its standard input."""
+def run_program(arguments: Sequence[str], seconds: float, folder: Path | None = None) -> Ran:
+    """Run a program to its end or for `seconds`, without standard input."""
     try:
         done = subprocess.run(
-            list(arguments),
-            capture_output=True,
-            input=sent.encode(),
-            timeout=seconds,
-            check=False,
-            cwd=folder,
+            list(arguments), capture_output=True, stdin=subprocess.DEVNULL, timeout=seconds, check=False, cwd=folder
         )
     except FileNotFoundError:
         return Ran(code=127, is_missing=True)

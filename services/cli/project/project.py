@@ -72,17 +72,17 @@ class Project:
 
     @property
     def coordinator_url(self) -> str:
-        if self.role == "b":
-            default = f"http://{self.peer_address}:{DEFAULT_PORTS['NOODLE_COORDINATOR_PORT']}"
-            return self.values.get("NOODLE_COORDINATOR_URL") or default
-        return f"http://{self.lan_address}:{self.port('NOODLE_COORDINATOR_PORT')}"
+        return self._url_on_a("http://", "NOODLE_COORDINATOR")
 
     @property
     def valkey_url(self) -> str:
+        return self._url_on_a("redis://noodle@", "NOODLE_VALKEY")
+
+    def _url_on_a(self, start: str, variable: str) -> str:
         if self.role == "b":
-            default = f"redis://noodle@{self.peer_address}:{DEFAULT_PORTS['NOODLE_VALKEY_PORT']}"
-            return self.values.get("NOODLE_VALKEY_URL") or default
-        return f"redis://noodle@{self.lan_address}:{self.port('NOODLE_VALKEY_PORT')}"
+            default = f"{start}{self.peer_address}:{DEFAULT_PORTS[f'{variable}_PORT']}"
+            return self.values.get(f"{variable}_URL") or default
+        return f"{start}{self.lan_address}:{self.port(f'{variable}_PORT')}"
 
     @property
     def compose_files(self) -> list[str]:
