@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from noodle.cluster.measuring import DeviceProfile
 from services.cli.bench.profile_report import ProfileReport, decode_alone, prefill_alone
-from services.cli.bench.report import BenchReport, was_busy
+from services.cli.bench.report import BenchReport, Figures, was_busy
 from services.cli.client.reports import counted
 
 if TYPE_CHECKING:

@@ -12,15 +12,14 @@ from collections.abc import Mapping
 from noodle import __version__
 from noodle.cluster.measuring import MachineProfile, ProfileLine, ProfileQuestion
 from noodle.config.environment import command_config, process_environment
-from noodle.config.settings import CommandConfig
 from noodle.errors import NoodleError
 from services.cli.bench.plots import draw_profile
 from services.cli.bench.profile_report import ProfileConditions, ProfileReport, headline, print_report, remarks
 from services.cli.client.progress import Progress, open_progress
 from services.cli.client.reports import output_folder, print_stored, store_report, wants_stored, write_and_print
-from services.cli.client.target import Target, find_target
+from services.cli.client.target import find_target
 from services.cli.local.conversation import Conversation
-from services.cli.local.preparation import PreparedModel, find_model, require_torch
+from services.cli.local.preparation import find_model, require_torch
 from services.cli.local.processes import Signals, python_module
 
 SILENCE_SECONDS = 900.0  # between two lines: loading a slice from a slow disk, waiting for stages that measure
@@ -49,7 +48,15 @@ def profile(options: argparse.Namespace) -> int:
     )
     with contextlib.closing(open_progress(sys.stderr)) as progress, Signals() as signals:
         model = find_model(target, config, environment, signals, progress)
-        question = _question(model, config, is_quick=conditions.is_quick)
+        question = ProfileQuestion(
+            folder=str(model.folder),
+            device=config.device,
+            dtype=config.dtype,
+            threads=config.threads,
+            step_tokens=config.step_tokens,
+            cache_dir=str(config.cache_dir),
+            is_quick=conditions.is_quick,
+        )
         measured = _measure(question, environment, signals, progress)
     report = ProfileReport(
         made_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -61,20 +68,11 @@ def profile(options: argparse.Namespace) -> int:
         remarks=remarks(conditions, measured),
     )
     write_and_print("profile", report, folder, as_json=options.json, print_report=print_report, draw=draw_profile)
-    _store(target, report)
+    try:
+        print(f"Stored by {target.url} as {store_report(target, 'profile', report)}.", file=sys.stderr)
+    except NoodleError as error:
+        print(f"Not stored by a coordinator: {error}", file=sys.stderr)
     return 0
-
-
-def _question(model: PreparedModel, config: CommandConfig, *, is_quick: bool) -> ProfileQuestion:
-    return ProfileQuestion(
-        folder=str(model.folder),
-        device=config.device,
-        dtype=config.dtype,
-        threads=config.threads,
-        step_tokens=config.step_tokens,
-        cache_dir=str(config.cache_dir),
-        is_quick=is_quick,
-    )
 
 
 def _measure(
@@ -91,10 +89,3 @@ def _measure(
                 return line.profile
             if line.progress is not None:
                 progress.show("profile", line.progress.text, line.progress.fraction)
-
-
-def _store(target: Target, report: ProfileReport) -> None:
-    try:
-        print(f"Stored by {target.url} as {store_report(target, 'profile', report)}.", file=sys.stderr)
-    except NoodleError as error:
-        print(f"Not stored by a coordinator: {error}", file=sys.stderr)

@@ -37,8 +37,14 @@ def status(options: argparse.Namespace) -> int:
 
 def _state(target: Target, coordinator: Health) -> dict[str, Any]:
     record = target.record
-    rows = [_local_row(service, target.token) for service in record.services] if record else _remote_rows(coordinator)
     stages = {f"stage-{stage.get('stage_id')}": stage for stage in coordinator.stages}
+    if record is not None:
+        rows = [_local_row(service, target.token) for service in record.services]
+    else:
+        rows = [
+            {"name": name, "state": str(stage.get("phase", "")), "detail": str(stage.get("detail", ""))}
+            for name, stage in stages.items()
+        ]
     for row in rows:
         if row["name"] in stages:
             row.update({name: stages[row["name"]].get(name) for name in FROM_PLAN})
@@ -74,17 +80,6 @@ def _local_row(service: ServiceRecord, token: str) -> dict[str, Any]:
         row["state"] = health.status
         row["detail"] = health.detail
     return row
-
-
-def _remote_rows(coordinator: Health) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": f"stage-{stage.get('stage_id')}",
-            "state": str(stage.get("phase", "")),
-            "detail": str(stage.get("detail", "")),
-        }
-        for stage in coordinator.stages
-    ]
 
 
 def _print(seen: dict[str, Any]) -> None:

@@ -111,12 +111,7 @@ class Up:
         write_private(self.folder.valkey_password_path, password.encode())
         common = cluster.children_environment(self.environment, self.config, self.folder)
         self._model = prepare_model(
-            self.spec.model,
-            self.config,
-            common,
-            self.signals,
-            self.progress,
-            log_path=self.folder.log_path("model"),
+            self.spec.model, self.config, common, self.signals, self.progress, log_path=self.folder.log_path("model")
         )
         self._record()
         start = Start(self._supervisor, self.signals, self.progress)

@@ -60,11 +60,7 @@ class ClusterSpec:
 
 
 def resolve(
-    config: CommandConfig,
-    environment: Mapping[str, str],
-    stage_count: int | None,
-    model: str | None,
-    split: str | None,
+    config: CommandConfig, environment: Mapping[str, str], stage_count: int | None, model: str | None, split: str | None
 ) -> ClusterSpec:
     """Merge options, variables and defaults, in this order; raises ConfigurationError if they contradict."""
     for name in CHOSEN_BY_UP:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, Protocol, TypeVar
 
 import msgspec
@@ -34,6 +35,7 @@ class ProcessEnded(GenerationFailed):
     """Raised when a process ended without a result."""
 
 
+@dataclass(eq=False)
 class Conversation:
     """One process, from `with` to its end. Use it in the main thread (see start_child).
 
@@ -41,40 +43,30 @@ class Conversation:
     before it has had `grace_seconds` to clean up.
     """
 
-    def __init__(
-        self,
-        arguments: Sequence[str],
-        name: str,
-        environment: Mapping[str, str],
-        signals: Signals,
-        *,
-        errors: IO[bytes] | None = None,
-        grace_seconds: float = 0.0,
-    ) -> None:
-        self._arguments, self._name, self._environment, self._signals = arguments, name, environment, signals
-        self._errors, self._grace_seconds = errors, grace_seconds
-        self._lines: deque[bytes] = deque()
-        self._rest = b""
+    arguments: Sequence[str]
+    name: str
+    environment: Mapping[str, str]
+    signals: Signals
+    errors: IO[bytes] | None = None
+    grace_seconds: float = 0.0
 
     def __enter__(self) -> Conversation:
+        self._lines: deque[bytes] = deque()
+        self._rest = b""
         self.process = start_child(
-            self._arguments,
-            self._environment,
-            subprocess.PIPE,
-            standard_input=subprocess.PIPE,
-            errors=self._errors,
+            self.arguments, self.environment, subprocess.PIPE, standard_input=subprocess.PIPE, errors=self.errors
         )
         return self
 
     def __exit__(self, *_: object) -> None:
-        requests_before = self._signals.stop_requests
-        if self._signals.stop_requested:
+        requests_before = self.signals.stop_requests
+        if self.signals.stop_requested:
             end_group(self.process, signal.SIGTERM)
-        deadline = time.monotonic() + self._grace_seconds
-        while time.monotonic() < deadline and self._signals.stop_requests == requests_before:
+        deadline = time.monotonic() + self.grace_seconds
+        while time.monotonic() < deadline and self.signals.stop_requests == requests_before:
             if exit_code_without_reaping(self.process) is not None:
                 break
-            self._signals.wait(deadline - time.monotonic())  # its end is a signal too
+            self.signals.wait(deadline - time.monotonic())  # its end is a signal too
         end_group(self.process, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -110,18 +102,18 @@ class Conversation:
         assert output is not None  # noqa: S101  # start_child was given PIPE
         deadline = time.monotonic() + timeout_seconds
         while not self._lines:
-            self._signals.raise_if_stopped()
-            if not self._signals.wait(LOOK_SECONDS, [output]):
+            self.signals.raise_if_stopped()
+            if not self.signals.wait(LOOK_SECONDS, [output]):
                 if time.monotonic() >= deadline:
                     raise RequestTimedOut(
-                        f"The {self._name} sent nothing for {timeout_seconds:.0f} seconds.",
+                        f"The {self.name} sent nothing for {timeout_seconds:.0f} seconds.",
                         cure="Check whether this machine is busy or short of memory.",
                     )
                 continue
             part = os.read(output.fileno(), 1 << 16)
             if not part:
                 raise ProcessEnded(
-                    f"The {self._name}'s process ended without a result.",
+                    f"The {self.name}'s process ended without a result.",
                     cure="See its last lines above. If there are none, the system may have killed it for its memory.",
                 )
             *lines, self._rest = (self._rest + part).split(b"\n")

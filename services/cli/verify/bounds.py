@@ -60,7 +60,6 @@ def format_of(stage: Mapping[str, Any]) -> str:
 
 
 def reference_dtype(bound: str) -> str:
-    """Return the dtype of the unsplit model for a bound."""
     return bound if bound in REFERENCE_DTYPES else "float32"
 
 
