@@ -80,7 +80,7 @@ def status_of(stream: RequestStream) -> RequestStatus:
     ended: Literal["finished", "failed"] = "finished" if failure is None else "failed"
     return RequestStatus(
         id=asked.client_request_id or asked.request_id,
-        status=ended if stream.has_ended else "running",
+        status=ended if stream.ended_at is not None else "running",
         tokens=stream.token_count,
         resume_seconds=asked.resume_seconds,
         error=ErrorObject(**error_object(failure)) if failure else None,

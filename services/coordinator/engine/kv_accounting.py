@@ -25,17 +25,12 @@ class KvAccounting:
         self._reserved: dict[str, int] = {}
         self.rows = 0  # of all sessions, kept ones included
         self._reserved_rows = 0
-        self._kept: OrderedDict[str, Sequence] = OrderedDict()  # ended ones, the longest unused first
+        self.kept: OrderedDict[str, Sequence] = OrderedDict()  # ended, with rows on stages; the longest unused first
         self._released: list[ReleasedSession] = []
 
     @property
-    def kept_rows(self) -> int:
-        return sum(self._rows[session_id] for session_id in self._kept)
-
-    @property
-    def kept_ids(self) -> list[str]:
-        """Ended sessions that stages still hold rows of."""
-        return list(self._kept)
+    def kept_rows(self) -> int:  # they are freed when their room is needed
+        return sum(self._rows[session_id] for session_id in self.kept)
 
     def fits(self, sequence: Sequence, end: int, limits: PlanLimits) -> bool:
         """Whether there is room for the sequence's rows up to `end`."""
@@ -60,7 +55,7 @@ class KvAccounting:
         """Stop counting a session that the stages free by another message, or restart."""
         self.rows -= self._rows.pop(session_id, 0)
         self._reserved_rows -= self._reserved.pop(session_id, 0)
-        self._kept.pop(session_id, None)
+        self.kept.pop(session_id, None)
 
     def release(self, session_id: str, epoch: int) -> None:
         """Make the stages free a session with the next step."""
@@ -80,29 +75,29 @@ class KvAccounting:
         most = self._rows.get(sequence.session_id, 0)
         redundant = [
             session_id
-            for session_id, kept in self._kept.items()
+            for session_id, kept in self.kept.items()
             if kept.request.cache_salt == sequence.request.cache_salt
             and (rows := self._rows[session_id]) <= most
             and sequence.token_ids[:rows] == kept.token_ids[:rows]
         ]
         for session_id in redundant:
             self.forget(session_id)
-        self._kept[sequence.session_id] = sequence
-        while len(self._kept) > MAXIMUM_KEPT_SESSIONS:
-            oldest = next(iter(self._kept))
+        self.kept[sequence.session_id] = sequence
+        while len(self.kept) > MAXIMUM_KEPT_SESSIONS:
+            oldest = next(iter(self.kept))
             self.forget(oldest)
             redundant.append(oldest)
         return redundant
 
     def give_up(self, session_id: str) -> None:
         """Free a session if its rows are kept."""
-        kept = self._kept.get(session_id)
+        kept = self.kept.get(session_id)
         if kept is not None:
             self.release(session_id, kept.epoch)
 
     def give_up_kept(self, donors: Collection[str]) -> bool:
         """Free the longest-unused kept session that is not among `donors`. Returns False if there is none."""
-        for session_id, kept in self._kept.items():
+        for session_id, kept in self.kept.items():
             if session_id not in donors:
                 self.release(session_id, kept.epoch)
                 return True
@@ -110,7 +105,7 @@ class KvAccounting:
 
     def forget_kept(self) -> None:
         """Stop counting all kept sessions: some stage has lost their rows."""
-        for session_id in list(self._kept):
+        for session_id in list(self.kept):
             self.forget(session_id)
 
     def prefix_for(self, sequence: Sequence, running: Iterable[Sequence]) -> PrefixCopy | None:
@@ -120,7 +115,7 @@ class KvAccounting:
         """
         most = len(sequence.token_ids) - 1
         best: PrefixCopy | None = None
-        donors = [(kept, self._rows[kept.session_id]) for kept in self._kept.values()]
+        donors = [(kept, self._rows[kept.session_id]) for kept in self.kept.values()]
         donors += [(other, other.sent) for other in running]
         for donor, rows in donors:
             least = best.token_count + 1 if best else MINIMUM_PREFIX_TOKENS
@@ -129,8 +124,8 @@ class KvAccounting:
             count = common_prefix_length(sequence.token_ids, donor.token_ids, min(rows, most), least)
             if count >= least:
                 best = PrefixCopy(donor.session_id, donor.epoch, count)
-        if best is not None and best.session_id in self._kept:
-            self._kept.move_to_end(best.session_id)
+        if best is not None and best.session_id in self.kept:
+            self.kept.move_to_end(best.session_id)
         return best
 
 

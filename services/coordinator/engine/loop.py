@@ -23,16 +23,7 @@ from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, Req
 from noodle.logs import about
 from noodle.metrics.counted import CoordinatorMetrics
 from noodle.wire.messages import LiveSessions, SpanRefusal, StepResult
-from services.coordinator.engine.admission import (
-    Activate,
-    Admission,
-    Ended,
-    LoopEvent,
-    LoopState,
-    OpenRequests,
-    StandBy,
-    Stop,
-)
+from services.coordinator.engine import admission
 from services.coordinator.engine.pipeline import Pipeline, PipelineDown, PipelineEvent, PipelineUp
 from services.coordinator.engine.recorder import Recorder
 from services.coordinator.engine.recovery import Recovery
@@ -68,25 +59,25 @@ class EngineLoop:
         self._recovery = Recovery(recovery_seconds)
         self._keeps_rows = keeps_rows  # of ended requests, for others with the same prefix
         # Unbounded, but its writers are bounded: by open requests, and by results of the steps in flight.
-        self._events: queue.SimpleQueue[LoopEvent] = queue.SimpleQueue()
-        self._open = OpenRequests(maximum_open)
+        self._events: queue.SimpleQueue[admission.LoopEvent] = queue.SimpleQueue()
+        self._open = admission.OpenRequests(maximum_open)
         self._pipeline: Pipeline | None = None
-        self._pending: Activate | None = None
+        self._pending: admission.Activate | None = None
         self._next_live = 0.0
         self._next_tick = 0.0
         self._broke_at = 0.0
         self._counted = Counts()  # the scheduler's counts that the metrics have
-        self.state = LoopState()
-        self.admission = Admission(
+        self.state = admission.LoopState()
+        self.admission = admission.Admission(
             self._open, recorder, self.notify, limits=lambda: self._scheduler.limits, state=lambda: self.state
         )
 
     @property
     def kept_rows(self) -> int:
         """KV rows of ended requests that every stage keeps, for /health."""
-        return self._scheduler.kept_rows
+        return self._scheduler.kv.kept_rows
 
-    def notify(self, event: LoopEvent) -> None:
+    def notify(self, event: admission.LoopEvent) -> None:
         """Hand an event to the loop; `leadership.py` sends those about plans."""
         self._events.put(event)
 
@@ -97,13 +88,13 @@ class EngineLoop:
 
     def stop(self) -> None:
         """End the loop; open requests end with an error."""
-        self.notify(Stop())
+        self.notify(admission.Stop())
 
     # the loop
 
     def run(self) -> None:
         """Compute all requests until `stop`. This is a token's life in this process, from 1 to 5."""
-        while not isinstance(event := self._next_event(), Stop):
+        while not isinstance(event := self._next_event(), admission.Stop):
             now, flight = time.monotonic(), None
             if isinstance(event, Sequence):
                 # 1. An HTTP thread has admitted a request (admission.py): its sequence waits for a place.
@@ -132,22 +123,22 @@ class EngineLoop:
         self._hand_over(NotReady("The coordinator is stopping.", retry_after_seconds=5))
         self._close_pipeline()
 
-    def _next_event(self) -> LoopEvent | None:
+    def _next_event(self) -> admission.LoopEvent | None:
         try:
             return self._events.get(timeout=TICK_SECONDS)
         except queue.Empty:
             return None
 
-    def _handle(self, event: LoopEvent) -> None:
-        if isinstance(event, Ended):
+    def _handle(self, event: admission.LoopEvent) -> None:
+        if isinstance(event, admission.Ended):
             self._end(event.request_id, event.outcome, event.error)
         elif isinstance(event, PipelineUp):
             self._pipeline_is_up(event)
         elif isinstance(event, PipelineDown):
             self._pipeline_is_down(event.plan_version, event.reason)
-        elif isinstance(event, Activate):
+        elif isinstance(event, admission.Activate):
             self._activate(event)
-        elif isinstance(event, StandBy):
+        elif isinstance(event, admission.StandBy):
             self._stand_by(event.error)
 
     def _send_steps(self) -> None:
@@ -274,7 +265,7 @@ class EngineLoop:
         if not same_caches:
             self._replay("stage_restarted")
         elif not was_up and time.monotonic() - self._broke_at > KEPT_OVER_BREAK_SECONDS:
-            self._scheduler.forget_kept()
+            self._scheduler.kv.forget_kept()  # some stage may have freed them
         # Before any step: sessions that ended while the pipeline was down still take room on some stage.
         self._send_live_sessions(is_authoritative=True)
         for flight in self._scheduler.to_send_again(time.monotonic()):
@@ -313,18 +304,20 @@ class EngineLoop:
             if sequence.replays > MAXIMUM_REPLAYS:  # it restarts again and again without a token in between
                 self._end(sequence.session_id, "failed", _lost_too_often())
 
-    def _activate(self, event: Activate) -> None:
+    def _activate(self, event: admission.Activate) -> None:
         plan, epoch = self.state.plan, self._scheduler.coordinator_epoch
         if plan is not None and (plan.version, epoch) == (event.plan.version, event.coordinator_epoch):
             self._scheduler.limits = event.limits
         else:
             self._pending = event
 
-    def _switch(self, activate: Activate) -> None:
+    def _switch(self, activate: admission.Activate) -> None:
         """Make a new plan the active one; every sequence restarts in it."""
         self._pending = None
         self._close_pipeline()
-        self.state = LoopState(activate.plan, False, f"connecting to the stages of plan {activate.plan.version}")
+        self.state = admission.LoopState(
+            activate.plan, False, f"connecting to the stages of plan {activate.plan.version}"
+        )
         self._scheduler.limits = activate.limits
         self._scheduler.coordinator_epoch = activate.coordinator_epoch
         self._metrics.steps.begin_plan((stage.stage_id, stage.machine) for stage in activate.plan.stages)
@@ -337,7 +330,7 @@ class EngineLoop:
         self._close_pipeline()
         self._scheduler.limits = None
         self._pending = None
-        self.state = LoopState(detail=str(error))
+        self.state = admission.LoopState(detail=str(error))
 
     def _close_pipeline(self) -> None:
         if self._pipeline is not None:
@@ -381,7 +374,7 @@ class EngineLoop:
         metrics.running.set(len(scheduler.running))
         metrics.waiting.set(len(scheduler.waiting))
         metrics.kv_use.set(scheduler.used_share)
-        metrics.kept_tokens.set(scheduler.kept_rows)
+        metrics.kept_tokens.set(scheduler.kv.kept_rows)
         counts, counted = scheduler.counts, self._counted
         metrics.preemptions.inc(counts.preemptions - counted.preemptions)
         metrics.prefix_queries.inc(counts.prompt_tokens - counted.prompt_tokens)

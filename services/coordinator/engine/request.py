@@ -182,10 +182,6 @@ class RequestStream:
         return len(self._readers)
 
     @property
-    def has_ended(self) -> bool:
-        return self._end is not None
-
-    @property
     def failure(self) -> NoodleError | None:
         """What ended it early; None while it runs and when it finished."""
         return None if self._end is FINISHED else self._end

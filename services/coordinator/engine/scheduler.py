@@ -64,7 +64,7 @@ class Scheduler:
         self._in_flight: dict[int, InFlightStep] = {}  # by step id, oldest first
         self._next_step_id = 1
         self._admissions = 0
-        self._kv = KvAccounting()
+        self.kv = KvAccounting()
         self._room_is_short = False
         self._admit_at = 0.0  # nothing is admitted before
         self._limits: PlanLimits | None = None
@@ -90,7 +90,7 @@ class Scheduler:
     @property
     def held_ids(self) -> list[str]:
         """Sessions that stages may hold KV rows of: running ones, and ended ones whose rows are kept."""
-        return [*self._running, *self._kv.kept_ids]
+        return [*self._running, *self.kv.kept]
 
     @property
     def steps_in_flight(self) -> int:
@@ -100,12 +100,7 @@ class Scheduler:
     def used_share(self) -> float:
         """Share of the tightest stage's KV room that running and kept sessions hold."""
         limits = self._limits
-        return self._kv.rows / limits.kv_tokens if limits and limits.kv_tokens else 0.0
-
-    @property
-    def kept_rows(self) -> int:
-        """KV rows kept of ended sequences; they are freed when their room is needed."""
-        return self._kv.kept_rows
+        return self.kv.rows / limits.kv_tokens if limits and limits.kv_tokens else 0.0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
@@ -122,8 +117,8 @@ class Scheduler:
         is_whole = sequence.in_flight == 0 and sequence.sent > 0
         self._forget_in_flight(session_id)
         if keep_rows and is_whole:
-            return self._kv.keep(sequence)
-        self._kv.forget(session_id)
+            return self.kv.keep(sequence)
+        self.kv.forget(session_id)
         return [session_id]
 
     def next_step(self, now: float) -> InFlightStep | None:
@@ -152,7 +147,7 @@ class Scheduler:
             shape=[len(token_ids)],
             spans=spans,
             gap_seconds=GAP_SECONDS,
-            released=self._kv.take_released(),
+            released=self.kv.take_released(),
         )
         self._next_step_id += 1
         predicted = limits.decode_seconds + len(token_ids) * limits.prefill_seconds_per_token
@@ -254,14 +249,10 @@ class Scheduler:
             flight.sent_at = now
         return list(self._in_flight.values())
 
-    def forget_kept(self) -> None:
-        """Drop the rows kept of ended sequences: some stage may have freed them."""
-        self._kv.forget_kept()
-
     def replay_all(self) -> list[Sequence]:
         """Restart every running sequence in its next epoch, because some KV cache is gone. Returns them."""
         self._in_flight.clear()
-        self._kv.forget_kept()
+        self.kv.forget_kept()
         for sequence in self._running.values():
             self._replay(sequence)
         return self.running
@@ -328,7 +319,7 @@ class Scheduler:
 
     def _restart(self, sequence: Sequence) -> None:
         """Begin the next epoch without any rows; those of this epoch are freed before others take their room."""
-        self._kv.release(sequence.session_id, sequence.epoch)
+        self.kv.release(sequence.session_id, sequence.epoch)
         sequence.epoch += 1
         sequence.sent = 0
         sequence.in_flight = 0
@@ -339,7 +330,7 @@ class Scheduler:
         sequence.reuses_prefix = False
         for span in step.spans:
             if span.session_id == sequence.session_id and span.prefix is not None:
-                self._kv.give_up(span.prefix.session_id)
+                self.kv.give_up(span.prefix.session_id)
 
     def _lose_place(self, sequence: Sequence) -> None:
         del self._running[sequence.session_id]
@@ -404,7 +395,7 @@ class Scheduler:
         """Return how many of a prompt's next tokens go now. A sequence that begins may copy rows of another."""
         first, prefix = sequence.sent, None
         if first == 0 and sequence.reuses_prefix and sequence.scores is None:  # copied rows have no logits to score
-            prefix = self._kv.prefix_for(sequence, self._running.values())
+            prefix = self.kv.prefix_for(sequence, self._running.values())
             first = prefix.token_count if prefix else 0
         ends = sequence.chunk_ends if sequence.sent else choice.costs.chunk_ends(first, len(sequence.token_ids))
         count = min(budget, choice.costs.chunk_tokens(first, ends, others_decode=choice.others_decode))
@@ -421,8 +412,8 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, end: int, choice: _Choice) -> bool:
         """Take room for the sequence's rows up to `end`. Returns False if only older sequences could be preempted."""
-        while not self._kv.fits(sequence, end, choice.limits):
-            if self._kv.give_up_kept(choice.donors):
+        while not self.kv.fits(sequence, end, choice.limits):
+            if self.kv.give_up_kept(choice.donors):
                 continue
             younger = [
                 other
@@ -437,5 +428,5 @@ class Scheduler:
             self.counts.preemptions += 1
             self._restart(victim)
             self._lose_place(victim)
-        self._kv.hold(sequence, end)
+        self.kv.hold(sequence, end)
         return True

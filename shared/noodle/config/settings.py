@@ -9,7 +9,7 @@ from pathlib import Path
 from noodle.config import variables as of
 from noodle.config.addresses import Address
 from noodle.config.api_keys import ApiKey, read_api_keys
-from noodle.config.variables import Variable, secret, variable
+from noodle.config.variables import Variable, variable
 from noodle.model.formats import ALLOWANCES, EXECUTORS, FORMAT_BY_DTYPE, WEIGHTS
 from noodle.wire.frames import ACTIVATION_DTYPES
 
@@ -27,14 +27,19 @@ class SharedConfig:
         lambda text: text or platform.node() or "machine",
         "name of this machine; empty: its host name",
     )
-    cluster_token: str = secret(
+    cluster_token: str = variable(
         "NOODLE_CLUSTER_TOKEN",
+        "",
         str,
         "secret that the machines share; or NOODLE_CLUSTER_TOKEN_FILE",
-        "file with that secret",
+        file_remark="file with that secret",
     )
-    valkey_password: str = secret(
-        "NOODLE_VALKEY_PASSWORD", str, "password of Valkey; or NOODLE_VALKEY_PASSWORD_FILE", "file with that password"
+    valkey_password: str = variable(
+        "NOODLE_VALKEY_PASSWORD",
+        "",
+        str,
+        "password of Valkey; or NOODLE_VALKEY_PASSWORD_FILE",
+        file_remark="file with that password",
     )
     cache_dir: Path = variable(
         "NOODLE_CACHE_DIR", "~/.cache/noodle", of.path, "converted models and measurements; safe to delete"
@@ -79,11 +84,12 @@ class CoordinatorUrl:
 class RequestOptions:
     """Settings of the coordinator and the command."""
 
-    api_keys: tuple[ApiKey, ...] = secret(
+    api_keys: tuple[ApiKey, ...] = variable(
         "NOODLE_API_KEY",
+        "",
         read_api_keys,
         "key that clients send, or several as name:key,name:key; required unless the coordinator listens on loopback",
-        "file with that key, or with several, one a line",
+        file_remark="file with that key, or with several, one a line",
     )
     step_tokens: int = variable(
         "NOODLE_STEP_TOKENS", "512", of.whole(1, 8192), "tokens in one step; longer prompts are computed in chunks"
@@ -278,17 +284,10 @@ class ContainerConfig:
 
 CONFIGS = (CoordinatorConfig, PlannerConfig, StageConfig, CommandConfig, ContainerConfig)
 
-
 RETIRED = {"NOODLE_STAY_AWAKE": "a stage no longer keeps a core awake"}  # an older .env may still set these
 
-
-def _all_variables() -> tuple[Variable, ...]:
-    declared: list[Variable] = [each.metadata["variable"] for kind in CONFIGS for each in fields(kind)]
-    by_name = {each.name: each for one in declared for each in (one, *one.file_variables)}
-    return tuple(by_name.values())
-
-
-VARIABLES = _all_variables()
+_DECLARED: list[Variable] = [each.metadata["variable"] for kind in CONFIGS for each in fields(kind)]
+VARIABLES = tuple({each.name: each for one in _DECLARED for each in (one, *one.file_variables)}.values())
 
 
 def env_example() -> str:

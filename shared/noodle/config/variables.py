@@ -36,18 +36,10 @@ class Variable:
         return (Variable(f"{self.name}_FILE", "", str, self.file_remark),) if self.file_remark else ()
 
 
-def variable(name: str, default: str, parse: Callable[[str], Value], remark: str) -> Value:
-    """Declare a field of a configuration class that is read from a variable."""
-    return _field(Variable(name, default, parse, remark), parse)
-
-
-def secret(name: str, parse: Callable[[str], Value], remark: str, file_remark: str) -> Value:
-    """Declare a field that is read from a variable or from the file that NAME_FILE names."""
-    return _field(Variable(name, "", parse, remark, file_remark), parse)
-
-
-def _field(declared: Variable, parse: Callable[[str], Value]) -> Value:
-    return field(default_factory=lambda: parse(declared.default), metadata={"variable": declared})
+def variable(name: str, default: str, parse: Callable[[str], Value], remark: str, *, file_remark: str = "") -> Value:
+    """Declare a field of a configuration class that is read from a variable, a secret also from its NAME_FILE."""
+    declared = Variable(name, default, parse, remark, file_remark)
+    return field(default_factory=lambda: parse(default), metadata={"variable": declared})
 
 
 # Parsers: each turns the text of a variable into its value.

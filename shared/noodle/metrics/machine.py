@@ -66,13 +66,8 @@ def _number_in(path: Path) -> int | None:
 
 def _named_number_in(path: Path, name: str) -> int:
     """The number after a name at the start of a line, 0 without one."""
-    if not path.is_file():
-        return 0
-    for line in path.read_text(encoding="ascii").splitlines():
-        key, _, number = line.partition(" ")
-        if key == name:
-            return int(number)
-    return 0
+    lines = path.read_text(encoding="ascii").splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
 
 
 def _core_limit(cgroup: Path) -> float | None:

@@ -12,7 +12,6 @@ from msgspec import Meta, Struct
 MANIFEST_BYTES_CAP = 64 << 20  # largest manifest as JSON: a few hundred bytes for each of 200,000 tensors
 MANIFEST_PATH = "/weights"
 FILES_PATH = "/weights/files"
-DIGEST_BYTES = 32  # length of a sha256 digest
 
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$")]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 53)]

@@ -216,18 +216,13 @@ def install_metrics_route(app: Flask, registry: CollectorRegistry, cluster_token
         return Response(generate_latest(registry), content_type=CONTENT_TYPE_LATEST)
 
 
-def bearer_token() -> str:
-    """Return the bearer token of this request, empty when it has none."""
-    scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
-    return credential.strip() if scheme.lower() == "bearer" else ""
-
-
 def has_token(*accepted: str) -> bool:
     """Whether this request carries one of the accepted secrets; authenticates its connection.
 
     Empty secrets are never accepted. Every wrong token takes the same time.
     """
-    given = bearer_token().encode()
+    scheme, _, credential = request.headers.get("Authorization", "").partition(" ")
+    given = credential.strip().encode() if scheme.lower() == "bearer" else b""
     matches = [hmac.compare_digest(given, secret.encode()) for secret in accepted if secret]
     if not any(matches):
         return False

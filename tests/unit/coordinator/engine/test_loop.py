@@ -332,7 +332,7 @@ def test_a_request_whose_client_may_come_back_runs_without_it_for_resume_seconds
     again = stream.open_reader()
     assert wait_until(lambda: again.next(0.05), WAIT_SECONDS, "the token that came meanwhile").token_id == 7
     again.cancel()
-    wait_until(lambda: stream.has_ended, WAIT_SECONDS, "nobody came back")
+    wait_until(lambda: stream.ended_at is not None, WAIT_SECONDS, "nobody came back")
     assert "did not come back" in str(stream.failure)
 
 
@@ -347,7 +347,7 @@ def test_two_readers_get_the_same_and_the_request_ends_with_the_last_one(rig):
     rig.answer(rig.step(2), 8)
     assert wait_until(lambda: second.next(0.05), WAIT_SECONDS, "a token").token_id == 8
     second.cancel()
-    wait_until(lambda: stream.has_ended, WAIT_SECONDS, "it is cancelled")
+    wait_until(lambda: stream.ended_at is not None, WAIT_SECONDS, "it is cancelled")
 
 
 def test_a_request_of_an_earlier_coordinator_continues_after_its_last_recorded_token(rig):
@@ -367,7 +367,7 @@ def test_a_request_of_an_earlier_coordinator_continues_after_its_last_recorded_t
 def test_a_recorded_request_that_lacks_only_its_end_ends(rig):
     record = a_request("r", [3, 4, 5], 1, ignore_eos=True)
     stream = rig.loop.admission.resume(record, [Token(7, finish_reason="length")], frozenset(), 30.0)
-    wait_until(lambda: stream.has_ended, WAIT_SECONDS, "it has ended")
+    wait_until(lambda: stream.ended_at is not None, WAIT_SECONDS, "it has ended")
     assert stream.failure is None
 
 

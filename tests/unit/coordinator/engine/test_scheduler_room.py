@@ -141,7 +141,7 @@ def test_kept_rows_are_freed_before_any_sequence_is_preempted():
     scheduler.add(other)
     flight = scheduler.next_step(0)
     assert [each.session_id for each in flight.step.released] == ["first"]
-    assert (scheduler.kept_rows, scheduler.counts.preemptions) == (0, 0)
+    assert (scheduler.kv.kept_rows, scheduler.counts.preemptions) == (0, 0)
 
 
 def test_prompts_to_score_reuse_no_prefix():
