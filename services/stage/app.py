@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from noodle.web.service import (
 from noodle.wire.chunked import ChunkStream
 from noodle.wire.hop_client import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
 from noodle.wire.queue_end import STREAM_TIMEOUT_SECONDS
-from services.stage.lifecycle import Lifecycle, new_boot_id
+from services.stage.lifecycle import Lifecycle
 from services.stage.manual.routes import guide_routes
 from services.stage.metrics_sender import MetricsSender
 from services.stage.stage import Stage
@@ -40,7 +41,6 @@ STREAM_TYPE = "application/octet-stream"
 
 
 def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry: CollectorRegistry) -> Flask:
-    """Make the app over a wired stage."""
     app = Flask("noodle.stage")
     install_error_handlers(app)
     install_metrics_route(app, registry, config.cluster_token)
@@ -49,7 +49,8 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
     def health() -> Response:
         """Report the status; with the cluster token also the device, the plan and the room for KV rows."""
         state = lifecycle.state
-        answer: dict[str, Any] = {"service": "stage", "status": _status_of(state.phase)}
+        status = "starting" if state.phase in ("measuring", "loading") else state.phase
+        answer: dict[str, Any] = {"service": "stage", "status": status}
         if has_token(config.cluster_token):  # without it, only that the stage is alive
             answer |= {
                 "version": __version__,
@@ -150,16 +151,16 @@ class StageService(Service):
         """Wire stage, lifecycle and routes, without importing torch."""
         registry, machine = service_registry(self.name, self._config.machine)
         streams = WorkQueue(self._config.valkey_url, self._config.valkey_password, STREAM_TIMEOUT_SECONDS)
-        self._stage = Stage(self._config, new_boot_id(), registry, streams)
+        boot_id = uuid.uuid4().hex  # names this process, and so the KV cache that lives and dies with it
+        self._stage = Stage(self._config, boot_id, registry, streams)
         machine.read_card = lambda: self._stage.read_card()
-        self._sender = MetricsSender(self._config, self._stage.boot_id, registry)
+        self._sender = MetricsSender(self._config, boot_id, registry)
         self._stage.metrics.unsent_snapshots.set_function(lambda: self._sender.unsent_count)
         work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
         self._lifecycle = Lifecycle(self._config, self._stage, work_queue)
         return create_app(self._config, self._stage, self._lifecycle, registry)
 
     def start(self) -> None:
-        """Start the threads of the worker, the queue, the lifecycle and the metrics."""
         start_loop("worker", self._stage.worker.run, self.name)
         self._stage.start_queue()
         start_loop("beat", self._lifecycle.beat, self.name)
@@ -167,7 +168,6 @@ class StageService(Service):
         self._sender.start()
 
     def stop(self) -> None:
-        """End the lifecycle and close every connection."""
         self._sender.stopping.set()
         self._lifecycle.stop()
         self._stage.close()
@@ -182,7 +182,3 @@ def _whole_number(header: str) -> int:
     if not value.isdigit() or len(value) > 16:
         raise InvalidRequest(f"The header {header} is {value[:40]!r}, not a whole number.", param=header)
     return int(value)
-
-
-def _status_of(phase: str) -> str:
-    return {"measuring": "starting", "loading": "starting"}.get(phase, phase)

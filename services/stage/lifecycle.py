@@ -6,7 +6,6 @@ import logging
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Collection
 from concurrent.futures import Future
 from functools import partial
@@ -345,8 +344,3 @@ class Lifecycle:
             self._state = replace(self._state, **{"progress": 0.0, **changes})
         if is_new_phase:
             self._beat_now.set()
-
-
-def new_boot_id() -> str:
-    """Return a name for this process, and so for the KV cache that lives and dies with it."""
-    return uuid.uuid4().hex

@@ -59,7 +59,7 @@ class Stage:
         self.read_card: Callable[[], CardUse | None] = lambda: None  # set when this stage computes on a card
         self.kv_budget_bytes = 0  # of served requests
         self.plan_version = 0  # of the newest plan this stage has acted on
-        self._role: Role | None = None
+        self.role: Role | None = None  # set by `become`
         self._link: NextStage | None = None
         self.metrics.outbox_bytes.set_function(lambda: self.outbox.held_bytes)
         self.metrics.kv_bytes.set_function(self.kv_bytes_held)
@@ -72,13 +72,9 @@ class Stage:
         if self._queue_end is not None:
             self._queue_end.start("stage")
 
-    @property
-    def role(self) -> Role | None:
-        return self._role
-
     def ready_role(self, plan_version: int) -> Role:
         """Return the role in this plan version; raises NotReady naming the version this stage is ready for."""
-        role = self._role
+        role = self.role
         if role is None or role.plan.version != plan_version:
             ready_for = f"plan {role.plan.version}" if role else "no plan yet"
             raise NotReady(
@@ -96,12 +92,12 @@ class Stage:
             )
 
     def kv_bytes_held(self) -> int:
-        role = self._role
+        role = self.role
         return role.model_slice.kv_bytes_held() if role else 0
 
     def become(self, plan_version: int, role: Role | None) -> None:
         """Compute this role after the step in progress; the old slice's memory is free on return."""
-        self._role = None
+        self.role = None
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -113,7 +109,7 @@ class Stage:
         self.worker.install(role, installed.set)
         if not installed.wait(INSTALL_TIMEOUT_SECONDS):
             raise TimeoutError(f"the worker did not take plan {plan_version} in {INSTALL_TIMEOUT_SECONDS:.0f} seconds")
-        self._role = role
+        self.role = role
         self.plan_version = plan_version
         self._queue_changed()
 
@@ -133,14 +129,14 @@ class Stage:
 
     def _place_of(self, step: Step) -> tuple[Plan, int] | None:
         """The plan, and this stage's index in it, of a step that is current."""
-        role = self._role
+        role = self.role
         if role is None or step.plan_version != role.plan.version:
             return None
         return (role.plan, role.index) if step.coordinator_epoch >= self.worker.coordinator_epoch else None
 
     def _queue_changed(self) -> None:
         """Set in the chain how the next process is reached; for the last stage's results it may be the queue alone."""
-        link, role = self._link, self._role
+        link, role = self._link, self.role
         if link is not None:
             link.update_chain()
         elif role is not None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, request
 
 from noodle import http_client
 from noodle.config.settings import CoordinatorConfig
-from noodle.errors import GenerationFailed, NotFound, NotReady, RequestTimedOut, TooManyRequests
-from noodle.web.service import add_success_false, json_body
+from noodle.errors import GenerationFailed, NotFound, NotReady, RequestTimedOut
+from noodle.web.service import add_success_false, json_body, place_in
 from services.coordinator.api.auth import Clients
 from services.coordinator.api.openapi import ANY_OBJECT, BODY_ERRORS, READY_ERRORS, Operation
 from services.coordinator.coordinator import Coordinator
@@ -73,6 +71,7 @@ def guide_routes(config: CoordinatorConfig, coordinator: Coordinator, clients: C
     """Routes for clients: they require an API key or the cluster token, or without keys this machine's own address."""
     routes = Blueprint("guide", __name__)
     add_success_false(routes)
+    # what other services compute must not take every thread here
     forwards = threading.BoundedSemaphore(MAXIMUM_RELAYED_FORWARDS)
     plans = threading.BoundedSemaphore(MAXIMUM_RELAYED_PLANS)
 
@@ -80,7 +79,7 @@ def guide_routes(config: CoordinatorConfig, coordinator: Coordinator, clients: C
     def stage_forward(stage_id: str) -> Response:
         clients.require()
         url = f"{_stage_url(coordinator, stage_id)}/forward"
-        with _place(forwards, "forwards"):
+        with place_in(forwards, "Too many forwards are in progress."):
             body = json_body(FORWARD_BODY_BYTES)
             return relay(
                 url, body, config.cluster_token, name=f"Stage {stage_id}", answer_seconds=FORWARD_ANSWER_SECONDS
@@ -92,25 +91,10 @@ def guide_routes(config: CoordinatorConfig, coordinator: Coordinator, clients: C
         has_body = request.content_length or "Transfer-Encoding" in request.headers
         body = json_body(PLAN_BODY_BYTES, "List fewer nodes.") if has_body else b""
         url = f"{config.planner_url}/plan/preview"
-        with _place(plans, "plans"):
+        with place_in(plans, "Too many plans are in progress."):
             return relay(url, body, config.cluster_token, name="The planner", answer_seconds=PLAN_ANSWER_SECONDS)
 
     return routes
-
-
-@contextlib.contextmanager
-def _place(places: threading.BoundedSemaphore, what: str) -> Iterator[None]:
-    """Hold one of the places for what other services compute; they must not take every thread here."""
-    if not places.acquire(blocking=False):
-        raise TooManyRequests(
-            f"Too many {what} are in progress.",
-            cure="Send the next one when one of them is answered.",
-            retry_after_seconds=1,
-        )
-    try:
-        yield
-    finally:
-        places.release()
 
 
 def _stage_url(coordinator: Coordinator, stage_id: str) -> str:

@@ -5,19 +5,19 @@ At most one piece of one forward stands in the worker's inbox, so a served step 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from noodle.errors import GenerationFailed, NotReady, RequestTimedOut, TooManyRequests, Unprocessable
+from noodle.errors import GenerationFailed, NotReady, RequestTimedOut, Unprocessable
 from noodle.metrics.counted import StageMetrics
+from noodle.web.service import place_in
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span
 from services.stage.executors.hidden_states import decode
@@ -40,19 +40,9 @@ class Forwards:
         self._turn = threading.Lock()
         self._piece_tokens = SMALLEST_PIECE_TOKENS
 
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self) -> AbstractContextManager[None]:
         """Hold a place from before a body is read until its answer is made; raises TooManyRequests without one."""
-        if not self._places.acquire(blocking=False):
-            raise TooManyRequests(
-                f"{MAXIMUM_WAITING_FORWARDS} forwards are in progress on stage {self._stage_id}.",
-                cure="Send the next one when one of them is answered.",
-                retry_after_seconds=1,
-            )
-        try:
-            yield
-        finally:
-            self._places.release()
+        return place_in(self._places, f"{MAXIMUM_WAITING_FORWARDS} forwards are in progress on stage {self._stage_id}.")
 
     def compute(self, role: Role, request: ForwardRequest) -> ForwardResult:
         """Wait for the turn, then for the worker; raises RequestTimedOut, and what the computation raises.
@@ -99,10 +89,9 @@ class Forwards:
             return ForwardResult(0)
         tokens = tensor.shape[0]
         if progress.span is None:
-            admitted = sessions.admit(request.session_id, request.token_index, tokens, time.monotonic())
-            for name in admitted.displaced:
+            progress.span, displaced = sessions.admit(request.session_id, request.token_index, tokens, time.monotonic())
+            for name in displaced:
                 model_slice.release(name)
-            progress.span = admitted.span
         done_tokens = progress.done_tokens
         piece_tokens = min(self._piece_tokens, tokens - done_tokens)
         is_last_piece = done_tokens + piece_tokens == tokens

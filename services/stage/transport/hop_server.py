@@ -49,7 +49,7 @@ class Chain:
             if own == self._own:
                 return
             self._own = own
-            self._wake()
+            self.wake()
         self.own_changed()
 
     def set_behind(self, chain: list[ChainLink]) -> None:
@@ -57,7 +57,7 @@ class Chain:
         with self._changed:
             if chain != self._behind:
                 self._behind = chain
-                self._wake()
+                self.wake()
 
     def links(self) -> list[ChainLink]:
         """This stage first."""
@@ -71,13 +71,10 @@ class Chain:
             return self._version
 
     def wake(self) -> None:
-        """Wake every waiter: a connection has ended."""
+        """Wake every waiter: the chain has changed, or a connection has ended."""
         with self._changed:
-            self._wake()
-
-    def _wake(self) -> None:
-        self._version += 1
-        self._changed.notify_all()
+            self._version += 1
+            self._changed.notify_all()
 
 
 def maximum_frame_bytes(hidden_size: int) -> int:
@@ -91,8 +88,7 @@ def unbuffered_read(body: Any) -> Callable[[int], bytes]:
     gunicorn's `wsgi.input` fetches at least 1,024 bytes at a time and so delays a small frame until the next ones
     fill them up; its chunk reader below returns exactly what is asked for (docs/adr/0003).
     """
-    reader = getattr(body, "reader", body)
-    read: Callable[[int], bytes] = reader.read
+    read: Callable[[int], bytes] = getattr(body, "reader", body).read
     return read
 
 

@@ -103,13 +103,13 @@ class ResultsReader:
                 self._waiting.append(result)
                 return True
             if self._gone.poll(0):
-                self._end()
+                self.end()
                 return False
             try:
                 self._write(_chunk(result))
             except OSError as error:
                 log.info("a result cannot be written: %s", error)
-                self._end()
+                self.end()
                 return False
             if self._rest:
                 self._changed.notify_all()
@@ -140,12 +140,13 @@ class ResultsReader:
 
     def end(self) -> None:
         with self._changed:
-            self._end()
+            self._ended = True
+            self._changed.notify_all()
 
     def close(self) -> list[StepResult]:
         """Write nothing more and close the connection; returns the results that were not written."""
         with self._changed:
-            self._end()
+            self.end()
             self._connection.close()
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -153,10 +154,6 @@ class ResultsReader:
 
     def _has_work(self) -> bool:
         return self._ended or bool(self._rest) or bool(self._waiting)
-
-    def _end(self) -> None:
-        self._ended = True
-        self._changed.notify_all()
 
     def _write(self, chunk: bytes) -> None:
         """Write what there is room for and keep the rest."""

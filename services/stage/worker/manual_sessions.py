@@ -6,7 +6,7 @@ Their rows have a budget beside that of served requests, and names that no serve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from noodle.errors import Conflict, ContextTooLong, Unprocessable
 from services.stage.executors.base import Span
@@ -25,14 +25,6 @@ class _Session:
     length: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardSpan:
-    """A span for the slice, and the names of sessions whose rows must be freed before."""
-
-    span: Span
-    displaced: list[str] = field(default_factory=list)
-
-
 class ForwardSessions:
     """The sessions of one role of the stage; callers pass the time."""
 
@@ -44,11 +36,12 @@ class ForwardSessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def admit(self, session_id: str, token_index: int | None, token_count: int, now: float) -> ForwardSpan:
+    def admit(self, session_id: str, token_index: int | None, token_count: int, now: float) -> tuple[Span, list[str]]:
         """Make room for `token_count` tokens from `token_index` on (None: the session's end).
 
-        The least recently used sessions are displaced. Raises Conflict for a gap, ContextTooLong, or Unprocessable for
-        a session that is too long even alone; nothing changes then.
+        Returns their span, and the names of the least recently used sessions that it displaces, whose rows must be
+        freed before. Raises Conflict for a gap, ContextTooLong, or Unprocessable for a session that is too long even
+        alone; nothing changes then.
         """
         session = self._sessions.get(session_id)
         length = session.length if session else 0
@@ -73,7 +66,7 @@ class ForwardSessions:
         if session is None:
             session = self._sessions[session_id] = _Session(reserve_tokens, now)
         session.reserve_tokens, session.used_at = reserve_tokens, now
-        return ForwardSpan(Span(NAME_PREFIX + session_id, first_position, token_count, reserve_tokens), displaced)
+        return Span(NAME_PREFIX + session_id, first_position, token_count, reserve_tokens), displaced
 
     def computed(self, session_id: str, length: int, now: float) -> None:
         """Set the session's computed rows to [0, length); rows beyond are no longer part of it."""

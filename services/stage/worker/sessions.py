@@ -140,13 +140,9 @@ class SessionTable:
         """Drop these sessions; returns those that were known, whose KV rows must be freed."""
         return [session_id for session_id in session_ids if self._sessions.pop(session_id, None) is not None]
 
-    def release_unlisted(self, session_ids: list[str]) -> list[str]:
+    def release_all(self, but: Iterable[str] = ()) -> list[str]:
         """Drop every session but these; returns the dropped ones."""
-        return self.release(self._sessions.keys() - set(session_ids))
-
-    def release_all(self) -> list[str]:
-        """Drop every session: another coordinator leads, or another plan is computed."""
-        return self.release(list(self._sessions))
+        return self.release(self._sessions.keys() - set(but))
 
     def expire(self, now: float) -> list[tuple[Step, SpanRefusal]]:
         """Drop early spans whose time is over; returns each as a step, with its refusal."""

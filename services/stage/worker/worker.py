@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -69,16 +70,11 @@ class Worker:
         self._inbox, self._put_result, self._metrics = inbox, put_result, metrics
         self._sessions = SessionTable(stage_id)
         self._role: Role | None = None
-        self._coordinator_epoch = 0
+        self.coordinator_epoch = 0  # the newest one in a message to this stage
         self._sent_seconds = 0.0
         self._next_tick = 0.0
         self._arrived_at = 0.0  # arrival of the message in work, or when the inbox was empty: expiries go by this time
         self._stopping = False
-
-    @property
-    def coordinator_epoch(self) -> int:
-        """The newest epoch in a message to this stage."""
-        return self._coordinator_epoch
 
     @property
     def session_count(self) -> int:
@@ -144,10 +140,11 @@ class Worker:
             return
         admission = self._sessions.admit(step, body, self._arrived_at)
         step, body = self._put_in_order(role, step, body, admission)
-        step, body = self._reuse_prefixes(role, step, body, admission.copies)
+        step, body = self._for_each(step, body, admission.copies, partial(_copy_prefix, role.model_slice))
         ready = [(step, body)]
         while ready:
-            step, body = self._reserve_rows(role, *ready.pop())
+            step, body = ready.pop()
+            step, body = self._for_each(step, body, step.spans, partial(_reserve_rows, role.model_slice))
             if not step.spans:
                 self._pass_on_refusals(role, step)
                 continue
@@ -164,7 +161,9 @@ class Worker:
             elif hidden is not None:
                 self._hand_on(role, role.next_stage, step, hidden)
             self._sent_seconds = time.monotonic() - finished
-            self._count(step, finished - started)
+            self._metrics.computed.observe(finished - started)
+            self._metrics.steps.inc()
+            self._metrics.tokens.inc(total_tokens(step))
             early = self._sessions.computed(step.spans)  # spans that waited for this step
             ready += [(each.step, each.body) for each in reversed(early)]
             arrived_at = time.monotonic()
@@ -172,12 +171,12 @@ class Worker:
     def _is_current(self, role: Role, message: Step | LiveSessions) -> bool:
         """Whether a message belongs to this plan and the leading coordinator; a newer one ends all sessions."""
         epoch = message.coordinator_epoch
-        if message.plan_version != role.plan.version or epoch < self._coordinator_epoch:
+        if message.plan_version != role.plan.version or epoch < self.coordinator_epoch:
             return False
-        if epoch > self._coordinator_epoch:
-            if self._coordinator_epoch:
-                log.info("coordinator epoch %d follows %d", epoch, self._coordinator_epoch)
-            self._coordinator_epoch = epoch
+        if epoch > self.coordinator_epoch:
+            if self.coordinator_epoch:
+                log.info("coordinator epoch %d follows %d", epoch, self.coordinator_epoch)
+            self.coordinator_epoch = epoch
             self._release_rows(self._sessions.release_all())
         return True
 
@@ -201,25 +200,6 @@ class Worker:
             self._metrics.dropped_spans.labels("old_session_epoch").inc(admission.outdated)
         step, body = select_spans(step, body, admission.compute)
         return self._with_refusals(step, admission.refusals), body
-
-    def _reuse_prefixes(
-        self, role: Role, step: Step, body: memoryview, copies: Iterable[StepSpan]
-    ) -> tuple[Step, memoryview]:
-
-        def copy(span: StepSpan) -> None:
-            prefix = span.prefix
-            assert prefix is not None  # noqa: S101  # it is why the span is among the copies
-            role.model_slice.copy_rows(prefix.session_id, span.session_id, prefix.token_count, span.reserve_tokens)
-
-        return self._for_each(step, body, copies, copy)
-
-    def _reserve_rows(self, role: Role, step: Step, body: memoryview) -> tuple[Step, memoryview]:
-
-        def reserve(span: StepSpan) -> None:
-            end = span.first_position + span.token_count
-            role.model_slice.reserve(span.session_id, span.reserve_tokens, end)
-
-        return self._for_each(step, body, step.spans, reserve)
 
     def _for_each(
         self, step: Step, body: memoryview, spans: Iterable[StepSpan], act: Callable[[StepSpan], None]
@@ -278,11 +258,6 @@ class Worker:
         if not self._put_result(result):
             self._metrics.dropped_spans.labels("no_reader_of_results").inc(len(results) or 1)
 
-    def _count(self, step: Step, computed_seconds: float) -> None:
-        self._metrics.computed.observe(computed_seconds)
-        self._metrics.steps.inc()
-        self._metrics.tokens.inc(total_tokens(step))
-
     def _refuse(self, role: Role, step: Step, reason: str, message: str) -> None:
         """Refuse a whole step; its sessions keep their rows."""
         refusals = [refusal_of(span, self._stage_id, reason, message) for span in step.spans]
@@ -331,7 +306,7 @@ class Worker:
         self._sessions.release(live.released)
         self._release_rows(live.released)
         if live.is_authoritative:
-            self._release_rows(self._sessions.release_unlisted(live.sessions))
+            self._release_rows(self._sessions.release_all(but=live.sessions))
         if role.next_stage is not None:
             role.next_stage.send(live)
 
@@ -350,3 +325,13 @@ class Worker:
         if self._role is not None:
             for session_id in session_ids:
                 self._role.model_slice.release(session_id)
+
+
+def _copy_prefix(model_slice: ModelSlice, span: StepSpan) -> None:
+    prefix = span.prefix
+    assert prefix is not None  # noqa: S101  # it is why the span is among the copies
+    model_slice.copy_rows(prefix.session_id, span.session_id, prefix.token_count, span.reserve_tokens)
+
+
+def _reserve_rows(model_slice: ModelSlice, span: StepSpan) -> None:
+    model_slice.reserve(span.session_id, span.reserve_tokens, span.first_position + span.token_count)

@@ -6,13 +6,14 @@ The master process imports nothing heavy: the worker makes the app.
 from __future__ import annotations
 
 import abc
+import contextlib
 import hmac
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -32,6 +33,7 @@ from noodle.errors import (
     PortInUse,
     RequestTooSlow,
     StartError,
+    TooManyRequests,
     UnsupportedMediaType,
 )
 from noodle.logs import configure_logs
@@ -261,6 +263,17 @@ def client_has_gone() -> bool:
 def _connection() -> ClientConnection | None:
     """None outside gunicorn, as with Flask's test client."""
     return request.environ.get("gunicorn.socket")
+
+
+@contextlib.contextmanager
+def place_in(places: threading.BoundedSemaphore, refusal: str) -> Iterator[None]:
+    """Hold one of the places; raises TooManyRequests with `refusal` when none is free."""
+    if not places.acquire(blocking=False):
+        raise TooManyRequests(refusal, cure="Send the next one when one of them is answered.", retry_after_seconds=1)
+    try:
+        yield
+    finally:
+        places.release()
 
 
 def json_body(maximum_bytes: int, cure: str = "Send less, or raise NOODLE_MAX_BODY_BYTES.") -> bytes:

@@ -20,7 +20,7 @@ from noodle.config.settings import StageConfig
 from noodle.model.files import model_digest, read_config
 from services.stage.app import create_app
 from services.stage.executors.transformers.loading import load_slice
-from services.stage.lifecycle import Lifecycle, new_boot_id
+from services.stage.lifecycle import Lifecycle
 from services.stage.stage import Stage
 from services.stage.worker.worker import Role
 from tests.support.network.memory_streams import MemoryStreams
@@ -85,7 +85,7 @@ def stage_threads(folder: Path, model: Path, layers: tuple[int, ...]) -> Iterato
 @contextlib.contextmanager
 def _one_stage(rig: ThreadRig, config: StageConfig, index: int, model: Path) -> Iterator[None]:
     registry = CollectorRegistry()
-    stage = Stage(config, new_boot_id(), registry, rig.work_queue)
+    stage = Stage(config, secrets.token_hex(16), registry, rig.work_queue)
     lifecycle = Lifecycle(config, stage, None)  # type: ignore[arg-type]  # nobody lets it beat
     rig.stages.append(stage)
     rig.lifecycles.append(lifecycle)
