@@ -121,7 +121,7 @@ class Coordinator:
         """Tokenize a prompt; a text that cannot fit into the context is refused before."""
         if not isinstance(prompt, str):
             return list(prompt)
-        return self.ready_model().tokenizer.encode(prompt, add_special_tokens, self.context_length)
+        return self.ready_model().tokenizer.encode(prompt, add_special_tokens, self.plan.context_length)
 
     def chat_token_ids(self, messages: Sequence[Mapping[str, str]], request: Request) -> list[int]:
         """Render and tokenize a conversation; one that cannot fit into the context is refused before."""
@@ -129,7 +129,7 @@ class Coordinator:
         refuse_what_cannot_fit(
             request,
             least_tokens=tokenizer.fewest_tokens(message["content"] for message in messages),
-            context_length=self.context_length,
+            context_length=self.plan.context_length,
             prompt_name="messages",
         )
         return self.token_ids(tokenizer.apply_chat_template(messages), add_special_tokens=False)
@@ -141,10 +141,6 @@ class Coordinator:
         if plan is None:
             raise NotReady("No plan is active.", retry_after_seconds=2)
         return plan
-
-    @property
-    def context_length(self) -> int:
-        return self.plan.context_length
 
     def reports(self) -> list[MachineReport]:
         """Return the machine reports of all registered stages; empty while Valkey is away."""
@@ -169,7 +165,7 @@ class Coordinator:
         read again instead of being computed twice.
         """
         model = self.ready_model()
-        request = fit_into_context(request, context_length=self.context_length, prompt_name=prompt_name)
+        request = fit_into_context(request, context_length=self.plan.context_length, prompt_name=prompt_name)
         if request.idempotency_key:
             request = replace(request, resume_seconds=request.resume_seconds or RESUME_BY_KEY_SECONDS)
             self._refuse_until_records_are_known()  # it may be one of them

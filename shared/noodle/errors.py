@@ -1,25 +1,4 @@
-"""Every error that noodle raises on purpose, in one tree, with its HTTP status and code.
-
-NoodleError
-├── StartError                 the process cannot start; the cure names the change
-│   ├── ConfigurationError, ModelNotFound, UnsupportedModel, GgmlUnavailable, NotWritable, PortInUse
-│   └── PlanDoesNotFit         the model does not fit these machines
-│       └── MemoryShort
-├── RequestError               4xx: the client can correct the request
-│   ├── InvalidRequest         400
-│   │   └── ContextTooLong
-│   ├── NotAuthenticated 401, NotFound 404 (UnknownModel), MethodNotAllowed 405, RequestTooSlow 408, Conflict 409
-│   └── Gone 410, BodyTooLarge 413, UnsupportedMediaType 415, Unprocessable 422, TooManyRequests 429
-├── NotReady                   503, with Retry-After and what is missing
-├── GenerationFailed           500
-├── RequestTimedOut            504
-├── WireError                  malformed frames
-│   └── FrameTooLarge
-├── StepRefused                a stage must not compute this step; carries a `reason` code
-│   └── PositionGap
-├── LinkLost                   the connection to another process is gone
-└── QueueUnavailable           Valkey does not answer, or is full
-"""
+"""Every error that noodle raises on purpose, in one tree, with its HTTP status and code."""
 
 from __future__ import annotations
 
@@ -146,7 +125,7 @@ class TooManyRequests(RequestError, status=429, code="rate_limit_exceeded", erro
 
 
 class NotReady(NoodleError, status=503, code="not_ready"):
-    """The cluster cannot answer yet."""
+    """The cluster cannot answer yet; says what is missing, and carries Retry-After."""
 
 
 class GenerationFailed(NoodleError, code="generation_failed"):

@@ -109,7 +109,7 @@ def openai_routes(config: CoordinatorConfig, coordinator: Coordinator, clients: 
         client = clients.require()
         loaded = coordinator.ready_model()
         body = json_body(config.maximum_body_bytes)
-        messages, request = parse_chat(body, loaded.served, coordinator.context_length)
+        messages, request = parse_chat(body, loaded.served, coordinator.plan.context_length)
         request = replace(
             request,
             prompt_token_ids=coordinator.chat_token_ids(messages, request),

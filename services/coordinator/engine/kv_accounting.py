@@ -33,7 +33,6 @@ class KvAccounting:
         return sum(self._rows[session_id] for session_id in self.kept)
 
     def fits(self, sequence: Sequence, end: int, limits: PlanLimits) -> bool:
-        """Whether there is room for the sequence's rows up to `end`."""
         more = max(0, end - self._rows.get(sequence.session_id, 0))
         if self.rows + more > limits.kv_tokens:
             return False

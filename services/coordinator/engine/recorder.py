@@ -129,12 +129,10 @@ class Recorder:
                 self._server_id = server_id
             elif batches:
                 self._queue.record_tokens({name: _encoded(tokens) for name, tokens in batches.items()})
-            while ended:
-                self._queue.forget_request(ended[-1])
-                ended.pop()
-            while kept:
-                self._write(*kept[-1])
-                kept.pop()
+            for request_id in ended:
+                self._queue.forget_request(request_id)
+            for record in kept:
+                self._write(*record)
             with self._lock:
                 for request_id in handed_over:
                     self._handed_over.remove(request_id)

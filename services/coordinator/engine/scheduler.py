@@ -74,7 +74,6 @@ class Scheduler:
 
     @property
     def limits(self) -> PlanLimits | None:
-        """What the active plan allows, None while no plan is active."""
         return self._limits
 
     @limits.setter
@@ -276,7 +275,6 @@ class Scheduler:
         return hopeless
 
     def _forget_in_flight(self, session_id: str) -> None:
-        """Stop waiting for the spans of a sequence."""
         for flight in list(self._in_flight.values()):
             flight.epochs.pop(session_id, None)
             if not flight.epochs:
@@ -367,9 +365,7 @@ class Scheduler:
         most_decodes = 0
         if decoding:
             steps = costs.micro_batches(decoding)
-            if (
-                sum(flight.decodes for flight in self._in_flight.values()) < steps
-            ):  # otherwise they gather for a larger step
+            if sum(flight.decodes for flight in self._in_flight.values()) < steps:  # else they gather for a larger step
                 most_decodes = min(budget, math.ceil(decoding / steps))
         counts = choice.token_counts
         for sequence in self.running:

@@ -99,7 +99,6 @@ class Answer:
 
     @property
     def finish_reason(self) -> FinishReason:
-        """Why the complete answer ended."""
         if self._finish_reason is None:
             raise GenerationFailed("The answer was formatted before its end.")
         return self._finish_reason

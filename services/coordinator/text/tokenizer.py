@@ -153,28 +153,23 @@ class Tokenizer:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, empty if the file is missing. Raises ModelNotFound for a broken file."""
     try:
-        value = msgspec.json.decode(path.read_bytes())
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelNotFound(f"{path} cannot be read: {error}.", cure="Download the model again.") from error
-    if not isinstance(value, dict):
-        raise ModelNotFound(f"{path} is not a JSON object.", cure="Download the model again.")
-    return value
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise ModelNotFound(
             f"{path} cannot be read: {error.strerror}.",
             cure="The folder needs a tokenizer.json; transformers writes one with save_pretrained().",
         ) from error
-    except UnicodeDecodeError as error:
-        raise ModelNotFound(f"{path} is not UTF-8.", cure="Download the model again.") from error
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing more specific
         raise ModelNotFound(
             f"{path} is not a tokenizer this version of the tokenizers library reads: {error}.",

@@ -97,7 +97,9 @@ class WorkQueue:
         self._put("noodle:plan", plan)
 
     def plan(self) -> Plan | None:
-        return self._get("noodle:plan", Plan)
+        with self._errors():
+            data = self._redis.get("noodle:plan")
+        return self._decode("noodle:plan", data, Plan)
 
     def put_planner_state(self, state: PlannerState) -> None:
         self._put("noodle:planner", state, BEAT_EXPIRES_SECONDS)
@@ -243,11 +245,6 @@ class WorkQueue:
     def _put(self, key: str, value: msgspec.Struct, expires_seconds: int | None = None) -> None:
         with self._errors():
             self._redis.set(key, msgspec.json.encode(value), ex=expires_seconds)
-
-    def _get(self, key: str, kind: type[Value]) -> Value | None:
-        with self._errors():
-            data = self._redis.get(key)
-        return self._decode(key, data, kind)
 
     def _many(self, keys: Sequence[str], kind: type[Value]) -> list[Value]:
         with self._errors():

@@ -75,8 +75,6 @@ def _core_limit(cgroup: Path) -> float | None:
     if (cgroup / "cpu.max").is_file():
         quota, _, period = (cgroup / "cpu.max").read_text(encoding="ascii").strip().partition(" ")
         return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-    quota_number, period_number = (
-        _number_in(cgroup / "cpu" / "cpu.cfs_quota_us"),  # -1 without a limit, which is no number here
-        _number_in(cgroup / "cpu" / "cpu.cfs_period_us"),
-    )
-    return quota_number / period_number if quota_number and period_number else None
+    quota_us = _number_in(cgroup / "cpu" / "cpu.cfs_quota_us")  # -1 without a limit, which is no number here
+    period_us = _number_in(cgroup / "cpu" / "cpu.cfs_period_us")
+    return quota_us / period_us if quota_us and period_us else None

@@ -54,16 +54,11 @@ class Target(Struct, frozen=True):
     model_digest: str = ""
 
 
-class ConnectionResult(Struct, frozen=True):
+class ConnectionResult(Target, frozen=True, kw_only=True):
     """The result of one test."""
 
-    name: str
-    url: str
     outcome: Outcome
     detail: str = ""  # in words, unless it is open as it should be
-    machine: str = ""
-    version: str = ""
-    model_digest: str = ""
     round_trip_seconds: float | None = None
     bytes_per_second: float | None = None  # from there to here
     clock_ahead_seconds: float | None = None  # its clock minus ours, to a second
@@ -111,7 +106,7 @@ def try_all(targets: Sequence[Target], try_one: Callable[[Target], ConnectionRes
             break
         found[index] = result
     late = f"not finished after {TRY_ALL_SECONDS:.0f} s"
-    return tuple(found.get(index) or _failed(target, "silent", late) for index, target in enumerate(targets))
+    return tuple(found.get(index) or _result(target, "silent", late) for index, target in enumerate(targets))
 
 
 def try_service(target: Target, token: str, *, measures: threading.Lock | None = None) -> ConnectionResult:
@@ -123,24 +118,25 @@ def try_service(target: Target, token: str, *, measures: threading.Lock | None =
         with contextlib.closing(opened) as connection:
             health, clock_ahead_seconds = _health(connection, token)
             if health is None:
-                return _failed(target, "foreign", "another program answers there, not noodle")
+                return _result(target, "foreign", "another program answers there, not noodle")
             with measures or contextlib.nullcontext():  # one measurement at a time
                 round_trip_seconds = _round_trip(host, port)
                 outcome, bytes_per_second = _bandwidth(connection, token, BANDWIDTH_BYTES if measures else 1)
     except HTTP_ERRORS as error:
-        return _failed(target, *classify_error(error))
+        return _result(target, *classify_error(error))
     details: dict[Outcome, str] = {
         "locked": "it rejects this cluster token",
         "foreign": "it is a version of noodle without this route",
     }
-    return ConnectionResult(
-        name=target.name,
-        url=target.url,
-        outcome=outcome,
-        detail=details.get(outcome, ""),
+    named = msgspec.structs.replace(
+        target,
         machine=str(health.get("machine") or target.machine),
         version=str(health.get("version") or target.version),
-        model_digest=target.model_digest,
+    )
+    return _result(
+        named,
+        outcome,
+        details.get(outcome, ""),
         round_trip_seconds=round_trip_seconds,
         bytes_per_second=bytes_per_second,
         clock_ahead_seconds=clock_ahead_seconds,
@@ -159,10 +155,8 @@ def try_valkey(target: Target, password: str) -> ConnectionResult:
             with connection.makefile("rb") as answers:
                 outcome, detail = _valkey_lock(connection, answers, unquote(parts.username or ""), password)
     except OSError as error:
-        return _failed(target, *classify_error(error))
-    return ConnectionResult(
-        target.name, target.url, outcome, detail, machine=target.machine, round_trip_seconds=round_trip_seconds
-    )
+        return _result(target, *classify_error(error))
+    return _result(target, outcome, detail, round_trip_seconds=round_trip_seconds)
 
 
 def classify_error(error: Exception) -> tuple[Outcome, str]:
@@ -177,8 +171,8 @@ def classify_error(error: Exception) -> tuple[Outcome, str]:
     return "foreign", f"the connection broke: {reason_of(error)}"
 
 
-def _failed(target: Target, outcome: Outcome, detail: str) -> ConnectionResult:
-    return ConnectionResult(outcome=outcome, detail=detail, **msgspec.structs.asdict(target))
+def _result(target: Target, outcome: Outcome, detail: str, **measured: Any) -> ConnectionResult:
+    return ConnectionResult(outcome=outcome, detail=detail, **msgspec.structs.asdict(target), **measured)
 
 
 def _round_trip(host: str, port: int) -> float:

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from noodle.cluster.plan import MachineReport, Plan, StageAssignment
 from noodle.config.environment import coordinator_config
 from noodle.errors import NoodleError
-from noodle.logs import JsonFormatter, PrettyFormatter, RequestFilter, about
+from noodle.logs import JsonFormatter, PrettyFormatter, about, add_request_id
 from noodle.metrics.counted import CoordinatorMetrics
 from services.coordinator.app import create_app
 from services.coordinator.coordinator import Coordinator
@@ -119,7 +119,7 @@ def test_an_id_that_may_not_stand_in_a_log_is_replaced(strange):
 def test_a_log_line_carries_the_id_of_the_request_that_it_is_about():
     lines = []
     handler = logging.Handler()
-    handler.addFilter(RequestFilter())
+    handler.addFilter(add_request_id)
     handler.emit = lambda record: lines.append((PrettyFormatter("x").format(record), JsonFormatter("x").format(record)))
     log = logging.getLogger("noodle.web.service")
     log.addHandler(handler)

@@ -28,7 +28,7 @@ HERE = Here(machine="machine-a", system="linux", version="0.1.0", host="192.168.
 STAGE_1 = ConnectionResult(
     "stage 1",
     "http://192.168.1.102:8081",
-    "open",
+    outcome="open",
     machine="machine-b",
     version="0.1.0",
     model_digest="d" * 64,
@@ -71,7 +71,7 @@ def test_each_way_not_to_be_reached_is_recognised_with_its_cure(outcome, says, c
 
 
 def test_a_valkey_without_a_password_is_an_error():
-    (finding,) = check_reached(ConnectionResult("valkey", "redis://192.168.1.101:6379", "unlocked"), HERE)
+    (finding,) = check_reached(ConnectionResult("valkey", "redis://192.168.1.101:6379", outcome="unlocked"), HERE)
     assert finding.status == "error"
     assert "without a password" in finding.what
 
@@ -222,5 +222,5 @@ def test_what_work_raises_is_raised_where_it_is_waited_for():
 
 
 def test_tries_come_back_in_the_order_of_their_targets():
-    results = try_all(TARGETS, lambda target: ConnectionResult(target.name, target.url, "open"))
+    results = try_all(TARGETS, lambda target: ConnectionResult(target.name, target.url, outcome="open"))
     assert [reached.name for reached in results] == ["coordinator", "stage 1"]

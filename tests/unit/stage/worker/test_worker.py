@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from noodle.cluster.plan import Plan, StageAssignment
-from noodle.logs import RequestFilter
+from noodle.logs import add_request_id
 from noodle.metrics.counted import StageMetrics
 from noodle.wire.frames import tensor_bytes
 from noodle.wire.messages import LiveSessions, SamplingParameters, Step, StepSpan
@@ -115,7 +115,7 @@ def lines():
     """Log lines of the worker as (request id, message)."""
     kept = []
     handler = logging.Handler()
-    handler.addFilter(RequestFilter())
+    handler.addFilter(add_request_id)
     handler.emit = lambda record: kept.append((record.request_id, record.getMessage()))
     log = logging.getLogger("services.stage.worker.worker")
     log.addHandler(handler)
