@@ -144,23 +144,21 @@ def install_cors(app: Flask, origins: tuple[str, ...]) -> None:
         return response
 
 
-class CoordinatorService(Service):
+class CoordinatorService(Service[CoordinatorConfig]):
     """The coordinator behind gunicorn: its threads, and the order in which they stop."""
 
     name = "coordinator"
 
     def __init__(self, config: CoordinatorConfig) -> None:
-        self._config = config
-        self.bind = config.bind
-        self.log_format = config.log_format
+        super().__init__(config)
         self.threads = config.maximum_open_requests + config.maximum_waiting_requests + SPARE_THREADS
 
     def create_app(self) -> Flask:
         """Wire coordinator and routes; a thread of its own fetches and loads the model."""
-        registry, _ = service_registry(self.name, self._config.machine)
-        self._coordinator = Coordinator(self._config, CoordinatorMetrics(registry))
+        registry, _ = service_registry(self.name, self.config.machine)
+        self._coordinator = Coordinator(self.config, CoordinatorMetrics(registry))
         PlanCollector(registry, self._coordinator.plan_seen)
-        return create_app(self._config, self._coordinator, registry)
+        return create_app(self.config, self._coordinator, registry)
 
     def start(self) -> None:
         start_loop("generate", self._coordinator.loop.run, self.name)

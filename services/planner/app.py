@@ -102,26 +102,21 @@ def watch(planning: Planning, wanted_stages: int, metrics: PlannerMetrics) -> No
     PlanCollector(metrics.registry, seen)
 
 
-class PlannerService(Service):
+class PlannerService(Service[PlannerConfig]):
     """The planner behind gunicorn."""
 
     name = "planner"
     threads = 16
 
-    def __init__(self, config: PlannerConfig) -> None:
-        self._config = config
-        self.bind = config.bind
-        self.log_format = config.log_format
-
     def create_app(self) -> Flask:
         """Read the model's shape and wire the routes; raises StartError if noodle does not run the model."""
-        work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
-        self._planning = Planning(self._config, work_queue)
+        work_queue = WorkQueue(self.config.valkey_url, self.config.valkey_password)
+        self._planning = Planning(self.config, work_queue)
         if self._planning.has_folder:  # otherwise the planner's thread fetches its headers, and /health shows it
             self._planning.read_shape()
-        registry, _ = service_registry(self.name, self._config.machine)
-        watch(self._planning, self._config.stage_count, PlannerMetrics(registry))
-        return create_app(self._config, self._planning, registry)
+        registry, _ = service_registry(self.name, self.config.machine)
+        watch(self._planning, self.config.stage_count, PlannerMetrics(registry))
+        return create_app(self.config, self._planning, registry)
 
     def start(self) -> None:
         start_loop("planning", self._planning.run, self.name)

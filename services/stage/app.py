@@ -136,29 +136,24 @@ def _neighbours(config: StageConfig, stage: Stage) -> list[Target]:
     return targets
 
 
-class StageService(Service):
+class StageService(Service[StageConfig]):
     """A stage behind gunicorn."""
 
     name = "stage"
     threads = STAGE_THREADS
 
-    def __init__(self, config: StageConfig) -> None:
-        self._config = config
-        self.bind = config.bind
-        self.log_format = config.log_format
-
     def create_app(self) -> Flask:
         """Wire stage, lifecycle and routes, without importing torch."""
-        registry, machine = service_registry(self.name, self._config.machine)
-        streams = WorkQueue(self._config.valkey_url, self._config.valkey_password, STREAM_TIMEOUT_SECONDS)
+        registry, machine = service_registry(self.name, self.config.machine)
+        streams = WorkQueue(self.config.valkey_url, self.config.valkey_password, STREAM_TIMEOUT_SECONDS)
         boot_id = uuid.uuid4().hex  # names this process, and so the KV cache that lives and dies with it
-        self._stage = Stage(self._config, boot_id, registry, streams)
+        self._stage = Stage(self.config, boot_id, registry, streams)
         machine.read_card = lambda: self._stage.read_card()
-        self._sender = MetricsSender(self._config, boot_id, registry)
+        self._sender = MetricsSender(self.config, boot_id, registry)
         self._stage.metrics.unsent_snapshots.set_function(lambda: self._sender.unsent_count)
-        work_queue = WorkQueue(self._config.valkey_url, self._config.valkey_password)
-        self._lifecycle = Lifecycle(self._config, self._stage, work_queue)
-        return create_app(self._config, self._stage, self._lifecycle, registry)
+        work_queue = WorkQueue(self.config.valkey_url, self.config.valkey_password)
+        self._lifecycle = Lifecycle(self.config, self._stage, work_queue)
+        return create_app(self.config, self._stage, self._lifecycle, registry)
 
     def start(self) -> None:
         start_loop("worker", self._stage.worker.run, self.name)

@@ -22,7 +22,6 @@ from noodle.model.files import names_a_path
 from noodle.model.formats import Quality
 from noodle.model.weight_cache import WeightCache
 from services.stage.loading import load_role, return_freed_memory
-from services.stage.selection.device import card_use
 from services.stage.selection.report import build_machine_report, import_early
 from services.stage.stage import Stage
 
@@ -120,6 +119,8 @@ class Lifecycle:
             known_quality=self._known_quality,
         )
         if report.device == "cuda":
+            from services.stage.executors.transformers.runtime import card_use  # only now: it imports torch
+
             self._stage.read_card = card_use
         return_freed_memory()
         self._update(

@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,20 +75,16 @@ class MeasurementKey:
     model_digest: str
     device: str
     device_name: str
-    executor: str
+    candidate: Candidate
     executor_version: str
-    weights: str
-    kv_dtype: str
-    dtype: str
     threads: int
     noodle_version: str
 
     def __str__(self) -> str:
-        return " | ".join(str(part) for part in asdict(self).values())
-
-    @property
-    def candidate(self) -> Candidate:
-        return Candidate(self.executor, self.weights, self.kv_dtype, self.dtype)
+        machine = (self.model_digest, self.device, self.device_name)
+        formats = (self.candidate.weights, self.candidate.kv_dtype, self.candidate.dtype)
+        executor = (self.candidate.executor, self.executor_version, *formats)
+        return " | ".join(map(str, (*machine, *executor, self.threads, self.noodle_version)))
 
 
 def measure_machine(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from noodle.errors import ConfigurationError, GgmlUnavailable
 from noodle.metrics.machine import CGROUP, container_use, machine_use
-from noodle.metrics.scraped import CardUse
 from services.stage.executors.ggml.backend import load_ggml
 from services.stage.executors.load import ggml_device
 
@@ -65,13 +64,6 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return "CPU"
-
-
-def card_use() -> CardUse | None:
-    """Current use of torch's card; None if it has failed."""
-    from services.stage.executors.transformers import runtime
-
-    return runtime.card_use()
 
 
 def free_memory(device: str, *, cgroup: Path = CGROUP) -> FreeMemory:

@@ -116,8 +116,8 @@ def build_machine_report(
             model_digest=digest,
             device=device.value,
             device_name=name,
+            candidate=candidate,
             executor_version=build_of(candidate.executor),
-            **asdict(candidate),
             threads=threads,
             noodle_version=__version__,
         )

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from noodle.cluster.measuring import ControlLine, ControlQuestion, ControlReady, ControlRun, ControlTimes, ProcessError
-from noodle.errors import ConfigurationError, GenerationFailed, NoodleError
+from noodle.errors import GenerationFailed, NoodleError
 from services.stage.tools.reference import load_whole_model, write_line
 
 
@@ -40,13 +40,8 @@ class Control:
     def __init__(self, question: ControlQuestion) -> None:
         if question.cores:
             os.sched_setaffinity(0, question.cores)  # before torch starts threads, which inherit it
-        try:
-            import torch
-        except ImportError as error:
-            raise ConfigurationError(
-                "The unsplit model needs torch, which is not installed here.",
-                cure="Use --no-control, or install noodle's extra `stage` (`make setup`).",
-            ) from error
+        import torch
+
         torch.set_num_threads(question.threads)
         self._question = question
         try:

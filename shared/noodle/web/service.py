@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from flask import Blueprint, Flask, Response, request
@@ -23,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from werkzeug.exceptions import HTTPException
 
 from noodle.config.addresses import Address
+from noodle.config.settings import ServiceConfig
 from noodle.errors import (
     BodyTooLarge,
     InvalidRequest,
@@ -50,13 +51,17 @@ HEAD_FIELDS = 64  # most header fields of a request
 HEAD_FIELD_BYTES = 8190  # longest header field
 
 
-class Service(abc.ABC):
+ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
+
+
+class Service(abc.ABC, Generic[ConfigT]):
     """A service that `serve` runs: the worker calls `create_app`, then `start`, and `stop` on SIGTERM."""
 
     name: str
-    bind: Address
     threads: int
-    log_format = "pretty"
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
 
     @abc.abstractmethod
     def create_app(self) -> Flask:
@@ -71,16 +76,16 @@ class Service(abc.ABC):
         """Refuse new work and close long-lived connections; called once, in a thread of its own."""
 
 
-def serve(service: Service) -> None:
+def serve(service: Service[Any]) -> None:
     """Run a service under gunicorn until SIGTERM; raises PortInUse."""
     from gunicorn.app.base import BaseApplication
 
-    refuse_a_port_in_use(service.bind, service.name)
+    refuse_a_port_in_use(service.config.bind, service.name)
 
     class Server(BaseApplication):  # type: ignore[misc]  # gunicorn publishes no types
         def load_config(self) -> None:
             settings = {
-                "bind": [str(service.bind)],
+                "bind": [str(service.config.bind)],
                 "workers": 1,
                 "worker_class": "noodle.web.server.BufferedHeadWorker",
                 "threads": service.threads,
@@ -110,17 +115,17 @@ def serve(service: Service) -> None:
     Server().run()
 
 
-def run_service(name: str, make: Callable[[], Service]) -> None:
+def run_service(name: str, make: Callable[[], Service[Any]]) -> None:
     """Configure and serve; a StartError ends the process with one line on stderr and exit code 3."""
     try:
         service = make()
-        configure_logs(name, service.log_format)
+        configure_logs(name, service.config.log_format)
         serve(service)
     except StartError as error:
         end_process(name, error)
 
 
-def _start_in_worker(service: Service) -> None:
+def _start_in_worker(service: Service[Any]) -> None:
     """Start the service, and make SIGTERM stop it before gunicorn waits for open connections."""
     gunicorn_handler = signal.getsignal(signal.SIGTERM)
     stopping = threading.Event()

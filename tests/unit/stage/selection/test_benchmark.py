@@ -13,6 +13,7 @@ import torch
 
 from noodle.errors import NotWritable
 from noodle.model.files import read_tensor_entries
+from services.stage.executors.candidate import Candidate
 from services.stage.selection import benchmark
 from services.stage.selection.benchmark import FILE_NAME, MeasuredSeconds, MeasurementKey, measure_machine
 from tests.support.models.tiny_model import make_tiny_model
@@ -21,11 +22,8 @@ KEY = MeasurementKey(
     model_digest="digest",
     device="cpu",
     device_name="a processor",
-    executor="transformers",
+    candidate=Candidate("transformers", "f32", "f32", "float32"),
     executor_version="torch",
-    weights="f32",
-    kv_dtype="f32",
-    dtype="float32",
     threads=1,
     noodle_version="0.1.0",
 )
@@ -79,7 +77,7 @@ def test_a_machine_is_measured_once_and_the_numbers_are_kept(folder, tmp_path, m
 
 def test_another_dtype_or_version_is_measured_for_itself(folder, tmp_path):
     measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore)
-    other = dataclasses.replace(KEY, weights="bf16", kv_dtype="bf16", dtype="bfloat16")
+    other = dataclasses.replace(KEY, candidate=Candidate("transformers", "bf16", "bf16", "bfloat16"))
     measure_machine(folder, 6, 256, key=other, cache_dir=tmp_path, progress=ignore)
     assert len(json.loads((tmp_path / FILE_NAME).read_text())) == 2
 

@@ -9,7 +9,7 @@ from noodle.metrics.machine import MachineUse
 from noodle.metrics.scraped import CardUse
 from services.stage.executors.transformers import runtime
 from services.stage.selection import device
-from services.stage.selection.device import FreeMemory, card_use, choose_device, choose_dtype, device_name, free_memory
+from services.stage.selection.device import FreeMemory, choose_device, choose_dtype, device_name, free_memory
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -200,13 +200,13 @@ def test_free_memory_of_a_card_is_what_its_driver_reports(torch_has):
 def test_a_cards_use_is_reported_as_far_as_its_driver_reports_it(torch_has):
     torch = torch_has(capability=(6, 1))
     card = CardUse("NVIDIA GeForce GTX 1050", 4_000_000_000, 3_000_000_000, busy_share=0.25, celsius=None)
-    assert card_use() == card
+    assert runtime.card_use() == card
 
     def failed():
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     torch.cuda.mem_get_info = failed
-    assert card_use() is None
+    assert runtime.card_use() is None
 
 
 def test_this_machine_has_some_memory():
