@@ -48,13 +48,13 @@ def up(options: argparse.Namespace) -> int:
     if options.report_to is not None:
         return report_to(
             options.report_to,
-            lambda progress, on_ready: run(config, spec, environment, progress, is_detached=True, on_ready=on_ready),
+            lambda progress, on_ready: run(spec, environment, progress, is_detached=True, on_ready=on_ready),
         )
     with contextlib.closing(open_progress()) as progress:
         if already_running(config, progress):
             return 0
         if not options.detach:
-            return run(config, spec, environment, progress)
+            return run(spec, environment, progress)
         arguments = ["--stages", str(spec.stage_count), "--model", spec.model]
         return start_detached(arguments + (["--split", spec.split] if spec.split else []), environment, progress)
 
@@ -76,7 +76,6 @@ def already_running(config: CommandConfig, progress: Progress) -> bool:
 class Up:
     """One run, from the locked run folder to its removal."""
 
-    config: CommandConfig
     spec: cluster.ClusterSpec
     environment: Mapping[str, str]
     folder: RunFolder
@@ -86,7 +85,6 @@ class Up:
 
     def __post_init__(self) -> None:
         self._supervisor = Supervisor(self.folder)
-        self._identity = identify(os.getpid())
         self._phase: RunPhase = "starting"
         self._model: PreparedModel | None = None
         self._token = ""
@@ -95,6 +93,7 @@ class Up:
 
     def start(self) -> None:
         """Start everything and return when requests are answered. Raises StartError or Interrupted."""
+        config = self.spec.config
         self._clear_leftovers()
         with writing(self.folder.logs_dir):
             self.folder.logs_dir.mkdir(mode=0o700)
@@ -105,20 +104,20 @@ class Up:
         self._record()
         cluster.refuse_ports_in_use(self.spec)
         binary = valkey.server_binary()
-        self._token = self.config.cluster_token or secrets.token_urlsafe(32)
+        self._token = config.cluster_token or secrets.token_urlsafe(32)
         password = secrets.token_urlsafe(32)
         write_private(self.folder.token_path, self._token.encode())
         write_private(self.folder.valkey_password_path, password.encode())
-        common = cluster.children_environment(self.environment, self.config, self.folder)
+        common = cluster.children_environment(self.environment, config, self.folder)
         self._model = prepare_model(
-            self.spec.model, self.config, common, self.signals, self.progress, log_path=self.folder.log_path("model")
+            self.spec.model, config, common, self.signals, self.progress, log_path=self.folder.log_path("model")
         )
         self._record()
         start = Start(self._supervisor, self.signals, self.progress)
-        configuration = valkey.write_configuration(self.folder, self.spec.valkey_port, password)
+        configuration = valkey.write_configuration(self.folder, config.valkey_port, password)
         self._add(cluster.valkey_spec(self.spec, binary, configuration))
-        start.wait_until(lambda: valkey.answers(self.spec.valkey_port, password), "Valkey", QUEUE_SECONDS)
-        self._specs = cluster.service_specs(self.spec, self.config, common, self._model.folder)
+        start.wait_until(lambda: valkey.answers(config.valkey_port, password), "Valkey", QUEUE_SECONDS)
+        self._specs = cluster.service_specs(self.spec, common, self._model.folder)
         for spec in self._specs:
             self._add(spec)
         self._record()
@@ -204,7 +203,7 @@ class Up:
     def _record(self) -> None:
         self.folder.write(
             RunRecord(
-                supervisor=self._identity,
+                supervisor=identify(os.getpid()),
                 coordinator_url=self.spec.coordinator_url,
                 model=self._model.name if self._model else self.spec.model,
                 stage_count=self.spec.stage_count,
@@ -216,7 +215,7 @@ class Up:
 
     def _welcome(self, served_name: str) -> list[str]:
         url = self.spec.coordinator_url
-        key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if self.config.api_key else ""
+        key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if self.spec.config.api_key else ""
         question = [{"role": "user", "content": "Why is the sky blue?"}]
         body = json.dumps({"model": served_name, "messages": question, "max_tokens": 60})
         stages = counted(self.spec.stage_count, "stage")
@@ -231,7 +230,6 @@ class Up:
 
 
 def run(
-    config: CommandConfig,
     spec: cluster.ClusterSpec,
     environment: Mapping[str, str],
     progress: Progress,
@@ -240,6 +238,7 @@ def run(
     on_ready: Callable[[], None] = lambda: None,
 ) -> int:
     """Start, supervise and stop; return the exit code. Raises StartError after everything was cleaned up."""
+    config = spec.config
     with Signals() as signals:
         folder = acquire(config.state_dir)
         if folder is None:
@@ -248,7 +247,6 @@ def run(
             on_ready()
             return 0
         one = Up(
-            config=config,
             spec=spec,
             environment=environment,
             folder=folder,

@@ -36,25 +36,26 @@ COORDINATOR_RANK, STAGE_RANK, PLANNER_RANK, VALKEY_RANK = 0, 1, 2, 3
 class ClusterSpec:
     """What the operator asked for, checked as far as possible without the model."""
 
+    config: CommandConfig  # has the ports, but not the values below: options go before it
     stage_count: int
     model: str
     split: str  # layers per stage, as 10,2; empty: by measured speed
-    coordinator_port: int
-    planner_port: int
-    valkey_port: int
-    stage_ports: tuple[int, ...]
 
     @property
     def coordinator_url(self) -> str:
-        return f"http://{LOOPBACK}:{self.coordinator_port}"
+        return f"http://{LOOPBACK}:{self.config.coordinator_port}"
+
+    @property
+    def stage_ports(self) -> tuple[int, ...]:
+        return tuple(self.config.first_stage_port + index for index in range(self.stage_count))
 
     def ports(self) -> list[tuple[int, str, str]]:
         """Return (port, purpose, variable that moves it) of everything that will listen."""
         stages = [(port, f"stage {index}", "NOODLE_FIRST_STAGE_PORT") for index, port in enumerate(self.stage_ports)]
         return [
-            (self.coordinator_port, "the coordinator", "NOODLE_COORDINATOR_PORT"),
-            (self.planner_port, "the planner", "NOODLE_PLANNER_PORT"),
-            (self.valkey_port, "Valkey", "NOODLE_VALKEY_PORT"),
+            (self.config.coordinator_port, "the coordinator", "NOODLE_COORDINATOR_PORT"),
+            (self.config.planner_port, "the planner", "NOODLE_PLANNER_PORT"),
+            (self.config.valkey_port, "Valkey", "NOODLE_VALKEY_PORT"),
             *stages,
         ]
 
@@ -85,13 +86,10 @@ def resolve(
             cure="Give one number for each stage.",
         )
     spec = ClusterSpec(
+        config=config,
         stage_count=stage_count,
         model=config.model if model is None else model,
         split=",".join(part.strip() for part in layers),
-        coordinator_port=config.coordinator_port,
-        planner_port=config.planner_port,
-        valkey_port=config.valkey_port,
-        stage_ports=tuple(config.first_stage_port + index for index in range(stage_count)),
     )
     _refuse_shared_ports(spec)
     return spec
@@ -143,17 +141,16 @@ def valkey_spec(spec: ClusterSpec, binary: Path, configuration: Path) -> Service
         name="valkey",
         arguments=(str(binary), str(configuration)),
         environment={"LC_ALL": "C"},
-        port=spec.valkey_port,
+        port=spec.config.valkey_port,
         stop_rank=VALKEY_RANK,
     )
 
 
-def service_specs(
-    spec: ClusterSpec, config: CommandConfig, common: Mapping[str, str], model_folder: Path
-) -> Sequence[ServiceSpec]:
+def service_specs(spec: ClusterSpec, common: Mapping[str, str], model_folder: Path) -> Sequence[ServiceSpec]:
     """Return planner, stages and coordinator, in the order of their start."""
+    config = spec.config
     shared = dict(common) | {
-        "NOODLE_VALKEY_URL": f"redis://{LOOPBACK}:{spec.valkey_port}",
+        "NOODLE_VALKEY_URL": f"redis://{LOOPBACK}:{config.valkey_port}",
         "NOODLE_MODEL": str(model_folder),
     }
     threads = config.threads or max(1, usable_cores() // spec.stage_count)
@@ -165,11 +162,11 @@ def service_specs(
         )
 
     planner = {
-        "NOODLE_PLANNER_BIND": f"{LOOPBACK}:{spec.planner_port}",
+        "NOODLE_PLANNER_BIND": f"{LOOPBACK}:{config.planner_port}",
         "NOODLE_STAGES": str(spec.stage_count),
         "NOODLE_SPLIT": spec.split,
     }
-    specs = [service("planner", planner, spec.planner_port, PLANNER_RANK)]
+    specs = [service("planner", planner, config.planner_port, PLANNER_RANK)]
     for index, port in enumerate(spec.stage_ports):
         stage = {
             "NOODLE_STAGE_ID": str(index),
@@ -181,7 +178,7 @@ def service_specs(
         specs.append(service(f"stage-{index}", stage, port, STAGE_RANK))
     coordinator = {
         "NOODLE_MODEL": spec.model,  # the name that clients use; the cache has the same folder under it
-        "NOODLE_COORDINATOR_BIND": f"{LOOPBACK}:{spec.coordinator_port}",
-        "NOODLE_PLANNER_URL": f"http://{LOOPBACK}:{spec.planner_port}",
+        "NOODLE_COORDINATOR_BIND": f"{LOOPBACK}:{config.coordinator_port}",
+        "NOODLE_PLANNER_URL": f"http://{LOOPBACK}:{config.planner_port}",
     }
-    return [*specs, service("coordinator", coordinator, spec.coordinator_port, COORDINATOR_RANK)]
+    return [*specs, service("coordinator", coordinator, config.coordinator_port, COORDINATOR_RANK)]

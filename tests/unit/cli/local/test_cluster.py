@@ -66,13 +66,13 @@ def test_a_variable_that_up_would_ignore_is_refused() -> None:
 
 def test_the_cores_are_divided_among_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.cli.local.cluster.usable_cores", lambda: 8)
-    assert threads_of(resolved(stages=3), {}) == ["2", "2", "2"]
-    assert threads_of(resolved(stages=9), {}) == ["1"] * 9
-    assert threads_of(resolved(stages=3), {"NOODLE_THREADS": "5"}) == ["5", "5", "5"]
+    assert threads_of(resolved(stages=3)) == ["2", "2", "2"]
+    assert threads_of(resolved(stages=9)) == ["1"] * 9
+    assert threads_of(resolved({"NOODLE_THREADS": "5"}, stages=3)) == ["5", "5", "5"]
 
 
-def threads_of(spec: ClusterSpec, environment: dict[str, str]) -> list[str]:
-    specs = service_specs(spec, command_config(environment), environment, Path("/model"))
+def threads_of(spec: ClusterSpec) -> list[str]:
+    specs = service_specs(spec, {}, Path("/model"))
     return [each.environment["NOODLE_THREADS"] for each in specs if each.name.startswith("stage")]
 
 

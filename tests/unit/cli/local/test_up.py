@@ -37,10 +37,8 @@ def logged() -> Logged:
 
 @pytest.fixture
 def up(tmp_path: Path, logged: Logged) -> Up:
-    config = command_config({})
     return Up(
-        config=config,
-        spec=resolve(config, {}, None, None, None),
+        spec=resolve(command_config({}), {}, None, None, None),
         environment={},
         folder=RunFolder(tmp_path),
         signals=Signals(),
