@@ -7,6 +7,7 @@ judge them. A check that could not be made is skipped, with the reason.
 from __future__ import annotations
 
 import argparse
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -75,7 +76,7 @@ def examine(context: MachineContext, run: Run, cache_dir: Path, end: float) -> l
 
     port_jobs = [Job(f"trying port {port.number}", partial(try_port, port)) for port in ports_to_try(context)]
     hosts = [host_of(target.url) for target in context.targets]
-    names_job = Job("resolving names", lambda: links.unresolved(hosts, links.resolve))
+    names_job = Job("resolving names", lambda: links.unresolved(hosts, partial(socket.getaddrinfo, port=None)))
     links_job = Job("trying the others", lambda: probe_links(context))
     plan_job = Job("asking for the plan", lambda: ask_plan(context))
 

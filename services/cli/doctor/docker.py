@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from services.cli.doctor.results import CheckResult, error, ok, skipped, warning
@@ -145,7 +145,6 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.MsgspecError:
         return {}
-    return value if isinstance(value, dict) else {}

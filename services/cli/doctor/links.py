@@ -205,11 +205,6 @@ def unresolved(hosts: Sequence[str], resolve: Callable[[str], object]) -> list[s
     return missing
 
 
-def resolve(host: str) -> object:
-    """Ask this system's resolver; raises socket.gaierror."""
-    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-
-
 def check_names(hosts: Sequence[str], missing: Sequence[str], where: str, system: System) -> list[CheckResult]:
     """Judge every host that this machine's configuration names."""
     if not hosts:

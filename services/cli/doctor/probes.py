@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -26,25 +27,20 @@ class Job(Generic[Value]):
 
     def __init__(self, what: str, work: Callable[[], Value]) -> None:
         self._what, self._work = what, work
-        self._values: list[Value] = []
-        self._error: BaseException | None = None
-        self._done = threading.Event()
+        self._future: Future[Value] = Future()
         threading.Thread(target=self._run, name=what, daemon=True).start()
 
     def value(self, end: float) -> Value:
         """Return or raise what the work did; raises RequestTimedOut if it has not ended by `end` (monotonic)."""
-        if not self._done.wait(max(0.0, end - time.monotonic())):
+        if not wait([self._future], max(0.0, end - time.monotonic())).done:
             raise RequestTimedOut(f"{self._what} took too long")
-        if self._error is not None:
-            raise self._error
-        return self._values[0]
+        return self._future.result()
 
     def _run(self) -> None:
         try:
-            self._values.append(self._work())
+            self._future.set_result(self._work())
         except BaseException as error:  # noqa: BLE001  # raised where the value is waited for
-            self._error = error
-        self._done.set()
+            self._future.set_exception(error)
 
 
 class Links(Struct, frozen=True):
