@@ -88,10 +88,8 @@ def _arrivals(target: Target, prompt: Prompt, new_tokens: int, start_seconds: fl
     # a salt of its own, so that nothing is reused that was computed for an equal prompt
     parameters = {"max_new_tokens": new_tokens, "ignore_eos": True, "cache_salt": uuid.uuid4().hex}
     body = {"inputs": prompt, "parameters": parameters}
-    events: list[tuple[float, str]] = []
     with contextlib.closing(post_for_events(f"{target.url}/generate_stream", body, target.credential)) as stream:
-        for data in stream:
-            events.append((time.perf_counter() - start_seconds, data))
+        events = [(time.perf_counter() - start_seconds, data) for data in stream]
     for _, data in events:
         if (error := error_in(json.loads(data))) is not None:
             raise error

@@ -18,14 +18,15 @@ from noodle.errors import ConfigurationError
 from noodle.model.files import model_digest
 from services.cli.bench import report
 from services.cli.bench.cluster import Prompt, prompts_of, run_streams, text_token_ids
-from services.cli.bench.control import Control, control_question, cores_of_stages, open_control
+from services.cli.bench.control import Control, control_question, cores_of_stages
 from services.cli.bench.plots import draw_bench
 from services.cli.client.health import Health, require_ready
 from services.cli.client.progress import Progress, open_progress
 from services.cli.client.reports import output_folder, print_stored, store_report, wants_stored, write_and_print
 from services.cli.client.target import Target, find_target
+from services.cli.local.conversation import Conversation
 from services.cli.local.preparation import find_model, require_torch
-from services.cli.local.processes import Signals, usable_cores
+from services.cli.local.processes import Signals, python_module, usable_cores
 
 WARM_UP_TOKENS = 4  # new tokens of a warm-up, after a whole prompt: memory, threads and connections are in use then
 
@@ -112,7 +113,9 @@ class Measuring:
                 model = find_model(self.target, self.config, self.environment, self.signals, self.progress)
                 digest, control_model = model_digest(model.folder), model.name or self._served_model
                 self.progress.show("bench", "control: loading the unsplit model")
-                control = Control(stack.enter_context(open_control(self.environment, self.signals)))
+                module = python_module("services.stage.tools.control")
+                conversation = Conversation(module, "unsplit model", self.environment, self.signals)
+                control = Control(stack.enter_context(conversation))
                 ready = control.load(
                     control_question(
                         model.folder,

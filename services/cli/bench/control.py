@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from noodle.cluster.measuring import ControlLine, ControlQuestion, ControlReady, ControlRun
@@ -13,7 +13,7 @@ from services.cli.bench.cluster import Prompt
 from services.cli.bench.report import RunTimes, StageConditions
 from services.cli.client.run_record import RunRecord
 from services.cli.local.conversation import Conversation
-from services.cli.local.processes import Signals, python_module, session_members
+from services.cli.local.processes import session_members
 from services.cli.verify.bounds import BOUNDS
 
 LOAD_SECONDS = 900.0  # reading the whole model from a slow disk
@@ -41,10 +41,6 @@ class Control:
         if times is None:
             raise GenerationFailed("The control answered a run without times.")
         return RunTimes(len(prompts[0]), (times.arrivals_seconds,) * len(prompts))
-
-
-def open_control(environment: Mapping[str, str], signals: Signals) -> Conversation:
-    return Conversation(python_module("services.stage.tools.control"), "unsplit model", environment, signals)
 
 
 def control_question(

@@ -37,8 +37,7 @@ class RunTimes:
     @property
     def prefill_tokens_per_second(self) -> float:
         """Prompt tokens of all streams over the time until all have their first token."""
-        last_first_seconds = max(stream[0] for stream in self.arrivals_seconds)
-        return self.prompt_tokens * len(self.arrivals_seconds) / last_first_seconds
+        return self.prompt_tokens * len(self.arrivals_seconds) / max(self.first_token_seconds)
 
     @property
     def first_token_seconds(self) -> list[float]:
@@ -169,9 +168,8 @@ def headline(results: Sequence[StreamsResult]) -> str:
 def remarks(conditions: BenchConditions, streams: Sequence[int], machine: str, model: str) -> tuple[str, ...]:
     """Return what makes the comparison unequal or the figures unreliable, one sentence each."""
     stages, control = conditions.stages, conditions.control
-    here = [stage for stage in stages if stage.machine == machine]
     texts = _of_dtypes(stages, control) + _of_compute(stages, control, machine)
-    threads_here = sum(stage.threads for stage in here)
+    threads_here = sum(stage.threads for stage in stages if stage.machine == machine)
     if threads_here > conditions.cores:
         texts.append(f"The stages of this machine have {threads_here} threads for its {conditions.cores} cores.")
     if control is not None:

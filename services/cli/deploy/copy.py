@@ -21,7 +21,6 @@ NOT_OURS = (
 )  # fmt: skip
 NEVER = (".env", "secrets", "models")  # even if git tracks them
 NEEDED = ("docker-compose.yml", "Dockerfile.cpu", "services", "shared")
-EXECUTABLE_SUFFIXES = (".sh",)
 
 
 def files_to_copy(folder: Path) -> list[str]:
@@ -60,6 +59,6 @@ def tar_of(folder: Path, names: Sequence[str]) -> bytes:
             data = (folder / name).read_bytes()
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
-            entry.mode = 0o755 if name.endswith(EXECUTABLE_SUFFIXES) else 0o644
+            entry.mode = 0o755 if name.endswith(".sh") else 0o644
             archive.addfile(entry, io.BytesIO(data))
     return content.getvalue()

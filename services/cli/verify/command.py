@@ -56,17 +56,11 @@ def verify(options: argparse.Namespace) -> int:
 
 def ask_all(target: Target, prompts: Sequence[str], new_tokens: int, progress: Progress) -> list[GreedyAnswer]:
     """Return the cluster's greedy answers, in the order of the prompts; raises the first error."""
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    waiting = iter(range(len(prompts)))  # shared by the threads: its next() is atomic
     done: queue.SimpleQueue[tuple[int, GreedyAnswer | NoodleError]] = queue.SimpleQueue()
-    for index in range(len(prompts)):
-        waiting.put(index)
 
     def work() -> None:
-        while True:
-            try:
-                index = waiting.get_nowait()
-            except queue.Empty:
-                return
+        for index in waiting:
             try:
                 done.put((index, ask(target, prompts[index], new_tokens)))
             except NoodleError as error:
