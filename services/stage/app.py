@@ -150,7 +150,7 @@ class StageService(Service[StageConfig]):
         self._stage = Stage(self.config, boot_id, registry, streams)
         machine.read_card = lambda: self._stage.read_card()
         self._sender = MetricsSender(self.config, boot_id, registry)
-        self._stage.metrics.unsent_snapshots.set_function(lambda: self._sender.unsent_count)
+        self._stage.metrics.unsent_snapshots.set_function(lambda: len(self._sender.unsent))
         work_queue = WorkQueue(self.config.valkey_url, self.config.valkey_password)
         self._lifecycle = Lifecycle(self.config, self._stage, work_queue)
         return create_app(self.config, self._stage, self._lifecycle, registry)

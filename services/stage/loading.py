@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from noodle.cluster.plan import MINIMUM_SESSION_TOKENS, MachineReport, Plan
 from noodle.config.settings import StageConfig
 from noodle.errors import PlanDoesNotFit
 from noodle.model.formats import FORMAT_BY_DTYPE
+from services.stage.executors.base import Fetch
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.load import load_by
 from services.stage.selection.device import free_memory
@@ -31,12 +32,9 @@ def load_role(
     folder: Path,
     *,
     progress: Callable[[float], None],
-    fetch: Callable[[Collection[str]], None],
+    fetch: Fetch,
 ) -> Role:
-    """Load the layers of the plan's stage `index`; the old ones are dropped first when both do not fit.
-
-    `fetch` brings the tensors that `folder` lacks.
-    """
+    """Load the layers of the plan's stage `index`; the old ones are dropped first when both do not fit."""
     config, mine = stage.config, plan.stages[index]
     if stage.role is not None and free_memory(report.device).free_bytes < 2 * mine.weight_bytes:
         log.info("the old and the new layers do not fit side by side: dropping the old ones first")

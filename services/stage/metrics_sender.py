@@ -65,15 +65,10 @@ class MetricsSender:
 
     def __init__(self, config: StageConfig, boot_id: str, registry: CollectorRegistry) -> None:
         self._config, self._boot_id, self._registry = config, boot_id, registry
-        self._unsent = UnsentSnapshots(config.state_dir / f"unsent-metrics-stage-{config.stage_id}.jsonl")
+        self.unsent = UnsentSnapshots(config.state_dir / f"unsent-metrics-stage-{config.stage_id}.jsonl")
         self._before: tuple[float, Mapping[str, float]] | None = None
         self._failure = ""
         self.stopping = threading.Event()
-
-    @property
-    def unsent_count(self) -> int:
-        """Snapshots that the coordinator has not acknowledged."""
-        return len(self._unsent)
 
     def start(self) -> None:
         """Start the thread; not by start_loop, because the stage goes on without it."""
@@ -107,11 +102,11 @@ class MetricsSender:
         if self._before is not None:
             metrics |= rates_of(samples, self._before[1], now - self._before[0])
         self._before = (now, samples)
-        self._unsent.add({"entry_id": uuid.uuid4().hex, "node_id": self._config.machine, "metrics": metrics})
+        self.unsent.add({"entry_id": uuid.uuid4().hex, "node_id": self._config.machine, "metrics": metrics})
 
     def deliver(self) -> None:
         """Send the unsent snapshots in order, until all are sent or the coordinator does not take them."""
-        while chosen := self._unsent.oldest(SEND_ENTRIES, SEND_BYTES):
+        while chosen := self.unsent.oldest(SEND_ENTRIES, SEND_BYTES):
             try:
                 status, answer = self._post(b"[" + b",".join(chosen) + b"]")
             except HTTP_ERRORS as error:
@@ -122,7 +117,7 @@ class MetricsSender:
             elif status != 200:
                 self._log_failure(f"{status} {answer}")
                 return
-            self._unsent.remove(len(chosen))
+            self.unsent.remove(len(chosen))
         self._log_failure("")
 
     def _post(self, body: bytes) -> tuple[int, str]:

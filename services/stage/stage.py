@@ -45,7 +45,7 @@ class Stage:
                 hop_stream(config.stage_id),
                 take=lambda entry: self._inlet.take(entry),
                 changed=self._queue_changed,
-                refused=lambda reason: self._inlet.refused(reason),
+                refused=lambda reason: self.metrics.travel.refused_entries.labels(reason).inc(),
             )
             self.results = ResultsOutlet(
                 self.metrics.travel, by_queue=partial(try_write, self._queue_end, RESULTS_STREAM)
@@ -144,7 +144,6 @@ class Stage:
             self.chain.set_own(role.plan.version, not failure, failure)
 
     def close(self) -> None:
-        """Close every long-lived connection and end the loop."""
         self.hops.close()
         self.results.close()
         if self._queue_end is not None:

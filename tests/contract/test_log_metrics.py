@@ -92,11 +92,11 @@ class Stage:
         for _ in range(count):
             self.number += 1
             entry = {"entry_id": f"{self.number:032x}", "node_id": "machine-b", "metrics": {"number": self.number}}
-            self.sender._unsent.add(entry)
+            self.sender.unsent.add(entry)
 
     def is_delivered(self):
         self.sender.deliver()
-        return self.sender.unsent_count == 0
+        return len(self.sender.unsent) == 0
 
 
 def test_lost_answers_and_the_death_of_either_end_lose_nothing_and_double_nothing(coordinator, tmp_path):

@@ -7,6 +7,9 @@ sees the overflow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,17 +24,7 @@ Rows = npt.NDArray[np.float32]  # [tokens, hidden_size]
 
 def encode(values: Rows, dtype: str) -> ActivationTensor:
     """Encode rows for a hop in `dtype`."""
-    values = np.ascontiguousarray(values, np.float32)
-    if dtype == "float32":
-        encoded: npt.NDArray[np.generic] = values
-    elif dtype == "float16":
-        encoded = _float16(values)
-    elif dtype == "bfloat16":
-        encoded = _bfloat16(values)
-    elif dtype == "int8":
-        encoded = _int8(values)
-    else:
-        raise ValueError(f"{dtype} is not a dtype of hidden states")
+    encoded = _ENCODERS[dtype](np.ascontiguousarray(values, np.float32))
     data = encoded.view(np.uint8).reshape(-1).data if encoded.size else memoryview(b"")
     return ActivationTensor(dtype, tuple(values.shape), data)
 
@@ -81,3 +74,11 @@ def _int8(values: Rows) -> npt.NDArray[np.uint8]:
     numbers = np.rint(np.where(is_finite, values, 1) / divisors).astype(np.int8)
     scales = np.where(is_finite, scales, np.float32(np.nan))
     return np.concatenate([scales.view(np.uint8), numbers.view(np.uint8)], axis=1)
+
+
+_ENCODERS: dict[str, Callable[[Rows], npt.NDArray[Any]]] = {
+    "float32": np.asarray,
+    "float16": _float16,
+    "bfloat16": _bfloat16,
+    "int8": _int8,
+}

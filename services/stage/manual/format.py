@@ -64,10 +64,7 @@ class ForwardResult:
 
 
 def parse_forward(body: bytes, plan: Plan, index: int) -> ForwardRequest:
-    """Parse a body for the plan's stage `index`.
-
-    Raises InvalidRequest for a malformed body, Unprocessable for one that cannot be computed.
-    """
+    """Parse a body for the plan's stage `index`; raises InvalidRequest, or Unprocessable if it cannot be computed."""
     fields: ForwardBody = decode_body(body, ForwardBody)
     stage_id = plan.stages[index].stage_id
     check_stage_id(fields.stage_id, stage_id)

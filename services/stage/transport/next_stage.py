@@ -58,7 +58,7 @@ class NextStage:
         """Send one message on; False when the next stage cannot be reached, which the coordinator sees in the chain."""
         queued = self._queued
         prefers_queue = body.nbytes >= REFERENCE_BYTES and self._direct is not None
-        if prefers_queue and queued is not None and not queued.failure and queued.send(message, body, wait=False):
+        if prefers_queue and queued is not None and not queued.end.failure and queued.send(message, body, wait=False):
             transport = "queue"
         elif self._send_directly(message, body):
             transport = "direct"
@@ -79,11 +79,11 @@ class NextStage:
             losses = direct.losses if direct is not None else 0
             if direct is not None and direct.connection is not None:
                 self._chain.set_own(version, True, losses=losses)
-            elif self._queued is not None and not self._queued.failure:
+            elif self._queued is not None and not self._queued.end.failure:
                 self._chain.set_own(version, True, "by the queue", by_queue=True, losses=losses)
             else:
                 reasons = [self._detail] if direct is not None else []
-                reasons += [self._queued.failure] if self._queued is not None else []
+                reasons += [self._queued.end.failure] if self._queued is not None else []
                 self._chain.set_own(version, False, "; ".join(reasons), losses=losses)
 
     def close(self) -> None:

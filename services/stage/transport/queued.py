@@ -135,10 +135,6 @@ class QueuedInlet:
         else:
             raise WireError(f"a {type(entry).__name__} does not travel down a hop.")
 
-    def refused(self, reason: str) -> None:
-        """Count an entry that was not taken."""
-        self._metrics.travel.refused_entries.labels(reason).inc()
-
     def _take_reference(self, entry: ActivationRef) -> None:
         """Fetch the bytes of a step; without them it is refused, or left to its deadline when its sender is unknown."""
         step, place = entry.step, self._place_of(entry.step)
@@ -167,7 +163,7 @@ class QueuedInlet:
         self._inbox.put(step, memoryview(body))
 
     def _not_taken(self, reason: str, message: str) -> None:
-        self.refused(reason)
+        self._metrics.travel.refused_entries.labels(reason).inc()
         log.warning("a queued step is not taken: %s (%s)", message, reason)
 
 
@@ -177,19 +173,14 @@ class QueuedOutlet:
     def __init__(self, plan: Plan, stage_index: int, outbox: Outbox, end: QueueEnd, metrics: StageMetrics) -> None:
         self._own_url = plan.stages[stage_index].url
         self._stream = hop_stream(plan.stages[stage_index + 1].stage_id)
-        self._outbox, self._end, self._metrics = outbox, end, metrics
-
-    @property
-    def failure(self) -> str:
-        """Why the queue cannot be used now; empty when it can."""
-        return self._end.failure
+        self._outbox, self.end, self._metrics = outbox, end, metrics
 
     def send(self, message: Step | LiveSessions, body: memoryview, *, wait: bool) -> bool:
         """Put one message on the stream; False when the outbox has no room, or the queue is unavailable."""
         if isinstance(message, LiveSessions):
-            return try_write(self._end, self._stream, message)
+            return try_write(self.end, self._stream, message)
         if not body.nbytes:
-            return try_write(self._end, self._stream, InlineStep(message))
+            return try_write(self.end, self._stream, InlineStep(message))
         activation_id = self._outbox.put(body, wait=wait)
         if activation_id is None:
             if wait:
@@ -197,7 +188,7 @@ class QueuedOutlet:
                 log.warning("the outbox is full: step %d is dropped and will be sent again", message.step_id)
             return False
         entry = ActivationRef(message, self._own_url, activation_id, body.nbytes, body_digest(body))
-        if try_write(self._end, self._stream, entry):
+        if try_write(self.end, self._stream, entry):
             return True
         self._outbox.discard(activation_id, "never offered")
         return False

@@ -9,9 +9,7 @@ import numpy.typing as npt
 
 from noodle.errors import GenerationFailed
 from noodle.wire.messages import SamplingParameters
-from services.stage.worker.logprobs import log_normalizer
-
-Float32s = npt.NDArray[np.float32]
+from services.stage.worker.logprobs import Float32s, log_normalizer
 
 SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less; at this one only exact ties are left to chance
 SORTED_CANDIDATES = 512  # at most this many are sorted; more are split at their mean first

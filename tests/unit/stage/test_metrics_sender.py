@@ -104,7 +104,7 @@ class Stage:
     def measure(self, count=1):
         for _ in range(count):
             entry = {"entry_id": f"{self.number:032x}", "node_id": "machine-b", "metrics": {"number": self.number}}
-            self.sender._unsent.add(entry)
+            self.sender.unsent.add(entry)
             self.number += 1
 
     @property
@@ -123,7 +123,7 @@ def test_what_is_taken_leaves_nothing_behind(stage, coordinator):
     stage.sender.deliver()
     assert coordinator.numbers() == [0, 1, 2]
     assert not stage.path.exists()
-    assert stage.sender.unsent_count == 0
+    assert len(stage.sender.unsent) == 0
 
 
 @pytest.mark.parametrize("fault", ["cut in the body", "answer lost", "500", "503", "401", "404"])
@@ -131,11 +131,11 @@ def test_a_snapshot_that_was_not_acknowledged_is_sent_again_and_kept_once(stage,
     stage.measure(2)
     coordinator.fault = fault
     stage.sender.deliver()
-    assert stage.sender.unsent_count == 2
+    assert len(stage.sender.unsent) == 2
     stage.measure()
     stage.sender.deliver()
     assert coordinator.numbers() == [0, 1, 2]
-    assert stage.sender.unsent_count == 0
+    assert len(stage.sender.unsent) == 0
 
 
 @pytest.mark.parametrize("restarted", ["stage", "coordinator", "both"])
@@ -294,7 +294,7 @@ def test_snapshots_stay_on_the_stage_while_the_coordinator_cannot_write_its_file
     monkeypatch.setattr(coordinator.file, "append", full)
     monkeypatch.setattr(coordinator.server, "handle_error", lambda *arguments: None)
     stage.sender.deliver()
-    assert stage.sender.unsent_count == 1
+    assert len(stage.sender.unsent) == 1
     coordinator.restart()
     stage.sender.deliver()
     assert coordinator.numbers() == [0]

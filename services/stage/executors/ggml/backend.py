@@ -122,7 +122,6 @@ class GgmlDevice:
 
     @property
     def buffer_type(self) -> Any:
-        """ggml's type of the buffers on this device."""
         return self.ggml.ggml_backend_get_default_buffer_type(self.backend)
 
     def check_graph(self, graph: Any) -> None:
@@ -157,7 +156,6 @@ class DeviceMemory:
         weakref.finalize(self, ggml.ggml_backend_buffer_free, self.buffer)
 
     def fill(self, byte: int) -> None:
-        """Set every byte."""
         self._ggml.ggml_backend_buffer_clear(self.buffer, byte)
 
     def copy_from(self, source: DeviceMemory, from_offset: int, to_offset: int, byte_count: int) -> None:
@@ -205,10 +203,7 @@ def ggml_version() -> str:
 
 
 def ggml_build() -> str:
-    """Identify the installed build by the time of its libraries; empty if none is installed.
-
-    A rebuild of the same version with other switches has another speed.
-    """
+    """Identify the installed build by its libraries' time, as its switches change its speed; empty without one."""
     try:
         built = max((path.stat().st_mtime for path in folder_of_libraries().glob("lib*.so")), default=0.0)
     except (GgmlUnavailable, OSError):

@@ -26,6 +26,7 @@ MEMORY_CURE = (
     "(NOODLE_STEP_TOKENS)."
 )
 EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
+F32 = 0  # ggml's GGML_TYPE_F32
 
 _FUNCTION: Any = type(ctypes.pythonapi.Py_IncRef).__mro__[1]  # base class of all libraries' functions
 _POINTER: Any = ctypes.POINTER(ctypes.c_int).__mro__[1]
@@ -66,7 +67,14 @@ class CustomOperations:
         library.noodle_set_tensor_fields(*(ctypes.c_size_t(offset) for offset in offsets))
 
     def add(
-        self, context: Any, name: str, *, kind: int, sizes: Sequence[int], sources: Sequence[int], parameters: int = 0
+        self,
+        context: Any,
+        name: str,
+        *,
+        sizes: Sequence[int],
+        sources: Sequence[int],
+        kind: int = F32,
+        parameters: int = 0,
     ) -> int:
         """Add a tensor of type `kind` that `noodle_{name}` computes; `parameters` is an address that it receives."""
         tensors = (ctypes.c_void_p * len(sources))(*sources)
@@ -99,10 +107,7 @@ class SpanRows:
 
 
 class GraphMemory:
-    """A ggml context in memory of our own, whose tensor fields can be written many at once.
-
-    The tensors' data is in the device's memory.
-    """
+    """A ggml context in memory of our own, whose tensor fields can be written many at once; data is on the device."""
 
     def __init__(self, device: GgmlDevice, tensor_count: int) -> None:
         ggml = self.ggml = device.ggml
@@ -179,7 +184,6 @@ class GraphMemory:
             self.ggml.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
 
     def upload(self, tensor: int, values: npt.NDArray[Any]) -> None:
-        """Copy values into a tensor's memory."""
         self.ggml.ggml_backend_tensor_set(tensor, values.ctypes.data, 0, values.nbytes)
 
     def input(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
@@ -241,12 +245,10 @@ class SlotTensors:
     masks: list[MaskSlot] = field(default_factory=list)
 
     def fields(self) -> list[list[list[int]]]:
-        """All lists of word indices."""
         counts, data = [self.key_count, self.value_count], [self.key_data, self.value_data]
         return [*counts, *data, self.key_written, self.value_written, self.key_target, self.value_target]
 
     def add_layer(self) -> None:
-        """Begin the lists of the next layer."""
         for each in self.fields():
             each.append([])
 

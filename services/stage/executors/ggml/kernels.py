@@ -124,7 +124,6 @@ class FlashAttentionKernel:
         return self._operations.add(
             context,
             self._name,
-            kind=self._ggml.GGML_TYPE_F32,
             sizes=(dimensions, heads, tokens),
             sources=(query, key, value),
             parameters=ctypes.addressof(parameters),
@@ -197,16 +196,14 @@ class PackedWeights:
         outputs = self._ggml.ggml_tensor.from_address(weight).ne[1]
         kind = self._type_of(weight)
         name = f"multiply_{kind}_{self.instructions[kind]}"
-        return self._float_operation(context, name, (outputs, count), (weight, tiles))
+        return self._operations.add(context, name, sizes=(outputs, count), sources=(weight, tiles))
 
     def take_rows(self, context: Any, weight: int, ids: int) -> int:
         """Like ggml's get_rows of a packed weight."""
         features = self._ggml.ggml_tensor.from_address(weight).ne[0]
         count = self._ggml.ggml_tensor.from_address(ids).ne[0]
-        return self._float_operation(context, f"take_rows_{self._type_of(weight)}", (features, count), (weight, ids))
-
-    def _float_operation(self, context: Any, name: str, sizes: Sequence[int], sources: Sequence[int]) -> int:
-        return self._operations.add(context, name, kind=self._ggml.GGML_TYPE_F32, sizes=sizes, sources=sources)
+        name = f"take_rows_{self._type_of(weight)}"
+        return self._operations.add(context, name, sizes=(features, count), sources=(weight, ids))
 
     def _is_suitable(self, layout: TensorLayout) -> bool:
         name = self._type_names.get(layout.type_number)

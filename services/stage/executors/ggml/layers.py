@@ -103,7 +103,6 @@ class LayerGraph:
         return hidden
 
     def head(self, hidden: int) -> int:
-        """Logits of hidden states."""
         shape = self._shape
         logits = self._linear(self._norm(hidden, self._tensors.final_norm, "final_norm"), self._tensors.head, "head")
         logits = self._scaled(logits, shape.logit_scale)

@@ -158,7 +158,6 @@ def _rotary_block(shape: ModelShape, start_layer: int, end_layer: int) -> Weight
 
 
 def _weights(blocks: dict[str, dict[str, int]], shape: ModelShape, start_layer: int, end_layer: int) -> dict[str, Any]:
-    """The weights of SliceTensors."""
     embedding = blocks.get("embedding", {}).get("embedding.weight", 0)
     ties_head = end_layer == shape.layer_count and shape.tied
     return {

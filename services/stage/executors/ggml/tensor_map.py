@@ -7,7 +7,7 @@ with `.weight` or `.bias`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from noodle.errors import ModelNotFound
@@ -168,8 +168,3 @@ class TensorMap:
             f"the weights in {self._folder} are not those of its config: {reason}.",
             cure="Fetch the folder again, and check that config and weights belong to the same model.",
         )
-
-
-def keys_of(tensors: Iterable[TensorSource]) -> list[str]:
-    """Every key that the tensors are made of, once."""
-    return list(dict.fromkeys(key for tensor in tensors for key in tensor.sources))

@@ -26,7 +26,7 @@ from noodle.errors import ModelNotFound
 from noodle.folders import write_atomically
 from services.stage.executors.base import Fetch, ReadCounter
 from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
-from services.stage.executors.ggml.tensor_map import TensorSource, keys_of
+from services.stage.executors.ggml.tensor_map import TensorSource
 from services.stage.executors.safetensors import SafetensorsFolder, read_into, unsupported_dtype
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,6 @@ class WeightBlock:
     memory: Bytes
 
     def bytes_of(self, tensor: TensorLayout) -> Bytes:
-        """One tensor's part of the memory."""
         return self.memory[tensor.offset : tensor.offset + tensor.byte_count]
 
 
@@ -121,7 +120,7 @@ class WeightMaker:
             self._files.entry(key).byte_count for tensor in tensors for key in dict.fromkeys(tensor.sources)
         )
         if tensors:
-            fetch(keys_of(tensors))
+            fetch(list(dict.fromkeys(key for tensor in tensors for key in tensor.sources)))
         self._counter.add(0)
         for name in lacking:
             for tensor, layout in zip(wanted[name], blocks[name].tensors, strict=True):

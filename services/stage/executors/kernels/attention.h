@@ -9,10 +9,9 @@
  * The softmax is online (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018): when a larger score
  * appears, the sums accumulated so far are scaled down.
  *
- * The including file defines WITH (the target attribute), NAME(x), `vector` of LANES floats, PARTS (vectors for 16 floats),
- * UNROLL, and on vectors: load, store, broadcast (of one float), add, subtract, multiply, divide, fmadd (a * b + c), max and
- * min (which return the second operand for NaN), rounded (to integers), power_of_2 (of integers), where_below (a, b, x, y: x
- * where a < b, else y), from_f16 and from_i8 (LANES values each).
+ * The including file defines WITH (the target attribute), NAME(x), OP(x) (the intrinsic for floats), `vector` of LANES floats,
+ * PARTS (vectors for 16 floats), UNROLL, and on vectors: rounded (to integers), power_of_2 (of integers), where_below (a, b, x,
+ * y: x where a < b, else y), from_f16 and from_i8 (LANES values each).
  */
 
 #define TILE 16      /* queries side by side */
@@ -37,6 +36,18 @@ struct tile {
     float max_score[TILE], weight_sums[TILE];
     float last_key[TILE]; /* that the query attends to */
 };
+
+WITH INLINED vector load(const float *from) { return OP(loadu)(from); }
+WITH INLINED void store(float *to, vector x) { OP(storeu)(to, x); }
+WITH INLINED vector broadcast(float x) { return OP(set1)(x); }
+WITH INLINED vector add(vector x, vector y) { return OP(add)(x, y); }
+WITH INLINED vector subtract(vector x, vector y) { return OP(sub)(x, y); }
+WITH INLINED vector multiply(vector x, vector y) { return OP(mul)(x, y); }
+WITH INLINED vector divide(vector x, vector y) { return OP(div)(x, y); }
+WITH INLINED vector fmadd(vector x, vector y, vector z) { return OP(fmadd)(x, y, z); }
+/* max and min return the second operand for NaN */
+WITH INLINED vector max(vector x, vector y) { return OP(max)(x, y); }
+WITH INLINED vector min(vector x, vector y) { return OP(min)(x, y); }
 
 /* e^x within 2 ulp, 0 below -87; Cephes' polynomial for e^r, |r| <= ln(2) / 2 */
 WITH INLINED vector exp_approx(vector x) {

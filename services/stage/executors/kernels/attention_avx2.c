@@ -7,19 +7,10 @@
 #define NAME(x) x##_avx2
 #define LANES 8
 #define PARTS 2
+#define OP(x) _mm256_##x##_ps
 #define UNROLL 4
 
 typedef __m256 vector;
-WITH INLINED vector load(const float *from) { return _mm256_loadu_ps(from); }
-WITH INLINED void store(float *to, vector x) { _mm256_storeu_ps(to, x); }
-WITH INLINED vector broadcast(float x) { return _mm256_set1_ps(x); }
-WITH INLINED vector add(vector x, vector y) { return _mm256_add_ps(x, y); }
-WITH INLINED vector subtract(vector x, vector y) { return _mm256_sub_ps(x, y); }
-WITH INLINED vector multiply(vector x, vector y) { return _mm256_mul_ps(x, y); }
-WITH INLINED vector divide(vector x, vector y) { return _mm256_div_ps(x, y); }
-WITH INLINED vector fmadd(vector x, vector y, vector z) { return _mm256_fmadd_ps(x, y, z); }
-WITH INLINED vector max(vector x, vector y) { return _mm256_max_ps(x, y); }
-WITH INLINED vector min(vector x, vector y) { return _mm256_min_ps(x, y); }
 WITH INLINED vector rounded(vector x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 WITH INLINED vector power_of_2(vector x) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(127));

@@ -7,19 +7,10 @@
 #define NAME(x) x##_avx512
 #define LANES 16
 #define PARTS 1
+#define OP(x) _mm512_##x##_ps
 #define UNROLL 16
 
 typedef __m512 vector;
-WITH INLINED vector load(const float *from) { return _mm512_loadu_ps(from); }
-WITH INLINED void store(float *to, vector x) { _mm512_storeu_ps(to, x); }
-WITH INLINED vector broadcast(float x) { return _mm512_set1_ps(x); }
-WITH INLINED vector add(vector x, vector y) { return _mm512_add_ps(x, y); }
-WITH INLINED vector subtract(vector x, vector y) { return _mm512_sub_ps(x, y); }
-WITH INLINED vector multiply(vector x, vector y) { return _mm512_mul_ps(x, y); }
-WITH INLINED vector divide(vector x, vector y) { return _mm512_div_ps(x, y); }
-WITH INLINED vector fmadd(vector x, vector y, vector z) { return _mm512_fmadd_ps(x, y, z); }
-WITH INLINED vector max(vector x, vector y) { return _mm512_max_ps(x, y); }
-WITH INLINED vector min(vector x, vector y) { return _mm512_min_ps(x, y); }
 WITH INLINED vector rounded(vector x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 WITH INLINED vector power_of_2(vector x) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), x); }
 WITH INLINED vector where_below(vector x, vector y, vector then, vector otherwise) {

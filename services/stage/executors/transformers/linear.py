@@ -10,7 +10,7 @@ loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -164,7 +164,10 @@ def is_faster_packed(weight: torch.Tensor, layouts: Sequence[GemmLayout]) -> boo
         for count in PACKED_ROWS:
             rows = torch.ones(count, weights.shape[2], dtype=weights.dtype)
             layout = layouts[count - 1] if count <= len(layouts) else GemmLayout.ROWS
-            runs = [partial(_multiply_all, weights, rows, layout), partial(_multiply_all_packed, copies, rows)]
+            runs = [
+                partial(_multiply_all, weights, partial(multiply, layout, rows=rows)),
+                partial(_multiply_all, copies, partial(multiply_packed, rows=rows, bias=None)),
+            ]
             plain, packed = least_seconds(runs, PACKED_ROUNDS)
             shares.append(packed / plain)
     return max(shares) <= NOT_SLOWER and math.prod(shares) ** (1 / len(shares)) < WORTH_PACKING
@@ -178,19 +181,16 @@ def _timed_weights(weight: torch.Tensor) -> torch.Tensor:
     return torch.ones(-(-TIMED_BYTES // weight.nbytes), *weight.shape, dtype=weight.dtype)
 
 
-def _multiply_all(weights: torch.Tensor, rows: torch.Tensor, layout: GemmLayout) -> None:
+def _multiply_all(weights: Iterable[torch.Tensor], product: Callable[[torch.Tensor], torch.Tensor]) -> None:
     for weight in weights:
-        multiply(layout, weight, rows)
-
-
-def _multiply_all_packed(weights: Sequence[torch.Tensor], rows: torch.Tensor) -> None:
-    for weight in weights:
-        multiply_packed(weight, rows, None)
+        product(weight)
 
 
 def _fastest_layout(weights: torch.Tensor, count: int) -> GemmLayout:
     rows = torch.ones(count, weights.shape[2], dtype=weights.dtype)
     other = GemmLayout.TWO_COLUMNS if count == 1 else GemmLayout.COLUMNS
-    runs = [partial(_multiply_all, weights, rows, layout) for layout in (GemmLayout.ROWS, other)]
+    runs = [
+        partial(_multiply_all, weights, partial(multiply, layout, rows=rows)) for layout in (GemmLayout.ROWS, other)
+    ]
     seconds = least_seconds(runs, ROUNDS)
     return other if seconds[1] < WORTH_CHANGING * seconds[0] else GemmLayout.ROWS

@@ -68,7 +68,6 @@ class LazyTensor:
         self._counter.add(len(buffer))
 
     def get_shape(self) -> list[int]:
-        """The shape, for transformers."""
         return self.shape
 
     def get_dtype(self) -> str:
