@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 from urllib.parse import urlsplit
 
 HttpConnection = http.client.HTTPConnection
@@ -58,23 +59,24 @@ def send_request(
     return connection.getresponse()
 
 
+class Carried(TypedDict, total=False):
+    """What a request carries; see `send_request`."""
+
+    token: str
+    body: bytes | None
+    headers: Mapping[str, str]
+
+
 @contextmanager
 def open_request(
-    method: str,
-    url: str,
-    *,
-    token: str = "",
-    body: bytes | None = None,
-    headers: Mapping[str, str] = NO_HEADERS,
-    connect_seconds: float,
-    answer_seconds: float,
+    method: str, url: str, *, connect_seconds: float, answer_seconds: float, **carried: Unpack[Carried]
 ) -> Iterator[HttpResponse]:
     """Send a request on a connection of its own; the caller reads the body of the response."""
     parts = urlsplit(url)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     with (
         closing(connect(url, connect_seconds=connect_seconds, answer_seconds=answer_seconds)) as connection,
-        closing(send_request(connection, method, path, token=token, body=body, headers=headers)) as response,
+        closing(send_request(connection, method, path, **carried)) as response,
     ):
         yield response
 
@@ -83,22 +85,14 @@ def request(
     method: str,
     url: str,
     *,
-    token: str = "",
-    body: bytes | None = None,
-    headers: Mapping[str, str] = NO_HEADERS,
     connect_seconds: float,
     answer_seconds: float,
     maximum_bytes: int,
+    **carried: Unpack[Carried],
 ) -> Answer:
     """Send a request and read its whole answer; raises AnswerTooLarge beyond `maximum_bytes`."""
     with open_request(
-        method,
-        url,
-        token=token,
-        body=body,
-        headers=headers,
-        connect_seconds=connect_seconds,
-        answer_seconds=answer_seconds,
+        method, url, connect_seconds=connect_seconds, answer_seconds=answer_seconds, **carried
     ) as response:
         return Answer(response.status, dict(response.headers.items()), read_bounded(response, maximum_bytes))
 

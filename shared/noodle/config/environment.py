@@ -26,9 +26,7 @@ FILE_CURE = (
     "Write the secret into it. With Docker, `docker compose run --rm init` does, and lets its containers read it."
 )
 
-Config = TypeVar(
-    "Config", settings.CoordinatorConfig, settings.PlannerConfig, settings.StageConfig, settings.CommandConfig
-)
+Config = TypeVar("Config", bound=settings.SharedConfig)
 
 
 def process_environment() -> dict[str, str]:
