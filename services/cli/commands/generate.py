@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import IO, Any
 
 from noodle.config.environment import command_config, process_environment
@@ -17,16 +16,6 @@ from services.cli.client.http_client import error_in, get_json, post_for_events
 from services.cli.client.target import Target, find_target
 
 STREAM_END = "[DONE]"
-
-
-@dataclass
-class Received:
-    """What a stream has brought so far."""
-
-    completion_tokens: int = 0
-    prompt_tokens: int = 0
-    has_text: bool = False
-    is_finished: bool = False
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -49,24 +38,27 @@ def stream_answer(target: Target, prompt: str, parameters: Mapping[str, Any], *,
     path, body = _request(served_model(target), prompt, parameters, raw=raw)
     write = _writer(sys.stdout)
     began_seconds = time.monotonic()
-    received = Received()
+    usage: dict[str, int] = {}
+    has_text = is_finished = False
     try:
         with contextlib.closing(post_for_events(target.url + path, body, target.credential)) as events:
             for data in events:
                 if data == STREAM_END:
-                    received.is_finished = True
+                    is_finished = True
                     break
-                text = _text_of(json.loads(data), received)
-                received.has_text = received.has_text or bool(text)
+                event = json.loads(data)
+                text = _text_of(event)
+                usage = event.get("usage") or usage
+                has_text = has_text or bool(text)
                 write(text)
     finally:
-        if received.has_text:
+        if has_text:
             write("\n")  # what follows begins on its own line, also after Ctrl-C
-    if not received.is_finished:
+    if not is_finished:
         raise LinkLost("The answer was cut off.", cure="See `noodle status` and the logs.")
     if sys.stderr.isatty():
         seconds = time.monotonic() - began_seconds
-        counts = f"{received.prompt_tokens} prompt tokens, {received.completion_tokens} new tokens"
+        counts = f"{usage.get('prompt_tokens', 0)} prompt tokens, {usage.get('completion_tokens', 0)} new tokens"
         print(f"[{counts} in {seconds:.1f} s]", file=sys.stderr)
     return 0
 
@@ -91,17 +83,13 @@ def _request(model: str, prompt: str, parameters: Mapping[str, Any], *, raw: boo
     return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]}
 
 
-def _text_of(event: dict[str, Any], received: Received) -> str:
-    """Return the text of one chunk and count its usage; raises NoodleError if it carries an error instead."""
+def _text_of(event: dict[str, Any]) -> str:
+    """Return the text of one chunk; raises NoodleError if it carries an error instead."""
     error = error_in(event)
     if error is not None:
         raise error
-    usage = event.get("usage") or {}
-    received.prompt_tokens = usage.get("prompt_tokens", received.prompt_tokens)
-    received.completion_tokens = usage.get("completion_tokens", received.completion_tokens)
-    choices = event.get("choices") or [{}]
-    text = choices[0].get("text") or (choices[0].get("delta") or {}).get("content") or ""
-    return str(text)
+    choice = (event.get("choices") or [{}])[0]
+    return str(choice.get("text") or (choice.get("delta") or {}).get("content") or "")
 
 
 def _writer(stream: IO[str]) -> Callable[[str], None]:
