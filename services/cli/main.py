@@ -52,7 +52,6 @@ def one_of(*options: AddOption) -> AddOption:
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """Parse a whole number of at least `minimum`."""
 
     def whole(text: str) -> int:
         number = int(text)

@@ -63,7 +63,6 @@ class Remote:
         return Ran(ran.code, ran.output, ran.errors, is_missing=True) if ran.code == NOT_FOUND_CODE else ran
 
     def shell(self, script: str, seconds: float) -> Ran:
-        """Run a script of sh there."""
         return run_program(self.command(f"sh -c {shlex.quote(script)}"), seconds)
 
     def follow(self, script: str, seconds: float, log: Callable[[str], None], sent: bytes = b"") -> Ran:

@@ -113,7 +113,7 @@ def _check_engine(facts: DockerFacts, where: str, system: System) -> CheckResult
         cure = '& "$Env:ProgramFiles\\Docker\\Docker\\DockerCli.exe" -SwitchLinuxEngine'
         return error("docker", where, "Docker runs Windows containers.", why="noodle's images are Linux", cure=cure)
     if version_of(facts.engine) < OLDEST_ENGINE:
-        what = f"The Docker engine is {facts.engine}, older than {_dotted(OLDEST_ENGINE)}."
+        what = f"The Docker engine is {facts.engine}, older than {'.'.join(map(str, OLDEST_ENGINE))}."
         return error("docker", where, what, why="the images need BuildKit", cure=INSTALL[system])
     return ok("docker", where, f"engine {facts.engine}{', Docker Desktop' if facts.is_desktop else ''}")
 
@@ -128,7 +128,7 @@ def _check_compose(facts: DockerFacts, where: str, system: System) -> CheckResul
         what = f"compose reports the version {facts.compose!r}."
         return warning("compose", where, what, why=why, cure=UPGRADE_COMPOSE[system])
     if version < OLDEST_COMPOSE:
-        what = f"compose is {facts.compose}, older than {_dotted(OLDEST_COMPOSE)}."
+        what = f"compose is {facts.compose}, older than {'.'.join(map(str, OLDEST_COMPOSE))}."
         return error("compose", where, what, why=why, cure=UPGRADE_COMPOSE[system])
     return ok("compose", where, f"compose {facts.compose}")
 
@@ -137,10 +137,6 @@ def version_of(text: str) -> tuple[int, ...]:
     """Return the first two numbers of a version, () if it is not one."""
     found = re.match(r"v?(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else ()
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
 
 
 def _object(text: str) -> dict[str, Any]:

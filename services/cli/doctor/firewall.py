@@ -133,13 +133,12 @@ def ports_in(rules: Sequence[str]) -> set[int]:
 def _check_windows(facts: FirewallFacts, where: str) -> list[CheckResult]:
     if facts.windows is None:
         return [skipped("firewall", where, f"PowerShell did not answer ({facts.unread})")]
-    profiles, networks = facts.windows["profiles"], facts.windows["networks"]
     results = []
-    if "Public" in networks:
+    if "Public" in facts.windows["networks"]:
         why = "its firewall then drops what the other machine sends"
         cure = "Get-NetConnectionProfile | Set-NetConnectionProfile -NetworkCategory Private   (administrator)"
         results.append(warning("firewall", where, "Windows treats this network as public.", why=why, cure=cure))
-    if not profiles:
+    if not facts.windows["profiles"]:
         what = "The Windows firewall is off: the published ports are open to the whole network."
         cure = "Set-NetFirewallProfile -All -Enabled True   (as administrator)\n" + APPLY["windows"]
         return [*results, warning("firewall", where, what, why=WHY, cure=cure)]

@@ -206,7 +206,6 @@ def unresolved(hosts: Sequence[str], resolve: Callable[[str], object]) -> list[s
 
 
 def check_names(hosts: Sequence[str], missing: Sequence[str], where: str, system: System) -> list[CheckResult]:
-    """Judge every host that this machine's configuration names."""
     if not hosts:
         return [skipped("names", where, "no address of a service is configured yet")]
     names = [host for host in dict.fromkeys(hosts) if not _is_address(host)]

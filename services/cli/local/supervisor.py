@@ -63,16 +63,16 @@ class Ended:
         return f"{self.name} ended with exit code {self.exit_code}"
 
 
+@dataclass(eq=False)
 class _Supervised:
-    def __init__(self, spec: ServiceSpec) -> None:
-        self.spec = spec
-        self.process: subprocess.Popen[bytes] | None = None
-        self.identity: ProcessIdentity | None = None
-        self.started_seconds = 0.0
-        self.restart_at_seconds: float | None = None
-        self.delay_seconds = FIRST_DELAY_SECONDS
-        self.deaths = 0
-        self.last_exit_code: int | None = None
+    spec: ServiceSpec
+    process: subprocess.Popen[bytes] | None = None
+    identity: ProcessIdentity | None = None
+    started_seconds: float = 0.0
+    restart_at_seconds: float | None = None
+    delay_seconds: float = FIRST_DELAY_SECONDS
+    deaths: int = 0
+    last_exit_code: int | None = None
 
     @property
     def is_alive(self) -> bool:
