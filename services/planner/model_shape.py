@@ -112,32 +112,24 @@ def _split_by_layer(
     the numbers 0 to `layer_count` - 1 follow; experts lie deeper. Higher numbers are layers that only training used
     (multi-token prediction); no stage loads them, so they are not counted.
     """
-    numbers: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    layers: dict[tuple[str, ...], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in entries:
         segments = name.split(".")
         for position, segment in enumerate(segments):
             if segment.isdecimal():
-                numbers[tuple(segments[:position])].add(int(segment))
+                layers[tuple(segments[:position])][int(segment)].append(name)
     wanted = set(range(layer_count))
-    prefixes = sorted((prefix for prefix, found in numbers.items() if wanted <= found), key=lambda it: (len(it), it))
+    prefixes = sorted((it for it, found in layers.items() if wanted <= found.keys()), key=lambda it: (len(it), it))
     if not prefixes:
-        longest = max((len(found) for found in numbers.values()), default=0)
+        longest = max((len(found) for found in layers.values()), default=0)
         raise UnsupportedModel(
             f"{folder}: config.json says {layer_count} layers, but the weights hold at most {longest} in a row.",
             cure=BROKEN_CURE,
         )
-    prefix = prefixes[0]
-    layer_bytes = [0] * layer_count
-    others: dict[str, TensorEntry] = {}
-    for name, entry in entries.items():
-        segments = name.split(".")
-        is_inside = tuple(segments[: len(prefix)]) == prefix and len(segments) > len(prefix)
-        number = segments[len(prefix)] if is_inside else ""
-        if not number.isdecimal():
-            others[name] = entry
-        elif int(number) < layer_count:
-            layer_bytes[int(number)] += entry.byte_count
-    return tuple(layer_bytes), others
+    chosen = layers[prefixes[0]]
+    layer_bytes = tuple(sum(entries[name].byte_count for name in chosen[number]) for number in range(layer_count))
+    inside = {name for names in chosen.values() for name in names}
+    return layer_bytes, {name: entry for name, entry in entries.items() if name not in inside}
 
 
 def _ends(others: Mapping[str, TensorEntry], folder: Path) -> tuple[int, int]:

@@ -154,11 +154,9 @@ def _converted_once(
     folder = cache_dir / "models" / f"{source.name}-{source.digest[:12]}"
     with writing(folder.parent, CACHE_VARIABLE):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    if _is_complete(folder):
-        return PreparedModel(folder, source.name)
-    with _locked(folder.with_name(f"{folder.name}.lock"), progress):
-        if not _is_complete(folder):  # no other process converted it while this one waited
-            with writing(folder, CACHE_VARIABLE):
+    if not _is_complete(folder):
+        with _locked(folder.with_name(f"{folder.name}.lock"), progress), writing(folder, CACHE_VARIABLE):
+            if not _is_complete(folder):  # no other process converted it while this one waited
                 _convert_into(folder, source, fetch, progress)
     return PreparedModel(folder, source.name)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from flask import Flask, Response, request
 
 from noodle.errors import InvalidRequest, NotFound, NotReady
 from noodle.folders import write_atomically
-from noodle.model.files import INDEX_NAME, digest_of_range, model_digest, read_tensor_entries
+from noodle.model.files import INDEX_NAME, digest_of_range, model_digest, pieces_of, read_tensor_entries
 from noodle.model.weight_manifest import MANIFEST_PATH, CompanionFile, TensorRange, WeightFile, WeightManifest
 from noodle.threads import start_loop
 from noodle.web.service import json_response, require_token
@@ -25,7 +25,6 @@ from noodle.web.service import json_response, require_token
 log = logging.getLogger(__name__)
 
 COMPANION_NAMES = ("config.json", "generation_config.json", "tokenizer.json", INDEX_NAME)
-PIECE_BYTES = 1 << 20  # read and sent at once
 DIGESTS_FOLDER = "digests"
 MANIFEST_WAIT_SECONDS = 10.0  # then the client is asked to retry
 
@@ -144,7 +143,7 @@ def install_weight_routes(app: Flask, store: WeightStore, cluster_token: str) ->
         path = store.path_of(name)
         byte_count = path.stat().st_size
         first, end = _requested_range(byte_count)
-        response = Response(_pieces(path, first, end), 206, mimetype="application/octet-stream")
+        response = Response(pieces_of(path, first, end - first), 206, mimetype="application/octet-stream")
         response.headers["Content-Range"] = f"bytes {first}-{end - 1}/{byte_count}"
         response.headers["Content-Length"] = str(end - first)
         return response
@@ -158,15 +157,6 @@ def _requested_range(byte_count: int) -> tuple[int, int]:
     if span is None:
         raise InvalidRequest(f"The range is outside the file's {byte_count} bytes.", param="Range")
     return span[0], span[1]
-
-
-def _pieces(path: Path, first: int, end: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(first)
-        left = end - first
-        while left and (piece := file.read(min(left, PIECE_BYTES))):
-            left -= len(piece)
-            yield piece
 
 
 def _weight_file(path: Path) -> WeightFile:

@@ -22,7 +22,6 @@ METRICS_BODY_BYTES = 1 << 20
 MAXIMUM_ENTRIES = 1000  # in one request, and in one answer
 MAXIMUM_ENTRY_BYTES = 64 << 10
 NODE_FIELDS = ("node_id", "node", "machine", "worker_id")  # the first one present names the node
-UNKNOWN_NODE = "unknown"
 MAXIMUM_NODE_CHARACTERS = 100
 ENTRY_ID_CHARACTERS = 64
 
@@ -134,7 +133,7 @@ def _parse_entry(entry: dict[str, Any], received_at_seconds: float) -> MetricsEn
             f"An entry_id is not a string of at most {ENTRY_ID_CHARACTERS} characters.", param="entry_id"
         )
     node_field = next((name for name in NODE_FIELDS if isinstance(fields.get(name), str | int)), None)
-    node_id = str(fields.pop(node_field))[:MAXIMUM_NODE_CHARACTERS] if node_field else UNKNOWN_NODE
+    node_id = str(fields.pop(node_field))[:MAXIMUM_NODE_CHARACTERS] if node_field else "unknown"
     metrics = fields.get("metrics")
     if not isinstance(metrics, dict) or len(fields) > 1:
         metrics = fields

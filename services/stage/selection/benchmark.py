@@ -101,8 +101,6 @@ def measure_machine(
     `progress` receives the share done, 0 to 1, and a description. Raises NotWritable if the folder does not exist and
     cannot be made. A result that cannot be kept is measured again at each start.
     """
-    with writing(cache_dir, "NOODLE_CACHE_DIR"):
-        cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / FILE_NAME
     with one_at_a_time(cache_dir, progress):
         known = read_kept(path, str(key), MeasuredSeconds)
@@ -262,6 +260,7 @@ def one_at_a_time(
     """
     end = time.monotonic() + timeout_seconds
     with writing(folder, "NOODLE_CACHE_DIR"):
+        folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         while True:

@@ -10,7 +10,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def _write(gguf_path: Path, folder: Path, dtype: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    file = _describe(gguf_path)
+    file = _GgufFile(gguf_path)
     _check_tokenizer(file)
     source: dict[str, Any] = {"gguf_file": gguf_path.name, "local_files_only": True}
     try:
@@ -76,43 +75,30 @@ def _write(gguf_path: Path, folder: Path, dtype: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@dataclass(frozen=True, slots=True)
 class _GgufFile:
     """The properties that decide whether transformers reads a GGUF file correctly."""
 
-    path: Path
-    architecture: str
-    tokenizer_kind: str
-    tokenizer_split: str
-    rotary_scaling: str
-    tensor_names: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.path} ({self.architecture})"
-
-
-def _describe(gguf_path: Path) -> _GgufFile:
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(gguf_path)
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
 
         def text(key: str, default: str) -> str:
             return str(reader.fields[key].contents()) if key in reader.fields else default
 
-        architecture = text("general.architecture", "unnamed")
-        return _GgufFile(
-            path=gguf_path,
-            architecture=architecture,
-            tokenizer_kind=text("tokenizer.ggml.model", ""),
-            tokenizer_split=text("tokenizer.ggml.pre", "default"),
-            rotary_scaling=text(f"{architecture}.rope.scaling.type", "none"),
-            tensor_names=tuple(tensor.name for tensor in reader.tensors),
-        )
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise UnsupportedModel(
-            f"{gguf_path} is not a readable GGUF file ({error}).", cure="It may be cut short: fetch it again."
-        ) from error
+        self.path = path
+        try:
+            reader = GGUFReader(path)
+            self.architecture = text("general.architecture", "unnamed")
+            self.tokenizer_kind = text("tokenizer.ggml.model", "")
+            self.tokenizer_split = text("tokenizer.ggml.pre", "default")
+            self.rotary_scaling = text(f"{self.architecture}.rope.scaling.type", "none")
+            self.tensor_names = [tensor.name for tensor in reader.tensors]
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise UnsupportedModel(
+                f"{path} is not a readable GGUF file ({error}).", cure="It may be cut short: fetch it again."
+            ) from error
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.architecture})"
 
 
 def _check_tokenizer(file: _GgufFile) -> None:

@@ -17,7 +17,6 @@ import msgspec
 
 from noodle.cluster.measuring import MachineProfile, ProcessError, ProfileLine, ProfileProgress, ProfileQuestion
 from noodle.errors import ConfigurationError, NoodleError
-from noodle.folders import writing
 from noodle.model.files import model_digest
 from services.stage.tools.reference import write_line
 
@@ -61,8 +60,6 @@ def profile_machine(question: ProfileQuestion, progress: MeasureProgress) -> Mac
     cores = len(os.sched_getaffinity(0))
     notes: list[str] = []
     start_seconds = time.monotonic()
-    with writing(cache_dir, "NOODLE_CACHE_DIR"):
-        cache_dir.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(cache_dir, progress):
         devices = devices_of(question.device, notes)
         extent = QUICK if question.is_quick else FULL
@@ -111,14 +108,14 @@ def devices_of(wanted: str, notes: list[str]) -> list[str]:
             f"NOODLE_DEVICE={wanted} is not measured: ggml alone computes there, and this measures transformers."
         )
         return ["cpu"]
-    if wanted != "auto":
-        return [choose_device(wanted).value]
     try:
-        chosen = choose_device("auto").value
+        chosen = choose_device(wanted).value
     except ConfigurationError as error:
+        if wanted != "auto":
+            raise
         notes.append(f"The card is not measured: {error}")
         return ["cpu"]
-    return ["cuda", "cpu"] if chosen == "cuda" else ["cpu"]
+    return ["cuda", "cpu"] if (wanted, chosen) == ("auto", "cuda") else [chosen]
 
 
 if __name__ == "__main__":

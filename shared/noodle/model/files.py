@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,14 +159,19 @@ def model_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_of_range(path: Path, first_byte: int, byte_count: int) -> str:
-    digest = hashlib.sha256()
+def pieces_of(path: Path, first_byte: int, byte_count: int) -> Iterator[bytes]:
     with path.open("rb") as file:
         file.seek(first_byte)
         left = byte_count
         while left and (piece := file.read(min(left, PIECE_BYTES))):
-            digest.update(piece)
             left -= len(piece)
+            yield piece
+
+
+def digest_of_range(path: Path, first_byte: int, byte_count: int) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces_of(path, first_byte, byte_count):
+        digest.update(piece)
     return digest.hexdigest()
 
 
