@@ -11,6 +11,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from noodle.cluster.measuring import StoreProgress
 from noodle.cluster.plan import MachineReport, Plan
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import CoordinatorConfig
@@ -33,7 +34,6 @@ from services.coordinator.engine.request import (
 from services.coordinator.engine.resume import KeptRequests
 from services.coordinator.engine.scheduler import Scheduler
 from services.coordinator.leadership import Leadership, progress_of, waiting_for
-from services.coordinator.models.progress import Progress
 from services.coordinator.models.store import prepare_model
 from services.coordinator.models.weight_server import WeightStore
 from services.coordinator.text.answer import Answer
@@ -241,5 +241,5 @@ class Coordinator:
             travel=self.metrics.travel,
         )
 
-    def _note_progress(self, progress: Progress) -> None:
+    def _note_progress(self, progress: StoreProgress) -> None:
         self.detail = progress.text()

@@ -6,11 +6,11 @@ import contextlib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 from msgspec import Struct
 
-from noodle.cluster.measuring import ProcessError
+from noodle.cluster.measuring import ProcessError, StoreProgress
 from noodle.config.settings import CommandConfig
 from noodle.errors import ConfigurationError, StartError
 from services.cli.client.progress import Progress
@@ -21,15 +21,6 @@ from services.cli.local.run_folder import writing
 
 STOP_SECONDS = 10.0  # from SIGTERM until the model store has removed what is half written
 ROW = "model"
-
-
-class StoreProgress(Struct, frozen=True):
-    """What the model store is doing; a total of 0 is unknown."""
-
-    activity: Literal["download", "convert", "wait"]
-    detail: str
-    bytes_done: int = 0
-    bytes_total: int = 0
 
 
 class StoreLine(Struct, frozen=True):

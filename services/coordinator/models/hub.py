@@ -18,10 +18,11 @@ from urllib.parse import quote
 
 import msgspec
 
+from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, StartError, UnsupportedModel
 from noodle.folders import DISK_ERRORS, not_writable, write_atomically
 from noodle.model.files import INDEX_NAME
-from services.coordinator.models.progress import Progress, ReportProgress
+from services.coordinator.models.progress import ReportProgress
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.*)?", re.ASCII)  # org/name or org/n
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether `model` has the form org/name or org/name@revision."""
     return HUB_ID.fullmatch(model) is not None
 
 
@@ -52,7 +52,7 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Pat
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # base of all its network errors
 
-    progress(Progress("download", f"asking the hub for {model}"))
+    progress(StoreProgress("download", f"asking the hub for {model}"))
     try:
         info = HfApi().model_info(
             repository, revision=revision or None, files_metadata=True, timeout=LIST_TIMEOUT_SECONDS
@@ -132,7 +132,7 @@ def _download_progress(hub_dir: Path, model: str, total_bytes: int, progress: Re
     def watch() -> None:
         while not finished.wait(POLL_SECONDS):
             done_bytes = min(_bytes_under(hub_dir) - before_bytes, total_bytes)
-            progress(Progress("download", model, done_bytes, total_bytes))
+            progress(StoreProgress("download", model, done_bytes, total_bytes))
 
     watcher = threading.Thread(target=watch, name="download-progress", daemon=True)
     watcher.start()

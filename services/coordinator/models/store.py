@@ -19,13 +19,14 @@ from pathlib import Path
 
 import msgspec
 
+from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, NoodleError, StartError, UnsupportedModel
 from noodle.folders import writing
 from noodle.model.files import missing_weight_files, sampled_digest
 from services.coordinator.models.default_model import DEFAULT_GGUF_SHA256, DEFAULT_MODEL_NAME, fetch_default_gguf
 from services.coordinator.models.gguf import GgufModel, write_model_folder
 from services.coordinator.models.hub import CACHE_VARIABLE, SPARE_DISK_BYTES, fetch_from_hub, is_hub_id
-from services.coordinator.models.progress import Progress, ReportProgress, at_intervals
+from services.coordinator.models.progress import ReportProgress, at_intervals
 
 # incremented when the converter's output changes, so that folders are converted again
 CONVERSION_VERSION = 1
@@ -177,7 +178,7 @@ def _convert_into(folder: Path, source: _Source, fetch: Callable[[Path], Path], 
 
 
 def _convert(gguf_path: Path, folder: Path, source: str, progress: ReportProgress) -> None:
-    progress(Progress("convert", f"reading {gguf_path.name}"))
+    progress(StoreProgress("convert", f"reading {gguf_path.name}"))
     model = GgufModel(gguf_path)
     total_bytes = model.weight_bytes
     free_bytes = shutil.disk_usage(folder).free
@@ -188,7 +189,7 @@ def _convert(gguf_path: Path, folder: Path, source: str, progress: ReportProgres
         )
     report = at_intervals(progress)
     write_model_folder(
-        model, folder, lambda done: report(Progress("convert", "writing safetensors", done, total_bytes))
+        model, folder, lambda done: report(StoreProgress("convert", "writing safetensors", done, total_bytes))
     )
     files = {path.name: StoredFile(path.stat().st_size, sampled_digest(path)) for path in sorted(folder.iterdir())}
     manifest = Manifest(source, CONVERSION_VERSION, files)
@@ -222,7 +223,7 @@ def _locked(path: Path, progress: ReportProgress) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress(Progress("wait", "another process prepares the same model"))
+            progress(StoreProgress("wait", "another process prepares the same model"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -240,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     def output(value: dict[str, object], text: str) -> None:
         print(json.dumps(value) if options.json else text, flush=True)
 
-    def report(progress: Progress) -> None:
+    def report(progress: StoreProgress) -> None:
         output({"progress": msgspec.to_builtins(progress)}, progress.text())
 
     try:

@@ -79,20 +79,18 @@ class WeightStore:
         return self._model[0] / name
 
     def _prepare(self, folder: Path, model_name: str) -> None:
-        manifest = cached_manifest(self._cache_dir, folder) or self._compute(folder, model_name)
+        manifest = cached_manifest(self._cache_dir, folder)
+        if manifest is None:
+            stamps = _stamps(folder)
+            manifest = make_manifest(folder, model_name, self._set_progress)
+            path = self._cache_dir / DIGESTS_FOLDER / f"{manifest.model_digest}.json"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, msgspec.json.encode(_CachedManifest(stamps, manifest)))
+            except OSError as error:
+                log.warning("digests are not cached, the next start computes them again: %s", error)
         self._manifest = msgspec.structs.replace(manifest, model_name=model_name)
         self._is_ready.set()
-
-    def _compute(self, folder: Path, model_name: str) -> WeightManifest:
-        stamps = _stamps(folder)
-        manifest = make_manifest(folder, model_name, self._set_progress)
-        path = self._cache_dir / DIGESTS_FOLDER / f"{manifest.model_digest}.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, msgspec.json.encode(_CachedManifest(stamps, manifest)))
-        except OSError as error:
-            log.warning("digests are not cached, the next start computes them again: %s", error)
-        return manifest
 
     def _set_progress(self, progress: float) -> None:
         self._progress = progress

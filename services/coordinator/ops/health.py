@@ -109,7 +109,6 @@ def health_routes(config: CoordinatorConfig, coordinator: Coordinator, clients: 
 
 
 def health_of(coordinator: Coordinator) -> Health:
-    """The whole answer of /health."""
     view, leads, loop = coordinator.leadership.view, coordinator.leadership.leads, coordinator.loop.state
     is_up = loop.up and coordinator.loaded is not None
     waits = [] if coordinator.loaded else [coordinator.detail]  # the others wait for the model's files too

@@ -124,17 +124,15 @@ def _measure(
     further = min(FURTHER_LAYERS, layer_count - 1)
     start = (layer_count - 1 - further) // 2
 
-    def load(first: int, end: int) -> ModelSlice:
-        return load_by(
-            key.candidate,
-            folder,
-            first,
-            end,
-            device=key.device,
-            threads=key.threads,
-            context_length=context_length,
-            cache_dir=None,  # the weights may be holes that were not fetched yet: keep nothing made of them
-        )
+    load = partial(
+        load_by,
+        key.candidate,
+        folder,
+        device=key.device,
+        threads=key.threads,
+        context_length=context_length,
+        cache_dir=None,  # the weights may be holes that were not fetched yet: keep nothing made of them
+    )
 
     def timer_of(first: int, end: int) -> SliceTimer:
         timer = SliceTimer(load(first, end), device=key.device, reserve_tokens=CONTEXT_TOKENS + 1)

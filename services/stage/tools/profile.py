@@ -108,14 +108,14 @@ def devices_of(wanted: str, notes: list[str]) -> list[str]:
             f"NOODLE_DEVICE={wanted} is not measured: ggml alone computes there, and this measures transformers."
         )
         return ["cpu"]
+    if wanted != "auto":
+        return [choose_device(wanted).value]
     try:
-        chosen = choose_device(wanted).value
+        chosen = choose_device("auto").value
     except ConfigurationError as error:
-        if wanted != "auto":
-            raise
         notes.append(f"The card is not measured: {error}")
         return ["cpu"]
-    return ["cuda", "cpu"] if (wanted, chosen) == ("auto", "cuda") else [chosen]
+    return ["cuda", "cpu"] if chosen == "cuda" else ["cpu"]
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ import torch
 from noodle.cluster.measuring import DecodePoint, DeviceProfile, PartPoint, PrefillPoint, ThreadsProfile
 from noodle.errors import GenerationFailed
 from services.stage.executors.transformers.loading import load_slice
-from services.stage.selection.benchmark import SliceTimer, seconds_per_layer
+from services.stage.selection.benchmark import FURTHER_LAYERS, MINIMUM_ROUNDS, SliceTimer, seconds_per_layer
 from services.stage.selection.device import choose_dtype, device_name, free_memory
 
 KEY_KV_TOKENS, KEY_CHUNK_TOKENS = 128, 128  # of one session, timed first with every number of threads
-MINIMUM_ROUNDS = 3
 POINT_SECONDS = 0.5  # of rounds for a point beyond the minimum
 SLOW_SECONDS = 2.0  # a first round that takes longer remains the only one
-FURTHER_LAYERS = 2  # beyond the one that every slice has
 LAYERS_SHARE = 0.75  # of the budget; embedding and head share the rest
 KV_SHARE_OF_FREE_BYTES = 0.25  # for rows to attend to
 

@@ -1,9 +1,11 @@
-"""Messages between `noodle bench`, `verify` or `profile` and the processes that compute for them: JSON lines.
+"""Messages between commands (`noodle up`, `bench`, `verify`, `profile`) and the processes that they start: JSON lines.
 
 A line from a process has exactly one of its fields set.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from msgspec import Struct
 
@@ -13,6 +15,22 @@ class ProcessError(Struct, frozen=True):
 
     message: str
     cure: str = ""
+
+
+class StoreProgress(Struct, frozen=True):
+    """What the model store is doing; a total of 0 is unknown."""
+
+    activity: Literal["download", "convert", "wait"]
+    detail: str
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+    def text(self) -> str:
+        """One line for a terminal."""
+        if not self.bytes_total:
+            return f"{self.activity}: {self.detail}"
+        percent = 100 * self.bytes_done // self.bytes_total
+        return f"{self.activity}: {self.detail}, {percent} % of {self.bytes_total / 1e6:.0f} MB"
 
 
 class ControlQuestion(Struct, frozen=True):

@@ -12,10 +12,10 @@ from urllib.parse import unquote
 import pytest
 from safetensors.numpy import save
 
+from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, NotWritable, StartError, UnsupportedModel
 from services.coordinator.models import hub as model_hub
 from services.coordinator.models.hub import is_hub_id, wanted_files
-from services.coordinator.models.progress import Progress
 from services.coordinator.models.store import prepare_model
 from tests.support.models.tiny_gguf import TinyLlama, tiny_weights
 
@@ -105,7 +105,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server_close()
 
 
-def silent(_progress: Progress) -> None:
+def silent(_progress: StoreProgress) -> None:
     return None
 
 

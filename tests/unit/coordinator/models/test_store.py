@@ -11,16 +11,16 @@ import pytest
 from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file, save_file
 
+from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, NotWritable, StartError, UnsupportedModel
 from noodle.model.files import sampled_digest
 from services.coordinator.models import store
-from services.coordinator.models.progress import Progress
 from services.coordinator.models.store import prepare_model
 from tests.support.models.real_model import cache_dir, real_model_folder
 from tests.support.models.tiny_gguf import TinyLlama, tiny_weights, write_tiny_gguf
 
 
-def silent(_progress: Progress) -> None:
+def silent(_progress: StoreProgress) -> None:
     return None
 
 
@@ -91,7 +91,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_gguf_is_converted_once_and_used_again(tiny_gguf: Path, tmp_path: Path) -> None:
-    reports: list[Progress] = []
+    reports: list[StoreProgress] = []
     first = prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append)
     assert first.name == "tiny.v1"
     assert load_file(first.folder / "model.safetensors").keys() == tiny_weights(TinyLlama()).keys()
@@ -134,7 +134,7 @@ def test_a_damaged_folder_is_made_again(tiny_gguf: Path, tmp_path: Path, damage:
         manifest.write_text("{")
     else:
         manifest.write_text(manifest.read_text().replace('"conversion_version": 1', '"conversion_version": 0'))
-    reports: list[Progress] = []
+    reports: list[StoreProgress] = []
     assert prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append).folder == folder
     assert reports
     assert weights.read_bytes() == whole
@@ -206,7 +206,7 @@ def test_a_cache_that_cannot_be_written_is_refused_wherever_it_is_noticed(
 
 
 def _prepare_and_count(path: str, cache: str, results: "multiprocessing.Queue[tuple[str, int]]") -> None:
-    reports: list[Progress] = []
+    reports: list[StoreProgress] = []
     folder = prepare_model(path, Path(cache), reports.append).folder
     results.put((str(folder), sum(progress.activity == "convert" for progress in reports)))
 
