@@ -24,7 +24,7 @@ def end_process(name: str, error: BaseException) -> NoReturn:
     os._exit(START_REFUSED_EXIT_CODE)
 
 
-def start_loop(name: str, target: Callable[[], None], service_name: str) -> threading.Thread:
+def start_loop(name: str, target: Callable[[], None], service_name: str) -> None:
     """Start a thread that must not die: when it does, log why and end the process."""
 
     def run() -> None:
@@ -34,6 +34,4 @@ def start_loop(name: str, target: Callable[[], None], service_name: str) -> thre
             log.exception("the %s thread died", name)
             end_process(service_name, error)
 
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=run, name=name, daemon=True).start()

@@ -72,9 +72,6 @@ class OpenRequests:
         self._open: dict[str, RequestStream] = {}
         self._changed = threading.Condition()
 
-    def __len__(self) -> int:
-        return len(self._open)
-
     def add(self, stream: RequestStream, client: Client) -> None:
         """Add a new request. Raises TooManyRequests at the limit of all requests, or at the client's."""
         with self._changed:

@@ -16,7 +16,6 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from noodle.cluster.plan import Plan
 from noodle.errors import GenerationFailed, LinkLost, NoodleError, NotReady, RequestTimedOut
@@ -66,7 +65,6 @@ class EngineLoop:
         self._next_live = 0.0
         self._next_tick = 0.0
         self._broke_at = 0.0
-        self._counted = Counts()  # the scheduler's counts that the metrics have
         self.state = admission.LoopState()
         self.admission = admission.Admission(
             self._open, recorder, self.notify, limits=lambda: self._scheduler.limits, state=lambda: self.state
@@ -98,7 +96,7 @@ class EngineLoop:
             now, flight = time.monotonic(), None
             if isinstance(event, Sequence):
                 # 1. An HTTP thread has admitted a request (admission.py): its sequence waits for a place.
-                self._scheduler.add(event)
+                self._scheduler.waiting.add(event)
             elif isinstance(event, StepResult):
                 # 3. The last stage has returned a step (pipeline.py): each of its sequences gets its next token.
                 result = event
@@ -375,11 +373,10 @@ class EngineLoop:
         metrics.waiting.set(len(scheduler.waiting))
         metrics.kv_use.set(scheduler.used_share)
         metrics.kept_tokens.set(scheduler.kv.kept_rows)
-        counts, counted = scheduler.counts, self._counted
-        metrics.preemptions.inc(counts.preemptions - counted.preemptions)
-        metrics.prefix_queries.inc(counts.prompt_tokens - counted.prompt_tokens)
-        metrics.prefix_hits.inc(counts.reused_tokens - counted.reused_tokens)
-        self._counted = replace(counts)
+        counts, scheduler.counts = scheduler.counts, Counts()
+        metrics.preemptions.inc(counts.preemptions)
+        metrics.prefix_queries.inc(counts.prompt_tokens)
+        metrics.prefix_hits.inc(counts.reused_tokens)
 
 
 def _lost_too_often() -> NoodleError:

@@ -36,7 +36,7 @@ HEADROOM_TOKENS = 16  # kept free for each running sequence when another is admi
 
 @dataclass(slots=True)
 class Counts:
-    """Totals since the scheduler was made."""
+    """Totals since the metrics last took them."""
 
     preemptions: int = 0
     prompt_tokens: int = 0  # of sequences that began, replays included
@@ -100,9 +100,6 @@ class Scheduler:
         """Share of the tightest stage's KV room that running and kept sessions hold."""
         limits = self._limits
         return self.kv.rows / limits.kv_tokens if limits and limits.kv_tokens else 0.0
-
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.add(sequence)
 
     def remove(self, session_id: str, *, keep_rows: bool = False) -> list[str]:
         """Drop a sequence. Returns the session ids whose KV rows the stages must free.

@@ -157,7 +157,7 @@ def test_after_a_break_the_stages_get_the_live_sessions_before_any_step(rig):
     rig.down()
     before = len(rig.pipeline.sent)
     gone.cancel()
-    wait_until(lambda: len(rig.loop._open) == 1, WAIT_SECONDS, "one request is left")
+    wait_until(lambda: len(rig.loop._open.all()) == 1, WAIT_SECONDS, "one request is left")
     assert len(rig.pipeline.sent) == before
     rig.up()
     wait_until(lambda: len(rig.pipeline.sent) > before + 1, WAIT_SECONDS, "something is sent again")

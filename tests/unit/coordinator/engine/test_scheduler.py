@@ -17,7 +17,7 @@ def a_test_sequence(name="a", prompt=5, new=4, end=(END,), **options):
 
 def test_a_prompt_goes_in_chunks_of_the_budget_and_only_the_last_asks_for_a_token():
     scheduler = a_scheduler(step_tokens=3)
-    scheduler.add(a_test_sequence(prompt=7))
+    scheduler.waiting.add(a_test_sequence(prompt=7))
     first, second = scheduler.next_step(0), scheduler.next_step(0)
     assert scheduler.next_step(0) is None  # two stages, two steps in flight
     assert [f.step.spans[0].first_position for f in (first, second)] == [0, 3]
@@ -31,7 +31,7 @@ def test_a_prompt_goes_in_chunks_of_the_budget_and_only_the_last_asks_for_a_toke
 def test_each_result_lets_the_next_token_go():
     scheduler = a_scheduler()
     sequence = a_test_sequence(new=3)
-    scheduler.add(sequence)
+    scheduler.waiting.add(sequence)
     for expected in ("no", "no", "length"):
         _, ((_, token),), _ = scheduler.apply(answer(scheduler.next_step(0)))
         assert (token.finish_reason or "no") == expected
@@ -40,7 +40,7 @@ def test_each_result_lets_the_next_token_go():
 
 def test_the_end_of_text_ends_a_sequence():
     scheduler = a_scheduler()
-    scheduler.add(a_test_sequence())
+    scheduler.waiting.add(a_test_sequence())
     _, ((_, token),), _ = scheduler.apply(answer(scheduler.next_step(0), END))
     assert token.finish_reason == "eos"
 
@@ -48,7 +48,7 @@ def test_the_end_of_text_ends_a_sequence():
 def test_decoding_sessions_are_spread_over_the_stages():
     scheduler = a_scheduler(stages=2, step_tokens=100)
     for name in "abcd":
-        scheduler.add(a_test_sequence(name))
+        scheduler.waiting.add(a_test_sequence(name))
     scheduler.apply(answer(scheduler.next_step(0)))
     first, second = scheduler.next_step(0), scheduler.next_step(0)
     names = [{span.session_id for span in flight.step.spans} for flight in (first, second)]
@@ -58,17 +58,17 @@ def test_decoding_sessions_are_spread_over_the_stages():
 
 def test_decode_does_not_wait_for_a_long_prompt():
     scheduler = a_scheduler(stages=1, step_tokens=8)
-    scheduler.add(a_test_sequence("short"))
+    scheduler.waiting.add(a_test_sequence("short"))
     scheduler.apply(answer(scheduler.next_step(0)))
-    scheduler.add(a_test_sequence("long", prompt=50))
+    scheduler.waiting.add(a_test_sequence("long", prompt=50))
     flight = scheduler.next_step(0)
     assert [(span.session_id, span.token_count) for span in flight.step.spans] == [("short", 1), ("long", 7)]
 
 
 def test_a_sequence_waits_until_its_kv_rows_are_free():
     scheduler = a_scheduler(kv_tokens=30, step_tokens=100)
-    scheduler.add(a_test_sequence("a", new=10))
-    scheduler.add(a_test_sequence("b", prompt=15, new=10))
+    scheduler.waiting.add(a_test_sequence("a", new=10))
+    scheduler.waiting.add(a_test_sequence("b", prompt=15, new=10))
     flight = scheduler.next_step(0)
     assert [span.session_id for span in flight.step.spans] == ["a"]
     assert len(scheduler.waiting) == 1
@@ -78,23 +78,23 @@ def test_a_sequence_waits_until_its_kv_rows_are_free():
 
 def test_a_request_that_reserves_much_and_needs_little_does_not_delay_others():
     scheduler = a_scheduler(kv_tokens=100, step_tokens=100)
-    scheduler.add(a_test_sequence("a", new=90))
-    scheduler.add(a_test_sequence("b", new=90))
+    scheduler.waiting.add(a_test_sequence("a", new=90))
+    scheduler.waiting.add(a_test_sequence("b", new=90))
     assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["a", "b"]
 
 
 def test_stages_that_reserve_upfront_get_no_more_than_they_can_reserve():
     scheduler = a_scheduler(kv_tokens=100, step_tokens=100)
     scheduler.limits = plan_limits(2, 100, reserved_kv_tokens=100)
-    scheduler.add(a_test_sequence("a", new=90))
-    scheduler.add(a_test_sequence("b", new=90))
+    scheduler.waiting.add(a_test_sequence("a", new=90))
+    scheduler.waiting.add(a_test_sequence("b", new=90))
     assert [span.session_id for span in scheduler.next_step(0).step.spans] == ["a"]
 
 
 def test_a_result_that_comes_twice_counts_once():
     scheduler = a_scheduler()
     sequence = a_test_sequence()
-    scheduler.add(sequence)
+    scheduler.waiting.add(sequence)
     flight = scheduler.next_step(0)
     scheduler.apply(answer(flight))
     assert scheduler.apply(answer(flight)) == (None, [], [])
@@ -104,7 +104,7 @@ def test_a_result_that_comes_twice_counts_once():
 def test_a_replay_prefills_all_known_tokens_in_a_new_epoch_and_ignores_the_old_one():
     scheduler = a_scheduler(step_tokens=100)
     sequence = a_test_sequence()
-    scheduler.add(sequence)
+    scheduler.waiting.add(sequence)
     scheduler.apply(answer(scheduler.next_step(0)))
     old = scheduler.next_step(0)
     scheduler.replay_all()
@@ -118,7 +118,7 @@ def test_a_replay_prefills_all_known_tokens_in_a_new_epoch_and_ignores_the_old_o
 
 def test_a_position_gap_is_replayed_and_another_refusal_ends_the_sequence():
     scheduler = a_scheduler()
-    scheduler.add(a_test_sequence())
+    scheduler.waiting.add(a_test_sequence())
     _, _, fatal = scheduler.apply(refusal(scheduler.next_step(0), "position_gap"))
     assert fatal == []
     flight = scheduler.next_step(0)
@@ -131,7 +131,7 @@ def test_sequences_without_room_return_to_the_head_of_the_queue_and_are_retried_
     scheduler = a_scheduler(step_tokens=100, maximum_running=2)
     sequences = [a_test_sequence(name) for name in "abc"]
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.waiting.add(sequence)
     flight = scheduler.next_step(10.0)
     spans = [SpanRefusal(s.session_id, s.session_epoch, 0, 1, "kv_budget", message="full") for s in flight.step.spans]
     assert scheduler.apply(a_result(flight, refusals=spans))[1:] == ([], [])
@@ -146,7 +146,7 @@ def test_sequences_without_room_return_to_the_head_of_the_queue_and_are_retried_
 def test_one_sequence_without_room_does_not_affect_the_others_of_its_step():
     scheduler = a_scheduler(step_tokens=100)
     for name in "ab":
-        scheduler.add(a_test_sequence(name))
+        scheduler.waiting.add(a_test_sequence(name))
     flight = scheduler.next_step(0)
     fits, refused = flight.step.spans
     result = a_result(
@@ -164,7 +164,7 @@ def test_one_sequence_without_room_does_not_affect_the_others_of_its_step():
 
 def test_a_sequence_that_never_finds_room_is_given_up():
     scheduler = a_scheduler()
-    scheduler.add(a_test_sequence())
+    scheduler.waiting.add(a_test_sequence())
     for attempt in range(MAXIMUM_REPLAYS):
         flight = scheduler.next_step(attempt * ROOM_RETRY_SECONDS)
         assert scheduler.apply(refusal(flight, "kv_budget"))[2] == []
@@ -192,7 +192,7 @@ def scored_answer(flight, token_id=7):
 def test_the_last_row_of_a_chunk_scores_the_first_token_of_the_next():
     scheduler = a_scheduler(step_tokens=3)
     sequence = a_scored_sequence()
-    scheduler.add(sequence)
+    scheduler.waiting.add(sequence)
     asked = []
     for _ in range(3):
         flight = scheduler.next_step(0)
@@ -206,7 +206,7 @@ def test_the_last_row_of_a_chunk_scores_the_first_token_of_the_next():
 def test_after_a_replay_only_chunks_with_a_missing_score_are_scored_again():
     scheduler = a_scheduler(step_tokens=3)
     sequence = a_scored_sequence()
-    scheduler.add(sequence)
+    scheduler.waiting.add(sequence)
     scheduler.apply(scored_answer(scheduler.next_step(0)))
     scheduler.replay_all()
     asked = []
@@ -221,7 +221,7 @@ def test_after_a_replay_only_chunks_with_a_missing_score_are_scored_again():
 def test_a_token_without_all_of_its_prompts_scores_is_drawn_again():
     scheduler = a_scheduler(step_tokens=4)
     sequence = a_scored_sequence()
-    scheduler.add(sequence)
+    scheduler.waiting.add(sequence)
     lost, last = scheduler.next_step(0), scheduler.next_step(0)
     _, tokens, fatal = scheduler.apply(scored_answer(last))
     assert (tokens, fatal, sequence.epoch) == ([], [], 2)
@@ -233,7 +233,7 @@ def test_a_token_without_all_of_its_prompts_scores_is_drawn_again():
 
 def test_scores_that_never_come_end_the_sequence():
     scheduler = a_scheduler(step_tokens=100)
-    scheduler.add(a_scored_sequence())
+    scheduler.waiting.add(a_scored_sequence())
     for _ in range(MAXIMUM_REPLAYS):
         assert scheduler.apply(answer(scheduler.next_step(0)))[2] == []
     ((sequence, refused),) = scheduler.apply(answer(scheduler.next_step(0)))[2]
@@ -243,7 +243,7 @@ def test_scores_that_never_come_end_the_sequence():
 def test_a_sequence_that_asks_for_no_token_ends_with_its_prompt():
     scheduler = a_scheduler(step_tokens=4)
     sequence = a_scored_sequence(new=0)
-    scheduler.add(sequence)
+    scheduler.waiting.add(sequence)
     flights = [scheduler.next_step(0), scheduler.next_step(0)]
     assert [flight.step.spans[0].sampling for flight in flights] == [None, None]
     assert scheduler.apply(scored_answer(flights[0]))[1] == []
@@ -255,7 +255,7 @@ def test_a_sequence_that_asks_for_no_token_ends_with_its_prompt():
 
 def test_a_sequence_without_progress_is_given_up():
     scheduler = a_scheduler()
-    scheduler.add(a_test_sequence())
+    scheduler.waiting.add(a_test_sequence())
     for _ in range(MAXIMUM_REPLAYS):
         assert scheduler.apply(refusal(scheduler.next_step(0), "position_gap"))[2] == []
     assert len(scheduler.apply(refusal(scheduler.next_step(0), "position_gap"))[2]) == 1
@@ -263,7 +263,7 @@ def test_a_sequence_without_progress_is_given_up():
 
 def test_a_step_that_does_not_come_back_in_time_is_replayed():
     scheduler = a_scheduler()
-    scheduler.add(a_test_sequence())
+    scheduler.waiting.add(a_test_sequence())
     flight = scheduler.next_step(0.0)
     assert scheduler.overdue(flight.deadline - 0.1) == []
     assert scheduler.steps_in_flight == 1
@@ -274,7 +274,7 @@ def test_a_step_that_does_not_come_back_in_time_is_replayed():
 def test_a_lost_step_of_a_sequence_out_of_time_is_not_replayed():
     scheduler = a_scheduler(stages=1, step_tokens=100)
     for name in "ab":
-        scheduler.add(a_test_sequence(name))
+        scheduler.waiting.add(a_test_sequence(name))
     flight = scheduler.next_step(0.0)
     assert [sequence.session_id for sequence in scheduler.overdue(flight.deadline, {"b"})] == ["b"]
     assert [span.session_epoch for span in scheduler.next_step(0).step.spans] == [2]
@@ -283,7 +283,7 @@ def test_a_lost_step_of_a_sequence_out_of_time_is_not_replayed():
 def test_a_removed_sequence_does_not_keep_its_step_open():
     scheduler = a_scheduler(stages=1, step_tokens=100)
     for name in "ab":
-        scheduler.add(a_test_sequence(name))
+        scheduler.waiting.add(a_test_sequence(name))
     flight = scheduler.next_step(0)
     scheduler.remove("a")
     assert scheduler.steps_in_flight == 1
@@ -293,7 +293,7 @@ def test_a_removed_sequence_does_not_keep_its_step_open():
 
 def test_after_a_lost_connection_the_same_steps_are_sent_again_in_order():
     scheduler = a_scheduler(step_tokens=3)
-    scheduler.add(a_test_sequence(prompt=6))
+    scheduler.waiting.add(a_test_sequence(prompt=6))
     flights = [scheduler.next_step(0), scheduler.next_step(0)]
     assert scheduler.to_send_again(5.0) == flights
     assert all(flight.sent_at == 5.0 for flight in flights)
@@ -305,7 +305,7 @@ def test_no_token_is_lost_or_doubled_in_random_runs():
     scheduler = a_scheduler(stages=3, step_tokens=16, maximum_running=5)
     sequences = [a_test_sequence(f"s{i}", chance.randrange(1, 20), chance.randrange(1, 9), ()) for i in range(30)]
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.waiting.add(sequence)
     flights, finished, now = [], set(), 0.0
     for _ in range(20_000):
         now += 0.01
@@ -348,7 +348,7 @@ def test_no_token_is_lost_or_doubled_in_random_runs():
 
 def test_a_prompt_is_cut_so_that_every_stage_computes_at_once():
     scheduler = a_scheduler(step_tokens=512)
-    scheduler.add(a_test_sequence(prompt=200))
+    scheduler.waiting.add(a_test_sequence(prompt=200))
     flights = [scheduler.next_step(0), scheduler.next_step(0)]
     counts = [flight.step.spans[0].token_count for flight in flights]
     assert counts[0] == pytest.approx(counts[1], abs=2)

@@ -22,8 +22,8 @@ def decoded(scheduler, count, token_id=7, now=0.0):
 def test_when_room_runs_out_the_youngest_is_preempted_and_returns_with_all_its_tokens():
     scheduler = a_scheduler(stages=1, step_tokens=100, kv_tokens=60)
     old, young = a_test_sequence("old", prompt=10, new=30, end=()), a_test_sequence("young", prompt=10, new=30, end=())
-    scheduler.add(old)
-    scheduler.add(young)
+    scheduler.waiting.add(old)
+    scheduler.waiting.add(young)
     released = []
     while not old.finished:
         flight = scheduler.next_step(0)
@@ -43,10 +43,10 @@ def test_when_room_runs_out_the_youngest_is_preempted_and_returns_with_all_its_t
 def test_a_lower_priority_is_preempted_before_a_younger_sequence():
     scheduler = a_scheduler(stages=1, step_tokens=100, kv_tokens=60)
     first, second = a_test_sequence("first", 10, 30, (), priority=5), a_test_sequence("second", 10, 30, ())
-    scheduler.add(first)
+    scheduler.waiting.add(first)
     scheduler.next_step(0)
     scheduler.replay_all()
-    scheduler.add(second)
+    scheduler.waiting.add(second)
     while scheduler.counts.preemptions == 0:
         scheduler.apply(answer(scheduler.next_step(0)))
     assert [sequence.session_id for sequence in scheduler.running] == ["second"]
@@ -57,7 +57,7 @@ def test_with_little_room_all_sequences_end_and_never_hold_more_than_it():
     scheduler = a_scheduler(stages=2, step_tokens=16, kv_tokens=48, maximum_running=8)
     sequences = [a_test_sequence(f"s{i}", chance.randrange(1, 20), chance.randrange(1, 25), ()) for i in range(24)]
     for sequence in sequences:
-        scheduler.add(sequence)
+        scheduler.waiting.add(sequence)
     stage = {}  # the rows that one stage holds, by sequence
     flights, ended = [], 0
     for _ in range(20_000):
@@ -86,12 +86,12 @@ def test_with_little_room_all_sequences_end_and_never_hold_more_than_it():
 
 def test_a_prompt_reuses_the_prefix_of_an_ended_one():
     scheduler = a_scheduler(stages=1, step_tokens=100)
-    scheduler.add(a_test_sequence("first", prompt=40, new=2, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     assert scheduler.remove("first", keep_rows=True) == []
     assert scheduler.held_ids == ["first"]
     second = a_test_sequence("second", prompt=60, new=1)
-    scheduler.add(second)
+    scheduler.waiting.add(second)
     span = scheduler.next_step(0).step.spans[0]
     assert (span.first_position, span.token_count) == (40, 20)
     assert (span.prefix.session_id, span.prefix.session_epoch, span.prefix.token_count) == ("first", 1, 40)
@@ -100,10 +100,10 @@ def test_a_prompt_reuses_the_prefix_of_an_ended_one():
 
 def test_a_prompt_whose_rows_all_exist_still_computes_its_last_token():
     scheduler = a_scheduler(stages=1, step_tokens=100)
-    scheduler.add(a_test_sequence("first", prompt=40, new=2, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     scheduler.remove("first", keep_rows=True)
-    scheduler.add(a_test_sequence("second", prompt=40, new=1))
+    scheduler.waiting.add(a_test_sequence("second", prompt=40, new=1))
     span = scheduler.next_step(0).step.spans[0]
     assert (span.first_position, span.token_count, span.prefix.token_count) == (39, 1, 39)
     assert span.sampling is not None
@@ -111,21 +111,21 @@ def test_a_prompt_whose_rows_all_exist_still_computes_its_last_token():
 
 def test_rows_of_a_running_sequence_are_copied_too():
     scheduler = a_scheduler(stages=1, step_tokens=100)
-    scheduler.add(a_test_sequence("first", prompt=40, new=20, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=20, end=()))
     scheduler.apply(answer(scheduler.next_step(0)))
-    scheduler.add(a_test_sequence("second", prompt=50, new=1))
+    scheduler.waiting.add(a_test_sequence("second", prompt=50, new=1))
     spans = {span.session_id: span for span in scheduler.next_step(0).step.spans}
     assert spans["second"].prefix.token_count == 40
 
 
 def test_the_next_turn_of_a_chat_makes_the_previous_one_redundant():
     scheduler = a_scheduler(stages=1, step_tokens=100)
-    scheduler.add(a_test_sequence("first", prompt=40, new=2, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     scheduler.remove("first", keep_rows=True)
     second = a_test_sequence("second", prompt=41, new=2, end=())
     second.token_ids[40] = 7  # the first one's answer
-    scheduler.add(second)
+    scheduler.waiting.add(second)
     decoded(scheduler, 2)
     assert scheduler.remove("second", keep_rows=True) == ["first"]
     assert scheduler.held_ids == ["second"]
@@ -133,12 +133,12 @@ def test_the_next_turn_of_a_chat_makes_the_previous_one_redundant():
 
 def test_kept_rows_are_freed_before_any_sequence_is_preempted():
     scheduler = a_scheduler(stages=1, step_tokens=100, kv_tokens=80)
-    scheduler.add(a_test_sequence("first", prompt=40, new=2, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     scheduler.remove("first", keep_rows=True)
     other = a_test_sequence("other", prompt=60, new=2)
     other.token_ids = list(range(100, 160))
-    scheduler.add(other)
+    scheduler.waiting.add(other)
     flight = scheduler.next_step(0)
     assert [each.session_id for each in flight.step.released] == ["first"]
     assert (scheduler.kv.kept_rows, scheduler.counts.preemptions) == (0, 0)
@@ -146,22 +146,22 @@ def test_kept_rows_are_freed_before_any_sequence_is_preempted():
 
 def test_prompts_to_score_reuse_no_prefix():
     scheduler = a_scheduler(stages=1, step_tokens=100)
-    scheduler.add(a_test_sequence("first", prompt=40, new=2, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     scheduler.remove("first", keep_rows=True)
     second = a_test_sequence("second", prompt=60, new=1)
     second.scores = [None] * 59
-    scheduler.add(second)
+    scheduler.waiting.add(second)
     span = scheduler.next_step(0).step.spans[0]
     assert (span.first_position, span.prefix) == (0, None)
 
 
 def test_rows_that_some_stage_lost_are_computed_again():
     scheduler = a_scheduler(stages=1, step_tokens=100)
-    scheduler.add(a_test_sequence("first", prompt=40, new=2, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     scheduler.remove("first", keep_rows=True)
-    scheduler.add(a_test_sequence("second", prompt=60, new=1))
+    scheduler.waiting.add(a_test_sequence("second", prompt=60, new=1))
     flight = scheduler.next_step(0)
     scheduler.replay_all()
     assert scheduler.held_ids == ["second"]
@@ -172,10 +172,10 @@ def test_rows_that_some_stage_lost_are_computed_again():
 
 def test_a_sequence_restarts_if_a_stage_lost_the_rows_to_copy():
     scheduler = a_scheduler(stages=1, step_tokens=100)
-    scheduler.add(a_test_sequence("first", prompt=40, new=2, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     scheduler.remove("first", keep_rows=True)
-    scheduler.add(a_test_sequence("second", prompt=60, new=1))
+    scheduler.waiting.add(a_test_sequence("second", prompt=60, new=1))
     assert scheduler.apply(refusal(scheduler.next_step(0), "prefix_lost"))[2] == []
     step = scheduler.next_step(0).step
     assert (step.spans[0].session_epoch, step.spans[0].first_position, step.spans[0].prefix) == (2, 0, None)
@@ -184,8 +184,8 @@ def test_a_sequence_restarts_if_a_stage_lost_the_rows_to_copy():
 
 def test_sequences_with_another_salt_copy_nothing():
     scheduler = a_scheduler(stages=1, step_tokens=100)
-    scheduler.add(a_test_sequence("first", prompt=40, new=2, end=()))
+    scheduler.waiting.add(a_test_sequence("first", prompt=40, new=2, end=()))
     decoded(scheduler, 2)
     scheduler.remove("first", keep_rows=True)
-    scheduler.add(a_test_sequence("second", prompt=60, new=1, cache_salt="of its own"))
+    scheduler.waiting.add(a_test_sequence("second", prompt=60, new=1, cache_salt="of its own"))
     assert scheduler.next_step(0).step.spans[0].prefix is None
