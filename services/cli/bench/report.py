@@ -234,7 +234,9 @@ def print_report(report: BenchReport) -> None:
         print(line)
     rows: list[tuple[str, ...]] = []
     for result in report.results:
-        rows.append((str(result.streams), "cluster", *_cells(result.cluster), _ratio(result)))
+        ratio = result.ratio
+        shown = f"{ratio.median:.2f} ({ratio.least:.2f} to {ratio.most:.2f})" if ratio else ""
+        rows.append((str(result.streams), "cluster", *_cells(result.cluster), shown))
         if result.control is not None:
             rows.append(("", "control", *_cells(result.control), ""))
     print_table(("streams", "", *FIGURES), rows, right=("streams", *FIGURES))
@@ -272,9 +274,3 @@ def _cells(figures: Figures) -> tuple[str, ...]:
 
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.1f}"
-
-
-def _ratio(result: StreamsResult) -> str:
-    if result.ratio is None:
-        return ""
-    return f"{result.ratio.median:.2f} ({result.ratio.least:.2f} to {result.ratio.most:.2f})"

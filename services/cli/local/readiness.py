@@ -47,7 +47,12 @@ class Start:
         changed_seconds = time.monotonic()
         try:
             while True:
-                self._look(on_change)
+                ended, started = self.supervisor.look()
+                for end in ended:
+                    _refuse_start(end)
+                    log_death(end, self.progress.log)
+                if ended or started:
+                    on_change()
                 for spec in specs:
                     self.signals.raise_if_stopped()
                     health = ask_health(spec.port, token)
@@ -66,14 +71,6 @@ class Start:
         finally:
             for spec in specs:
                 self.progress.finish(spec.name)
-
-    def _look(self, on_change: Callable[[], None]) -> None:
-        ended, started = self.supervisor.look()
-        for end in ended:
-            _refuse_start(end)
-            log_death(end, self.progress.log)
-        if ended or started:
-            on_change()
 
     def _show(self, name: str, health: Health) -> None:
         if health.status == "silent":

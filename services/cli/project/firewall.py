@@ -109,12 +109,6 @@ iptables -w {LOCK_SECONDS} -C {DOCKER_CHAIN} -j {CHAIN} 2>/dev/null ||
 """
 
 
-def linux_undo() -> list[list[str]]:
-    """Return the commands that remove the rules; each fails if there is nothing to remove."""
-    changes = (["-D", DOCKER_CHAIN, "-j", CHAIN], ["-F", CHAIN], ["-X", CHAIN])
-    return [["iptables", "-w", str(LOCK_SECONDS), *change] for change in changes]
-
-
 def systemd_unit(script_path: str) -> str:
     """Return the unit that runs the script after each start of Docker."""
     return f"""\
