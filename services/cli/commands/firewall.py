@@ -88,9 +88,8 @@ def _undo(system: System) -> None:
     with contextlib.suppress(FileNotFoundError):  # never applied, or removed before
         SCRIPT_PATH.unlink()
     for change in (["-D", DOCKER_CHAIN, "-j", CHAIN], ["-F", CHAIN], ["-X", CHAIN]):
-        run_program(
-            ["iptables", "-w", "5", *change], RULES_SECONDS
-        )  # fails if there is no such rule, which is the goal
+        # fails if there is no such rule, which is the goal
+        run_program(["iptables", "-w", "5", *change], RULES_SECONDS)
     if run_program(["iptables", "-w", "5", "-S", CHAIN], RULES_SECONDS).is_good:
         raise StartError(f"The chain {CHAIN} is still there.", cure=f"sudo iptables -S | grep {CHAIN}")
     print("noodle's rules are removed: its ports are open to everyone on the network again.")
