@@ -51,6 +51,7 @@ def create_app(config: PlannerConfig, planning: Planning, registry: CollectorReg
 
     @app.get("/plan")
     def plan() -> Response:
+        """Return the plan, the model's shape and the reports of the machines behind it."""
         require_token(config.cluster_token)
         return json_response({"plan": planning.plan, "model": planning.shape, "machines": planning.reports})
 

@@ -21,6 +21,7 @@ from services.stage.selection.device import choose_dtype, device_name, free_memo
 KEY_KV_TOKENS, KEY_CHUNK_TOKENS = 128, 128  # of one session, timed first with every number of threads
 POINT_SECONDS = 0.5  # of rounds for a point beyond the minimum
 SLOW_SECONDS = 2.0  # a first round that takes longer remains the only one
+MEASURING_SECONDS = 180.0  # for all points of all devices without loading; less than stages wait for the lock
 LAYERS_SHARE = 0.75  # of the budget; embedding and head share the rest
 KV_SHARE_OF_FREE_BYTES = 0.25  # for rows to attend to
 
@@ -36,7 +37,7 @@ class Extent:
     chunk_tokens: tuple[int, ...] = (16, 64, 128, 256, 512)
     part_tokens: tuple[int, ...] = (1, 8, 64, 512)  # of steps whose embedding is timed; heads are timed for `sessions`
     maximum_rounds: int = 15
-    measuring_seconds: float = 180.0  # all points of all devices without loading; less than stages wait for the lock
+    measuring_seconds: float = MEASURING_SECONDS
 
 
 FULL = Extent()
