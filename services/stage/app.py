@@ -15,17 +15,9 @@ from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, InvalidRequest
 from noodle.metrics.scraped import service_registry
 from noodle.threads import start_loop
+from noodle.web import service
 from noodle.web.connectivity import Target
 from noodle.web.connectivity_routes import install_connectivity_routes
-from noodle.web.service import (
-    Service,
-    has_token,
-    install_error_handlers,
-    install_metrics_route,
-    json_response,
-    require_token,
-    streaming_connection,
-)
 from noodle.wire.chunked import ChunkStream
 from noodle.wire.hop_client import COORDINATOR_EPOCH_HEADER, PLAN_VERSION_HEADER
 from noodle.wire.queue_end import STREAM_TIMEOUT_SECONDS
@@ -42,8 +34,8 @@ STREAM_TYPE = "application/octet-stream"
 
 def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry: CollectorRegistry) -> Flask:
     app = Flask("noodle.stage")
-    install_error_handlers(app)
-    install_metrics_route(app, registry, config.cluster_token)
+    service.install_error_handlers(app)
+    service.install_metrics_route(app, registry, config.cluster_token)
 
     @app.get("/health")
     def health() -> Response:
@@ -51,7 +43,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         state = lifecycle.state
         status = "starting" if state.phase in ("measuring", "loading") else state.phase
         answer: dict[str, Any] = {"service": "stage", "status": status}
-        if has_token(config.cluster_token):  # without it, only that the stage is alive
+        if service.has_token(config.cluster_token):  # without it, only that the stage is alive
             answer |= {
                 "version": __version__,
                 "stage_id": config.stage_id,
@@ -61,38 +53,38 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
                 "state": state,
                 "chain": stage.chain.links(),
             }
-        return json_response(answer, 503 if state.phase == "failed" else 200)
+        return service.json_response(answer, 503 if state.phase == "failed" else 200)
 
     @app.post("/leave")
     def leave() -> Response:
         """Have this stage's layers moved to the other stages."""
-        require_token(config.cluster_token)
+        service.require_token(config.cluster_token)
         plan = lifecycle.leave()
         layers = None if plan is None or (index := plan.index_of(config.stage_id)) is None else plan.stages[index]
-        return json_response({"stage_id": config.stage_id, "machine": config.machine, "layers": layers})
+        return service.json_response({"stage_id": config.stage_id, "machine": config.machine, "layers": layers})
 
     @app.post("/hop")
     def hop() -> Response:
         """Take steps as a stream of frames; keep-alives stream back in the answer."""
-        require_token(config.cluster_token)
+        service.require_token(config.cluster_token)
         stage.refuse_connections()
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
         if request.headers.get("Transfer-Encoding", "").lower() != "chunked":
             raise InvalidRequest("A hop is a stream of frames.", cure="Send it with Transfer-Encoding: chunked.")
-        connection = streaming_connection()
+        connection = service.streaming_connection()
         chunks = ChunkStream(connection.recv, connection.received_ahead())
         return _stream(stage.hops.serve(chunks.read, connection, maximum_frame_bytes(role.plan.hidden_size)))
 
     @app.get("/activations/<activation_id>")
     def activations(activation_id: str) -> Response:
         """Hand out hidden states that wait for the next stage, and free them when it has them."""
-        require_token(config.cluster_token)
+        service.require_token(config.cluster_token)
         body = stage.outbox.body(activation_id)
         is_chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
         read = unbuffered_read(request.environ["wsgi.input"])
         if "gunicorn.socket" in request.environ:
             # the fetcher confirms in its body after the answer: a stream, though a short one
-            streaming_connection().settimeout(TAKE_SECONDS)
+            service.streaming_connection().settimeout(TAKE_SECONDS)
         delivery = stage.outbox.deliver(activation_id, body, confirmed_by(read, is_chunked))
         response = Response(delivery, mimetype=STREAM_TYPE)
         response.content_length = len(body)
@@ -101,7 +93,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
     @app.get("/results")
     def results() -> Response:
         """Stream the last stage's results to the coordinator."""
-        require_token(config.cluster_token)
+        service.require_token(config.cluster_token)
         stage.refuse_connections()
         role = stage.ready_role(_whole_number(PLAN_VERSION_HEADER))
         if role.next_stage is not None:
@@ -109,7 +101,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
         epoch = _whole_number(COORDINATOR_EPOCH_HEADER)
         if epoch < stage.worker.coordinator_epoch:
             raise Conflict(f"Coordinator epoch {epoch} is over: {stage.worker.coordinator_epoch} leads.")
-        return _stream(stage.results.serve(streaming_connection()))
+        return _stream(stage.results.serve(service.streaming_connection()))
 
     app.register_blueprint(guide_routes(config, stage, lifecycle))
     install_connectivity_routes(
@@ -136,7 +128,7 @@ def _neighbours(config: StageConfig, stage: Stage) -> list[Target]:
     return targets
 
 
-class StageService(Service[StageConfig]):
+class StageService(service.Service[StageConfig]):
     """A stage behind gunicorn."""
 
     name = "stage"

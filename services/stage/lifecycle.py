@@ -311,7 +311,6 @@ class Lifecycle:
         return self._weights.prepare()
 
     def _fetch(self, layers: str, keys: Collection[str]) -> None:
-        """Fetch tensors that are not on this machine yet."""
         if self._weights is None:
             return
 

@@ -91,7 +91,9 @@ class MetricsSender:
 
     def measure(self) -> None:
         """Take one snapshot and keep it to be sent."""
-        now, samples = time.monotonic(), _samples_of(self._registry)
+        now = time.monotonic()
+        collected = (sample for family in self._registry.collect() for sample in family.samples)
+        samples = {sample.name: sample.value for sample in collected if sample.name in SNAPSHOT_FIELDS}
         metrics: dict[str, Any] = {
             "measured_at_seconds": time.time(),
             "stage_id": self._config.stage_id,
@@ -241,15 +243,6 @@ def _whole_lines(path: Path) -> list[bytes]:
         except (msgspec.MsgspecError, UnicodeDecodeError):
             log.debug("skipping a damaged line in %s", path)
     return whole
-
-
-def _samples_of(registry: CollectorRegistry) -> dict[str, float]:
-    return {
-        sample.name: sample.value
-        for family in registry.collect()
-        for sample in family.samples
-        if sample.name in SNAPSHOT_FIELDS
-    }
 
 
 def rates_of(now: Mapping[str, float], before: Mapping[str, float], seconds: float) -> dict[str, Any]:

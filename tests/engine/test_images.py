@@ -57,7 +57,7 @@ def test_a_stage_has_noodles_own_kernels_as_far_as_this_processor_runs_them():
         "from services.stage.executors.ggml.backend import load_ggml; "
         "from services.stage.executors.ggml.kernels import packed_weights; "
         "found = packed_weights(GgmlCalls(load_ggml().module)); "
-        "print(sorted(found.types) if found else [])"
+        "print(sorted(found.instructions) if found else [])"
     )
     done = in_image(STAGE, "python", "-P", "-c", code)
     has_vnni = "avx512_vnni" in (processor_flags() or ())

@@ -23,7 +23,6 @@ Rows = npt.NDArray[np.float32]  # [tokens, hidden_size]
 
 
 def encode(values: Rows, dtype: str) -> ActivationTensor:
-    """Encode rows for a hop in `dtype`."""
     encoded = _ENCODERS[dtype](np.ascontiguousarray(values, np.float32))
     data = encoded.view(np.uint8).reshape(-1).data if encoded.size else memoryview(b"")
     return ActivationTensor(dtype, tuple(values.shape), data)

@@ -156,7 +156,6 @@ class _Progress:
             )
 
     def result(self, length: int) -> ForwardResult:
-        """The result after the last piece."""
         if not self.hidden_states:
             if self.logits is None:
                 raise GenerationFailed("The last stage's slice returned no logits.")

@@ -123,7 +123,9 @@ class ResultsReader:
         self._begun = True
         while True:
             with self._changed:
-                has_work = self._changed.wait_for(self._has_work, KEEP_ALIVE_SECONDS)
+                has_work = self._changed.wait_for(
+                    lambda: self._ended or self._rest or self._waiting, KEEP_ALIVE_SECONDS
+                )
                 if self._ended:
                     return
                 if self._rest:
@@ -151,9 +153,6 @@ class ResultsReader:
             waiting = list(self._waiting)
             self._waiting.clear()
             return waiting
-
-    def _has_work(self) -> bool:
-        return self._ended or bool(self._rest) or bool(self._waiting)
 
     def _write(self, chunk: bytes) -> None:
         """Write what there is room for and keep the rest."""

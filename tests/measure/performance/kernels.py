@@ -36,7 +36,7 @@ def measure() -> Section:
         f"One core, weights of {SHAPE[0]} x {SHAPE[1]} numbers, {WEIGHTS_BYTES >> 20} MB of them one behind the other; "
         f"{ROUNDS} rounds in turn. Milliseconds for all of them, medians; GFLOP/s and GB/s of weights by noodle's."
     )
-    kinds = [kind for kind in TYPES if kind in kernels.types]
+    kinds = [kind for kind in TYPES if kind in kernels.instructions]
     rows = [compare(device, kernels, kind, count) for kind in kinds for count in ROWS]
     section.table(["weights", "rows", "ggml, ms", "noodle, ms", "times as fast", "GFLOP/s", "GB/s"], rows)
     return section

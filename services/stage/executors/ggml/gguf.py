@@ -154,8 +154,7 @@ def gguf_in(folder: Path) -> Path:
     found = sorted(folder.glob("*.gguf"))
     if len(found) != 1:
         raise UnsupportedModel(
-            f"{folder} holds {len(found)} .gguf files, and NOODLE_WEIGHTS=gguf needs exactly one.",
-            cure=OTHER_CURE,
+            f"{folder} holds {len(found)} .gguf files, and NOODLE_WEIGHTS=gguf needs exactly one.", cure=OTHER_CURE
         )
     return found[0]
 

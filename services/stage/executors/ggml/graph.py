@@ -138,10 +138,6 @@ class GraphMemory:
         """Index of a tensor's first word."""
         return (tensor - self.base) // 8
 
-    def data_of(self, tensor: int) -> int:
-        """Address of a tensor's data."""
-        return int(self.words[self.word(tensor) + self.at_data])
-
     def outside(self, tensor: int) -> int:
         """Keep ggml from allocating a tensor's data: its address is written before each step."""
         self.words[self.word(tensor) + self.at_data] = self.base  # any address but null
@@ -174,7 +170,6 @@ class GraphMemory:
         self.byte_count += ggml.ggml_gallocr_get_buffer_size(self.allocator, 0)
 
     def compute(self) -> None:
-        """Compute the graph from its current inputs."""
         for tensor, values in self._uploads:
             self.upload(tensor, values)
         status = self.ggml.ggml_backend_graph_compute(self.device.backend, self.graph)
@@ -196,8 +191,8 @@ class GraphMemory:
 
     def array(self, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """A tensor's data in host memory, without a copy; valid until `close`."""
-        items = int(np.prod(shape))
-        memory = (ctypes.c_uint8 * (items * np.dtype(dtype).itemsize)).from_address(self.data_of(tensor))
+        items, address = int(np.prod(shape)), int(self.words[self.word(tensor) + self.at_data])
+        memory = (ctypes.c_uint8 * (items * np.dtype(dtype).itemsize)).from_address(address)
         return np.frombuffer(memory, dtype).reshape(shape)
 
     def _transferred(self, transfers: _Transfers, tensor: int, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
@@ -229,10 +224,7 @@ class MaskSlot:
 
 @dataclass
 class SlotTensors:
-    """Word indices of the fields that place sessions' rows, in the order in which `SlotPatches` writes them.
-
-    Each list holds one list per layer with an index per span.
-    """
+    """Word indices, by layer and span, of the fields that place sessions' rows, in the order of `SlotPatches.write`."""
 
     key_count: list[list[int]] = field(default_factory=list)
     value_count: list[list[int]] = field(default_factory=list)

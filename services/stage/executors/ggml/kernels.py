@@ -152,11 +152,6 @@ class PackedWeights:
         self.instructions = dict(instructions)
         self._type_names = {TYPE_NUMBERS[name]: name for name in instructions}
 
-    @property
-    def types(self) -> frozenset[str]:
-        """Weight types that the kernels multiply by."""
-        return frozenset(self.instructions)
-
     def pack(self, blocks: Mapping[str, WeightBlock], *, also_embedding: bool) -> frozenset[tuple[str, str]]:
         """Pack suitable matrices in place; returns their blocks and names.
 

@@ -21,13 +21,7 @@ from services.stage.executors.ggml.kernels import dot_counts, flash_attention_ke
 from services.stage.executors.ggml.layers import INTERLEAVED, NEOX, SliceTensors
 from services.stage.executors.ggml.slice import GgmlSlice
 from services.stage.executors.ggml.tensor_map import TensorMap
-from services.stage.executors.ggml.weights import (
-    GgmlTensors,
-    TensorLayout,
-    WeightBlock,
-    WeightMaker,
-    own_memory,
-)
+from services.stage.executors.ggml.weights import GgmlTensors, TensorLayout, WeightBlock, WeightMaker, own_memory
 from services.stage.executors.safetensors import SafetensorsFolder
 
 KV_TYPE_NUMBERS = {"f32": 0, "f16": 1, "q8_0": 8}
@@ -53,7 +47,7 @@ def load_ggml_slice(
     `config` is transformers' config object of the folder. `weights` is a type of `WEIGHTS`, in which matrices are held
     and computed with; `gguf` uses the tensors of the folder's .gguf file as stored. Converted weights are kept in
     `cache_dir` for later starts and other stages of the machine. `device_name` is ggml's; `threads` apply to its CPU.
-    `progress` receives bytes done and in all; `fetch` receives the keys of the tensors before the first one is read.
+    `fetch` is called before the first tensor is read.
     Raises GgmlUnavailable, UnsupportedModel with what ggml lacks for this model, ModelNotFound, or PlanDoesNotFit for
     layers that the model does not have.
     """
@@ -113,13 +107,7 @@ def load_ggml_slice(
         counts = dot_counts(device, [tensor for tensor in matrices if tensor not in packed])
         tensors = replace(tensors, dot_counts=counts)
     return GgmlSlice(
-        device,
-        loaded,
-        tensors,
-        shape,
-        start_layer=start_layer,
-        end_layer=end_layer,
-        bytes_read=counter.bytes_read,
+        device, loaded, tensors, shape, start_layer=start_layer, end_layer=end_layer, bytes_read=counter.bytes_read
     )
 
 

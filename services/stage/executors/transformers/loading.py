@@ -39,8 +39,7 @@ def load_slice(
     """Load layers [start_layer, end_layer) of the model in `folder`, with embeddings and head at the model's ends.
 
     `dtype` is float32, float16 or bfloat16. Only the slice's tensors are read; the slice's `bytes_read` counts them.
-    `progress` receives bytes done and in all, from several threads. `fetch` receives the keys of the tensors before the
-    first one is read, to bring those that the folder lacks.
+    Several threads call `progress`; `fetch` is called before the first tensor is read.
     Raises ModelNotFound, UnsupportedModel, or PlanDoesNotFit for layers that the model does not have.
     """
     config = read_model_config(folder)

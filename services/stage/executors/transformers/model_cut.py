@@ -87,7 +87,6 @@ def cut_class(config: Any, start_layer: int, end_layer: int) -> Any:
 
 
 def layer_list_name(model: Any) -> str:
-    """Name of the base model's list of layers."""
     base = base_model_of(model)
     names = [str(name) for name, child in base.named_children() if isinstance(child, torch.nn.ModuleList)]
     if len(names) != 1:

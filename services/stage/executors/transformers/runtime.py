@@ -76,7 +76,6 @@ def card_name() -> str:
 
 
 def free_card_bytes() -> int:
-    """Free memory of the card."""
     free_bytes, _ = torch.cuda.mem_get_info()
     return int(free_bytes)
 

@@ -102,7 +102,8 @@ class TransformersSlice(KvCache[SessionRows]):
         return attention_spans
 
     def _compute(self, inputs: dict[str, Any], batch: PackedBatch) -> SliceOutput:
-        inputs["position_ids"] = self._position_ids(batch.spans)
+        positions = [np.arange(span.first_position, span.first_position + span.token_count) for span in batch.spans]
+        inputs["position_ids"] = torch.from_numpy(np.concatenate(positions))[None].to(self._device)
         inputs["use_cache"] = False
         self._base_output = None  # frees the last step's hidden states first
         output = self._base(**inputs)
@@ -116,12 +117,6 @@ class TransformersSlice(KvCache[SessionRows]):
             return {"input_ids": torch.from_numpy(batch.token_ids).to(self._device)[None]}
         hidden_states = from_wire(checked_hidden_states(self, batch)).to(self._device, self._torch_dtype)
         return {"inputs_embeds": hidden_states[None]}
-
-    def _position_ids(self, spans: tuple[Span, ...]) -> torch.Tensor:
-        positions = np.concatenate(
-            [np.arange(span.first_position, span.first_position + span.token_count) for span in spans]
-        )
-        return torch.from_numpy(positions)[None].to(self._device)
 
     def _measured_kv_bytes_per_token(self) -> int:
         """Bytes of one session's token in all layers, measured by computing one."""

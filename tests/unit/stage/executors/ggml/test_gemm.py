@@ -27,14 +27,14 @@ def ggml():
 def kernels(request, ggml):
     flags, types = NEEDED[request.param]
     found = needed(lambda: packed_weights(ggml, only=request.param), flags)
-    assert found.types == types
+    assert found.instructions.keys() == types
     return found
 
 
 @pytest.fixture
 def kind(request, kernels):
     """A type by its name, where the kernels multiply by it."""
-    if request.param not in kernels.types:
+    if request.param not in kernels.instructions:
         pytest.skip(f"these kernels leave {request.param} to ggml")
     return request.param
 
