@@ -222,7 +222,7 @@ def test_loading_by_hand_says_what_is_loaded_and_refuses_other_layers(rig):
     refused(load(1, 1, b"{"), 400)
 
 
-def test_loading_again_begins_every_session_anew(rig, forward):
+def test_loading_again_starts_every_session_again(rig, forward):
     computed(forward(1, {"session_id": "before", "activations": GOOD}))
     port = int(rig.urls[1].rsplit(":", 1)[1])
     status, answer = request(port, "POST", "/load_model/1", {"reload": True}, token=rig.token)

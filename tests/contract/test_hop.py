@@ -125,7 +125,7 @@ def test_early_spans_are_computed_when_their_gap_closes(caller):
         assert {orderly.result(n).step_id: orderly.result(n).spans[0].token_id for n in (1, 2)} == early
 
 
-def test_a_new_session_epoch_begins_the_session_anew(caller):
+def test_a_new_session_epoch_starts_the_session_again(caller):
     caller.send(TOKENS)
     caller.send(TOKENS[:4], first=4)
     caller.send(TOKENS, session_epoch=2)

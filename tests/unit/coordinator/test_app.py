@@ -28,7 +28,7 @@ def bearer(key):
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_without_keys_whoever_asks_this_machine_may():
+def test_without_keys_any_client_of_this_machine_may_ask():
     client = client_of()
     assert client.get("/openapi.json").status_code == 200
     assert client.get("/openapi.json", headers={"Host": "evil.example"}).status_code == 401

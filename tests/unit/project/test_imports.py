@@ -196,14 +196,14 @@ IMPORTS = {
     "wire imports no web": ("noodle.wire", "noodle.web flask gunicorn werkzeug"),
 }  # fmt: skip
 
-# Words that prose avoids, also across the end of a line.
+# Words that prose and names avoid, also across the end of a line; written so that this table holds none of them.
 WORDS = {
-    "can not": r"\bcan[\s#*]+not\b",
-    "anew": r"\banew\b",
-    "whoever": r"\bwhoever\b",
-    "so many": r"\bso[\s#*]+many\b",
-    "what of it": r"\bwhat[\s#*]+of[\s#*]+it\b",
-    "a docstring that begins with Of": r'^\s*"""Of\b',
+    "the negation of can in two words": r"\bcan[\s#*]+not\b",
+    "the old word for again": r"(\b|_)ane[w](\b|_)",
+    "the old word for any person": r"(\b|_)whoeve[r](\b|_)",
+    "the vague count": r"\bso[\s#*]+many\b",
+    "the vague question": r"\bwhat[\s#*]+of[\s#*]+it\b",
+    "a docstring that begins with Of": r'^\s*"""O[f]\b',
 }
 
 RULES: dict[str, Callable[[], list[str]]] = {

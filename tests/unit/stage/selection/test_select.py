@@ -88,7 +88,7 @@ def test_what_was_asked_for_and_can_not_be_had_is_named_with_the_cure(options):
         candidates(options, "float32", NO_GGML)
 
 
-def test_whoever_names_transformers_or_its_dtype_compares_nothing():
+def test_a_choice_of_transformers_or_its_dtype_compares_nothing():
     assert names(ExecutorOptions(executor="transformers"), "float32", "") == ["transformers f32"]
     assert names(ExecutorOptions(dtype="bfloat16"), "bfloat16", "") == ["transformers bf16"]
 

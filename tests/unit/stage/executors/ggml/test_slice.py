@@ -174,7 +174,7 @@ def test_rows_of_noise_are_finite_and_count(folder):
         assert whole.kv_bytes_held() == 61 * whole.kv_bytes_per_token
 
 
-def test_a_damaged_or_cut_kept_file_is_made_anew(folder, tmp_path, caplog):
+def test_a_damaged_or_cut_kept_file_is_made_again(folder, tmp_path, caplog):
     before = load(folder, weights="q8_0", cache_dir=tmp_path).forward(tokens_batch("a", 0, [5, 6], rows=[1])).logits
     kept = sorted(tmp_path.glob("ggml/*/*.weights"))
     assert [path.stem for path in kept] == ["0", "1", "2", "3", "4", "5", "embedding", "final_norm", "head"]

@@ -218,7 +218,7 @@ def test_layers_that_the_model_has_not_are_refused(start, end, tmp_path):
     assert "6" in str(refusal.value)
 
 
-def test_taking_all_layers_of_a_slice_makes_no_list_anew(tmp_path):
+def test_taking_all_layers_of_a_slice_makes_no_list_again(tmp_path):
     layers = load(make_tiny_model(tmp_path / "m", "llama"), 1, 3)._base.layers
     count = len(layers)
     assert layers[:count] is layers

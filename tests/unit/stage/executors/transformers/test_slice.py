@@ -149,7 +149,7 @@ def test_a_tensor_comes_back_from_the_wire_as_it_was(dtype):
     assert torch.equal(from_wire(received), tensor)
 
 
-def test_released_sessions_hold_nothing_and_begin_anew(load_any, folder):
+def test_released_sessions_hold_nothing_and_start_again(load_any, folder):
     whole = load_any(folder, 0, 6)
     first = whole.forward(tokens_batch("a", 0, [5, 6, 7], rows=[2])).logits
     assert whole.kv_bytes_held() == 3 * whole.kv_bytes_per_token
