@@ -205,7 +205,7 @@ def test_each_failure_of_ssh_is_told_apart_with_its_cure(server, tmp_path):
     for remote, says, cure in (
         (server.remote(key=other), "refuses this user's key", f"ssh-copy-id anna@{HOST}"),
         (server.remote(user="nobody-there"), "refuses this user's key", "--user NAME"),
-        (server.remote(host_key=""), "has never seen", "by hand"),
+        (server.remote(host_key=""), "does not know the host key", "by hand"),
         (server.remote(host_key=strange), "another host key than before", f"ssh-keygen -R {HOST}"),
         (server.remote(port=closed), "no ssh server listens", "openssh-server"),
         (Remote("no-such-machine.invalid", "anna"), "does not resolve", "IP address"),
