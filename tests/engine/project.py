@@ -139,7 +139,7 @@ class Project:
 
     def fetched_bytes(self, service: str) -> int:
         """Return the bytes of weights that a stage has fetched, from the newest line of its log."""
-        said = re.findall(r"(\d+) bytes of weights were fetched since the start", self.logs(service))
+        said = re.findall(r"(\d+) bytes of weights fetched since the start", self.logs(service))
         return int(said[-1])
 
     def left_behind(self) -> list[str]:
