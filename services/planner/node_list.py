@@ -33,6 +33,7 @@ ASSUMED_WITH_DTYPE = (
     "source",
     "executor",
     "weights",
+    "layer_weight_bytes",
     "kv_dtype",
     "quality",
     "choice",

@@ -67,14 +67,15 @@ def test_memory_is_as_listed_and_speed_is_assumed():
 
 @pytest.mark.parametrize("name", ["machine-1", "1", 1, "stage-1"])
 def test_a_node_that_names_a_registered_machine_has_its_measured_speed(name):
-    registered = [a_machine(0), a_machine(1, decode_layer_seconds=0.123, free_bytes=777)]
+    registered = [a_machine(0), a_machine(1, decode_layer_seconds=0.123, free_bytes=777, layer_weight_bytes=9.0)]
     (machine,) = machines_of(nodes_of({"node_id": name, "device_type": "cpu"}), SHAPE, registered)
     assert (machine.report.decode_layer_seconds, machine.report.source) == (0.123, "measured")
     assert (machine.report.free_bytes, machine.memory_source) == (777, "measured")
-    # no speed is measured in another number format
+    # no speed and no size of weights is measured in another number format
     (other,) = machines_of(nodes_of({"node_id": name, "device_type": "cpu", "dtype": "bfloat16"}), SHAPE, registered)
     assert other.report.source == "assumed"
     assert other.report.decode_layer_seconds != 0.123
+    assert other.report.layer_weight_bytes == 0.0
     # or on another device
     (card,) = machines_of(nodes_of({"node_id": name, "device_type": "gpu", "vram_gb": 2}), SHAPE, registered)
     assert card.report.source == "assumed"

@@ -9,6 +9,7 @@ import pytest
 from docs.generate import DOCUMENTS as DOCUMENTS_FROM_CODE
 from noodle import __version__
 from noodle.config.settings import VARIABLES
+from noodle.model.families import FAMILIES
 from services.cli.main import command_parser
 
 ROOT = Path(__file__).parents[3]
@@ -94,6 +95,15 @@ def test_the_folders_of_the_readme_tree_are_the_folders_of_the_source():
     for folder in [*ROOT.glob("services/coordinator/*/"), *ROOT.glob("services/stage/*/")]:
         if folder.name != "__pycache__":
             assert f"    {folder.name}/ " in block[1], folder
+
+
+@pytest.mark.parametrize("document", [README, ROOT / "docs" / "operating.md"], ids=lambda path: path.name)
+def test_the_families_are_counted_right_and_those_that_are_named_exist(document):
+    count, named = re.search(r"(\d+) model families\W+among them ([\w, \n]+)", text_of(document)).groups()
+    assert int(count) == len(FAMILIES)
+    named = re.split(r"\n*from |\.", named)[0]
+    aliases = {"gemma3": "gemma3_text"}
+    assert {aliases.get(name, name) for name in re.findall(r"\w+", named)} - {"and"} <= set(FAMILIES)
 
 
 def test_the_readme_fits_on_a_few_screens():
