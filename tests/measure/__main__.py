@@ -2,7 +2,7 @@
 
 `equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml` and `side-by-side=ggml` compute with ggml; `kills=ggml,3`
 makes 3 kills of each kind; `soak=3` runs for 3 minutes instead of 15; `peers=FOLDER` names the folder of llama.cpp's
-programs, and runs only when named.
+programs, `checkout=FOLDER` another checkout to compare with; both run only when named.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from tests.measure.correctness import equality, kills, schemathesis
 from tests.measure.endurance import load, memory, pressure, soak
 from tests.measure.performance import (
+    checkouts,
     containers,
     engine,
     kernels,
@@ -43,17 +44,18 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "kernels": kernels.measure,
     "containers": containers.measure,
 }
+ONLY_NAMED = {"peers": peers.measure, "checkout": checkouts.measure}
 
 
 def main() -> int:
     """Run the named measurements, or all."""
     asked = [word.partition("=") for word in sys.argv[1:] or MEASUREMENTS]
-    unknown = [name for name, _, _ in asked if name not in {*MEASUREMENTS, "peers"}]
+    unknown = [name for name, _, _ in asked if name not in {**MEASUREMENTS, **ONLY_NAMED}]
     if unknown:
         print(f"There is no measurement {unknown[0]!r}; there are {', '.join(MEASUREMENTS)}.", file=sys.stderr)
         return 2
     for name, _, value in asked:
-        measure = peers.measure if name == "peers" else MEASUREMENTS[name]
+        measure = {**MEASUREMENTS, **ONLY_NAMED}[name]
         section = measure(value) if value else measure()
         section.write()
     return 0

@@ -113,8 +113,10 @@ class Services:
 class Cluster(Services):
     """One running `noodle up`."""
 
-    def __init__(self, state_dir: Path, model: Path | str, stages: int, **variables: str) -> None:
-        self.state_dir, self.stages = state_dir, stages
+    def __init__(
+        self, state_dir: Path, model: Path | str, stages: int, *, checkout: Path | None = None, **variables: str
+    ) -> None:
+        self.state_dir, self.stages, self.checkout = state_dir, stages, checkout
         coordinator, planner, valkey, first_stage, *_ = free_ports(3 + stages)
         self.port = coordinator
         self.url = f"http://127.0.0.1:{coordinator}"
@@ -144,7 +146,11 @@ class Cluster(Services):
         """Start it and wait until it is ready."""
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", "up"], env=self.environment, stdout=output, stderr=output
+                [self.python, "-m", "services.cli", "up"],
+                env=self.environment,
+                cwd=self.checkout,
+                stdout=output,
+                stderr=output,
             )
         try:
             wait_until(self.is_ready, READY_SECONDS, "ready")
@@ -180,6 +186,11 @@ class Cluster(Services):
             check=False,
             **source,
         )
+
+    @property
+    def python(self) -> str:
+        """Return the Python that starts it: this one, or that of another checkout."""
+        return str(self.checkout / ".venv" / "bin" / "python") if self.checkout else sys.executable
 
     @property
     def token(self) -> str:
@@ -219,9 +230,11 @@ def request(port: int, method: str, path: str, body: Any = None, *, token: str =
 
 
 @contextlib.contextmanager
-def running_cluster(state_dir: Path, model: Path | str, stages: int, **variables: str) -> Iterator[Cluster]:
-    """Run a cluster that is ready; stop it at the end."""
-    cluster = Cluster(state_dir, model, stages, **variables).start()
+def running_cluster(
+    state_dir: Path, model: Path | str, stages: int, *, checkout: Path | None = None, **variables: str
+) -> Iterator[Cluster]:
+    """Run a cluster that is ready; stop it at the end. `checkout` is another one than this, with its .venv."""
+    cluster = Cluster(state_dir, model, stages, checkout=checkout, **variables).start()
     try:
         yield cluster
     finally:
