@@ -171,7 +171,7 @@ COMMANDS = (
     Command(
         runs="services.cli.commands.leave:leave",
         help="move a stage's layers to the others so that its machine can go",
-        description="Asks a stage to leave, and waits until the other stages have loaded its layers.",
+        description="Asks a stage to leave, and waits until the active plan has no layers for it.",
         options=(
             option(
                 "--url", metavar="URL", help="stage that leaves (NOODLE_ADVERTISE_URL); required if several run here"

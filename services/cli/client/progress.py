@@ -87,6 +87,7 @@ class TerminalProgress(Progress):
     def finish(self, key: str) -> None:
         if key in self._rows:
             self._bars.remove_task(self._rows.pop(key))
+            self._bars.refresh()  # a line that is printed later would draw the row again
 
     def log(self, text: str) -> None:
         self._console.print(escape(text), highlight=False, soft_wrap=True)

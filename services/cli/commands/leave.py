@@ -1,4 +1,4 @@
-"""`noodle leave`: moves a stage's layers to the other stages and waits until they have them."""
+"""`noodle leave`: has a stage's layers moved to the other stages and waits until it has none."""
 
 from __future__ import annotations
 

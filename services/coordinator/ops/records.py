@@ -67,7 +67,7 @@ class RecordStore:
         for path, line in ((each, line) for each in paths for line in _lines_backwards(each)):
             try:
                 yield msgspec.json.decode(line, type=kind)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 if not self._has_logged_damage:
                     log.warning("%s has a damaged line, which counts as absent: %s", path, error)
                     self._has_logged_damage = True

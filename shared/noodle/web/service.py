@@ -195,7 +195,10 @@ def install_error_handlers(app: Flask) -> None:
     def from_flask(error: HTTPException) -> Response:
         translated: NoodleError
         if error.code == 404:
-            translated = NotFound(f"There is no {request.method} {request.path} here.", cure="See the README's routes.")
+            translated = NotFound(
+                f"There is no {request.method} {request.path} here.",
+                cure="GET /openapi.json on the coordinator lists the routes.",
+            )
         elif error.code == 405:
             translated = MethodNotAllowed(f"{request.path} does not take {request.method}.")
         elif error.code == 413:

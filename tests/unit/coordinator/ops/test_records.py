@@ -38,7 +38,7 @@ def test_the_files_are_bounded_and_the_newest_stay(tmp_path):
     assert values(store, 200) == list(range(800, 1000))  # across both files
 
 
-def test_a_torn_line_is_left_out_spoils_no_other_and_is_logged_once(tmp_path, caplog):
+def test_a_torn_or_too_deep_line_is_left_out_spoils_no_other_and_is_logged_once(tmp_path, caplog):
     path = tmp_path / "numbers.jsonl"
     store = RecordStore(path, FILE_BYTES)
     store.append([number(1)])
@@ -46,7 +46,7 @@ def test_a_torn_line_is_left_out_spoils_no_other_and_is_logged_once(tmp_path, ca
         file.write(b'{"entry_id": "torn", "val')
     store.append([number(2)])
     with path.open("ab") as file:
-        file.write(b"\xff\n[]\n\n")
+        file.write(b"\xff\n[]\n\n" + b'{"entry_id": ' + b"[" * 5_000 + b"]" * 5_000 + b"}\n")
     assert values(store, 10) == [1, 2]
     assert caplog.text.count("damaged line") == 1
 
