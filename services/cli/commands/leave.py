@@ -49,6 +49,7 @@ def leave(options: argparse.Namespace) -> int:
         if time.monotonic() > end:
             raise RequestTimedOut(
                 f"{name} still has its layers after {LEAVE_SECONDS:.0f} seconds.",
-                cure="`noodle status` shows what is waited for. The other stages may lack memory for the layers.",
+                cure="`noodle status` shows what is waited for. The other stages may lack memory for the layers, or "
+                "NOODLE_SPLIT fixes the cut.",
             )
         time.sleep(POLL_SECONDS)
