@@ -65,14 +65,14 @@ def acquire(state_dir: Path) -> RunFolder | None:
     while True:
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # its last holder removed it between the two
-            continue
+            descriptor = _open_folder(path)
         except OSError as error:
             raise ConfigurationError(
                 f"The state folder {state_dir} cannot be used: {error.strerror}.",
                 cure="Set NOODLE_STATE_DIR to a folder that this user may write.",
             ) from error
+        if descriptor is None:
+            continue  # its last holder removed it between the two
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -81,6 +81,12 @@ def acquire(state_dir: Path) -> RunFolder | None:
         if _is_still(path, descriptor):
             return RunFolder(path, descriptor)
         os.close(descriptor)  # its last holder removed it while this one took the lock
+
+
+def _open_folder(path: Path) -> int | None:
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return None
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

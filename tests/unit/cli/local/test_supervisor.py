@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from noodle.errors import ConfigurationError
 from services.cli.client.run_record import identify, is_running
 from services.cli.local.processes import Signals, leftovers_of
 from services.cli.local.run_folder import RunFolder, acquire
@@ -132,6 +133,12 @@ def test_only_one_holds_a_run_folder(tmp_path: Path) -> None:
     second = acquire(state_dir)
     assert second is not None
     second.remove()
+
+
+def test_a_state_folder_that_cannot_be_made_ends_the_start_and_names_the_variable() -> None:
+    with pytest.raises(ConfigurationError, match="/proc/none cannot be used") as refused:
+        acquire(Path("/proc/none"))
+    assert "NOODLE_STATE_DIR" in refused.value.cure
 
 
 def test_a_service_that_cannot_be_started_again_is_tried_later_and_later(supervised: Supervised) -> None:
