@@ -34,7 +34,7 @@ def test_a_fresh_clone_is_made_ready_by_the_first_command_alone(images, tmp_path
     assert "no service selected" in project.tried("up").stderr
     printed = project.init()
     try:
-        assert "a whole noodle on one host" in printed
+        assert "a whole cluster on one host" in printed
         owner = tmp_path.stat()
         for path in (project.env_path, tmp_path / "secrets", tmp_path / "secrets" / "api_key"):
             assert (path.stat().st_uid, path.stat().st_gid) == (owner.st_uid, owner.st_gid)
