@@ -35,6 +35,7 @@ class Coordinator:
             "NOODLE_MODEL": str(model),
             "NOODLE_CACHE_DIR": str(folder / "cache"),
             "NOODLE_STATE_DIR": str(folder / "a"),
+            "NOODLE_REPORTS_DIR": str(folder / "reports"),
         }
         self.start()
 

@@ -67,6 +67,7 @@ def test_a_model_that_does_not_fit_is_told_with_its_cures(endless_folder, tmp_pa
             "NOODLE_MODEL": str(endless_folder),
             "NOODLE_CACHE_DIR": str(tmp_path / "cache"),
             "NOODLE_STATE_DIR": str(tmp_path / "state"),
+            "NOODLE_REPORTS_DIR": str(tmp_path / "reports"),
             "NOODLE_STAGES": "1",
             "NOODLE_QUALITY": "exact",  # measuring a format's error on forty gigabytes would take long
             "NOODLE_THREADS": "1",

@@ -124,6 +124,7 @@ def running_stages(
             "NOODLE_MODEL": str(model),
             "NOODLE_CACHE_DIR": str(folder / "cache"),
             "NOODLE_STATE_DIR": str(folder / "state"),
+            "NOODLE_REPORTS_DIR": str(folder / "reports"),
             "NOODLE_MACHINE": "test",
             "NOODLE_THREADS": "1",
             **EXACT,

@@ -43,6 +43,7 @@ def two_machines(folder: Path, model: Path) -> Iterator[TwoMachines]:
             "NOODLE_MODEL": str(model),
             "NOODLE_CACHE_DIR": str(folder / "cache"),
             "NOODLE_STATE_DIR": str(folder / "state"),
+            "NOODLE_REPORTS_DIR": str(folder / "reports"),
             "NOODLE_COORDINATOR_BIND": f"127.0.0.1:{machines.port}",
             "NOODLE_COORDINATOR_URL": f"http://127.0.0.1:{machines.port}",
             "NOODLE_PLANNER_BIND": f"127.0.0.1:{machines.planner_port}",

@@ -43,6 +43,7 @@ class UpRuns:
         self.environment = inherited | {
             "FAKE_ORDERS": str(self.orders),
             "NOODLE_STATE_DIR": str(self.state_dir),
+            "NOODLE_REPORTS_DIR": str(self.state_dir.with_name("reports")),
             "NOODLE_CACHE_DIR": str(folder / "cache"),
             "NOODLE_COORDINATOR_PORT": str(self.first_port),
             "NOODLE_COORDINATOR_URL": f"http://127.0.0.1:{self.first_port}",
