@@ -137,6 +137,10 @@ def _parse_entry(entry: dict[str, Any], received_at_seconds: float) -> MetricsEn
     metrics = fields.get("metrics")
     if not isinstance(metrics, dict) or len(fields) > 1:
         metrics = fields
-    if len(msgspec.json.encode(metrics)) > MAXIMUM_ENTRY_BYTES:
+    try:
+        encoded_bytes = len(msgspec.json.encode(metrics))
+    except RecursionError as error:
+        raise InvalidRequest(f"The metrics of node {node_id!r} are nested too deeply.", param="metrics") from error
+    if encoded_bytes > MAXIMUM_ENTRY_BYTES:
         raise InvalidRequest(f"The metrics of node {node_id!r} are larger than {MAXIMUM_ENTRY_BYTES} bytes.")
     return MetricsEntry(entry_id=entry_id, received_at_seconds=received_at_seconds, node_id=node_id, metrics=metrics)

@@ -126,16 +126,19 @@ def adopt_report_files(folder: Path, store: RecordStore) -> None:
 
 def _adopt(path: Path, kind: str, store: RecordStore) -> None:
     try:
-        document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (UnicodeDecodeError, msgspec.MsgspecError) as error:
+        report = _stored_report(path.stem, kind, msgspec.json.decode(path.read_bytes(), type=dict[str, Any]))
+    except (RecursionError, UnicodeDecodeError, msgspec.MsgspecError, InvalidRequest) as error:
         log.warning("%s is damaged and counts as absent: %s", path, error)
         return
-    store.append([_stored_report(path.stem, kind, document)])
+    store.append([report])
     path.unlink()
 
 
 def _stored_report(report_id: str, kind: str, document: dict[str, Any]) -> StoredReport[msgspec.Raw]:
-    content = msgspec.json.encode(document)
+    try:
+        content = msgspec.json.encode(document)
+    except RecursionError as error:
+        raise InvalidRequest("The report is nested too deeply.") from error
     return StoredReport(entry_id=report_id, kind=kind, byte_count=len(content), content=msgspec.Raw(content))
 
 

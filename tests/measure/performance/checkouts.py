@@ -15,7 +15,7 @@ from tests.measure.report import GGML, TRANSFORMERS, Section, spread
 from tests.support.models.real_model import real_model_folder
 from tests.support.processes.cluster import Cluster, running_cluster
 
-PAIRS = 15
+PAIRS = 7
 PROMPT_TOKENS = 512
 STREAMS = 8
 # the same cut on both sides, so that a difference is one of code

@@ -9,7 +9,8 @@ from noodle.cluster.reports import MAXIMUM_REPORT_BYTES
 from noodle.errors import NotAuthenticated
 from noodle.web.service import install_error_handlers
 from services.coordinator.ops import reports
-from services.coordinator.ops.reports import install_report_routes
+from services.coordinator.ops.records import RecordStore
+from services.coordinator.ops.reports import adopt_report_files, install_report_routes
 
 HEAD = {"made_at": "2026-01-02T03:04:05+00:00", "machine": "laptop", "model": "m", "headline": "fast"}
 OLD_ID = "20260102-030405-{:06}-bench-0a1b2c"
@@ -99,6 +100,16 @@ def test_other_files_in_the_folder_are_left_alone_and_not_shown(tmp_path):
 def test_a_head_that_is_not_short_texts_is_refused_and_not_stored(client, head):
     assert client.post("/reports/bench", json={**HEAD, **head}).status_code == 400
     assert ids(client) == []
+
+
+def test_a_report_that_is_nested_too_deeply_spoils_no_other_and_no_start(client, tmp_path):
+    for depth in (900, 960, 983, 1_000, 5_000):
+        body = b'{"a":' + b"[" * depth + b"]" * depth + b"}"
+        sent = client.post("/reports/bench", data=body, content_type="application/json")
+        assert sent.status_code in (201, 400), sent.get_data()
+    assert client.get("/reports").status_code == 200
+    (tmp_path / "bench-20261101-000000-abc.json").write_bytes(b'{"a":' + b"[" * 983 + b"]" * 983 + b"}")
+    adopt_report_files(tmp_path, RecordStore(tmp_path / "reports.jsonl", 1 << 20))
 
 
 def test_a_folder_that_cannot_be_written_names_the_variable(tmp_path):
