@@ -43,6 +43,7 @@ def guide_routes(config: StageConfig, stage: Stage, lifecycle: Lifecycle) -> Blu
 
     @routes.post("/forward")
     def forward() -> Response:
+        """Compute one forward by hand with this stage's layers."""
         require_token(config.cluster_token)
         role = stage.role
         if role is None:
