@@ -15,7 +15,7 @@ from msgspec import Meta
 from noodle.errors import InvalidRequest, NotReady
 from noodle.web.service import add_success_false, json_body, json_response
 from services.coordinator.api.openapi import BODY_ERRORS, READY_ERRORS, Operation
-from services.coordinator.ops.records import Record, RecordStore
+from services.coordinator.ops.records import Record, RecordStore, encoded
 
 METRICS_FILE_BYTES = 16 << 20  # of each of the two files
 METRICS_BODY_BYTES = 1 << 20
@@ -137,10 +137,6 @@ def _parse_entry(entry: dict[str, Any], received_at_seconds: float) -> MetricsEn
     metrics = fields.get("metrics")
     if not isinstance(metrics, dict) or len(fields) > 1:
         metrics = fields
-    try:
-        encoded_bytes = len(msgspec.json.encode(metrics))
-    except RecursionError as error:
-        raise InvalidRequest(f"The metrics of node {node_id!r} are nested too deeply.", param="metrics") from error
-    if encoded_bytes > MAXIMUM_ENTRY_BYTES:
+    if len(encoded(metrics)) > MAXIMUM_ENTRY_BYTES:
         raise InvalidRequest(f"The metrics of node {node_id!r} are larger than {MAXIMUM_ENTRY_BYTES} bytes.")
     return MetricsEntry(entry_id=entry_id, received_at_seconds=received_at_seconds, node_id=node_id, metrics=metrics)

@@ -8,9 +8,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
+
+from noodle.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,14 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def encoded(value: Any) -> bytes:
+    """Encode what a client sent, or a record of it; raises InvalidRequest if it is nested too deeply to be kept."""
+    try:
+        return msgspec.json.encode(value)
+    except RecursionError as error:
+        raise InvalidRequest("The body is nested too deeply to be kept.") from error
 
 
 class RecordStore:
@@ -89,7 +99,7 @@ class RecordStore:
     def _write(self, records: Sequence[Record]) -> None:
         newest, before = self._files
         newest.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lines = b"".join(msgspec.json.encode(record) + b"\n" for record in records)
+        lines = b"".join(encoded(record) + b"\n" for record in records)
         ids, ids_before = self._ids or (set(), set())
         if newest.exists() and newest.stat().st_size + len(lines) > self._maximum_file_bytes:
             newest.replace(before)

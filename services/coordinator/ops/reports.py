@@ -18,7 +18,7 @@ from noodle.errors import InvalidRequest, NoodleError, NotFound
 from noodle.web.service import json_body, json_response
 from services.coordinator.api.body import decode_object
 from services.coordinator.api.openapi import ANY_OBJECT, BODY_ERRORS, Operation
-from services.coordinator.ops.records import Record, RecordStore
+from services.coordinator.ops.records import Record, RecordStore, encoded
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +135,7 @@ def _adopt(path: Path, kind: str, store: RecordStore) -> None:
 
 
 def _stored_report(report_id: str, kind: str, document: dict[str, Any]) -> StoredReport[msgspec.Raw]:
-    try:
-        content = msgspec.json.encode(document)
-    except RecursionError as error:
-        raise InvalidRequest("The report is nested too deeply.") from error
+    content = encoded(document)
     return StoredReport(entry_id=report_id, kind=kind, byte_count=len(content), content=msgspec.Raw(content))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from noodle.errors import InvalidRequest
 from services.coordinator.ops import records
 from services.coordinator.ops.records import Record, RecordStore
 
@@ -114,3 +115,11 @@ def test_after_a_torn_write_what_came_whole_is_known_and_the_rest_is_stored(tmp_
     monkeypatch.setattr(records.os, "fsync", real_fsync)
     assert store.append([number(1, "a"), number(2, "b")]) == 1
     assert values(store, 10) == [1, 2]
+
+
+def test_what_is_nested_too_deeply_is_refused_before_it_is_stored():
+    deep = []
+    for _ in range(5_000):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        records.encoded({"metrics": deep})
