@@ -10,7 +10,8 @@ from typing import Any
 
 from noodle.cluster.plan import ModelShape
 from noodle.errors import ConfigurationError, UnsupportedModel
-from noodle.model.files import TensorEntry, model_digest, read_config, read_tensor_entries
+from noodle.model.files import model_digest, read_config, read_tensor_entries
+from noodle.model.tensor_entry import TensorEntry
 
 # names that model families give to the same number
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")

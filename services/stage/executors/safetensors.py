@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from noodle.errors import ModelNotFound, UnsupportedModel
-from noodle.model.files import INDEX_NAME, SINGLE_NAME, TensorEntry, read_header, read_index, weight_files
+from noodle.model.files import INDEX_NAME, SINGLE_NAME, read_header, read_index, weight_files
+from noodle.model.tensor_entry import TensorEntry
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 

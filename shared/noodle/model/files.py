@@ -1,6 +1,7 @@
-"""Reads the config and the safetensors headers of a model folder, and digests of its files.
+"""Reads the config and the headers of a model, and digests of its files.
 
-Planner and stages compare `model_digest`, so that all stages compute with the same weights.
+A model is a folder with config.json and safetensors, or a GGUF file (of a split one its first part). Planner and
+stages compare `model_digest`, so that all stages compute with the same weights.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from noodle.errors import ModelNotFound, UnsupportedModel
+from noodle.model.gguf import read_gguf
+from noodle.model.gguf_config import gguf_config
+from noodle.model.tensor_entry import TensorEntry
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DIGEST_NAME = "model.digest"  # the digest of a folder with holes (weight_cache.py)
+DIGEST_NAME = "model.digest"  # the digest of a model with holes (weight_cache.py)
 PIECE_BYTES = 1 << 20  # bytes of one read
 HEADER_BYTES_CAP = 100 << 20  # largest safetensors header, as in safetensors
 CONFIG_BYTES_CAP = 16 << 20  # largest config.json
@@ -36,21 +39,6 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """The place of one tensor."""
-
-    file: Path
-    dtype: str  # safetensors' name: F32, BF16, ...
-    shape: tuple[int, ...]
-    first_byte: int  # from the start of the file
-    byte_count: int
-
-    @property
-    def item_count(self) -> int:
-        return math.prod(self.shape)
-
-
 class _HeaderEntry(msgspec.Struct, frozen=True):
     dtype: str
     shape: list[int]
@@ -61,9 +49,11 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json; raises ModelNotFound or UnsupportedModel."""
-    path = folder / "config.json"
+def read_config(model: Path) -> dict[str, Any]:
+    """Read config.json, or what it would say from a GGUF file's header; raises ModelNotFound or UnsupportedModel."""
+    if model.is_file():
+        return gguf_config(read_gguf(model))
+    path = model / "config.json"
     try:
         if path.stat().st_size > CONFIG_BYTES_CAP:
             raise UnsupportedModel(f"{path} is larger than {CONFIG_BYTES_CAP} bytes.", cure="Fetch the model again.")
@@ -102,7 +92,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of the model, from its index if there is one; some may be missing."""
+    """Return the safetensors files of a folder, from its index if there is one; some may be missing."""
     weight_map = read_index(folder)
     if weight_map is not None:
         return tuple(folder / name for name in sorted(set(weight_map.values())))
@@ -116,8 +106,11 @@ def missing_weight_files(folder: Path) -> tuple[str, ...]:
     return tuple(path.name for path in files if not path.is_file()) if files else ("*.safetensors",)
 
 
-def read_tensor_entries(folder: Path) -> dict[str, TensorEntry]:
-    """Return every tensor by name, from the headers alone; raises ModelNotFound or UnsupportedModel."""
+def read_tensor_entries(model: Path) -> Mapping[str, TensorEntry]:
+    """Return every tensor by its name in the files; raises ModelNotFound or UnsupportedModel."""
+    if model.is_file():
+        return read_gguf(model).entries
+    folder = model
     missing = missing_weight_files(folder)
     if missing:
         raise ModelNotFound(
@@ -136,18 +129,19 @@ def read_tensor_entries(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def model_digest(folder: Path) -> str:
+def model_digest(model: Path) -> str:
     """Digest of config and weights, the same on every machine however the weights are distributed over files.
 
     It covers the values of the config, the name, dtype and shape of every tensor, and a kilobyte from the middle of up
     to 256 tensors chosen evenly by name. So it tells models, dtypes and fine-tunes apart, but misses a flipped bit
     outside the samples, a change to a few tensors that were not chosen, and the tokenizer.
     """
-    if (folder / DIGEST_NAME).is_file():
-        return (folder / DIGEST_NAME).read_text(encoding="ascii").strip()
-    config = {key: value for key, value in read_config(folder).items() if key not in IGNORED_CONFIG_KEYS}
+    known = model.with_name(DIGEST_NAME) if model.is_file() else model / DIGEST_NAME
+    if known.is_file():
+        return known.read_text(encoding="ascii").strip()
+    config = {key: value for key, value in read_config(model).items() if key not in IGNORED_CONFIG_KEYS}
     digest = hashlib.sha256(msgspec.json.encode(config, order="deterministic"))
-    entries = sorted(read_tensor_entries(folder).items())
+    entries = sorted(read_tensor_entries(model).items())
     for name, entry in entries:
         digest.update(f"\0{name}\0{entry.dtype}\0{list(entry.shape)}".encode())
     chosen_count = min(SAMPLED_TENSORS, len(entries))
