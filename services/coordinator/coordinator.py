@@ -57,9 +57,9 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model's folder, name and tokenizer."""
+    """The model's folder or file, name and tokenizer."""
 
-    folder: Path
+    path: Path
     served: ServedModel
     tokenizer: Tokenizer
 
@@ -95,15 +95,15 @@ class Coordinator:
         """Fetch the model's files if they are missing, and load its tokenizer. A failure ends the start."""
         try:
             prepared = prepare_model(self._config.model, self._config.cache_dir, self._note_progress)
-            tokenizer = Tokenizer(prepared.folder)
+            tokenizer = Tokenizer(prepared.path)
         except StartError as error:
             self.failure = str(error)
             raise
         served = ServedModel((prepared.name,), tokenizer.vocabulary_size, int(time.time()))
-        self.loaded = LoadedModel(prepared.folder, served, tokenizer)
-        self.weights.serve(prepared.folder, prepared.name)
+        self.loaded = LoadedModel(prepared.path, served, tokenizer)
+        self.weights.serve(prepared.path, prepared.name)
         self._is_loaded.set()
-        log.info("serving %s from %s", prepared.name, prepared.folder)
+        log.info("serving %s from %s", prepared.name, prepared.path)
 
     def ready_model(self) -> LoadedModel:
         """Return the model, or raise NotReady with the progress while anything is missing."""

@@ -113,7 +113,7 @@ class PlannerService(Service[PlannerConfig]):
         """Read the model's shape and wire the routes; raises StartError if noodle does not run the model."""
         work_queue = WorkQueue(self.config.valkey_url, self.config.valkey_password)
         self._planning = Planning(self.config, work_queue)
-        if self._planning.has_folder:  # otherwise the planner's thread fetches its headers, and /health shows it
+        if self._planning.has_model:  # otherwise the planner's thread fetches its headers, and /health shows it
             self._planning.read_shape()
         registry, _ = service_registry(self.name, self.config.machine)
         watch(self._planning, self.config.stage_count, PlannerMetrics(registry))

@@ -1,4 +1,4 @@
-"""Read from a model's config and safetensors headers what the planner needs; reads no weights."""
+"""Read from a model's config and headers what the planner needs; reads no weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from noodle.cluster.plan import ModelShape
 from noodle.errors import ConfigurationError, UnsupportedModel
 from noodle.model.files import model_digest, read_config, read_tensor_entries
+from noodle.model.local import served_name
 from noodle.model.tensor_entry import TensorEntry
 
 # names that model families give to the same number
@@ -25,43 +26,43 @@ MAXIMUM_VOCABULARY = 1 << 26
 MAXIMUM_CONTEXT = 1 << 30
 MAXIMUM_HEADS = 1 << 16
 
-HEAD_SEGMENTS = frozenset({"lm_head", "embed_out"})
-POSITION_SEGMENTS = frozenset({"wpe", "embed_positions", "position_embeddings"})
+HEAD_SEGMENTS = frozenset({"lm_head", "embed_out", "output"})  # the last one is a GGUF file's
+POSITION_SEGMENTS = frozenset({"wpe", "embed_positions", "position_embeddings", "position_embd"})
 BROKEN_CURE = "Fetch or convert the model again. If it is complete, noodle does not know this family."
 
 
-def read_model_shape(folder: Path, context_length: int | None = None) -> ModelShape:
-    """Read the shape of the model in `folder`; by default with its own context length.
+def read_model_shape(model: Path, context_length: int | None = None) -> ModelShape:
+    """Read the shape of a model, a folder or a GGUF file; by default with its own context length.
 
     Raises ModelNotFound, UnsupportedModel for absurd or missing fields and for layers that contradict the config, and
     ConfigurationError for a longer context than the model's.
     """
-    config = read_config(folder)
+    config = read_config(model)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise UnsupportedModel(f"{folder / 'config.json'} names no model_type.", cure=BROKEN_CURE)
-    layer_count = _count(config, LAYER_COUNT_KEYS, MAXIMUM_LAYERS, folder)
-    entries = read_tensor_entries(folder)
-    layer_bytes, others = _split_by_layer(entries, layer_count, folder)
-    embedding_bytes, head_bytes = _ends(others, folder)
+        raise UnsupportedModel(f"{_config_of(model)} names no model_type.", cure=BROKEN_CURE)
+    layer_count = _count(config, LAYER_COUNT_KEYS, MAXIMUM_LAYERS, model)
+    entries = read_tensor_entries(model)
+    layer_bytes, others = _split_by_layer(entries, layer_count, model)
+    embedding_bytes, head_bytes = _ends(others, model)
     stored_bytes = sum(entry.byte_count for entry in entries.values())
     return ModelShape(
-        digest=model_digest(folder),
-        name=folder.resolve().name,
+        digest=model_digest(model),
+        name=served_name(model),
         model_type=model_type,
         layer_count=layer_count,
-        hidden_size=_count(config, HIDDEN_SIZE_KEYS, MAXIMUM_HIDDEN_SIZE, folder),
-        vocab_size=_count(config, ("vocab_size",), MAXIMUM_VOCABULARY, folder),
-        context_length=_context_length(config, context_length, folder),
+        hidden_size=_count(config, HIDDEN_SIZE_KEYS, MAXIMUM_HIDDEN_SIZE, model),
+        vocab_size=_count(config, ("vocab_size",), MAXIMUM_VOCABULARY, model),
+        context_length=_context_length(config, context_length, model),
         stored_item_bytes=stored_bytes / sum(entry.item_count for entry in entries.values()),
         layer_bytes=layer_bytes,
         embedding_bytes=embedding_bytes,
         head_bytes=head_bytes,
-        kv_items_per_token_per_layer=_kv_items(config, folder),
+        kv_items_per_token_per_layer=_kv_items(config, model),
     )
 
 
-def _count(config: Mapping[str, Any], keys: tuple[str, ...], maximum: int, folder: Path) -> int:
+def _count(config: Mapping[str, Any], keys: tuple[str, ...], maximum: int, model: Path) -> int:
     """The value of the first key that is set, an integer from 1 to `maximum`."""
     for key in keys:
         value = config.get(key)
@@ -69,43 +70,43 @@ def _count(config: Mapping[str, Any], keys: tuple[str, ...], maximum: int, folde
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
             raise UnsupportedModel(
-                f"{folder / 'config.json'}: {key} is {value!r}, not a number from 1 to {maximum}.", cure=BROKEN_CURE
+                f"{_config_of(model)}: {key} is {value!r}, not a number from 1 to {maximum}.", cure=BROKEN_CURE
             )
         return value
-    raise UnsupportedModel(f"{folder / 'config.json'} does not set {' or '.join(keys)}.", cure=BROKEN_CURE)
+    raise UnsupportedModel(f"{_config_of(model)} does not set {' or '.join(keys)}.", cure=BROKEN_CURE)
 
 
-def _context_length(config: Mapping[str, Any], asked: int | None, folder: Path) -> int:
-    own = _count(config, CONTEXT_KEYS, MAXIMUM_CONTEXT, folder)
+def _context_length(config: Mapping[str, Any], asked: int | None, model: Path) -> int:
+    own = _count(config, CONTEXT_KEYS, MAXIMUM_CONTEXT, model)
     if asked is None:
         return own
     if not 1 <= asked <= own:
         raise ConfigurationError(
-            f"NOODLE_CONTEXT_LENGTH={asked}, but {folder.name} has a context of {own} tokens.",
+            f"NOODLE_CONTEXT_LENGTH={asked}, but {model.name} has a context of {own} tokens.",
             cure=f"Set it to at most {own}, or leave it unset.",
         )
     return asked
 
 
-def _kv_items(config: Mapping[str, Any], folder: Path) -> int:
+def _kv_items(config: Mapping[str, Any], model: Path) -> int:
     """K and V items of one token in one layer."""
-    heads = _count(config, HEAD_COUNT_KEYS, MAXIMUM_HEADS, folder)
+    heads = _count(config, HEAD_COUNT_KEYS, MAXIMUM_HEADS, model)
     if config.get("qk_rope_head_dim") is not None:
         # latent attention (deepseek, minicpm3): the cache holds K and V of every head, as attention reads them
         key_dim = sum(
-            _count(config, (key,), MAXIMUM_HIDDEN_SIZE, folder) for key in ("qk_nope_head_dim", "qk_rope_head_dim")
+            _count(config, (key,), MAXIMUM_HIDDEN_SIZE, model) for key in ("qk_nope_head_dim", "qk_rope_head_dim")
         )
-        return heads * (key_dim + _count(config, ("v_head_dim",), MAXIMUM_HIDDEN_SIZE, folder))
-    kv_heads = _count(config, ("num_key_value_heads", *HEAD_COUNT_KEYS), MAXIMUM_HEADS, folder)
+        return heads * (key_dim + _count(config, ("v_head_dim",), MAXIMUM_HIDDEN_SIZE, model))
+    kv_heads = _count(config, ("num_key_value_heads", *HEAD_COUNT_KEYS), MAXIMUM_HEADS, model)
     if config.get("head_dim") is not None:
-        head_dim = _count(config, ("head_dim",), MAXIMUM_HIDDEN_SIZE, folder)
+        head_dim = _count(config, ("head_dim",), MAXIMUM_HIDDEN_SIZE, model)
     else:
-        head_dim = math.ceil(_count(config, HIDDEN_SIZE_KEYS, MAXIMUM_HIDDEN_SIZE, folder) / heads)
+        head_dim = math.ceil(_count(config, HIDDEN_SIZE_KEYS, MAXIMUM_HIDDEN_SIZE, model) / heads)
     return 2 * kv_heads * head_dim
 
 
 def _split_by_layer(
-    entries: Mapping[str, TensorEntry], layer_count: int, folder: Path
+    entries: Mapping[str, TensorEntry], layer_count: int, model: Path
 ) -> tuple[tuple[int, ...], dict[str, TensorEntry]]:
     """Bytes of each layer, and the tensors that belong to no layer.
 
@@ -124,7 +125,7 @@ def _split_by_layer(
     if not prefixes:
         longest = max((len(found) for found in layers.values()), default=0)
         raise UnsupportedModel(
-            f"{folder}: config.json says {layer_count} layers, but the weights hold at most {longest} in a row.",
+            f"{_config_of(model)} says {layer_count} layers, but the weights hold at most {longest} in a row.",
             cure=BROKEN_CURE,
         )
     chosen = layers[prefixes[0]]
@@ -133,7 +134,7 @@ def _split_by_layer(
     return layer_bytes, {name: entry for name, entry in entries.items() if name not in inside}
 
 
-def _ends(others: Mapping[str, TensorEntry], folder: Path) -> tuple[int, int]:
+def _ends(others: Mapping[str, TensorEntry], model: Path) -> tuple[int, int]:
     """Bytes of the embeddings, and of the final norm with the head; a tied head counts the token embedding again."""
     embedding_bytes = token_embedding_bytes = head_bytes = 0
     has_own_head = False
@@ -141,7 +142,9 @@ def _ends(others: Mapping[str, TensorEntry], folder: Path) -> tuple[int, int]:
         segments = set(name.split("."))
         is_head = bool(segments & HEAD_SEGMENTS)
         has_own_head |= is_head and len(entry.shape) == 2
-        is_embedding = segments & {"wte", *POSITION_SEGMENTS} or any("embed" in segment for segment in segments)
+        is_embedding = segments & {"wte", *POSITION_SEGMENTS} or any(
+            "embed" in segment or segment.endswith("_embd") for segment in segments
+        )
         if is_embedding and not is_head:
             embedding_bytes += entry.byte_count
             if not segments & POSITION_SEGMENTS:
@@ -149,5 +152,10 @@ def _ends(others: Mapping[str, TensorEntry], folder: Path) -> tuple[int, int]:
         else:
             head_bytes += entry.byte_count
     if not token_embedding_bytes:
-        raise UnsupportedModel(f"{folder} holds no token embedding that noodle recognises.", cure=BROKEN_CURE)
+        raise UnsupportedModel(f"{model} holds no token embedding that noodle recognises.", cure=BROKEN_CURE)
     return embedding_bytes, head_bytes if has_own_head else head_bytes + token_embedding_bytes
+
+
+def _config_of(model: Path) -> Path:
+    """Where the values of a model's config stand, for its errors."""
+    return model if model.is_file() else model / "config.json"

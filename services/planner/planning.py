@@ -18,6 +18,7 @@ from noodle.config.settings import PlannerConfig
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
 from noodle.model.families import check_supported
 from noodle.model.files import names_a_path, read_config
+from noodle.model.local import find_local_model
 from noodle.model.weight_cache import WeightCache
 from services.planner.membership import Membership, MembershipTracker
 from services.planner.model_shape import read_model_shape
@@ -39,7 +40,7 @@ class Planning:
         self.plan: Plan | None = None
         self.reports: list[MachineReport] = []
         self._membership = MembershipTracker(config.stage_return_seconds)
-        self._weights: WeightCache | None = None  # None: the model's folder is on this machine, or not requested yet
+        self._weights: WeightCache | None = None  # None: the model is on this machine, or not requested yet
         self.stopping = threading.Event()
 
     @property
@@ -49,13 +50,13 @@ class Planning:
         return msgspec.structs.replace(self.state, detail=waits_for) if waits_for else self.state
 
     @property
-    def has_folder(self) -> bool:
-        """Whether the model's folder is on this machine; otherwise its headers come from the coordinator."""
-        if Path(self._config.model).is_dir():
+    def has_model(self) -> bool:
+        """Whether the model is on this machine; otherwise its headers come from the coordinator."""
+        if self._config.model and Path(self._config.model).exists():
             return True
         if names_a_path(self._config.model):
             raise ModelNotFound(
-                f"The planner finds no folder {self._config.model!r}.",
+                f"The planner finds no model {self._config.model!r}.",
                 cure="Correct NOODLE_MODEL, or unset it to get the model's shape from NOODLE_COORDINATOR_URL.",
             )
         return False
@@ -63,16 +64,16 @@ class Planning:
     def read_shape(self) -> None:
         """Read the model's shape; raises StartError if noodle does not run the model."""
         config = self._config
-        if self.has_folder:
-            folder = Path(config.model)
+        if self.has_model:
+            model = find_local_model(Path(config.model))
         else:
             self.state = PlannerState("starting", f"asking {config.coordinator_url} for the model's shape")
             self._weights = WeightCache(
                 config.cache_dir, config.coordinator_url, config.cluster_token, self.stopping, "the planner's machine"
             )
-            folder = self._weights.prepare()
-        check_supported(read_config(folder))
-        shape = read_model_shape(folder, config.context_length)
+            model = self._weights.prepare()
+        check_supported(read_config(model))
+        shape = read_model_shape(model, config.context_length)
         check_settings(shape, config)
         self.shape = shape
 

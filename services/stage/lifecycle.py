@@ -20,6 +20,7 @@ from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
 from noodle.model.files import names_a_path
 from noodle.model.formats import Quality
+from noodle.model.local import find_local_model
 from noodle.model.weight_cache import WeightCache
 from services.stage.loading import load_role, return_freed_memory
 from services.stage.selection.report import build_machine_report, import_early
@@ -40,7 +41,7 @@ class Lifecycle:
         self._lock = threading.Lock()
         self._state = StageState(config.stage_id, config.machine, stage.boot_id, "starting", transport=config.transport)
         self._report: MachineReport | None = None
-        self._weights: WeightCache | None = None  # None: the whole model is in a folder here
+        self._weights: WeightCache | None = None  # None: the whole model is here
         self._refusal = ""  # why this stage may not take part, while another one has its number
         self._silence = ""  # why Valkey cannot be reached
         self._beat_now = threading.Event()
@@ -109,7 +110,7 @@ class Lifecycle:
     def follow_plans(self) -> None:
         """Measure the machine, then load what each newer plan gives this stage, until `stop`."""
         import_early()
-        folder = self._model_folder()
+        folder = self._find_model()
         report = self._report = build_machine_report(
             self._config,
             self._stage.boot_id,
@@ -294,14 +295,14 @@ class Lifecycle:
         )
         log.info("ready for plan %d: %s, %d bytes of weights", plan.version, layers, model_slice.weight_bytes)
 
-    def _model_folder(self) -> Path:
-        """The model's folder here, or one into which only the needed tensors are fetched from the coordinator."""
+    def _find_model(self) -> Path:
+        """The model here, or files into which only the needed tensors are fetched from the coordinator."""
         config = self._config
-        if (folder := Path(config.model)).is_dir():
-            return folder
+        if config.model and (path := Path(config.model)).exists():
+            return find_local_model(path)
         if names_a_path(config.model):
             raise ModelNotFound(
-                f"Stage {config.stage_id} on {config.machine} finds no folder {config.model!r}.",
+                f"Stage {config.stage_id} on {config.machine} finds no model {config.model!r}.",
                 cure="Correct NOODLE_MODEL, or leave it out: then the weights come from NOODLE_COORDINATOR_URL.",
             )
         self._update(phase="starting", detail=f"asking {config.coordinator_url} for the model")

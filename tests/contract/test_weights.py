@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import shutil
 import socket
 import threading
@@ -12,11 +13,13 @@ from flask import Flask
 from werkzeug.serving import make_server
 
 from noodle.errors import LinkLost, ModelNotFound, StartError
-from noodle.model.files import model_digest, read_tensor_entries
+from noodle.model.files import digest_of_range, model_digest, read_tensor_entries
+from noodle.model.gguf import read_gguf
 from noodle.model.weight_cache import WeightCache
 from noodle.web.service import install_error_handlers
 from services.coordinator.models.weight_server import WeightStore, install_weight_routes
 from services.stage.executors.transformers.loading import load_slice
+from tests.support.models.tiny_gguf import TinyLlama, split_in_two, write_tiny_gguf
 from tests.support.models.tiny_model import tiny_llama_folder
 
 TOKEN = "a token that the machines share"
@@ -142,7 +145,8 @@ def test_a_damaged_tensor_of_the_cache_is_fetched_again(model, tmp_path):
         assert (folder / entry.file.name).read_bytes() == entry.file.read_bytes()
 
 
-def test_weights_that_changed_on_the_coordinator_are_refused_by_their_digest(model, tmp_path):
+@pytest.mark.parametrize("touched", [True, False])
+def test_weights_that_changed_on_the_coordinator_are_refused_by_time_or_by_digest(model, tmp_path, touched):
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)
     with serving(copy, tmp_path / "a") as url:
@@ -150,10 +154,15 @@ def test_weights_that_changed_on_the_coordinator_are_refused_by_their_digest(mod
         cache.prepare()
         entries = read_tensor_entries(copy)
         entry = max(entries.values(), key=lambda entry: entry.byte_count)
+        before = entry.file.stat()
         with entry.file.open("r+b") as file:
             file.seek(entry.first_byte)
             file.write(b"\x01" * 64)
-        with pytest.raises(ModelNotFound, match="twice with a wrong digest"):
+        if not touched:
+            os.utime(entry.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(
+            (ModelNotFound, StartError), match="has changed" if touched else "twice with a wrong digest"
+        ):
             cache.ensure(entries, no_progress)
 
 
@@ -210,3 +219,22 @@ def test_only_ranges_of_the_models_files_leave_and_only_with_the_token(model, tm
         assert answer.status == status
         assert "message" in json.loads(answer.read())["error"]
         connection.close()
+
+
+def test_of_a_split_gguf_only_the_wanted_tensors_travel_whatever_its_files_are_called(tmp_path):
+    name = tmp_path / "ein Modell für zu Hause-00001-of-00002.gguf"
+    parts = split_in_two(write_tiny_gguf(tmp_path / "whole.gguf", TinyLlama()), name)
+    entries = read_tensor_entries(name)
+    with serving(name, tmp_path / "a") as url:
+        cache = cache_of(tmp_path / "b", url)
+        there = cache.prepare()
+        assert there.name == "model-00001-of-00002.gguf"
+        assert {path.stat().st_size for path in parts} == {path.stat().st_size for path in read_gguf(there).parts}
+        assert model_digest(there) == model_digest(name)
+        wanted = [key for key in entries if key.startswith("blk.1.")]
+        cache.ensure(wanted, no_progress)
+        assert cache.fetched_bytes == sum(entries[key].byte_count for key in wanted)
+        for key in wanted:
+            mine, theirs = read_tensor_entries(there)[key], entries[key]
+            same = (mine.first_byte, mine.byte_count)
+            assert digest_of_range(mine.file, *same) == digest_of_range(theirs.file, *same)

@@ -111,14 +111,14 @@ class Measuring:
         with contextlib.ExitStack() as stack:
             if wanted.with_control:
                 model = find_model(self.target, self.config, self.environment, self.signals, self.progress)
-                digest, control_model = model_digest(model.folder), model.name or self._served_model
+                digest, control_model = model_digest(model.path), model.name or self._served_model
                 self.progress.show("bench", "control: loading the unsplit model")
                 module = python_module("services.stage.tools.control")
                 conversation = Conversation(module, "unsplit model", self.environment, self.signals)
                 control = Control(stack.enter_context(conversation))
                 ready = control.load(
                     control_question(
-                        model.folder,
+                        model.path,
                         context_length,
                         _stages(self.health),
                         self.config.machine,

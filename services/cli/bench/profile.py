@@ -49,7 +49,7 @@ def profile(options: argparse.Namespace) -> int:
     with contextlib.closing(open_progress(sys.stderr)) as progress, Signals() as signals:
         model = find_model(target, config, environment, signals, progress)
         question = ProfileQuestion(
-            folder=str(model.folder),
+            folder=str(model.path),
             device=config.device,
             dtype=config.dtype,
             threads=config.threads,

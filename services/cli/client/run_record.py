@@ -46,7 +46,7 @@ class RunRecord(Struct, frozen=True, kw_only=True):
     model: str
     stage_count: int
     phase: RunPhase
-    model_folder: str = ""  # empty until the model is prepared
+    model_path: str = ""  # empty until the model is prepared
     services: tuple[ServiceRecord, ...] = ()
 
 

@@ -117,7 +117,7 @@ class Up:
         configuration = valkey.write_configuration(self.folder, config.valkey_port, password)
         self._add(cluster.valkey_spec(self.spec, binary, configuration))
         start.wait_until(lambda: valkey.answers(config.valkey_port, password), "Valkey", QUEUE_SECONDS)
-        self._specs = cluster.service_specs(self.spec, common, self._model.folder)
+        self._specs = cluster.service_specs(self.spec, common, self._model.path)
         for spec in self._specs:
             self._add(spec)
         self._record()
@@ -208,7 +208,7 @@ class Up:
                 model=self._model.name if self._model else self.spec.model,
                 stage_count=self.spec.stage_count,
                 phase=self._phase,
-                model_folder=str(self._model.folder) if self._model else "",
+                model_path=str(self._model.path) if self._model else "",
                 services=self._supervisor.records(),
             )
         )

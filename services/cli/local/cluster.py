@@ -146,12 +146,12 @@ def valkey_spec(spec: ClusterSpec, binary: Path, configuration: Path) -> Service
     )
 
 
-def service_specs(spec: ClusterSpec, common: Mapping[str, str], model_folder: Path) -> Sequence[ServiceSpec]:
+def service_specs(spec: ClusterSpec, common: Mapping[str, str], model: Path) -> Sequence[ServiceSpec]:
     """Return planner, stages and coordinator, in the order of their start."""
     config = spec.config
     shared = dict(common) | {
         "NOODLE_VALKEY_URL": f"redis://{LOOPBACK}:{config.valkey_port}",
-        "NOODLE_MODEL": str(model_folder),
+        "NOODLE_MODEL": str(model),
     }
     threads = config.threads or max(1, usable_cores() // spec.stage_count)
 

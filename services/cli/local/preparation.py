@@ -24,18 +24,18 @@ ROW = "model"
 
 
 class StoreLine(Struct, frozen=True):
-    """One line of the model store's output: progress, an error, or the folder and name of the model."""
+    """One line of the model store's output: progress, an error, or the path and name of the model."""
 
     progress: StoreProgress | None = None
     error: ProcessError | None = None
-    folder: str = ""
+    path: str = ""
     name: str = ""
 
 
 class PreparedModel(Struct, frozen=True):
-    """A folder that every service can read, and the model's name; empty if `noodle up` prepared it."""
+    """A GGUF file or a folder that every service can read, and the model's name; empty if `noodle up` prepared it."""
 
-    folder: Path
+    path: Path
     name: str
 
 
@@ -48,7 +48,7 @@ def prepare_model(
     *,
     log_path: Path | None = None,
 ) -> PreparedModel:
-    """Fetch and convert the model unless it is in the cache; raises StartError or Interrupted.
+    """Find the model, or fetch it unless it is in the cache; raises StartError or Interrupted.
 
     What the store prints beside its reports goes to `log_path`, or to standard error without one.
     """
@@ -82,8 +82,8 @@ def find_model(
     target: Target, config: CommandConfig, environment: Mapping[str, str], signals: Signals, progress: Progress
 ) -> PreparedModel:
     """Return the unsplit model: what this machine's `noodle up` prepared, else what NOODLE_MODEL names here."""
-    if target.record is not None and target.record.model_folder:
-        return PreparedModel(Path(target.record.model_folder), "")
+    if target.record is not None and target.record.model_path:
+        return PreparedModel(Path(target.record.model_path), "")
     return prepare_model(config.model, config, environment, signals, progress)
 
 
@@ -96,8 +96,8 @@ def require_torch(what: str, cure: str) -> None:
 def _follow(store: Conversation, progress: Progress) -> PreparedModel:
     while True:
         line = store.receive(StoreLine)
-        if line.folder:
-            return PreparedModel(Path(line.folder), line.name)
+        if line.path:
+            return PreparedModel(Path(line.path), line.name)
         if (done := line.progress) is None:
             continue
         text, fraction = f"{done.activity}: {done.detail}", None

@@ -40,7 +40,7 @@ def verify(options: argparse.Namespace) -> int:
     with contextlib.closing(open_progress(sys.stderr)) as progress:
         answers = ask_all(target, prompts, options.new_tokens, progress)
         with Signals() as signals:
-            folder = find_model(target, config, environment, signals, progress).folder
+            folder = find_model(target, config, environment, signals, progress).path
             question = ReferenceQuestion(
                 str(folder), reference_dtype(dtype), health.context_length, answers=tuple(answers)
             )

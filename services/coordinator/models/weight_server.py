@@ -15,9 +15,10 @@ from pathlib import Path
 import msgspec
 from flask import Flask, Response, request
 
-from noodle.errors import InvalidRequest, NotFound, NotReady
+from noodle.errors import Conflict, InvalidRequest, NotFound, NotReady
 from noodle.folders import write_atomically
 from noodle.model.files import INDEX_NAME, digest_of_range, model_digest, pieces_of, read_tensor_entries
+from noodle.model.gguf import read_gguf
 from noodle.model.weight_manifest import MANIFEST_PATH, CompanionFile, TensorRange, WeightFile, WeightManifest
 from noodle.threads import start_loop
 from noodle.web.service import json_response, require_token
@@ -39,22 +40,24 @@ class _CachedManifest(msgspec.Struct, frozen=True):
 class WeightStore:
     """The weights of one model.
 
-    The manifest is made by a thread of its own at the first request; if all stages have the model's folder, as under
+    The manifest is made by a thread of its own at the first request; if all stages have the model itself, as under
     `noodle up`, there is none.
     """
 
     def __init__(self, cache_dir: Path) -> None:
         self._cache_dir = cache_dir
-        self._model: tuple[Path, str] | None = None  # folder and name
+        self._model: tuple[Path, str] | None = None  # path and name
+        self._files: dict[str, Path] = {}  # as `served_files`, this and the next once the manifest is made
+        self._stamps: dict[str, tuple[int, int]] = {}
         self._manifest: WeightManifest | None = None
         self._is_started = False
         self._progress = 0.0
         self._lock = threading.Lock()
         self._is_ready = threading.Event()
 
-    def serve(self, folder: Path, model_name: str) -> None:
+    def serve(self, model: Path, model_name: str) -> None:
         with self._lock:
-            self._model = (folder, model_name)
+            self._model = (model, model_name)
 
     def manifest(self) -> WeightManifest:
         """The model's manifest; raises NotReady with progress until it is made."""
@@ -71,18 +74,24 @@ class WeightStore:
         )
 
     def path_of(self, name: str) -> Path:
-        """A file of the model; raises NotFound for other names."""
-        manifest = self.manifest()
-        names = {*(companion.name for companion in manifest.companions), *(file.name for file in manifest.files)}
-        if self._model is None or name not in names:
+        """A file of the model; raises NotFound for other names, Conflict if it is not what the manifest describes."""
+        self.manifest()
+        path = self._files.get(name)
+        if path is None:
             raise NotFound(f"The model has no file {name[:200]!r}.", cure=f"GET {MANIFEST_PATH} names them.")
-        return self._model[0] / name
+        if _stamp(path) != self._stamps[name]:
+            raise Conflict(
+                f"{path} on the coordinator's machine has changed since it was opened.",
+                cure="Restart the coordinator, which opens it again; the stages follow.",
+            )
+        return path
 
-    def _prepare(self, folder: Path, model_name: str) -> None:
-        manifest = cached_manifest(self._cache_dir, folder)
+    def _prepare(self, model: Path, model_name: str) -> None:
+        self._files, stamps = served_files(model), _stamps(model)
+        self._stamps = stamps
+        manifest = cached_manifest(self._cache_dir, model)
         if manifest is None:
-            stamps = _stamps(folder)
-            manifest = make_manifest(folder, model_name, self._set_progress)
+            manifest = make_manifest(model, model_name, self._set_progress)
             path = self._cache_dir / DIGESTS_FOLDER / f"{manifest.model_digest}.json"
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,35 +105,57 @@ class WeightStore:
         self._progress = progress
 
 
-def make_manifest(folder: Path, model_name: str, progress: Callable[[float], None]) -> WeightManifest:
-    """Read every byte of a model folder once; raises ModelNotFound or UnsupportedModel if it is incomplete."""
-    entries = read_tensor_entries(folder)
-    paths = sorted({entry.file for entry in entries.values()})
+def make_manifest(model: Path, model_name: str, progress: Callable[[float], None]) -> WeightManifest:
+    """Read every byte of a model once; raises ModelNotFound or UnsupportedModel if it is incomplete."""
+    entries = read_tensor_entries(model)
+    files = served_files(model)
+    name_of = {path: name for name, path in files.items()}
     total_bytes = sum(entry.byte_count for entry in entries.values())
     done_bytes = 0
     tensors: list[TensorRange] = []
     # in disk order, so that each file is read once from start to end
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].first_byte)):
         digest = digest_of_range(entry.file, entry.first_byte, entry.byte_count)
-        tensors.append(TensorRange(name, entry.file.name, entry.first_byte, entry.byte_count, digest))
+        tensors.append(TensorRange(name, name_of[entry.file], entry.first_byte, entry.byte_count, digest))
         done_bytes += entry.byte_count
         progress(done_bytes / max(1, total_bytes))
     companions = [
-        CompanionFile(name, (folder / name).stat().st_size, hashlib.sha256((folder / name).read_bytes()).hexdigest())
-        for name in COMPANION_NAMES
-        if (folder / name).is_file()
+        CompanionFile(name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for name, path in files.items()
+        if name in COMPANION_NAMES
     ]
-    return WeightManifest(model_name, model_digest(folder), companions, [_weight_file(path) for path in paths], tensors)
+    is_gguf = model.is_file()
+    return WeightManifest(
+        model_name=model_name,
+        model_digest=model_digest(model),
+        companions=companions,
+        files=_gguf_parts(model)
+        if is_gguf
+        else [_safetensors(files[name]) for name in files if name not in COMPANION_NAMES],
+        tensors=tensors,
+        gguf=next(iter(files)) if is_gguf else None,
+    )
 
 
-def cached_manifest(cache_dir: Path, folder: Path) -> WeightManifest | None:
+def served_files(model: Path) -> dict[str, Path]:
+    """The files of a model by the names under which other machines fetch them; a GGUF file's own may be any."""
+    if model.is_file():
+        parts = read_gguf(model).parts
+        names = [f"model-{number:05}-of-{len(parts):05}.gguf" for number in range(1, len(parts) + 1)]
+        return dict(zip(names if len(parts) > 1 else ["model.gguf"], parts, strict=True))
+    weights = sorted({entry.file for entry in read_tensor_entries(model).values()})
+    companions = [model / name for name in COMPANION_NAMES if (model / name).is_file()]
+    return {path.name: path for path in (*companions, *weights)}
+
+
+def cached_manifest(cache_dir: Path, model: Path) -> WeightManifest | None:
     """The manifest from an earlier start, if no file has changed since."""
-    path = cache_dir / DIGESTS_FOLDER / f"{model_digest(folder)}.json"
+    path = cache_dir / DIGESTS_FOLDER / f"{model_digest(model)}.json"
     try:
         cached = msgspec.json.decode(path.read_bytes(), type=_CachedManifest)
     except (OSError, msgspec.MsgspecError):  # absent or damaged: it can be made again
         return None
-    return cached.manifest if cached.stamps == _stamps(folder) else None
+    return cached.manifest if cached.stamps == _stamps(model) else None
 
 
 def install_weight_routes(app: Flask, store: WeightStore, cluster_token: str) -> None:
@@ -157,14 +188,28 @@ def _requested_range(byte_count: int) -> tuple[int, int]:
     return span[0], span[1]
 
 
-def _weight_file(path: Path) -> WeightFile:
+def _gguf_parts(model: Path) -> list[WeightFile]:
+    files = zip(served_files(model).items(), read_gguf(model).header_bytes, strict=True)
+    return [
+        WeightFile(name, path.stat().st_size, header_bytes, digest_of_range(path, 0, header_bytes))
+        for (name, path), header_bytes in files
+    ]
+
+
+def _safetensors(path: Path) -> WeightFile:
     with path.open("rb") as file:
         header_bytes = 8 + int.from_bytes(file.read(8), "little")
     return WeightFile(path.name, path.stat().st_size, header_bytes, digest_of_range(path, 0, header_bytes))
 
 
-def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    names = sorted({entry.file.name for entry in read_tensor_entries(folder).values()})
-    present = [name for name in (*COMPANION_NAMES, *names) if (folder / name).is_file()]
-    stats = {name: (folder / name).stat() for name in present}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+def _stamps(model: Path) -> dict[str, tuple[int, int]]:
+    return {name: _stamp(path) for name, path in served_files(model).items()}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and modification time in nanoseconds; zeros for a file that is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns

@@ -1,7 +1,7 @@
-"""A model folder with only the needed tensors: fetched from the coordinator, checked, and kept (design D7).
+"""A model with only the needed tensors: fetched from the coordinator, checked, and kept (design D7).
 
-Each safetensors file has its full size, with holes for tensors that were never fetched, so that any reader of model
-folders can read it. `fetched.json` records the checked tensors; an interrupted fetch resumes where it stopped.
+Each file has its full size, with holes for tensors that were never fetched, so that any reader of models can read
+it. `fetched.json` records the checked tensors; an interrupted fetch resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class WeightCache:
         return self._root / self.manifest.model_digest
 
     def prepare(self) -> Path:
-        """Make the folder with config, headers and holes, and return it; waits for the coordinator."""
+        """Make the files with config, headers and holes, and return the model; waits for the coordinator."""
         self.manifest = self._retried(self._fetch_manifest)
         with writing(self.folder, "NOODLE_CACHE_DIR"), self._locked():
             fetched = self._fetched()
@@ -95,7 +95,7 @@ class WeightCache:
                 fetched.begun = {name: done for name, done in fetched.begun.items() if name not in lost}
             self._note(fetched)
             write_atomically(self.folder / DIGEST_NAME, self.manifest.model_digest.encode())
-        return self.folder
+        return self.folder / self.manifest.gguf if self.manifest.gguf else self.folder
 
     def ensure(self, names: Collection[str], progress: Progress) -> None:
         """Check the kept tensors of these, and fetch the missing or damaged ones."""
@@ -280,6 +280,8 @@ def _refusal(url: str, path: str, answer: HttpResponse) -> LinkLost | StartError
             f"The coordinator at {url} rejects this machine's cluster token.",
             cure="Set the same NOODLE_CLUSTER_TOKEN on every machine.",
         )
+    if answer.status == 409:
+        return StartError(text, cure="Restart the coordinator, which opens the model again.")
     if answer.status >= 500 or answer.status in (408, 429):
         return LinkLost(f"{url} answers {answer.status}: {text}")
     return StartError(

