@@ -72,10 +72,12 @@ def make_tiny_model(
     max_shard_size: str = "1GB",
     seed: int = 1,
     dtype: str = "float32",
+    weight_scale: float | None = None,
     **config_overrides: Any,
 ) -> Path:
     """Save a tiny random model as config.json and safetensors into `folder`; return the folder.
 
+    `weight_scale` is the standard deviation of matrices, by default one for a hidden size of 64.
     A small `max_shard_size` ("100KB") makes several shards and their index.
     """
     import torch
@@ -85,13 +87,13 @@ def make_tiny_model(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     config = tiny_config(model_type, **config_overrides)
-    weight_scale = WEIGHT_SCALES.get(model_type, 0.15)
+    scale = weight_scale or WEIGHT_SCALES.get(model_type, 0.15)
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 or parameter.abs().sum() == 0:
-                parameter.normal_(0, weight_scale, generator=generator)
+                parameter.normal_(0, scale, generator=generator)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer:
         make_tiny_tokenizer(folder, config.vocab_size)
