@@ -18,7 +18,7 @@ from services.stage.executors.ggml.families import ModelShape, shape_of
 from services.stage.executors.ggml.gguf import GgufTensors, gguf_in
 from services.stage.executors.ggml.graph import GgmlCalls
 from services.stage.executors.ggml.kernels import dot_counts, flash_attention_kernel, packed_weights
-from services.stage.executors.ggml.layers import INTERLEAVED, NEOX, SliceTensors
+from services.stage.executors.ggml.layers.operations import INTERLEAVED, NEOX, SliceTensors
 from services.stage.executors.ggml.slice import GgmlSlice
 from services.stage.executors.ggml.tensor_map import TensorMap
 from services.stage.executors.ggml.weights import GgmlTensors, TensorLayout, WeightBlock, WeightMaker, own_memory

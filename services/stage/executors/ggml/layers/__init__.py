@@ -1,0 +1,1 @@
+"""A layer's mathematics as ggml operations: attention, feed-forward parts, and what surrounds them."""

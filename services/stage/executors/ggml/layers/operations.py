@@ -1,0 +1,131 @@
+"""The operations that all parts of a layer share, and the tensors that a slice computes with.
+
+Activations are float32 [features, tokens] in ggml's order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.stage.executors.ggml.families import ModelShape
+from services.stage.executors.ggml.graph import GraphMemory
+from services.stage.executors.ggml.kernels import (
+    DotCounts,
+    FlashAttentionKernel,
+    PackedWeights,
+    new_expert_zero,
+    product_by_dots,
+)
+
+ITEM_BYTES = 4  # of activations
+NEOX, INTERLEAVED = 2, 0  # how the dimensions of a head are paired for rotary positions
+# operations of a layer at most, and of each of its spans: a graph's memory is sized before it is built
+LAYER_TENSORS, SPAN_TENSORS = 88, 16
+
+
+@dataclass(frozen=True)
+class SliceTensors:
+    """A slice's weights as ggml tensors, and how to compute with them."""
+
+    layers: tuple[dict[str, int], ...]
+    embedding: int  # 0 off the first stage
+    positions: int
+    final_norm: dict[str, int]
+    head: dict[str, int]
+    frequency_factors: tuple[int, ...]  # by layer; 0 without rotary positions
+    pairing: int  # NEOX or INTERLEAVED
+    key_type: int  # of K and V
+    row_bytes: int  # of a token's K in one layer
+    exact: bool  # float32 throughout: ggml's GELU table, which is float16, is not used
+    dot_counts: DotCounts = field(default_factory=dict)
+    kernels: PackedWeights | None = None
+    packed: frozenset[int] = frozenset()  # the matrices that these kernels multiply by
+    attention: FlashAttentionKernel | None = None  # for several tokens
+
+
+class Operations:
+    """Adds operations to one graph's memory."""
+
+    def __init__(self, memory: GraphMemory, shape: ModelShape, tensors: SliceTensors) -> None:
+        self.memory = memory
+        self.ggml = memory.ggml
+        self.context = memory.context
+        self.shape = shape
+        self.tensors = tensors
+        self.expert_zero = 0  # for products by dots; written once the graph is allocated
+        self._tiles: dict[tuple[int, str], int] = {}  # rows in the kernels' layout, by their tensor and kind
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """Add ggml's operation of this name."""
+        return int(getattr(self.ggml, f"ggml_{name}")(self.context, *arguments))
+
+    def view(self, tensor: int, sizes: Sequence[int], strides: Sequence[int], offset: int) -> int:
+        """A part of a tensor; `strides` are those of all axes but the first, in bytes."""
+        return self.call(f"view_{len(sizes)}d", tensor, *sizes, *strides, offset)
+
+    def scaled(self, tensor: int, factor: float) -> int:
+        return tensor if factor == 1.0 else self.call("scale", tensor, factor)
+
+    def linear(self, tensor: int, weights: dict[str, int], name: str) -> int:
+        """The product with a weight of the layer, plus its bias if it has one."""
+        result = self.product(weights[f"{name}.weight"], tensor)
+        bias = weights.get(f"{name}.bias")
+        return result if bias is None else self.call("add", result, bias)
+
+    def product(self, weight: int, rows: int) -> int:
+        """Like ggml's mul_mat of a weight and rows [features, count], by the fastest way."""
+        ggml, kernels = self.ggml, self.tensors.kernels
+        if kernels is not None and weight in self.tensors.packed:
+            key = (rows, kernels.tiles_of(weight))
+            if key not in self._tiles:
+                self._tiles[key] = kernels.tiles(self.context, *key)
+            return kernels.product(self.context, weight, self._tiles[key])
+        count = int(ggml.ggml_tensor.from_address(rows).ne[1])
+        kind = int(ggml.ggml_tensor.from_address(weight).type)
+        if count not in self.tensors.dot_counts.get(kind, ()):
+            return self.call("mul_mat", weight, rows)
+        self.expert_zero = self.expert_zero or new_expert_zero(self.memory, count)
+        return product_by_dots(ggml, self.context, weight, rows, self.expert_zero)
+
+    def norm(self, tensor: int, weights: dict[str, int], name: str) -> int:
+        """Apply a norm of the layer, if the layer has it."""
+        weight = weights.get(f"{name}.weight")
+        if weight is None:
+            return tensor
+        kind = "rms_norm" if self.shape.family.norm == "rms" else "norm"
+        normed = self.call("mul", self.call(kind, tensor, self.shape.norm_epsilon), weight)
+        bias = weights.get(f"{name}.bias")
+        return normed if bias is None else self.call("add", normed, bias)
+
+    def gated(self, gate: int, up: int | None = None) -> int:
+        """The activation of the gate times `up`, which may be the second half of the gate's tensor."""
+        kind = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu_erf"}[self.shape.activation]
+        if kind == "geglu" and self.tensors.exact:
+            if up is None:
+                gate, up = self.halves(gate)
+            return self.call("mul", self.activated(gate), up)
+        return self.call(kind, gate) if up is None else self.call(f"{kind}_split", gate, up)
+
+    def halves(self, tensor: int) -> tuple[int, int]:
+        fields = self.ggml.ggml_tensor.from_address(tensor)
+        half = fields.ne[0] // 2
+        sizes, strides = (half, *fields.ne[1:3]), fields.nb[1:3]
+        first, second = (self.view(tensor, sizes, strides, offset) for offset in (0, half * ITEM_BYTES))
+        return self.call("cont", first), second
+
+    def activated(self, tensor: int) -> int:
+        """Apply the model's activation."""
+        kind = self.shape.activation
+        if kind == "silu":
+            return self.call("silu", tensor)
+        if kind == "gelu":
+            return self.call("gelu_erf", tensor)
+        if not self.tensors.exact:
+            return self.call("gelu", tensor)
+        # equal to x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x ** 3))
+        factor = 2 * math.sqrt(2 / math.pi)
+        inner = self.call("scale_bias", self.call("sqr", tensor), 0.044715 * factor, factor)
+        return self.call("mul", tensor, self.call("sigmoid", self.call("mul", inner, tensor)))
