@@ -278,16 +278,6 @@ COMMANDS = (
             switch("--stop", help="stop both machines; volumes, settings and secrets stay"),
         ),
     ),
-    Command(
-        runs="services.cli.commands.convert:convert",
-        help="convert a .gguf file to a folder that noodle reads (needs torch)",
-        description="Converts a .gguf file of any architecture that transformers reads.",
-        options=(
-            option("file", metavar="FILE", help="the .gguf file"),
-            option("folder", metavar="FOLDER", help="folder to write"),
-            option("--dtype", choices=("float32", "float16", "bfloat16"), help="dtype of the weights (float32)"),
-        ),
-    ),
 )
 
 

@@ -60,6 +60,10 @@ class GgmlUnavailable(StartError, code="ggml_unavailable"):
     """ggml is not installed, or not built for this machine's processor."""
 
 
+class TransformersUnavailable(StartError, code="transformers_unavailable"):
+    """torch and transformers are needed and not installed: they are an extra of noodle."""
+
+
 class NotWritable(StartError, code="not_writable"):
     """A folder that noodle writes to is full or not writable."""
 

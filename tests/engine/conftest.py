@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from tests.engine.engine import CONTROL, STAGE, Built, build, require_base_images, require_engine
+from tests.engine.engine import CONTROL, STAGE, WITH_TRANSFORMERS, build, require_base_images, require_engine
 from tests.engine.project import Project
 from tests.support.models.real_model import real_model_folder
 
@@ -17,19 +17,28 @@ def engine():
 
 @pytest.fixture(scope="session")
 def images(engine):
-    """Both images, built from this folder.
+    """The images that noodle has by default, built from this folder."""
+    _build_all({"control": CONTROL, "stage": STAGE})
+
+
+@pytest.fixture(scope="session")
+def image_with_transformers(engine):
+    """The image of a stage with torch, built from this folder.
 
     torch comes from the index that pip is set to unless TORCH_INDEX_URL names another: an index with wheels for CPUs
     alone is not reached everywhere.
     """
-    torch_index_url = os.environ.get("TORCH_INDEX_URL", "")
+    _build_all({"stage-transformers": WITH_TRANSFORMERS}, TORCH_INDEX_URL=os.environ.get("TORCH_INDEX_URL", ""))
+    return WITH_TRANSFORMERS
+
+
+def _build_all(tags, **arguments):
     seconds = {}
-    for target, tag, arguments in (("control", CONTROL, {}), ("stage", STAGE, {"TORCH_INDEX_URL": torch_index_url})):
+    for target, tag in tags.items():
         began = time.monotonic()
         build("Dockerfile.cpu", target, tag, **arguments)
         seconds[target] = time.monotonic() - began
     print("images built in", {target: f"{taken:.1f} s" for target, taken in seconds.items()})
-    return Built(torch_index_url)
 
 
 @pytest.fixture(scope="module")

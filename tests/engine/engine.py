@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,11 @@ ROOT = Path(__file__).parents[2]
 IMAGES = Path(__file__).with_name("images")
 BASE_IMAGES = ("python:3.11-slim-bookworm", "valkey/valkey:9", "prom/prometheus:v3.5.0")
 CONTROL, STAGE = "noodle-test-control", "noodle-test-stage"
+WITH_TRANSFORMERS = "noodle-test-stage-transformers"
 COMMAND_SECONDS = 120.0
 PULL_SECONDS = 300.0
 BASE_SECONDS = 600.0
 BUILD_SECONDS = 1200.0
-
-
-@dataclass(frozen=True)
-class Built:
-    """What both images were built with."""
-
-    torch_index_url: str
 
 
 def run(arguments: Sequence[str], seconds: float = COMMAND_SECONDS, **options: object) -> subprocess.CompletedProcess:

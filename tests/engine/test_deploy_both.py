@@ -82,20 +82,20 @@ def deploy(folder, environment, *arguments):
     return done
 
 
-def test_both_machines_from_one_script_again_and_down(server_with_engine, addresses, images, tmp_path):
+def test_both_machines_from_one_script_again_and_down(server_with_engine, addresses, tmp_path):
     server, (address_a, address_b) = server_with_engine, addresses
     folder_a = tmp_path / "a"
     folder_a.mkdir()
     a = Project(folder_a, core=0)
     a.kind = "a"
     (folder_b := server.home / "noodle").mkdir()
-    prepare_b(folder_b, tmp_path, images)
+    prepare_b(folder_b, tmp_path)
     config = server.config()
     config.write_text(config.read_text().replace("Host machine-b.test", f"Host {address_b}"))
     remote = (address_b, "--user", "anna", "--address", address_a, "--ssh-config", str(config))
     environment = {**a.environment, "PATH": os.environ["PATH"]}
     os.symlink(Path(__file__).parents[2] / ".venv", folder_a / ".venv")
-    with_test_images(folder_a, images)
+    with_test_images(folder_a)
     try:
         done = deploy(folder_a, environment, *remote)
         assert done.returncode == 0, done.stdout + done.stderr[-4000:]
@@ -136,18 +136,16 @@ def in_order(folder, environment, told):
     assert all(each["status"] != "error" for each in outcomes)
 
 
-def with_test_images(folder, images):
+def with_test_images(folder):
     """Write the overrides of these tests: images built from the cache, and no Grafana."""
     path = folder / "docker-compose.test.yml"
     overrides = json.loads(path.read_text())
     services = overrides["services"]
     services["grafana"] = {"image": CONTROL, "entrypoint": ["sleep", "infinity"], "volumes": []}
     path.write_text(json.dumps(overrides))
-    with (folder / ".env").open("a") as file:
-        file.write(f"TORCH_INDEX_URL={images.torch_index_url}\n")
 
 
-def prepare_b(folder, tmp_path, images):
+def prepare_b(folder, tmp_path):
     """Prepare B's folder as after an earlier deploy, with the settings of these tests."""
     scratch = tmp_path / "scratch-b"
     scratch.mkdir()
@@ -155,8 +153,6 @@ def prepare_b(folder, tmp_path, images):
     shutil.copy2(scratch / "docker-compose.test.yml", folder / "docker-compose.test.yml")
     shutil.copy2(scratch / ".env", folder / ".env")
     (folder / ".noodle-deployed").touch()
-    with (folder / ".env").open("a") as file:
-        file.write(f"TORCH_INDEX_URL={images.torch_index_url}\n")
     for path in (folder, *folder.iterdir()):
         path.chmod(0o777)
     assert STAGE in (folder / "docker-compose.test.yml").read_text()

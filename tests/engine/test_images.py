@@ -12,7 +12,7 @@ from services.stage.executors.ggml.backend import processor_flags
 from tests.engine.engine import CONTROL, ROOT, STAGE, build, docker, in_image, run
 from tests.unit.project.test_images import GPU, locked, text_of
 
-CODE_CHANGE_SECONDS = 60.0  # a slow disk takes most of it; installing torch takes minutes
+CODE_CHANGE_SECONDS = 60.0  # a slow disk takes most of it; installing packages takes minutes
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "ld", "as", "make", "nvcc")
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.usefixtures("images")]
@@ -38,11 +38,30 @@ def test_it_says_what_it_is_and_how_it_does(image):
     assert config["Healthcheck"]["Test"][:4] == ["CMD", "python", "-P", "-m"]
 
 
-def test_control_has_no_torch_and_a_stage_has_the_locked_one():
-    code = "import importlib.metadata as m; print(m.version('torch').partition('+')[0])"
-    assert "PackageNotFoundError" in in_image(CONTROL, "python", "-c", code).stderr
-    version = in_image(STAGE, "python", "-c", code).stdout.strip()
-    assert ("torch", f"torch=={version}") in locked("requirements.lock")
+STAGE_MEGABYTES = 450  # of the default image on disk
+
+
+def test_torch_is_in_the_image_with_transformers_alone(image_with_transformers):
+    code = "import importlib.metadata as m; print(m.version('torch').partition('+')[0], m.version('transformers'))"
+    for image in (CONTROL, STAGE):
+        assert "PackageNotFoundError" in in_image(image, "python", "-c", code).stderr
+    torch, transformers = in_image(image_with_transformers, "python", "-c", code).stdout.split()
+    assert {("torch", f"torch=={torch}"), ("transformers", f"transformers=={transformers}")} <= locked(
+        "requirements-transformers.lock"
+    )
+
+
+def test_the_image_of_a_stage_is_small():
+    megabytes = config_of(STAGE)["Size"] / 1e6
+    print(f"the image of a stage: {megabytes:.0f} MB")
+    assert megabytes < STAGE_MEGABYTES
+
+
+def test_a_stage_without_transformers_names_the_image_that_has_them():
+    code = "from noodle.installation import require_transformers; require_transformers('this model')"
+    done = in_image(STAGE, "python", "-P", "-c", code)
+    assert "TransformersUnavailable" in done.stderr
+    assert "STAGE_TARGET=stage-transformers" in done.stderr
 
 
 def test_a_stage_has_ggml_with_the_kernels_of_this_processor():
@@ -104,19 +123,17 @@ def test_a_container_that_lacks_everything_says_what_it_lacks():
     assert "NOODLE_ADVERTISE_URL" in done.stderr
 
 
-def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_they_are(tmp_path, images):
-    locks = ("requirements-stage.lock", "requirements-control.lock", "requirements-ggml.lock")
-    for name in ("Dockerfile.cpu", ".dockerignore", *locks):
-        shutil.copy2(ROOT / name, tmp_path / name)
+def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_they_are(tmp_path):
+    for path in (ROOT / "Dockerfile.cpu", ROOT / ".dockerignore", *ROOT.glob("requirements*.lock")):
+        shutil.copy2(path, tmp_path / path.name)
     for name in ("services", "shared"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     main = tmp_path / "services" / "stage" / "__main__.py"
     main.write_text(main.read_text(encoding="utf-8") + f"# changed at {time.time()}\n", encoding="utf-8")
-    argument = ["--build-arg", f"TORCH_INDEX_URL={images.torch_index_url}"]
     changed = f"{STAGE}-changed"
     began = time.monotonic()
     command = ["build", "--file", str(tmp_path / "Dockerfile.cpu"), "--target", "stage", "--tag", changed]
-    docker(*command, *argument, str(tmp_path), seconds=600)
+    docker(*command, str(tmp_path), seconds=600)
     seconds = time.monotonic() - began
     try:
         before, after = (config_of(image)["RootFS"]["Layers"] for image in (STAGE, changed))
@@ -128,9 +145,9 @@ def test_a_change_of_code_is_built_in_seconds_and_leaves_the_layers_below_as_the
         run(["docker", "image", "rm", changed])
 
 
-def test_the_look_for_a_cards_kernels_refuses_a_wheel_without_them():
+def test_the_look_for_a_cards_kernels_refuses_a_wheel_without_them(image_with_transformers):
     (look,) = re.findall(r'^RUN python -c "(import sys, torch; .+)" \$TORCH_KERNELS$', text_of(GPU), re.MULTILINE)
-    refused = in_image(STAGE, "python", "-c", look, "sm_60", "sm_61")  # this image's wheel has no kernels for Pascal
+    refused = in_image(image_with_transformers, "python", "-c", look, "sm_60", "sm_61")  # its wheel has none for Pascal
     assert refused.returncode == 1
     assert re.search(r"AssertionError: \[('sm_75'.*)?\]", refused.stderr)  # a wheel for CPUs alone has none at all
 

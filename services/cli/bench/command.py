@@ -15,6 +15,7 @@ from noodle.cluster.measuring import ControlReady
 from noodle.config.environment import command_config, process_environment
 from noodle.config.settings import CommandConfig
 from noodle.errors import ConfigurationError
+from noodle.installation import require_transformers
 from noodle.model.files import model_digest
 from services.cli.bench import report
 from services.cli.bench.cluster import Prompt, prompts_of, run_streams, text_token_ids
@@ -25,7 +26,7 @@ from services.cli.client.progress import Progress, open_progress
 from services.cli.client.reports import output_folder, print_stored, store_report, wants_stored, write_and_print
 from services.cli.client.target import Target, find_target
 from services.cli.local.conversation import Conversation
-from services.cli.local.preparation import find_model, require_torch
+from services.cli.local.preparation import find_model
 from services.cli.local.processes import Signals, python_module, usable_cores
 
 WARM_UP_TOKENS = 4  # new tokens of a warm-up, after a whole prompt: memory, threads and connections are in use then
@@ -60,7 +61,7 @@ def bench(options: argparse.Namespace) -> int:
     )
     folder = output_folder(options.output)
     if wanted.with_control:
-        require_torch("The control", "Use --no-control, or install noodle's extra `stage` (`make setup`).")
+        require_transformers("The control", otherwise="Or use --no-control.")
     health = require_ready(target)
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # before anything is started
     with contextlib.closing(open_progress(sys.stderr)) as progress, Signals() as signals:

@@ -13,13 +13,14 @@ from noodle import __version__
 from noodle.cluster.measuring import MachineProfile, ProfileLine, ProfileQuestion
 from noodle.config.environment import command_config, process_environment
 from noodle.errors import NoodleError
+from noodle.installation import require_transformers
 from services.cli.bench.plots import draw_profile
 from services.cli.bench.profile_report import ProfileConditions, ProfileReport, headline, print_report, remarks
 from services.cli.client.progress import Progress, open_progress
 from services.cli.client.reports import output_folder, print_stored, store_report, wants_stored, write_and_print
 from services.cli.client.target import find_target
 from services.cli.local.conversation import Conversation
-from services.cli.local.preparation import find_model, require_torch
+from services.cli.local.preparation import find_model
 from services.cli.local.processes import Signals, python_module
 
 SILENCE_SECONDS = 900.0  # between two lines: loading a slice from a slow disk, waiting for stages that measure
@@ -36,9 +37,7 @@ def profile(options: argparse.Namespace) -> int:
     if wants_stored(options, ("quick", "output")):
         return print_stored(options, target, "profile", ProfileReport, print_report)
     folder = output_folder(options.output)
-    require_torch(
-        "Measuring", "Run `noodle profile` where a stage is installed (`make setup`, or noodle's extra `stage`)."
-    )
+    require_transformers("Measuring")
     conditions = ProfileConditions(
         noodle_version=__version__,
         is_quick=bool(options.quick),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -12,7 +11,7 @@ from msgspec import Struct
 
 from noodle.cluster.measuring import ProcessError, StoreProgress
 from noodle.config.settings import CommandConfig
-from noodle.errors import ConfigurationError, StartError
+from noodle.errors import StartError
 from services.cli.client.progress import Progress
 from services.cli.client.target import Target
 from services.cli.local.conversation import Conversation, ProcessEnded
@@ -85,12 +84,6 @@ def find_model(
     if target.record is not None and target.record.model_path:
         return PreparedModel(Path(target.record.model_path), "")
     return prepare_model(config.model, config, environment, signals, progress)
-
-
-def require_torch(what: str, cure: str) -> None:
-    """Raise ConfigurationError, before anything is fetched, if the processes that compute would find no torch."""
-    if importlib.util.find_spec("torch") is None:
-        raise ConfigurationError(f"{what} needs torch, which is not installed here.", cure=cure)
 
 
 def _follow(store: Conversation, progress: Progress) -> PreparedModel:

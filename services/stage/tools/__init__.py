@@ -1,1 +1,1 @@
-"""Processes that the command line starts beside a cluster: verify's reference, bench's control, profile and convert."""
+"""Processes that the command line starts beside a cluster: verify's reference, bench's control and profile."""

@@ -13,6 +13,8 @@ from services.cli.project.project import Project
 
 ROOT = Path(__file__).parents[3]
 CPU, GPU = (ROOT / f"Dockerfile.{kind}" for kind in ("cpu", "gpu"))
+# the targets that are run
+ENDS = [(CPU, "control"), (CPU, "stage"), (CPU, "stage-transformers"), (GPU, "stage")]
 COMPOSE_FILES = sorted(ROOT.glob("docker-compose*.yml"))
 # CUDA libraries come from an image's wheel index, never from a lock
 OF_TORCH = re.compile(r"(torch|triton|(nvidia|cuda)-(?!ml-py)[a-z0-9-]+)")
@@ -39,44 +41,79 @@ def compose(name="docker-compose.yml"):
     return yaml.safe_load(text_of(ROOT / name))
 
 
-@pytest.mark.parametrize("name", ["requirements-control.lock", "requirements-stage.lock"])
-def test_an_image_has_the_versions_that_everyone_has(name):
-    assert locked(name)
-    assert locked(name) <= locked("requirements.lock")
+def packages(name):
+    return {package for package, _ in locked(name)}
 
 
-def test_control_needs_no_torch_and_no_lock_of_an_image_brings_a_cards_libraries():
-    control, stage = ({package for package, _ in locked(f"requirements-{each}.lock")} for each in ("control", "stage"))
-    assert not {package for package in control | stage if OF_TORCH.fullmatch(package)}
-    assert not control & {"transformers", "safetensors"}
+def extras():
+    return tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
 
 
-def test_a_stage_has_everything_that_is_locked_but_torch_for_what_it_installs():
-    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
-    for name in ("control", "stage"):
-        wanted = {re.split(r"[=<>; ]", each)[0] for each in extras[name]} - {"torch"}
-        assert wanted <= {package for package, _ in locked(f"requirements-{name}.lock")}
+@pytest.mark.parametrize("name", ["", "-control", "-stage", "-transformers"])
+def test_each_installation_has_the_versions_that_are_tested(name):
+    installed, tested = (
+        {line.partition(" ;")[0] for _, line in locked(f"requirements{each}.lock")} for each in (name, "-dev")
+    )
+    assert installed
+    assert installed <= tested
+
+
+def test_what_runs_noodle_by_default_and_the_images_without_transformers_have_no_torch():
+    for name in ("requirements.lock", "requirements-control.lock", "requirements-stage.lock"):
+        assert not {package for package in packages(name) if OF_TORCH.fullmatch(package)}, name
+        assert not packages(name) & {"transformers", "safetensors", "sympy"}, name
+    assert packages("requirements-control.lock") | packages("requirements-stage.lock") <= packages("requirements.lock")
+
+
+@pytest.mark.parametrize("name", ["control", "stage", "transformers"])
+def test_everything_that_an_extra_names_is_locked(name):
+    wanted = {re.split(r"[=<>; ]", each)[0] for each in extras()[name]}
+    assert wanted <= packages(f"requirements-{name}.lock")
 
 
 @pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
-def test_torch_has_the_locked_version(path):
+def test_torch_has_the_locked_version_and_comes_with_its_libraries_from_the_index_of_the_image(path):
     (version,) = re.findall(r"^ARG TORCH_VERSION=(.+)$", text_of(path), re.MULTILINE)
-    assert ("torch", f"torch=={version}") in locked("requirements.lock")
+    assert ("torch", f"torch=={version}") in locked("requirements-transformers.lock")
+    (left_out,) = re.findall(r"/\^nvidia-ml-py==/b;/\^(\(.+\))==/d' ", text_of(path))
+    left = {package for package in packages("requirements-transformers.lock") if re.fullmatch(left_out, package)}
+    assert {"torch", "triton", "cuda-toolkit", "nvidia-cublas"} <= left
+    assert left - {"nvidia-ml-py"} == {
+        each for each in packages("requirements-transformers.lock") if OF_TORCH.fullmatch(each)
+    }
 
 
-def test_the_image_for_a_card_differs_in_torch_alone():
-    cpu, gpu = instructions(CPU, "stage"), instructions(GPU, "stage")
-    for shared in ("base", "code"):
+def test_the_stage_of_a_cpu_is_the_one_without_transformers_and_both_end_alike():
+    plain, complete = instructions(CPU, "stage"), instructions(CPU, "stage-transformers")
+    assert [line for line in plain if "LABEL" not in line] == [line for line in complete if "LABEL" not in line]
+    assert re.findall(r"^FROM (\S+) AS stage$", text_of(CPU), re.MULTILINE) == ["stage-packages"]
+    installed = " ".join(instructions(CPU, "stage-packages"))
+    assert "torch" not in installed
+    assert "transformers" not in installed
+
+
+def test_the_image_for_a_card_differs_in_torch_and_ggml_alone():
+    for shared in ("base", "code", "stage-packages"):
         assert instructions(CPU, shared) == instructions(GPU, shared)
+    cpu, gpu = instructions(CPU, "transformers-packages"), instructions(GPU, "transformers-packages")
     only_gpu = [line for line in gpu if line not in cpu]
     only_cpu = [line for line in cpu if line not in gpu]
-    assert [line.split()[0] for line in only_cpu] == ["ARG", "LABEL"]
-    assert [line.split()[0] for line in only_gpu] == ["ARG", "ARG", "RUN", "ENV", "LABEL"]
+    assert [line.split()[0] for line in only_cpu] == ["ARG"]
+    assert [line.split()[0] for line in only_gpu] == ["ARG", "ARG", "RUN", "ENV"]
     index, needed, look = only_gpu[:3]
     assert index == "ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu126"
     assert needed == 'ARG TORCH_KERNELS="sm_60 sm_61"'
     assert "get_arch_list()" in look
     assert look.endswith("$TORCH_KERNELS")
+    without_label = [[line for line in instructions(path, name) if "LABEL" not in line] for path, name in ENDS[2:]]
+    assert without_label[0] == without_label[1]
+
+
+def test_compose_builds_the_stage_that_its_variable_names():
+    stage = compose()["services"]["stage-1"]
+    assert stage["build"]["target"] == "${STAGE_TARGET:-stage}"
+    assert stage["image"] == "noodle-${STAGE_TARGET:-stage}"
+    assert compose("docker-compose.gpu.yml")["services"]["stage-0"]["build"]["target"] == "stage"
 
 
 def test_ggml_is_built_alike_for_both_images_but_for_the_compiler_of_a_card():
@@ -93,9 +130,8 @@ def test_ggml_is_built_alike_for_both_images_but_for_the_compiler_of_a_card():
 
 
 def test_ggml_has_one_version_everywhere_and_what_it_needs_is_locked_for_a_stage():
-    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
-    assert {line for _, line in locked("requirements-ggml.lock")} == set(extras["ggml"])
-    assert {"numpy", "typing-extensions"} <= {package for package, _ in locked("requirements-stage.lock")}
+    assert {line for _, line in locked("requirements-ggml.lock")} == set(extras()["ggml"])
+    assert {"numpy", "typing-extensions"} <= packages("requirements-stage.lock")
 
 
 @pytest.mark.parametrize("path", [CPU, GPU], ids=lambda path: path.name)
@@ -105,13 +141,13 @@ def test_old_engines_can_build_it(path):
     assert not re.search(r"<<[A-Z]|--link|--start-interval", text)
 
 
-@pytest.mark.parametrize(("path", "target"), [(CPU, "control"), (CPU, "stage"), (GPU, "stage")])
+@pytest.mark.parametrize(("path", "target"), ENDS)
 def test_the_code_comes_after_what_it_depends_on_and_nothing_runs_as_root(path, target):
     lines = instructions(path, target)
     installs = [index for index, line in enumerate(lines) if "pip install" in line]
     code = [index for index, line in enumerate(lines) if line.startswith("COPY --from=code")]
     assert len(code) == 1
-    assert max(installs) < code[0]
+    assert max(installs, default=-1) < code[0]
     assert "USER 10001:10001" in lines
     assert not [line for line in lines if "apt-get" in line]
     assert f'org.opencontainers.image.version="{__version__}"' in " ".join(lines)
