@@ -35,7 +35,6 @@ ASSUMED_WITH_DTYPE = (
     "weights",
     "layer_weight_bytes",
     "kv_dtype",
-    "quality",
     "choice",
     "decode_layer_seconds",
     "prefill_layer_seconds_per_token",

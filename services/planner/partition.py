@@ -11,7 +11,7 @@ import numpy as np
 
 from noodle.cluster.plan import MachineReport, ModelShape, Plan, StageAssignment
 from noodle.errors import ConfigurationError, MemoryShort, PlanDoesNotFit
-from noodle.model.formats import FORMAT_BY_DTYPE, KV_ITEM_BYTES, WEIGHT_ITEM_BYTES
+from noodle.model.formats import FORMAT_BY_DTYPE, KV_ITEM_BYTES, STORED, WEIGHT_ITEM_BYTES, WEIGHTS
 from services.planner.cut_search import CutProblem, Matrix, best_cut, cut_fits, held_bytes, shortage_bytes
 from services.planner.hop_format import Hop, choose_hops
 from services.planner.prediction import describe, predict, stage_decode_seconds, stage_work_seconds
@@ -84,10 +84,10 @@ def _check_machines(shape: ModelShape, machines: tuple[MachineReport, ...]) -> N
                 f"{where} computes in {machine.dtype!r}, whose size in memory is unknown.",
                 cure=f"Set its NOODLE_DTYPE to one of {', '.join(DTYPE_BYTES)}.",
             )
-        if machine.weights and not machine.layer_weight_bytes > 0 and machine.weights not in WEIGHT_ITEM_BYTES:
+        if machine.weights and not machine.layer_weight_bytes > 0 and machine.weights not in WEIGHTS:
             raise PlanDoesNotFit(
                 f"{where} keeps its weights as {machine.weights!r}, whose size in memory is unknown.",
-                cure=f"Set its NOODLE_WEIGHTS to one of {', '.join(WEIGHT_ITEM_BYTES)}.",
+                cure=f"Set its NOODLE_WEIGHTS to one of {', '.join(WEIGHTS)}.",
             )
         numbers = (machine.decode_layer_seconds, machine.prefill_layer_seconds_per_token)
         may_be_zero = (machine.head_decode_seconds, machine.batched_layer_seconds, machine.batched_head_seconds)
@@ -130,6 +130,8 @@ def _weight_ratio(shape: ModelShape, machine: MachineReport) -> float:
     stored_bytes = sum(shape.layer_bytes)
     if machine.layer_weight_bytes > 0 and stored_bytes:
         return machine.layer_weight_bytes * shape.layer_count / stored_bytes
+    if machine.weights == STORED:
+        return 1.0
     return WEIGHT_ITEM_BYTES[machine.weights or FORMAT_BY_DTYPE[machine.dtype]] / shape.stored_item_bytes
 
 
@@ -192,7 +194,6 @@ def _assignments(
                 executor=machine.executor,
                 weights=machine.weights,
                 kv_dtype=machine.kv_dtype,
-                quality=machine.quality,
                 activation_dtype=hops[index].dtype,
                 prefill_activation_dtype=hops[index].prefill_dtype,
                 hop_token_seconds=hops[index].token_seconds,

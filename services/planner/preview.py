@@ -127,7 +127,6 @@ def _stages(plan: Plan, shape: ModelShape, listed: Sequence[ListedMachine], kv_t
                 "executor": stage.executor,
                 "weights": stage.weights or FORMAT_BY_DTYPE[stage.dtype],
                 "kv_dtype": stage.kv_dtype or FORMAT_BY_DTYPE[stage.dtype],
-                "quality": stage.quality,
                 "choice": report.choice,
                 "hop_dtype": "" if is_last else " and ".join(stage.activation_dtypes),
                 "link_bytes_per_second": report.link_bytes_per_second,

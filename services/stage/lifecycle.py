@@ -19,11 +19,10 @@ from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
 from noodle.model.files import names_a_path
-from noodle.model.formats import Quality
 from noodle.model.local import find_local_model
 from noodle.model.weight_cache import WeightCache
 from services.stage.loading import load_role, return_freed_memory
-from services.stage.selection.report import build_machine_report, import_early
+from services.stage.selection.report import build_machine_report
 from services.stage.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -109,17 +108,14 @@ class Lifecycle:
 
     def follow_plans(self) -> None:
         """Measure the machine, then load what each newer plan gives this stage, until `stop`."""
-        import_early()
         folder = self._find_model()
         report = self._report = build_machine_report(
             self._config,
             self._stage.boot_id,
             folder,
             progress=lambda done, what: self._update(phase="measuring", detail=what, progress=done),
-            fetch=partial(self._fetch, "the model's quality"),
-            known_quality=self._known_quality,
         )
-        if report.device == "cuda":
+        if report.device == "cuda" and report.executor == "transformers":
             from services.stage.executors.transformers.runtime import card_use  # only now: it imports torch
 
             self._stage.read_card = card_use
@@ -322,19 +318,6 @@ class Lifecycle:
         self._weights.ensure(keys, progress)
         log.info("%d bytes of weights fetched since the start", self._weights.fetched_bytes)
         self._update(detail=layers)
-
-    def _known_quality(self, mine: MachineReport) -> Quality | None:
-        """The quality that another stage measured of the same weights of the same model."""
-        try:
-            reports = self._queue.reports()
-        except QueueUnavailable as error:
-            log.debug("no other stage's measurement of the model's quality can be read: %s", error)
-            return None
-        wanted = (mine.model_digest, mine.executor, mine.weights, mine.kv_dtype)
-        for report in reports:
-            if (report.model_digest, report.executor, report.weights, report.kv_dtype) == wanted and report.quality:
-                return report.quality
-        return None
 
     def _update(self, **changes: Any) -> None:
         """Change fields of the state; `progress` falls to 0, and `ready_version` with the phase, unless given."""

@@ -36,7 +36,7 @@ def load_role(
 ) -> Role:
     """Load the layers of the plan's stage `index`; the old ones are dropped first when both do not fit."""
     config, mine = stage.config, plan.stages[index]
-    if stage.role is not None and free_memory(report.device).free_bytes < 2 * mine.weight_bytes:
+    if stage.role is not None and free_memory(report.device, report.executor).free_bytes < 2 * mine.weight_bytes:
         log.info("the old and the new layers do not fit side by side: dropping the old ones first")
         stage.become(0, None)
     weights = mine.weights or FORMAT_BY_DTYPE[mine.dtype]  # a plan that names no weights is for transformers
@@ -53,7 +53,7 @@ def load_role(
         fetch=fetch,
     )
     stages_here = sum(other.machine == mine.machine for other in plan.stages)
-    free_bytes = free_memory(report.device).free_bytes
+    free_bytes = free_memory(report.device, report.executor).free_bytes
     kv_bytes = config.kv_bytes or int(free_bytes * KV_SHARE_OF_FREE_BYTES / stages_here)
     check_kv_room(config, plan, index, kv_bytes, model_slice.kv_bytes_per_token)
     stage.kv_budget_bytes = kv_bytes

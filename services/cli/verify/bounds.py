@@ -30,7 +30,7 @@ BOUNDS = {
     "f16": Bound(0.1, 0.95),
     "bf16": Bound(0.3, 0.90),
     "q8_0": Bound(1.0, 0.85),
-    "gguf": Bound(1.0, 0.85),
+    "stored": Bound(1.0, 0.85),
     "q4_K": Bound(8.0, 0.45),
     "q4_0": Bound(8.0, 0.45),
 }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from noodle.model.formats import is_lossless
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -15,11 +13,6 @@ class Candidate:
     weights: str
     kv_dtype: str
     dtype: str
-
-    @property
-    def is_lossless(self) -> bool:
-        """Whether its results are those of float32."""
-        return is_lossless(self.weights, self.kv_dtype)
 
     def __str__(self) -> str:
         return f"{self.executor} {self.weights}"

@@ -1,4 +1,7 @@
-"""Chooses the device and dtype that a stage computes with and reads the free memory there, each with the reason."""
+"""Chooses the device and dtype that a stage computes with and reads the free memory there, each with the reason.
+
+torch is imported only for an NVIDIA card that transformers computes on.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from services.stage.executors.ggml.backend import load_ggml
 from services.stage.executors.load import ggml_device
 
 TORCH_DEVICES = ("cpu", "cuda")  # on any other device ggml alone computes
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +34,32 @@ class FreeMemory:
     source: str
 
 
-def choose_device(wanted: str) -> Choice:
+def choose_device(wanted: str, *, ggml_only: bool, has_torch: bool) -> Choice:
     """`cpu` or `cuda` for "auto", "cpu" or "cuda"; a device that only ggml has is used as named.
 
-    Raises ConfigurationError if a requested card is missing, or if the installed torch cannot compute on the card.
+    `ggml_only`: transformers is not to compute here; `has_torch`: it is installed. Raises ConfigurationError if a
+    requested card is missing, or if the installed torch cannot compute on the card.
     """
     if wanted not in ("auto", "cuda"):
         return Choice(wanted, "configured")
+    if ggml_only or not has_torch:
+        if wanted == "cuda" or ggml_has("cuda"):
+            return Choice("cuda", "configured" if wanted == "cuda" else "ggml is built for the CUDA device")
+        return Choice("cpu", "this ggml finds no CUDA device")
+    if wanted == "auto" and not NVIDIA_DRIVER.exists():
+        return Choice("cpu", "no NVIDIA driver found")
     from services.stage.executors.transformers.runtime import choose_cpu_or_card
 
     return Choice(*choose_cpu_or_card(wanted))
+
+
+def ggml_has(device: str) -> bool:
+    """Whether ggml is installed and has a device of this kind."""
+    try:
+        ggml_device(device)
+    except GgmlUnavailable:
+        return False
+    return True
 
 
 def choose_dtype(wanted: str, device: str) -> Choice:
@@ -51,13 +71,13 @@ def choose_dtype(wanted: str, device: str) -> Choice:
     return Choice("float32", "exact on a CPU") if wanted == "auto" else Choice(wanted, "configured")
 
 
-def device_name(device: str) -> str:
+def device_name(device: str, executor: str) -> str:
     """Name of the device's model, for people and for the key of its measurements."""
-    if device == "cuda":
+    if device == "cuda" and executor == "transformers":
         from services.stage.executors.transformers.runtime import card_name
 
         return card_name()
-    if device not in TORCH_DEVICES:
+    if device != "cpu":
         return ggml_card(device)[0]
     with contextlib.suppress(OSError):  # not Linux
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -66,16 +86,16 @@ def device_name(device: str) -> str:
     return "CPU"
 
 
-def free_memory(device: str, *, cgroup: Path = CGROUP) -> FreeMemory:
-    """Free memory for a slice on a device.
+def free_memory(device: str, executor: str, *, cgroup: Path = CGROUP) -> FreeMemory:
+    """Free memory for a slice on a device that an executor computes on.
 
     On a CPU this is what the system has available, or what the container's limit leaves if that is less.
     """
-    if device == "cuda":
+    if device == "cuda" and executor == "transformers":
         from services.stage.executors.transformers.runtime import free_card_bytes
 
         return FreeMemory(free_card_bytes(), "the card's driver")
-    if device not in TORCH_DEVICES:
+    if device != "cpu":
         return FreeMemory(ggml_card(device)[1], "the card's driver, by ggml")
     machine = machine_use()
     if machine is None:

@@ -59,7 +59,7 @@ class Control:
 
         return ControlReady(
             device=self._question.device,
-            device_name=device_name(self._question.device),
+            device_name=device_name(self._question.device, "transformers"),
             dtype=self._question.dtype,
             threads=torch.get_num_threads(),
             cores=len(os.sched_getaffinity(0)),

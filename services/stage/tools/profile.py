@@ -109,9 +109,9 @@ def devices_of(wanted: str, notes: list[str]) -> list[str]:
         )
         return ["cpu"]
     if wanted != "auto":
-        return [choose_device(wanted).value]
+        return [choose_device(wanted, ggml_only=False, has_torch=True).value]
     try:
-        chosen = choose_device("auto").value
+        chosen = choose_device("auto", ggml_only=False, has_torch=True).value
     except ConfigurationError as error:
         notes.append(f"The card is not measured: {error}")
         return ["cpu"]

@@ -91,14 +91,14 @@ class DeviceProfiler:
         """Time layers, embedding and head with each number of threads; raises NoodleError if they cannot be loaded."""
         chosen = choose_dtype(self.dtype, self.device)
         self.dtype = chosen.value
-        memory = free_memory(self.device)
+        memory = free_memory(self.device, "transformers")
         layer_bytes, kv_bytes = self._measure_layers(tuple(thread_counts), memory.free_bytes)
         tokens = [count for count in self.extent.part_tokens if count <= min(self.context_length, self.step_tokens)]
         self._measure_part("embedding", thread_counts, tokens)
         self._measure_part("head", thread_counts, self.extent.sessions)
         return DeviceProfile(
             device=self.device,
-            device_name=device_name(self.device),
+            device_name=device_name(self.device, "transformers"),
             dtype=chosen.value,
             dtype_reason=chosen.reason,
             free_bytes=memory.free_bytes,

@@ -10,7 +10,6 @@ from typing import Literal
 
 from msgspec import Struct, field
 
-from noodle.model.formats import Quality
 from noodle.wire.messages import ChainLink
 
 MINIMUM_SESSION_TOKENS = 16  # smallest useful context, and smallest room for KV rows: a short prompt and its answer
@@ -60,7 +59,6 @@ class MachineReport(Struct, frozen=True):
     kv_dtype: str = ""
     layer_weight_bytes: float = 0.0  # measured for one layer; 0: computed from `weights`
     executor_version: str = ""
-    quality: Quality | None = None  # of these weights and KV rows; None: float32
     choice: str = ""  # why this was chosen, in words
     link_bytes_per_second: float = 0.0  # from the coordinator's machine; 0: not measured
     batched_layer_seconds: float = 0.0  # one layer, per token of a step of several sessions; 0: not measured
@@ -81,7 +79,6 @@ class StageAssignment(Struct, frozen=True):
     executor: str = "transformers"
     weights: str = ""  # as in the stage's report
     kv_dtype: str = ""
-    quality: Quality | None = None
     activation_dtype: str = field(default="", name="hop_dtype")  # of the hidden states it sends; empty: as computed
     prefill_activation_dtype: str = field(default="", name="hop_prefill_dtype")  # of prompts; empty: the same
     hop_token_seconds: float = 0.0  # predicted for sending one token to the next stage

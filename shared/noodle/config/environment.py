@@ -17,7 +17,7 @@ from noodle.config import settings
 from noodle.config.addresses import host_of
 from noodle.config.variables import Variable
 from noodle.errors import ConfigurationError
-from noodle.model.formats import DTYPE_BY_FORMAT, FORMAT_BY_DTYPE
+from noodle.model.formats import DTYPE_BY_FORMAT, FORMAT_BY_DTYPE, STORED
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,9 @@ def _check_formats(values: Mapping[str, Any]) -> None:
             if values[f"NOODLE_{name}"] not in ("auto", exact):
                 raise ConfigurationError(
                     f"NOODLE_QUALITY is exact, and NOODLE_{name} is {values[f'NOODLE_{name}']}.",
-                    cure=f"Leave NOODLE_{name} at auto, or choose near-lossless.",
+                    cure=f"Leave NOODLE_{name} at auto, or NOODLE_QUALITY at stored.",
                 )
-    if executor == "transformers" and weights not in ("auto", *DTYPE_BY_FORMAT):
+    if executor == "transformers" and weights not in ("auto", STORED, *DTYPE_BY_FORMAT):
         raise ConfigurationError(
             f"NOODLE_EXECUTOR is transformers, which does not compute with NOODLE_WEIGHTS={weights}.",
             cure=f"Choose one of {', '.join(DTYPE_BY_FORMAT)}, or NOODLE_EXECUTOR=ggml.",

@@ -10,7 +10,7 @@ from noodle.config import variables as of
 from noodle.config.addresses import Address
 from noodle.config.api_keys import ApiKey, read_api_keys
 from noodle.config.variables import Variable, variable
-from noodle.model.formats import ALLOWANCES, EXECUTORS, FORMAT_BY_DTYPE, WEIGHTS
+from noodle.model.formats import EXECUTORS, FORMAT_BY_DTYPE, WEIGHTS
 from noodle.wire.frames import ACTIVATION_DTYPES
 
 
@@ -42,7 +42,7 @@ class SharedConfig:
         file_remark="file with that password",
     )
     cache_dir: Path = variable(
-        "NOODLE_CACHE_DIR", "~/.cache/noodle", of.path, "converted models and measurements; safe to delete"
+        "NOODLE_CACHE_DIR", "~/.cache/noodle", of.path, "models and measurements; safe to delete"
     )
 
 
@@ -111,9 +111,9 @@ class ModelQuality:
 
     quality: str = variable(
         "NOODLE_QUALITY",
-        "near-lossless",
-        of.choice(*ALLOWANCES),
-        "how close to float32 a model must stay: exact, at most 1 % more perplexity, or 10 % (small)",
+        "stored",
+        of.quality,
+        "stored: weights as the model's file holds them, KV rows in f16; exact: both in float32",
     )
 
 
@@ -228,13 +228,13 @@ class StageConfig(ComputeOptions, CoordinatorUrl, ModelQuality, StateFolder, Ser
         "NOODLE_EXECUTOR",
         "auto",
         of.choice("auto", *EXECUTORS),
-        "library that computes the layers of this stage; auto: the one that is measured to be faster here",
+        "library that computes the layers of this stage; auto: ggml where it computes the model, else transformers",
     )
     weights: str = variable(
         "NOODLE_WEIGHTS",
         "auto",
         of.choice("auto", *WEIGHTS),
-        "format of this stage's weights; auto: the fastest one that NOODLE_QUALITY allows",
+        "format of this stage's weights; auto: as the file holds them (stored); others are converted while loading",
     )
     kv_bytes: int = variable(
         "NOODLE_KV_BYTES", "0", of.whole(0, 1 << 50), "bytes for KV rows on this stage; 0: half of the free memory"

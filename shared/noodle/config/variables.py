@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from noodle.cluster.plan import MINIMUM_SESSION_TOKENS
 from noodle.config.addresses import Address
+from noodle.model.formats import QUALITIES
 
 MAXIMUM_CONTEXT_TOKENS = 1 << 24  # largest NOODLE_CONTEXT_LENGTH, in tokens
 MAXIMUM_WAIT_SECONDS = 86_400  # largest value of a variable in seconds
@@ -72,6 +73,12 @@ def whole(minimum: int, maximum: int) -> Callable[[str], int]:
 
 
 port = whole(1, 65535)
+
+
+def quality(text: str) -> str:
+    if text not in QUALITIES:
+        raise ValueError(f"one of {', '.join(QUALITIES)}; name a smaller format of weights in NOODLE_WEIGHTS")
+    return text
 
 
 def context_length(text: str) -> int | None:

@@ -69,7 +69,6 @@ def test_a_model_that_does_not_fit_is_told_with_its_cures(endless_folder, tmp_pa
             "NOODLE_STATE_DIR": str(tmp_path / "state"),
             "NOODLE_REPORTS_DIR": str(tmp_path / "reports"),
             "NOODLE_STAGES": "1",
-            "NOODLE_QUALITY": "exact",  # measuring a format's error on forty gigabytes would take long
             "NOODLE_THREADS": "1",
             "NOODLE_MACHINE": "laptop",
             "NOODLE_COORDINATOR_BIND": f"127.0.0.1:{coordinator_port}",

@@ -89,7 +89,7 @@ def of_format(executor: str, weights: str, share: float, empty: int) -> list[lis
     """Return one row for each stage."""
     variables = {"NOODLE_EXECUTOR": executor, "NOODLE_WEIGHTS": weights}
     if weights != "f32":
-        variables["NOODLE_QUALITY"] = "near-lossless"
+        variables["NOODLE_QUALITY"] = "stored"
     with tempfile.TemporaryDirectory() as scratch:
         cluster = Cluster(Path(scratch) / "s", real_model_folder(), 2, **variables)
         watch = Watch(cluster)

@@ -20,7 +20,7 @@ PROMPT_TOKENS = 512
 STREAMS = 8
 # the same cut on both sides, so that a difference is one of code
 FORMATS = {
-    "q8_0": {"NOODLE_EXECUTOR": GGML, "NOODLE_WEIGHTS": "q8_0", "NOODLE_QUALITY": "near-lossless"},
+    "q8_0": {"NOODLE_EXECUTOR": GGML, "NOODLE_WEIGHTS": "q8_0", "NOODLE_QUALITY": "stored"},
     "f32": {"NOODLE_EXECUTOR": TRANSFORMERS, "NOODLE_QUALITY": "exact"},
 }
 

@@ -64,7 +64,7 @@ def compare(programs: Path, source: Path, ours: str, theirs: str) -> list[list[o
     run(programs / "llama-quantize", "--allow-requantize", source, gguf, theirs)
     first, second = sorted(os.sched_getaffinity(0))[:2]
     found: dict[str, tuple[list[float], list[float]]] = {}
-    variables = {"NOODLE_EXECUTOR": "ggml", "NOODLE_WEIGHTS": ours, "NOODLE_QUALITY": "near-lossless"}
+    variables = {"NOODLE_EXECUTOR": "ggml", "NOODLE_WEIGHTS": ours, "NOODLE_QUALITY": "stored"}
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         one, two = (
             stack.enter_context(running_cluster(Path(scratch) / str(count), real_model_folder(), count, **variables))

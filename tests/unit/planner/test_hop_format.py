@@ -86,7 +86,9 @@ def test_weights_and_kv_rows_count_in_the_format_they_are_kept_in() -> None:
     assert packed.stages[0].weight_bytes == pytest.approx(plain.stages[0].weight_bytes * 34 / 32 / 4, abs=1)
     assert (packed.stages[0].executor, packed.stages[0].kv_dtype) == ("ggml", "f16")
     # a layer of 100 stored bytes, held in 20: measured bytes take precedence over the name
-    gguf = cut(shape, [machine(0, executor="ggml", weights="gguf", kv_dtype="f16", layer_weight_bytes=20.0)])
-    assert gguf.stages[0].weight_bytes == pytest.approx(plain.stages[0].weight_bytes / 5, abs=1)
-    with pytest.raises(PlanDoesNotFit, match="gguf"):
-        cut(shape, [machine(0, executor="ggml", weights="gguf", kv_dtype="f16")])
+    stored = {"executor": "ggml", "weights": "stored", "kv_dtype": "f16"}
+    measured = cut(shape, [machine(0, layer_weight_bytes=20.0, **stored)])
+    assert measured.stages[0].weight_bytes == pytest.approx(plain.stages[0].weight_bytes / 5, abs=1)
+    assert cut(shape, [machine(0, **stored)]).stages[0].weight_bytes == plain.stages[0].weight_bytes  # as in the file
+    with pytest.raises(PlanDoesNotFit, match="q3_X"):
+        cut(shape, [machine(0, executor="ggml", weights="q3_X", kv_dtype="f16")])

@@ -51,7 +51,7 @@ def load_ggml_slice(
     Raises GgmlUnavailable, UnsupportedModel with what ggml lacks for this model, ModelNotFound, or PlanDoesNotFit for
     layers that the model does not have.
     """
-    if weights not in WEIGHTS:
+    if weights not in (*WEIGHTS, "gguf"):
         raise ConfigurationError(f"weights {weights!r} are none of {', '.join(WEIGHTS)}.", cure="Choose one of these.")
     if kv_dtype not in KV_TYPE_NUMBERS:
         raise ConfigurationError(

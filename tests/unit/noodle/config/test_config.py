@@ -34,6 +34,14 @@ def test_an_unknown_variable_stops_the_start_and_the_near_one_is_named():
     assert "NOODLE_STAGES" in str(caught.value)
 
 
+@pytest.mark.parametrize("retired", ["near-lossless", "small"])
+def test_a_quality_of_an_older_noodle_is_refused_with_what_to_set_instead(retired):
+    with pytest.raises(ConfigurationError) as caught:
+        read_variables({"NOODLE_QUALITY": retired})
+    assert "stored, exact" in str(caught.value)
+    assert "NOODLE_WEIGHTS" in str(caught.value)
+
+
 def test_a_variable_that_an_older_env_file_still_sets_is_ignored_with_a_line(caplog):
     values = read_variables({"NOODLE_STAY_AWAKE": "off"})
     assert "NOODLE_STAY_AWAKE" not in values

@@ -7,6 +7,7 @@ import pytest
 from noodle.errors import ConfigurationError
 from noodle.metrics.machine import MachineUse
 from noodle.metrics.scraped import CardUse
+from services.stage.executors import load
 from services.stage.executors.transformers import runtime
 from services.stage.selection import device
 from services.stage.selection.device import FreeMemory, choose_device, choose_dtype, device_name, free_memory
@@ -55,27 +56,55 @@ def torch_has(monkeypatch):
     return replace
 
 
+@pytest.fixture(autouse=True)
+def driver(monkeypatch, tmp_path):
+    """An NVIDIA driver is installed."""
+    path = tmp_path / "nvidiactl"
+    path.touch()
+    monkeypatch.setattr(device, "NVIDIA_DRIVER", path)
+    return path
+
+
+def choose(wanted):
+    return choose_device(wanted, ggml_only=False, has_torch=True)
+
+
 def test_auto_is_the_cpu_without_a_card(torch_has):
     torch_has()
-    choice = choose_device("auto")
+    choice = choose("auto")
     assert choice.value == "cpu"
     assert "no CUDA device" in choice.reason
 
 
+def test_without_a_driver_torch_is_not_asked_for_a_card(driver, monkeypatch):
+    driver.unlink()
+    monkeypatch.setattr(runtime, "choose_cpu_or_card", lambda _: pytest.fail("asked"))
+    assert choose("auto").value == "cpu"
+
+
+@pytest.mark.parametrize("options", [{"ggml_only": True, "has_torch": True}, {"ggml_only": False, "has_torch": False}])
+@pytest.mark.parametrize(("devices", "chosen"), [(("CPU",), "cpu"), (("CUDA0", "CPU"), "cuda")])
+def test_where_ggml_alone_may_compute_auto_is_the_card_that_ggml_is_built_for(options, devices, chosen, monkeypatch):
+    monkeypatch.setattr(runtime, "choose_cpu_or_card", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr(load, "load_ggml", lambda: SimpleNamespace(devices=devices))
+    assert choose_device("auto", **options).value == chosen
+    assert choose_device("cuda", **options).value == "cuda"  # refused by name when the executor is chosen
+
+
 def test_auto_is_the_card_that_torch_has_kernels_for(torch_has):
     torch_has(capability=(6, 1), kernels=CU126)
-    assert choose_device("auto").value == "cuda"
+    assert choose("auto").value == "cuda"
 
 
 def test_cpu_is_the_cpu_even_beside_a_card(torch_has):
     torch_has(capability=(6, 1), kernels=CU126)
-    assert choose_device("cpu").value == "cpu"
+    assert choose("cpu").value == "cpu"
 
 
 def test_a_requested_card_that_is_missing_is_refused(torch_has):
     torch_has()
     with pytest.raises(ConfigurationError) as refusal:
-        choose_device("cuda")
+        choose("cuda")
     assert "NOODLE_DEVICE=cpu" in refusal.value.cure
 
 
@@ -83,7 +112,7 @@ def test_a_requested_card_that_is_missing_is_refused(torch_has):
 def test_a_pascal_card_under_a_torch_without_its_kernels_is_refused_with_the_way_out(wanted, torch_has):
     torch_has(capability=(6, 1), kernels=CU130)
     with pytest.raises(ConfigurationError) as refusal:
-        choose_device(wanted)
+        choose(wanted)
     assert "6.1" in str(refusal.value)
     assert "Dockerfile.gpu" in refusal.value.cure
     assert "cu126" in refusal.value.cure
@@ -92,7 +121,7 @@ def test_a_pascal_card_under_a_torch_without_its_kernels_is_refused_with_the_way
 def test_the_refusal_of_a_card_that_is_too_new_for_the_image_names_what_to_build_it_with(torch_has):
     torch_has(capability=(12, 0), kernels=CU126)
     with pytest.raises(ConfigurationError) as refusal:
-        choose_device("cuda")
+        choose("cuda")
     assert "cu130" in refusal.value.cure
     assert "TORCH_KERNELS=sm_120" in refusal.value.cure
 
@@ -112,10 +141,10 @@ def test_the_refusal_of_a_card_that_is_too_new_for_the_image_names_what_to_build
 def test_kernels_run_on_cards_of_their_major_version_and_ptx_on_later_ones(capability, kernels, runs, torch_has):
     torch_has(capability=capability, kernels=kernels)
     if runs:
-        assert choose_device("cuda").value == "cuda"
+        assert choose("cuda").value == "cuda"
     else:
         with pytest.raises(ConfigurationError):
-            choose_device("cuda")
+            choose("cuda")
 
 
 def test_dtype_auto_is_exact_on_a_cpu_and_native_on_a_card(torch_has):
@@ -141,8 +170,8 @@ def test_a_configured_dtype_is_taken_on_a_cpu(dtype):
 
 def test_a_device_has_a_name(torch_has):
     torch_has(capability=(6, 1))
-    assert device_name("cuda") == "NVIDIA GeForce GTX 1050"
-    assert device_name("cpu")
+    assert device_name("cuda", "transformers") == "NVIDIA GeForce GTX 1050"
+    assert device_name("cpu", "ggml")
 
 
 @pytest.fixture
@@ -152,14 +181,14 @@ def system(monkeypatch):
 
 
 def test_free_memory_is_what_the_system_has_available(system, tmp_path):
-    memory = free_memory("cpu", cgroup=tmp_path / "none")
+    memory = free_memory("cpu", "ggml", cgroup=tmp_path / "none")
     assert memory == FreeMemory(8000 * 1024, "available on the system")
 
 
 def test_a_system_that_does_not_report_its_memory_is_refused(monkeypatch):
     monkeypatch.setattr(device, "machine_use", lambda: None)
     with pytest.raises(ConfigurationError) as refusal:
-        free_memory("cpu")
+        free_memory("cpu", "ggml")
     assert "Linux" in refusal.value.cure
 
 
@@ -173,7 +202,7 @@ def test_a_containers_limit_bounds_the_free_memory(version, system, tmp_path):
     (folder / limit).write_text("5000000\n")
     (folder / used).write_text("3000000\n")
     (folder / "memory.stat").write_text("anon 1\ninactive_file 500000\ntotal_inactive_file 500000\n")
-    memory = free_memory("cpu", cgroup=tmp_path / "cgroup")
+    memory = free_memory("cpu", "ggml", cgroup=tmp_path / "cgroup")
     assert memory.free_bytes == 2_500_000
     assert f"v{version}" in memory.source
 
@@ -188,13 +217,13 @@ def test_a_container_without_limit_bounds_nothing(no_limit, tmp_path):
         folder.mkdir(parents=True)
         (folder / limit).write_text(no_limit)
         (folder / used).write_text("1000")
-    memory = free_memory("cpu", cgroup=tmp_path / "cgroup")
+    memory = free_memory("cpu", "ggml", cgroup=tmp_path / "cgroup")
     assert memory.source == "available on the system"
 
 
 def test_free_memory_of_a_card_is_what_its_driver_reports(torch_has):
     torch_has(capability=(6, 1))
-    assert free_memory("cuda").free_bytes == 3_000_000_000
+    assert free_memory("cuda", "transformers").free_bytes == 3_000_000_000
 
 
 def test_a_cards_use_is_reported_as_far_as_its_driver_reports_it(torch_has):
@@ -210,4 +239,4 @@ def test_a_cards_use_is_reported_as_far_as_its_driver_reports_it(torch_has):
 
 
 def test_this_machine_has_some_memory():
-    assert free_memory("cpu").free_bytes > 1 << 20
+    assert free_memory("cpu", "ggml").free_bytes > 1 << 20

@@ -10,7 +10,7 @@ from services.stage.executors import load
 from services.stage.executors.base import PackedBatch, Span
 from services.stage.executors.load import ggml_device, ggml_hindrance
 from services.stage.selection.device import choose_device
-from services.stage.selection.select import ExecutorOptions, candidates
+from services.stage.selection.select import ExecutorOptions, choose_executor
 from tests.support.models.tiny_model import make_tiny_model
 from tests.support.stages.executors import load_by_ggml, need_ggml
 from tests.support.stages.ggml_card import a_card
@@ -104,7 +104,7 @@ def test_a_device_that_this_ggml_lacks_is_named_with_the_cure(tmp_path):
     assert "not on cuda" in ggml_hindrance({"model_type": "llama", "hidden_act": "silu"}, "cuda")
 
 
-def test_on_a_cuda_card_ggml_is_compared_only_where_it_is_asked_for(monkeypatch):
+def test_on_a_cuda_card_ggml_computes_only_where_it_is_asked_for(monkeypatch):
     library = type("Library", (), {"devices": ("CPU", "CUDA0")})
     monkeypatch.setattr(load, "load_ggml", lambda: library)
     model = {"model_type": "llama", "hidden_act": "silu"}
@@ -128,11 +128,10 @@ def test_a_card_that_ggml_has_is_found_by_its_kind(monkeypatch):
     assert (ggml_device("cuda"), ggml_device("vulkan"), ggml_device("cpu")) == ("CUDA0", "Vulkan0", "CPU")
 
 
-def test_where_torch_can_not_compute_ggml_alone_is_compared():
-    assert choose_device("vulkan").value == "vulkan"
-    found = candidates(ExecutorOptions(), "float32", "", only_ggml="NOODLE_DEVICE=vulkan")
-    assert {each.executor for each in found} == {"ggml"}
+def test_where_torch_cannot_compute_ggml_does():
+    assert choose_device("vulkan", ggml_only=False, has_torch=True).value == "vulkan"
+    assert choose_executor(ExecutorOptions(), "", only_ggml="NOODLE_DEVICE=vulkan")[0] == "ggml"
     with pytest.raises(ConfigurationError, match="NOODLE_DEVICE=vulkan, but ggml is not installed"):
-        candidates(ExecutorOptions(), "float32", "ggml is not installed here.", only_ggml="NOODLE_DEVICE=vulkan")
+        choose_executor(ExecutorOptions(), "ggml is not installed here.", only_ggml="NOODLE_DEVICE=vulkan")
     with pytest.raises(ConfigurationError, match="ggml alone computes"):
-        candidates(ExecutorOptions(executor="transformers"), "float32", "", only_ggml="NOODLE_DEVICE=vulkan")
+        choose_executor(ExecutorOptions(executor="transformers"), "", only_ggml="NOODLE_DEVICE=vulkan")
