@@ -12,6 +12,7 @@ from typing import NoReturn
 import pytest
 
 from noodle.errors import NoodleError
+from services.coordinator.models.default_model import DEFAULT_MODEL_NAME
 from services.coordinator.models.store import prepare_model
 
 
@@ -30,7 +31,7 @@ def real_model_file() -> Path:
 def real_model_folder() -> Path:
     """Return the default model as transformers reads and saves its file: float32 safetensors, the reference for all."""
     file = real_model_file()
-    folder = cache_dir() / "tests" / f"{file.stem}-safetensors"
+    folder = cache_dir() / "tests" / "as-transformers-reads" / DEFAULT_MODEL_NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -46,8 +47,14 @@ def _save_as_transformers_reads(file: Path, folder: Path) -> None:
     work_dir = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(work_dir, ignore_errors=True)
     named = {"gguf_file": file.name, "local_files_only": True}
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
-    model.save_pretrained(work_dir)
+    transformers.logging.disable_progress_bar()
+    read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
+    if hasattr(read.config, "quantization_config"):
+        del read.config.quantization_config  # its values are float32 now; as "quantized" it cannot be saved
+    whole = transformers.AutoModelForCausalLM.from_config(read.config)
+    whole.load_state_dict(read.state_dict())
+    whole.generation_config = read.generation_config
+    whole.save_pretrained(work_dir)
     transformers.AutoTokenizer.from_pretrained(file.parent, **named).save_pretrained(work_dir)
     work_dir.rename(folder)
 
