@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from noodle.errors import ModelNotFound, UnsupportedModel
-from noodle.model.gguf import read_gguf
+from noodle.model.gguf import LFS_MAGIC, read_gguf
 from noodle.model.gguf_config import gguf_config
 from noodle.model.tensor_entry import TensorEntry
 
@@ -34,7 +34,7 @@ FILE_SAMPLE_BYTES = 64 << 10  # bytes of each sample of a file
 # of the program that saved the folder, not of the model
 IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 DTYPE_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 
@@ -188,7 +188,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == LFS_MAGIC[:8]:
+                raise UnsupportedModel(
+                    f"{path} is a Git LFS pointer, not the file itself.", cure="Run `git lfs pull` in its folder."
+                )
+            header_bytes = int.from_bytes(start, "little")
             if file_bytes < 8 or header_bytes > min(HEADER_BYTES_CAP, file_bytes - 8):
                 raise _broken(path, "its header is longer than the file")
             encoded = file.read(header_bytes)
