@@ -34,6 +34,8 @@ BOUNDS = {
     "q4_K": Bound(8.0, 0.45),
     "q4_0": Bound(8.0, 0.45),
 }
+# against the same executor, formats and file in one process
+SAME_BOUNDS = BOUNDS
 # dtypes of the unsplit model; ggml's formats are compared with the weights that they were made from
 REFERENCE_DTYPES = ("float32", "float16", "bfloat16")
 TOKENS_PER_TIE = 1000  # tokens of which one may differ by a tie
@@ -72,8 +74,8 @@ def loosest(dtypes: Sequence[str]) -> str:
     return max(dtypes, key=order.index)
 
 
-def judge(dtype: str, results: Sequence[PromptResult]) -> Verdict:
-    bound = BOUNDS[dtype]
+def judge(dtype: str, bound: Bound, results: Sequence[PromptResult]) -> Verdict:
+    """Hold the results against a bound; `dtype` is the name of the format that it is for."""
     tokens = sum(result.tokens for result in results)
     differences = [difference for result in results for difference in result.differences]
     agreement = 1 - len(differences) / tokens if tokens else 0.0

@@ -1,4 +1,7 @@
-"""`noodle verify`: compares greedy answers of the cluster with the unsplit model in the cluster's own number format."""
+"""`noodle verify`: compares greedy answers of the cluster with the unsplit model.
+
+The first reference is the cluster's own executor in one process; the second one is transformers, where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ import queue
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from noodle.cluster.measuring import GreedyAnswer, PromptResult, ReferenceLine, ReferenceQuestion
+from msgspec.structs import replace
+
+from noodle.cluster.measuring import GreedyAnswer, PromptResult, ReferenceLine, ReferencePart, ReferenceQuestion
 from noodle.config.environment import command_config, process_environment
 from noodle.errors import GenerationFailed, NoodleError
+from noodle.installation import has_transformers, require_transformers
 from services.cli.client.health import require_ready
 from services.cli.client.http_client import post_json
 from services.cli.client.progress import Progress, open_progress
@@ -21,7 +29,7 @@ from services.cli.client.target import Target, find_target
 from services.cli.local.conversation import Conversation
 from services.cli.local.preparation import find_model
 from services.cli.local.processes import Signals, python_module
-from services.cli.verify.bounds import Verdict, format_of, judge, loosest, reference_dtype
+from services.cli.verify.bounds import BOUNDS, SAME_BOUNDS, Bound, Verdict, format_of, judge, loosest, reference_dtype
 from services.cli.verify.prompts import PROMPTS
 
 CONCURRENT_REQUESTS = 4  # so that batches of sessions of different lengths are verified too
@@ -29,29 +37,82 @@ BROKEN_EXIT_CODE = 1
 FIGURES = ("prompt tokens", "new tokens", "logprob error", "most likely", "first difference", "logit gap there")
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What the cluster is compared with, and the bounds of that by format."""
+
+    name: str
+    module: str
+    bounds: Mapping[str, Bound]
+
+
+REFERENCES = (
+    Reference("the same executor", "services.stage.tools.reference", SAME_BOUNDS),
+    Reference("transformers", "services.stage.tools.transformers_reference", BOUNDS),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A reference's results, or why it is unable to compute this model."""
+
+    reference: Reference
+    results: tuple[PromptResult, ...]
+    unable: str = ""
+
+
 def verify(options: argparse.Namespace) -> int:
-    """Print the comparison; 0 if the bound of the cluster's format holds, 1 if it is broken."""
+    """Print the comparisons; 0 if the bounds of the cluster's format hold, 1 if one is broken."""
     environment = process_environment()
     config = command_config(environment)
     target = find_target(config, options.url, options.key)
     health = require_ready(target)
-    dtype = loosest([format_of(stage) for stage in health.stages if stage.get("layers")])
+    stages = [stage for stage in health.stages if stage.get("layers")]
+    name = loosest([format_of(stage) for stage in stages])
+    parts = parts_of(stages)
+    if any(part.executor == "transformers" for part in parts):
+        require_transformers("Comparing with a stage that computes by transformers")
     prompts = PROMPTS[: options.prompts]
     with contextlib.closing(open_progress(sys.stderr)) as progress:
         answers = ask_all(target, prompts, options.new_tokens, progress)
         with Signals() as signals:
-            folder = find_model(target, config, environment, signals, progress).path
             question = ReferenceQuestion(
-                str(folder), reference_dtype(dtype), health.context_length, answers=tuple(answers)
+                str(find_model(target, config, environment, signals, progress).path),
+                health.context_length,
+                answers=tuple(answers),
+                parts=parts,
+                dtype=reference_dtype(name),
+                threads=config.threads,
+                cache_dir=str(config.cache_dir),
             )
-            results = compare(question, environment, signals, progress)
-    _refuse_other_tokenization(answers, results)
-    verdict = judge(dtype, results)
+            run = partial(compare, question, environment=environment, signals=signals, progress=progress)
+            comparisons = [run(reference) for reference in REFERENCES[: 2 if has_transformers() else 1]]
+    compared = [each for each in comparisons if not each.unable]
+    judged = [(each, judge(name, each.reference.bounds[name], each.results)) for each in compared]
     if options.json:
-        print_json({"verdict": verdict, "prompts": results})
+        print_json(_as_json(comparisons, judged))
     else:
-        _print(verdict, prompts, results)
-    return BROKEN_EXIT_CODE if verdict.broken else 0
+        for each, verdict in judged:
+            _print(each, verdict, prompts)
+        for each in comparisons:
+            if each.unable:
+                print(f"Not compared with {each.reference.name}: {each.unable}")
+    return BROKEN_EXIT_CODE if any(verdict.broken for _, verdict in judged) else 0
+
+
+def parts_of(stages: Sequence[Mapping[str, Any]]) -> tuple[ReferencePart, ...]:
+    """The model's layers in order; neighbouring stages that compute in the same way are one part."""
+    parts: list[ReferencePart] = []
+    for stage in sorted(stages, key=lambda stage: list(stage["layers"])):
+        begin, end = stage["layers"]
+        part = ReferencePart(
+            begin, end, stage["executor"], weights=stage["weights"], kv_dtype=stage["kv_dtype"], dtype=stage["dtype"]
+        )
+        if parts and replace(parts[-1], end_layer=end) == replace(part, start_layer=parts[-1].start_layer):
+            parts[-1] = replace(parts[-1], end_layer=end)
+        else:
+            parts.append(part)
+    return tuple(parts)
 
 
 def ask_all(target: Target, prompts: Sequence[str], new_tokens: int, progress: Progress) -> list[GreedyAnswer]:
@@ -89,7 +150,7 @@ def ask(target: Target, prompt: str, new_tokens: int) -> GreedyAnswer:
         tokens: list[dict[str, Any]] = details["tokens"]
         return GreedyAnswer(
             prompt,
-            int(details["prompt_tokens"]),
+            tuple(int(token) for token in details["prompt_token_ids"]),
             tuple(int(token["id"]) for token in tokens),
             tuple(float(token["logprob"]) for token in tokens),
         )
@@ -101,40 +162,39 @@ def ask(target: Target, prompt: str, new_tokens: int) -> GreedyAnswer:
 
 
 def compare(
-    question: ReferenceQuestion, environment: Mapping[str, str], signals: Signals, progress: Progress
-) -> tuple[PromptResult, ...]:
-    """Run the unsplit model over the answers in a process of its own; raises NoodleError or Interrupted."""
-    count = len(question.answers)
-    progress.show("compare", "unsplit model: loading")
-    reference = python_module("services.stage.tools.reference")
+    question: ReferenceQuestion,
+    reference: Reference,
+    *,
+    environment: Mapping[str, str],
+    signals: Signals,
+    progress: Progress,
+) -> Comparison:
+    """Run a reference over the answers in a process of its own; raises NoodleError or Interrupted."""
+    count, name = len(question.answers), f"unsplit model by {reference.name}"
+    progress.show("compare", f"{name}: loading")
     try:
-        with Conversation(reference, "unsplit model", environment, signals) as process:
+        with Conversation(python_module(reference.module), name, environment, signals) as process:
             process.send(question, is_last=True)
             while True:
                 line = process.receive(ReferenceLine)
-                if line.results is not None:
-                    return line.results
+                if line.results is not None or line.unable:
+                    return Comparison(reference, line.results or (), line.unable)
                 if line.compared is not None:
-                    progress.show(
-                        "compare", f"unsplit model: {line.compared} of {count} prompts", line.compared / count
-                    )
+                    progress.show("compare", f"{name}: {line.compared} of {count} prompts", line.compared / count)
     finally:
         progress.finish("compare")
 
 
-def _refuse_other_tokenization(answers: Sequence[GreedyAnswer], results: Sequence[PromptResult]) -> None:
-    for answer, result in zip(answers, results, strict=True):
-        if answer.prompt_tokens != result.prompt_tokens:
-            raise GenerationFailed(
-                f"The cluster's tokenizer makes {answer.prompt_tokens} tokens of {answer.prompt[:40]!r}, "
-                f"the unsplit model's makes {result.prompt_tokens}.",
-                cure="Check that NOODLE_MODEL names the model that the cluster serves.",
-            )
+def _as_json(comparisons: Sequence[Comparison], judged: Sequence[tuple[Comparison, Verdict]]) -> dict[str, Any]:
+    """The first reference's verdict and prompts, and the others' by name."""
+    found = {each.reference.name: {"verdict": verdict, "prompts": each.results} for each, verdict in judged}
+    unable = {each.reference.name: {"unable": each.unable} for each in comparisons if each.unable}
+    return {**found.pop(REFERENCES[0].name), **found, **unable}
 
 
-def _print(verdict: Verdict, prompts: Sequence[str], results: Sequence[PromptResult]) -> None:
+def _print(comparison: Comparison, verdict: Verdict, prompts: Sequence[str]) -> None:
     rows = []
-    for prompt, result in zip(prompts, results, strict=True):
+    for prompt, result in zip(prompts, comparison.results, strict=True):
         first = result.differences[0] if result.differences else None
         cells = (
             repr(prompt[:32]),
@@ -146,6 +206,7 @@ def _print(verdict: Verdict, prompts: Sequence[str], results: Sequence[PromptRes
             f"{first.logit_gap:.1e} (two best {first.two_best_gap:.1e})" if first else "",
         )
         rows.append(cells)
+    print(f"The unsplit model by {comparison.reference.name}:")
     print_table(("prompt", *FIGURES), rows, right=FIGURES)
     print(
         f"{verdict.dtype}: {verdict.tokens} tokens, {verdict.top1_agreement:.2%} are the unsplit model's most likely, "

@@ -15,18 +15,14 @@ from typing import Any
 from noodle import __version__
 from noodle.cluster.plan import MachineReport
 from noodle.config.settings import StageConfig
+from noodle.installation import has_transformers
 from noodle.model.files import model_digest, read_config
 from noodle.web.connectivity import Target, try_service
 from services.stage.executors.ggml.backend import keep_float32_on_cards
 from services.stage.executors.load import build_of, ggml_hindrance, version_of
 from services.stage.selection.benchmark import MeasurementKey, MeasureProgress, measure_machine
 from services.stage.selection.device import TORCH_DEVICES, choose_device, choose_dtype, device_name, free_memory
-from services.stage.selection.select import (
-    ExecutorOptions,
-    candidate_of,
-    choose_executor,
-    transformers_is_installed,
-)
+from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +40,7 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
     options = ExecutorOptions(config.executor, config.weights, config.quality, config.dtype)
     if options.is_exact:
         keep_float32_on_cards()
-    has_torch = transformers_is_installed()
+    has_torch = has_transformers()
     ggml_only = options.asks_for_ggml or not has_torch
     device = choose_device(config.device, ggml_only=ggml_only, has_torch=has_torch)
     read = read_config(model)

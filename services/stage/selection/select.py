@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
-from noodle.errors import ConfigurationError
+from noodle.errors import ConfigurationError, TransformersUnavailable
+from noodle.installation import has_transformers, transformers_cure
 from noodle.model.formats import DTYPE_BY_FORMAT, FORMAT_BY_DTYPE, STORED
 from services.stage.executors.candidate import Candidate
-
-INSTALL_CURE = "Install transformers (`make transformers`, or the image target stage-transformers)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +34,12 @@ class ExecutorOptions:
         return self.quality == "exact"
 
 
-def transformers_is_installed() -> bool:
-    """Whether torch and transformers are installed; imports neither."""
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
-
-
 def choose_executor(options: ExecutorOptions, ggml_hindrance: str, *, only_ggml: str = "") -> tuple[str, str]:
     """The executor, and the reason in words.
 
     `ggml_hindrance` is empty if ggml can compute this model here; `only_ggml` names a setting with which transformers
-    cannot compute, if there is one. Raises ConfigurationError if what is requested cannot compute, or nothing can.
+    cannot compute, if there is one. Raises ConfigurationError if what is requested cannot compute, and
+    TransformersUnavailable if only transformers could, and is not installed.
     """
     needs_ggml = options.asks_for_ggml or bool(only_ggml)
     if only_ggml and options.asks_for_transformers:
@@ -59,16 +53,16 @@ def choose_executor(options: ExecutorOptions, ggml_hindrance: str, *, only_ggml:
             raise ConfigurationError(f"{only_ggml or named}, but {ggml_hindrance}")
         return "ggml", "configured"
     if options.asks_for_transformers:
-        if not transformers_is_installed():
+        if not has_transformers():
             is_named = options.executor == "transformers"
             named = "NOODLE_EXECUTOR=transformers" if is_named else f"NOODLE_DTYPE={options.dtype}"
-            raise ConfigurationError(f"{named}, but transformers is not installed here.", cure=INSTALL_CURE)
+            raise TransformersUnavailable(f"{named}, but transformers is not installed here.", cure=transformers_cure())
         return "transformers", "configured"
     if not ggml_hindrance:
         return "ggml", "it computes this model"
-    if not transformers_is_installed():
-        raise ConfigurationError(
-            f"Nothing that is installed here computes this model: {ggml_hindrance}", cure=INSTALL_CURE
+    if not has_transformers():
+        raise TransformersUnavailable(
+            f"Nothing that is installed here computes this model: {ggml_hindrance}", cure=transformers_cure()
         )
     return "transformers", f"no ggml: {ggml_hindrance}"
 

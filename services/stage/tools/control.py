@@ -17,7 +17,8 @@ import msgspec
 
 from noodle.cluster.measuring import ControlLine, ControlQuestion, ControlReady, ControlRun, ControlTimes, ProcessError
 from noodle.errors import GenerationFailed, NoodleError
-from services.stage.tools.reference import load_whole_model, write_line
+from services.stage.tools.reference import write_line
+from services.stage.tools.transformers_reference import load_whole_model
 
 
 def main() -> int:

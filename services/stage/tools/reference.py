@@ -1,4 +1,4 @@
-"""Compares what a cluster generated with the unsplit model, computed by transformers on the CPU.
+"""Compares what a cluster generated with the unsplit model, computed by the cluster's own executors in one process.
 
 A process for `noodle verify` (`python -m services.stage.tools.reference`): it reads a ReferenceQuestion from standard
 input and writes ReferenceLines to standard output, the last one with the results (noodle/cluster/measuring.py).
@@ -6,12 +6,14 @@ input and writes ReferenceLines to standard output, the last one with the result
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from noodle.cluster.measuring import (
     Difference,
@@ -19,12 +21,21 @@ from noodle.cluster.measuring import (
     ProcessError,
     PromptResult,
     ReferenceLine,
+    ReferencePart,
     ReferenceQuestion,
 )
-from noodle.errors import ConfigurationError, ModelNotFound, NoodleError
+from noodle.errors import NoodleError
+from services.stage.executors.base import ModelSlice, PackedBatch, Span
+from services.stage.executors.candidate import Candidate
+from services.stage.executors.load import load_by
+
+CHUNK_TOKENS = 512  # computed in one step
+SESSION = "reference"
+
+Compare = Callable[[ReferenceQuestion, Callable[[int], None]], list[PromptResult]]
 
 
-def main() -> int:
+def main(compare: Compare) -> int:
     """Compare; after an error the last line describes it and the exit status is 1."""
     try:
         question = msgspec.json.decode(sys.stdin.buffer.read(), type=ReferenceQuestion)
@@ -36,84 +47,77 @@ def main() -> int:
     return 0
 
 
-def compare(question: ReferenceQuestion, compared: Callable[[int], None]) -> list[PromptResult]:
-    """Compute each prompt with its tokens by the unsplit model; `compared` receives the number of finished prompts.
+def compare_with_parts(question: ReferenceQuestion, compared: Callable[[int], None]) -> list[PromptResult]:
+    """Compute each prompt with its tokens by the parts; `compared` receives the number of finished prompts.
 
-    Raises ConfigurationError without torch, ModelNotFound if the folder cannot be loaded.
+    Raises NoodleError if a part cannot be loaded here.
     """
-    model, tokenizer = _load(question)
+    slices = [_load(question, part) for part in question.parts]
     compared(0)
     results = []
     for answer in question.answers:
-        prompt_ids = list(tokenizer(answer.prompt)["input_ids"])
-        results.append(compare_tokens(model, prompt_ids, answer))
+        results.append(compare_logits(logits_of(slices, answer), answer))
         compared(len(results))
     return results
 
 
-def compare_tokens(model: Any, prompt_ids: list[int], answer: GreedyAnswer) -> PromptResult:
-    """Compare each new token with the logits computed from the cluster's tokens before it."""
-    import torch
+def logits_of(slices: Sequence[ModelSlice], answer: GreedyAnswer) -> npt.NDArray[np.float32]:
+    """Logits [tokens, vocab_size] of each new token, computed from the cluster's tokens before it."""
+    token_ids = np.array([*answer.prompt_ids, *answer.token_ids[:-1]], np.int64)
+    first_row = len(token_ids) - len(answer.token_ids)
+    found = []
+    for begin in range(0, len(token_ids), CHUNK_TOKENS):
+        chunk = token_ids[begin : begin + CHUNK_TOKENS]
+        spans = (Span(SESSION, begin, len(chunk), len(token_ids)),)
+        rows = np.arange(max(first_row - begin, 0), len(chunk), dtype=np.int64)
+        batch = PackedBatch(spans, np.zeros(0, np.int64) if len(slices) > 1 else rows, token_ids=chunk)
+        output = slices[0].forward(batch)
+        for index, model_slice in enumerate(slices[1:], start=2):
+            wanted = rows if index == len(slices) else np.zeros(0, np.int64)
+            output = model_slice.forward(PackedBatch(spans, wanted, hidden_states=output.hidden_states))
+        if output.logits is not None and len(rows):
+            found.append(output.logits.copy())
+    for model_slice in slices:
+        model_slice.release(SESSION)
+    return np.concatenate(found)
 
+
+def compare_logits(logits: npt.NDArray[np.float32], answer: GreedyAnswer) -> PromptResult:
+    """Compare each new token of an answer with the reference's logits [tokens, vocab_size] there."""
     count = len(answer.token_ids)
-    with torch.inference_mode():
-        sequence = torch.tensor([[*prompt_ids, *answer.token_ids[:-1]]])
-        logits = model(input_ids=sequence, use_cache=False).logits[0, -count:].float()
-    chosen = torch.tensor(answer.token_ids)[:, None]
-    logprobs = torch.log_softmax(logits, dim=-1).gather(1, chosen)[:, 0]
-    errors = (logprobs - torch.tensor(answer.logprobs)).abs()
-    best = logits.topk(2, dim=-1)
-    gaps = best.values[:, 0] - logits.gather(1, chosen)[:, 0]
+    values = logits.astype(np.float64)
+    order = np.arange(count)
+    chosen = values[order, answer.token_ids]
+    highest = values.max(axis=1)
+    logprobs = chosen - highest - np.log(np.exp(values - highest[:, None]).sum(axis=1))
+    second, best = np.partition(values, -2, axis=1)[:, -2:].T
+    gaps = best - chosen
     # two tokens with exactly the best logit are both the most likely
     differences = tuple(
         Difference(
-            index=index,
+            index=int(index),
             token_id=answer.token_ids[index],
-            best_token_id=int(best.indices[index, 0]),
+            best_token_id=int(values[index].argmax()),
             logit_gap=float(gaps[index]),
-            two_best_gap=float(best.values[index, 0] - best.values[index, 1]),
+            two_best_gap=float(best[index] - second[index]),
         )
-        for index in range(count)
-        if float(gaps[index]) > 0
+        for index in np.flatnonzero(gaps > 0)
     )
-    return PromptResult(len(prompt_ids), count, float(errors.max()), differences)
+    error = float(np.abs(logprobs - np.array(answer.logprobs)).max())
+    return PromptResult(len(answer.prompt_ids), count, error, differences)
 
 
-def load_whole_model(folder: Path, dtype: str, context_length: int, device: str = "cpu") -> Any:
-    """Load transformers' unsplit model; raises ModelNotFound if the folder cannot be loaded."""
-    import torch
-    import transformers
-
-    from services.stage.executors.transformers.rotary import fix_rotary
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"The unsplit model cannot be loaded from {folder}: {error}") from error
-    fix_rotary(model, context_length)
-    return model.eval().to(device)
-
-
-def _load(question: ReferenceQuestion) -> tuple[Any, Any]:
-    try:
-        import torch  # noqa: F401  # reports its absence before anything is loaded
-        import transformers
-    except ImportError as error:
-        raise ConfigurationError(
-            "Comparing needs torch and transformers, which are not installed here.",
-            cure="Run `noodle verify` where a stage is installed (`make setup`, or noodle's extra `stage`).",
-        ) from error
-    folder = Path(question.folder)
-    model = load_whole_model(folder, question.dtype, question.context_length)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"The tokenizer cannot be loaded from {folder}: {error}") from error
-    return model, tokenizer
+def _load(question: ReferenceQuestion, part: ReferencePart) -> ModelSlice:
+    return load_by(
+        Candidate(part.executor, part.weights, part.kv_dtype, part.dtype),
+        Path(question.model),
+        part.start_layer,
+        part.end_layer,
+        device="cpu",
+        threads=question.threads or len(os.sched_getaffinity(0)),
+        context_length=question.context_length,
+        cache_dir=Path(question.cache_dir) if question.cache_dir else None,
+    )
 
 
 def write_line(value: object) -> None:
@@ -123,4 +127,4 @@ def write_line(value: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(compare_with_parts))

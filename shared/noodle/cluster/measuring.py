@@ -82,18 +82,32 @@ class GreedyAnswer(Struct, frozen=True):
     """The cluster's greedy answer to one prompt."""
 
     prompt: str
-    prompt_tokens: int
+    prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # of each of these tokens
 
 
-class ReferenceQuestion(Struct, frozen=True):
-    """The line to the reference: the answers to compare, and the unsplit model."""
+class ReferencePart(Struct, frozen=True):
+    """Consecutive layers that the cluster computes in one way; a stage's formats as its plan names them."""
 
-    folder: str
-    dtype: str  # float32, float16 or bfloat16
+    start_layer: int
+    end_layer: int
+    executor: str
+    weights: str
+    kv_dtype: str
+    dtype: str
+
+
+class ReferenceQuestion(Struct, frozen=True):
+    """The line to a reference: the answers to compare, and the unsplit model."""
+
+    model: str  # a path: a GGUF file or a folder
     context_length: int  # of the cluster's plan, which fixes longrope's frequencies
     answers: tuple[GreedyAnswer, ...]
+    parts: tuple[ReferencePart, ...] = ()  # all layers in order, for the reference by the cluster's own executors
+    dtype: str = "float32"  # of transformers' reference: float32, float16 or bfloat16
+    threads: int = 0  # 0: one for each core
+    cache_dir: str = ""  # of weights that were laid out before; empty: none
 
 
 class Difference(Struct, frozen=True):
@@ -120,6 +134,7 @@ class ReferenceLine(Struct, frozen=True, omit_defaults=True):
 
     compared: int | None = None  # prompts so far
     results: tuple[PromptResult, ...] | None = None
+    unable: str = ""  # why this reference does not compute this model; it ends after this line
     error: ProcessError | None = None
 
 

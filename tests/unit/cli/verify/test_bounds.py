@@ -6,7 +6,7 @@ import pytest
 
 from noodle.cluster.measuring import Difference, PromptResult
 from noodle.errors import UnsupportedModel
-from services.cli.verify.bounds import format_of, judge, loosest, reference_dtype
+from services.cli.verify.bounds import BOUNDS, format_of, judge, loosest, reference_dtype
 
 
 def result(tokens: int = 64, error: float = 1e-5, gaps: tuple[float, ...] = ()) -> PromptResult:
@@ -15,33 +15,33 @@ def result(tokens: int = 64, error: float = 1e-5, gaps: tuple[float, ...] = ()) 
 
 
 def test_float32_that_is_equal_holds() -> None:
-    verdict = judge("float32", [result()] * 20)
+    verdict = judge("float32", BOUNDS["float32"], [result()] * 20)
     assert (verdict.tokens, verdict.top1_agreement, verdict.broken) == (1280, 1.0, ())
 
 
 def test_float32_may_differ_once_in_a_thousand_where_two_tokens_tie() -> None:
-    assert not judge("float32", [result(gaps=(5e-4,)), *[result()] * 19]).broken
-    assert judge("float32", [result(gaps=(5e-4, 5e-4)), *[result()] * 19]).broken
-    assert judge("float32", [result(gaps=(2e-3,)), *[result()] * 19]).broken
+    assert not judge("float32", BOUNDS["float32"], [result(gaps=(5e-4,)), *[result()] * 19]).broken
+    assert judge("float32", BOUNDS["float32"], [result(gaps=(5e-4, 5e-4)), *[result()] * 19]).broken
+    assert judge("float32", BOUNDS["float32"], [result(gaps=(2e-3,)), *[result()] * 19]).broken
 
 
 def test_a_logprob_beyond_the_bound_breaks_it() -> None:
-    assert judge("float32", [result(error=2e-3)]).broken
-    assert not judge("float16", [result(error=2e-3)]).broken
-    assert judge("float16", [result(error=0.06)]).broken
-    assert not judge("bfloat16", [result(error=0.06)]).broken
-    assert judge("bfloat16", [result(error=math.nan)]).broken
+    assert judge("float32", BOUNDS["float32"], [result(error=2e-3)]).broken
+    assert not judge("float16", BOUNDS["float16"], [result(error=2e-3)]).broken
+    assert judge("float16", BOUNDS["float16"], [result(error=0.06)]).broken
+    assert not judge("bfloat16", BOUNDS["bfloat16"], [result(error=0.06)]).broken
+    assert judge("bfloat16", BOUNDS["bfloat16"], [result(error=math.nan)]).broken
 
 
 def test_lower_precision_is_held_to_its_share_of_likeliest_tokens() -> None:
-    assert not judge("float16", [result(tokens=100, gaps=(0.5,) * 5)]).broken
-    assert judge("float16", [result(tokens=100, gaps=(0.5,) * 6)]).broken
-    assert not judge("bfloat16", [result(tokens=100, gaps=(0.5,) * 10)]).broken
-    assert judge("bfloat16", [result(tokens=100, gaps=(0.5,) * 11)]).broken
+    assert not judge("float16", BOUNDS["float16"], [result(tokens=100, gaps=(0.5,) * 5)]).broken
+    assert judge("float16", BOUNDS["float16"], [result(tokens=100, gaps=(0.5,) * 6)]).broken
+    assert not judge("bfloat16", BOUNDS["bfloat16"], [result(tokens=100, gaps=(0.5,) * 10)]).broken
+    assert judge("bfloat16", BOUNDS["bfloat16"], [result(tokens=100, gaps=(0.5,) * 11)]).broken
 
 
 def test_nothing_generated_proves_nothing() -> None:
-    assert judge("float32", []).broken
+    assert judge("float32", BOUNDS["float32"], []).broken
 
 
 def test_the_loosest_format_of_a_mixed_cluster_decides() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from noodle.errors import ConfigurationError
+from noodle.errors import ConfigurationError, TransformersUnavailable
 from services.stage.executors.candidate import Candidate
 from services.stage.selection import select
 from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
@@ -15,7 +15,7 @@ def transformers(monkeypatch):
     """Set whether transformers is installed; it is by default."""
 
     def is_installed(answer):
-        monkeypatch.setattr(select, "transformers_is_installed", lambda: answer)
+        monkeypatch.setattr(select, "has_transformers", lambda: answer)
 
     is_installed(True)
     return is_installed
@@ -48,17 +48,16 @@ def test_transformers_computes_what_ggml_cannot_and_the_reason_is_said():
 
 def test_where_neither_computes_the_command_that_installs_it_is_named(transformers):
     transformers(False)
-    with pytest.raises(ConfigurationError, match="not installed here") as caught:
+    with pytest.raises(TransformersUnavailable, match="not installed here") as caught:
         choose_executor(ExecutorOptions(), NO_GGML)
     assert "make transformers" in caught.value.cure
-    assert "stage-transformers" in caught.value.cure
 
 
 @pytest.mark.parametrize("options", [ExecutorOptions(executor="transformers"), ExecutorOptions(dtype="bfloat16")])
 def test_a_choice_of_transformers_or_its_dtype_takes_it_and_is_refused_where_it_is_not_installed(options, transformers):
     assert choose_executor(options, "")[0] == "transformers"
     transformers(False)
-    with pytest.raises(ConfigurationError, match="transformers is not installed") as caught:
+    with pytest.raises(TransformersUnavailable, match="transformers is not installed") as caught:
         choose_executor(options, "")
     assert "make transformers" in caught.value.cure
 

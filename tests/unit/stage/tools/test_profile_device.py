@@ -9,7 +9,7 @@ import torch
 from noodle.errors import ConfigurationError, GenerationFailed
 from services.stage.executors.transformers import runtime
 from services.stage.executors.transformers.loading import load_slice
-from services.stage.selection import benchmark
+from services.stage.selection import benchmark, device
 from services.stage.selection.benchmark import SliceTimer
 from services.stage.tools import profile_device
 from services.stage.tools.profile import devices_of
@@ -125,8 +125,9 @@ def test_rows_of_noise_are_attended_to_without_being_computed(folder):
 
 
 @pytest.fixture
-def card(monkeypatch):
+def card(monkeypatch, tmp_path):
     """Replaces torch's CUDA by a made-up card."""
+    monkeypatch.setattr(device, "NVIDIA_DRIVER", tmp_path)
 
     def replace(available=True, capability=(7, 0)):
         cuda = types.SimpleNamespace(

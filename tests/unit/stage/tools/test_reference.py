@@ -1,16 +1,20 @@
-from __future__ import annotations
+"""The unsplit model by the cluster's own executors: against transformers, and in parts."""
 
+import importlib.util
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
-from noodle.cluster.measuring import GreedyAnswer, ReferenceQuestion
-from noodle.errors import ModelNotFound
-from services.stage.tools.reference import compare
+from noodle.cluster.measuring import GreedyAnswer, ReferencePart, ReferenceQuestion
+from services.stage.tools import reference
+from services.stage.tools.reference import compare_logits, compare_with_parts
 from tests.support.models.tiny_model import tiny_llama_folder
+from tests.unit.stage.tools.test_transformers_reference import NEW_TOKENS, answered  # noqa: F401
 
-TEXT = "the cat sat on"
-NEW_TOKENS = 12
+LAYERS = 4
+needs_ggml = pytest.mark.skipif(importlib.util.find_spec("ggml") is None, reason="ggml is not installed (make ggml)")
 
 
 @pytest.fixture(scope="module")
@@ -18,55 +22,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama_folder(tmp_path_factory.mktemp("reference") / "model")
 
 
-@pytest.fixture(scope="module")
-def answered(folder: Path) -> GreedyAnswer:
-    """What the unsplit model itself makes of the text, token by token."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = list(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
-    token_ids, logprobs = [], []
-    with torch.inference_mode():
-        for _ in range(NEW_TOKENS):
-            scores = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1], dim=-1)
-            token_ids.append(int(scores.argmax()))
-            logprobs.append(float(scores.max()))
-            ids.append(token_ids[-1])
-    return GreedyAnswer(TEXT, 4, tuple(token_ids), tuple(logprobs))
+def part(start, end, executor="ggml"):
+    return ReferencePart(start, end, executor, weights="f32", kv_dtype="f32", dtype="float32")
 
 
-def test_the_models_own_tokens_are_equal(folder: Path, answered: GreedyAnswer) -> None:
-    result = compare(ReferenceQuestion(str(folder), "float32", 256, (answered,)), lambda _done: None)[0]
-    assert result.tokens == NEW_TOKENS
-    assert result.differences == ()
-    assert result.largest_logprob_error < 1e-4
+@needs_ggml
+@pytest.mark.parametrize(
+    "parts",
+    [(part(0, LAYERS),), (part(0, 1), part(1, 3), part(3, LAYERS)), (part(0, 2), part(2, LAYERS, "transformers"))],
+    ids=["whole", "three parts", "two executors"],
+)
+@pytest.mark.parametrize("chunk_tokens", [512, 5])
+def test_the_tokens_that_transformers_makes_are_the_most_likely_ones(
+    folder, answered, parts, chunk_tokens, monkeypatch
+):
+    monkeypatch.setattr(reference, "CHUNK_TOKENS", chunk_tokens)
+    question = ReferenceQuestion(str(folder), 256, (answered, answered), parts=parts, threads=1)
+    told = []
+    for result in compare_with_parts(question, told.append):
+        assert (result.tokens, result.differences) == (NEW_TOKENS, ())
+        assert result.largest_logprob_error < 1e-4
+    assert told == [0, 1, 2]
 
 
-def test_another_token_is_found_with_its_gap(folder: Path, answered: GreedyAnswer) -> None:
-    token_ids = list(answered.token_ids)
-    token_ids[5] = (token_ids[5] + 1) % 300
-    result = compare(
-        ReferenceQuestion(str(folder), "float32", 256, (GreedyAnswer(TEXT, 4, tuple(token_ids), answered.logprobs),)),
-        lambda _done: None,
-    )[0]
-    first = result.differences[0]
-    assert (first.index, first.token_id, first.best_token_id) == (5, token_ids[5], answered.token_ids[5])
-    assert first.logit_gap >= first.two_best_gap > 0
-    assert result.largest_logprob_error > 0.01
+def test_a_token_with_exactly_the_best_logit_is_the_most_likely_too():
+    logits = np.array([[1.0, 3.0, 3.0], [0.0, 2.0, 1.0]], np.float32)
+    answer = GreedyAnswer("", (7,), (2, 2), tuple(np.log([np.exp(3) / (np.e + 2 * np.exp(3)), 0.5])))
+    result = compare_logits(logits, answer)
+    (difference,) = result.differences
+    assert (difference.index, difference.token_id, difference.best_token_id) == (1, 2, 1)
+    assert difference.logit_gap == difference.two_best_gap == 1.0
+    exact = np.exp(1) / (1 + np.exp(1) + np.exp(2))
+    assert result.largest_logprob_error == pytest.approx(abs(np.log(0.5) - np.log(exact)))
 
 
-def test_a_wrong_logprob_is_found(folder: Path, answered: GreedyAnswer) -> None:
-    logprobs = (answered.logprobs[0] + 0.5, *answered.logprobs[1:])
-    told: list[int] = []
-    result = compare(
-        ReferenceQuestion(str(folder), "float32", 256, (GreedyAnswer(TEXT, 4, answered.token_ids, logprobs),)),
-        told.append,
-    )
-    assert result[0].largest_logprob_error == pytest.approx(0.5, abs=1e-3)
-    assert told == [0, 1]
-
-
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound):
-        compare(ReferenceQuestion(str(tmp_path), "float32", 256, ()), lambda _done: None)
+def test_a_question_survives_the_way_to_its_process():
+    question = ReferenceQuestion("/models/x.gguf", 64, (GreedyAnswer("a", (1, 2), (3,), (-0.5,)),), parts=(part(0, 4),))
+    assert msgspec.json.decode(msgspec.json.encode(question), type=ReferenceQuestion) == question
