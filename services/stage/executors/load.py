@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from noodle.errors import GgmlUnavailable
-from noodle.model.files import read_tensor_entries
-from noodle.model.formats import STORED
 from services.stage.executors.base import Fetch, ModelSlice, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.ggml.backend import ggml_build, ggml_version, load_ggml
@@ -32,15 +28,12 @@ def load_by(
     """Load layers [start_layer, end_layer) of the model in `folder` as the candidate computes them."""
     # importing torch and transformers takes seconds
     if candidate.executor == "ggml":
-        candidate = _as_held(candidate, folder)
         from services.stage.executors.ggml.loading import load_ggml_slice
-        from services.stage.executors.transformers.runtime import read_model_config
 
         return load_ggml_slice(
             folder,
             start_layer,
             end_layer,
-            config=read_model_config(folder),
             weights=candidate.weights,
             kv_dtype=candidate.kv_dtype,
             context_length=context_length,
@@ -62,17 +55,6 @@ def load_by(
         progress=progress,
         fetch=fetch,
     )
-
-
-def _as_held(candidate: Candidate, folder: Path) -> Candidate:
-    """The candidate with the format in which a folder holds its weights, if it asks for that."""
-    if candidate.weights != STORED:
-        return candidate
-    if len(list(folder.glob("*.gguf"))) == 1:
-        return replace(candidate, weights="gguf")
-    dtypes = Counter(entry.dtype for entry in read_tensor_entries(folder).values() if len(entry.shape) > 1)
-    held = dtypes.most_common(1)[0][0].lower()
-    return replace(candidate, weights=held if held in ("f16", "bf16") else "f32")
 
 
 def ggml_device(device: str) -> str:

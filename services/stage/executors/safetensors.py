@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from noodle.errors import ModelNotFound, UnsupportedModel
@@ -19,6 +19,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 class SafetensorsFolder:
     """All tensors of a model folder by key; a file's header is read when one of its tensors is asked for."""
+
+    is_gguf = False
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -37,6 +39,23 @@ class SafetensorsFolder:
         )
         if not self.file_by_key:
             raise self._no_weights()
+
+    def shape_of(self, key: str) -> tuple[int, ...] | None:
+        entry = self.find(key)
+        return None if entry is None else entry.shape
+
+    def prepare(self, keys: Collection[str]) -> None:
+        """Do nothing: a tensor's type is its own."""
+
+    def find(self, key: str) -> TensorEntry | None:
+        """Where a tensor lies; None if the folder has no such tensor."""
+        return self.entry(key) if key in self.file_by_key else None
+
+    def stored_names(self, key: str) -> tuple[str, ...]:
+        return (key,)
+
+    def read(self, key: str, buffer: memoryview, offset: int) -> None:
+        read_into(self.entry(key), buffer, offset)
 
     def entry(self, key: str) -> TensorEntry:
         """Where a tensor lies; raises ModelNotFound if the index names the wrong file."""
@@ -75,9 +94,7 @@ def read_into(entry: TensorEntry, buffer: memoryview, offset: int) -> None:
         while done < len(buffer):
             read = os.preadv(file.fileno(), [buffer[done:]], entry.first_byte + offset + done)
             if read == 0:
-                raise ModelNotFound(
-                    f"{entry.file} is not a whole safetensors file: it ends inside a tensor.", cure="Fetch it again."
-                )
+                raise ModelNotFound(f"{entry.file} ends inside a tensor.", cure="Fetch it again.")
             done += read
 
 

@@ -1,45 +1,306 @@
-"""The config.json that a GGUF file's header stands for."""
+"""The config.json that a GGUF file's header stands for: one table row for each architecture.
+
+Every key below the architecture's prefix is understood, or neutral, or refused by name: a value that is passed over
+would change the text.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from noodle.errors import UnsupportedModel
 from noodle.model.gguf import GgufFile
 
-MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # by architecture
+FETCH_CURE = "Fetch the file again. If it is complete, noodle does not know this kind of model."
+OTHER_CURE = "Choose another model, or this model's safetensors with NOODLE_EXECUTOR=transformers."
+MAXIMUM_LAYERS, MAXIMUM_SIZE, MAXIMUM_POSITIONS = 4096, 1 << 20, 1 << 30
+FULL, SLIDING = "full_attention", "sliding_attention"
+ROTARY_FACTORS, LONG_FACTORS, SHORT_FACTORS = (
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+)
+
+# keys that the function below reads for every architecture
+READ_KEYS = frozenset({
+    "block_count", "context_length", "embedding_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon", "attention.causal", "attention.sliding_window",
+    "attention.sliding_window_pattern", "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa",
+    "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor",
+    "rope.scaling.original_context_length", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow", "expert_count", "expert_used_count",
+})  # fmt: skip
+# keys that repeat what tensors or the tokenizer say, or that only training used
+HINTS = frozenset({
+    "vocab_size", "feed_forward_length", "expert_feed_forward_length", "rope.scaling.finetuned", "tensor_data_layout",
+    "rope.scaling.yarn_ext_factor",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a GGUF architecture stands for."""
+
+    model_type: str
+    moe_model_type: str = ""  # if the file has experts; empty: then it is refused
+    keys: Mapping[str, str] = field(default_factory=dict)  # further keys -> names in config.json
+    values: Mapping[str, Any] = field(default_factory=dict)  # what the architecture implies, unless a key says it
+    epsilon: str = "rms_norm_eps"
+    interleaved: bool = False  # dimensions 2i and 2i + 1 of a head rotate together
+    windowed: bool = False  # a sliding window applies to all layers
+    window_pattern: int = 0  # or every n-th layer attends to all tokens, unless the file says which
+    local_theta: float = 0.0  # rotary base of layers with a window; 0: the same as of the others
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "gemma2": Architecture(
+        "gemma2",
+        keys={"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"},
+        values={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096},
+        window_pattern=2,
+    ),
+    "gemma3": Architecture(
+        "gemma3_text",
+        keys={"final_logit_softcapping": "final_logit_softcapping"},
+        values={"final_logit_softcapping": None},
+        window_pattern=6,
+        local_theta=10_000.0,
+    ),
+    "gpt2": Architecture("gpt2", epsilon="layer_norm_epsilon"),
+    "granite": Architecture(
+        "granite",
+        keys={
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention.scale": "attention_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+        interleaved=True,
+    ),
+    "llama": Architecture("llama", moe_model_type="mixtral", interleaved=True, windowed=True),
+    "olmo2": Architecture("olmo2"),
+    "phi3": Architecture("phi3", windowed=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "qwen3moe": Architecture("qwen3_moe", moe_model_type="qwen3_moe", values={"norm_topk_prob": True}),
+    "smollm3": Architecture("smollm3", interleaved=True),
+    "starcoder2": Architecture("starcoder2", epsilon="norm_epsilon", windowed=True),
+}
+# families whose larger models divide q·k by other than the head's size: layers -> that size, from hidden size and heads
+QUERY_SCALARS: Mapping[str, int] = {"gemma2": 46, "gemma3_text": 62}
 
 
 def gguf_config(file: GgufFile) -> dict[str, Any]:
-    """Return the config of a file's model; raises UnsupportedModel."""
-    architecture = file.architecture
-    if architecture not in MODEL_TYPES:
+    """Return the config.json of a file's model; raises UnsupportedModel naming the file and the key."""
+    architecture = ARCHITECTURES.get(file.architecture)
+    if architecture is None:
         raise UnsupportedModel(
-            f"{file.path} is of architecture {architecture!r}, which noodle does not compute.",
-            cure=f"Choose a model of one of these: {', '.join(sorted(MODEL_TYPES))}.",
+            f"{file.path} is of architecture {file.architecture!r}, which noodle does not compute.",
+            cure=f"Choose a model of one of these: {', '.join(sorted(ARCHITECTURES))}.",
         )
+    return _Reader(file, architecture).config()
 
-    def value(key: str) -> Any:
-        found = file.metadata.get(f"{architecture}.{key}")
-        if found is None:
-            raise UnsupportedModel(f"{file.path} does not set {architecture}.{key}.", cure="Fetch it again.")
-        return found
 
-    heads = value("attention.head_count")
-    return {
-        "model_type": MODEL_TYPES[architecture],
-        "num_hidden_layers": value("block_count"),
-        "hidden_size": value("embedding_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": file.metadata.get(f"{architecture}.attention.head_count_kv", heads),
-        "head_dim": file.metadata.get(f"{architecture}.attention.key_length", value("embedding_length") // heads),
-        "max_position_embeddings": value("context_length"),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-        "vocab_size": file.entries["token_embd.weight"].shape[0],
-        "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in file.entries,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": file.metadata.get(f"{architecture}.rope.freq_base", 10000.0),
-        },
-    }
+class _Reader:
+    """Reads one file's keys, which are given without their prefix."""
+
+    def __init__(self, file: GgufFile, architecture: Architecture) -> None:
+        self._file, self._row = file, architecture
+        self._prefix = f"{file.architecture}."
+
+    def config(self) -> dict[str, Any]:
+        row = self._row
+        self._check_keys()
+        layers = self._integer("block_count", maximum=MAXIMUM_LAYERS)
+        hidden = self._integer("embedding_length", maximum=MAXIMUM_SIZE)
+        vocab_size = self._vocabulary(hidden)
+        self._check_layers(layers)
+        heads = self._integer("attention.head_count", maximum=MAXIMUM_SIZE)
+        kv_heads = self._integer("attention.head_count_kv", default=heads, maximum=MAXIMUM_SIZE)
+        if heads % kv_heads:
+            raise self._refused("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
+        head_dim = self._head_dim(hidden, heads)
+        experts = self._integer("expert_count", default=0, minimum=0, maximum=1 << 16)
+        model_type = row.moe_model_type if experts else row.model_type
+        if not model_type:
+            raise self._refused("expert_count", f"is {experts}, and noodle knows no such model with experts")
+        config: dict[str, Any] = {
+            "model_type": model_type,
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "vocab_size": vocab_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": self._integer("context_length", maximum=MAXIMUM_POSITIONS),
+            row.epsilon: self._epsilon(),
+            "tie_word_embeddings": "output.weight" not in self._file.entries,
+            "rope_interleave": row.interleaved,
+            "sliding_window": None,
+            **row.values,
+        }
+        if experts:
+            config["num_local_experts"] = experts
+            config["num_experts_per_tok"] = self._integer("expert_used_count", maximum=experts)
+        for key, name in row.keys.items():
+            value = self._value(key)
+            if value is not None:
+                config[name] = value
+        self._add_windows(config, layers)
+        if "position_embd.weight" not in self._file.entries:
+            config["rope_parameters"] = self._rotary(head_dim, config)
+        if model_type in QUERY_SCALARS:
+            divided = hidden // heads if layers == QUERY_SCALARS[model_type] else head_dim
+            config["query_pre_attn_scalar"] = divided
+        return config
+
+    def _check_keys(self) -> None:
+        """Refuse keys that are not understood, unless their value is neutral."""
+        known = READ_KEYS | HINTS | self._row.keys.keys()
+        for name, value in self._file.metadata.items():
+            key = name.removeprefix(self._prefix)
+            if key == name or key in known:
+                continue
+            count = self._file.count_of(name)
+            if count == 0 or (value is not True and value in (0, 1, "", "none")):
+                continue
+            shown = f"{count} values" if count is not None else repr(value)[:60]
+            raise self._refused(key, f"is {shown}, which changes the result in a way that noodle does not know")
+        if self._value("attention.causal") is False:
+            raise self._refused("attention.causal", "is false: the model attends to later tokens too")
+
+    def _vocabulary(self, hidden: int) -> int:
+        entry = self._file.entries.get("token_embd.weight")
+        if entry is None or len(entry.shape) != 2:
+            raise UnsupportedModel(f"{self._file.path} holds no token embeddings.", cure=FETCH_CURE)
+        rows, length = entry.shape
+        if length != hidden:
+            raise self._refused("embedding_length", f"is {hidden}, but its token embeddings have {length} items")
+        return rows
+
+    def _check_layers(self, layers: int) -> None:
+        last = f"blk.{layers - 1}."
+        if not any(name.startswith(last) for name in self._file.entries):
+            raise self._refused("block_count", f"is {layers}, but there is no tensor of layer {layers - 1}")
+
+    def _head_dim(self, hidden: int, heads: int) -> int:
+        given = self._integer("attention.key_length", default=0, minimum=0, maximum=MAXIMUM_SIZE)
+        if not given and hidden % heads:
+            raise self._refused("attention.head_count", f"is {heads}, which does not divide {hidden}")
+        head_dim = given or hidden // heads
+        value_dim = self._integer("attention.value_length", default=head_dim, maximum=MAXIMUM_SIZE)
+        if value_dim != head_dim:
+            raise self._refused("attention.value_length", f"is {value_dim}, and K's is {head_dim}")
+        return head_dim
+
+    def _epsilon(self) -> float:
+        for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
+            if self._value(key) is not None:
+                return self._number(key)
+        raise self._refused("attention.layer_norm_rms_epsilon", "is missing")
+
+    def _add_windows(self, config: dict[str, Any], layers: int) -> None:
+        window = self._integer("attention.sliding_window", default=0, minimum=0, maximum=MAXIMUM_POSITIONS)
+        window = window or config["sliding_window"] or 0
+        config["sliding_window"] = window or None
+        flags = self._file.array(self._prefix + "attention.sliding_window_pattern")
+        if self._row.windowed:
+            if window and config["model_type"] == "llama":  # Mistral's files
+                config["model_type"] = "mistral"
+            return
+        if not self._row.window_pattern:
+            if window:
+                raise self._refused("attention.sliding_window", f"is {window}, and noodle knows no such model with it")
+            return
+        if not window:
+            config["layer_types"] = [FULL] * layers
+            return
+        if flags is not None:
+            if len(flags) != layers:
+                raise self._refused("attention.sliding_window_pattern", f"has {len(flags)} items for {layers} layers")
+            config["layer_types"] = [SLIDING if slides else FULL for slides in flags]
+            return
+        pattern = self._integer(
+            "attention.sliding_window_pattern", default=self._row.window_pattern, minimum=0, maximum=MAXIMUM_LAYERS
+        )
+        config["layer_types"] = [SLIDING if not pattern or (number + 1) % pattern else FULL for number in range(layers)]
+
+    def _rotary(self, head_dim: int, config: Mapping[str, Any]) -> dict[str, Any]:
+        parameters = self._scaling(config)
+        dimensions = self._integer("rope.dimension_count", default=head_dim, maximum=head_dim)
+        parameters["rope_theta"] = self._number("rope.freq_base", default=10_000.0)
+        local: dict[str, Any] = {"rope_type": "default"}
+        local["rope_theta"] = self._number("rope.freq_base_swa", self._row.local_theta or parameters["rope_theta"])
+        if dimensions != head_dim:
+            parameters["partial_rotary_factor"] = local["partial_rotary_factor"] = dimensions / head_dim
+        return {FULL: parameters, SLIDING: local} if self._row.local_theta else parameters
+
+    def _scaling(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """rope_parameters without their base; the names of tensors stand for the factors in them."""
+        entries = self._file.entries
+        kind = self._value("rope.scaling.type")
+        factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
+        attention = self._number("rope.scaling.attn_factor", self._number("rope.scaling.yarn_attn_factor", 1.0))
+        original = self._integer(
+            "rope.scaling.original_context_length",
+            default=config["max_position_embeddings"],
+            maximum=MAXIMUM_POSITIONS,
+        )
+        if LONG_FACTORS in entries or SHORT_FACTORS in entries:
+            return {
+                "rope_type": "longrope",
+                "long_factor": LONG_FACTORS,
+                "short_factor": SHORT_FACTORS,
+                "attention_factor": attention,
+                "original_max_position_embeddings": original,
+            }
+        if kind == "yarn" and factor:
+            return {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+                "attention_factor": attention * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
+                "beta_fast": self._number("rope.scaling.yarn_beta_fast", 32.0),
+                "beta_slow": self._number("rope.scaling.yarn_beta_slow", 1.0),
+            }
+        if ROTARY_FACTORS in entries:
+            return {"rope_type": "llama3", "factors": ROTARY_FACTORS}
+        if kind in (None, "linear") and factor not in (0.0, 1.0):
+            return {"rope_type": "linear", "factor": factor}
+        if kind not in (None, "none", "linear", "yarn", "longrope"):
+            raise self._refused("rope.scaling.type", f"is {kind!r}, which noodle does not know")
+        return {"rope_type": "default"}
+
+    def _value(self, key: str) -> Any:
+        return self._file.metadata.get(self._prefix + key)
+
+    def _integer(self, key: str, *, default: int | None = None, minimum: int = 1, maximum: int) -> int:
+        """A whole number, or an array that holds the same one for every layer."""
+        items = self._file.array(self._prefix + key)
+        if items is not None and len(set(items)) > 1:
+            raise self._refused(key, "differs from layer to layer, which noodle does not compute")
+        value = items[0] if items else self._value(key)
+        if value is None or items == []:
+            value = default
+        if value is None:
+            raise self._refused(key, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise self._refused(key, f"is {str(value)[:60]}, not a number from {minimum} to {maximum}")
+        return value
+
+    def _number(self, key: str, default: float | None = None) -> float:
+        value = self._value(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self._refused(key, f"is {str(value)[:60]}, not a number")
+        return float(value)
+
+    def _refused(self, key: str, why: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self._file.path}: {self._prefix}{key} {why}.",
+            cure=OTHER_CURE if "noodle" in why else FETCH_CURE,
+        )

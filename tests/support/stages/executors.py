@@ -14,7 +14,6 @@ from services.stage.executors.ggml.backend import load_ggml
 from services.stage.executors.ggml.loading import load_ggml_slice
 from services.stage.executors.ggml.slice import GgmlSlice
 from services.stage.executors.transformers.loading import load_slice
-from services.stage.executors.transformers.runtime import read_model_config
 
 EXECUTORS = ("transformers", "ggml")
 
@@ -46,5 +45,5 @@ def load_exact(executor: str, folder: Path, start: int, end: int, **options: Any
 
 
 def load_by_ggml(folder: Path, start: int, end: int, **options: Any) -> GgmlSlice:
-    """Load a slice that ggml computes, with the config that transformers reads."""
-    return load_ggml_slice(folder, start, end, config=read_model_config(folder), **options)
+    """Load a slice that ggml computes."""
+    return load_ggml_slice(folder, start, end, **options)

@@ -124,6 +124,25 @@ class GgmlDevice:
     def buffer_type(self) -> Any:
         return self.ggml.ggml_backend_get_default_buffer_type(self.backend)
 
+    def multiplies(self, type_number: int) -> bool:
+        """Whether the device multiplies by matrices of a type, given ggml's number of it."""
+        ggml = self.ggml
+        if not 0 <= type_number < ggml.GGML_TYPE_COUNT or ggml.ggml_blck_size(type_number) <= 0:
+            return False
+        if self.is_host:
+            traits = ggml.ggml_type_traits_cpu.from_address(ggml.ggml_get_type_traits_cpu(type_number))
+            return bool(traits.vec_dot)
+        length = 32 * ggml.ggml_blck_size(type_number)
+        size = 4 * ggml.ggml_tensor_overhead()
+        context = ggml.ggml_init(ggml.ggml_init_params(mem_size=size, mem_buffer=None, no_alloc=True))
+        try:
+            weight = ggml.ggml_new_tensor_2d(context, type_number, length, 32)
+            rows = ggml.ggml_new_tensor_2d(context, ggml.GGML_TYPE_F32, length, 1)
+            product = ggml.ggml_mul_mat(context, weight, rows)
+            return bool(ggml.ggml_backend_dev_supports_op(ggml.ggml_backend_get_device(self.backend), product))
+        finally:
+            ggml.ggml_free(context)
+
     def check_graph(self, graph: Any) -> None:
         """Raise GgmlUnavailable for an operation that a card does not support: ggml would end the process."""
         if self.is_host:

@@ -10,29 +10,34 @@ from typing import Any
 import numpy as np
 
 from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
-from noodle.model.files import model_digest
-from noodle.model.formats import WEIGHTS
+from noodle.model.files import model_digest, read_config
+from noodle.model.formats import STORED, WEIGHTS
 from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml
-from services.stage.executors.ggml.families import ModelShape, shape_of
-from services.stage.executors.ggml.gguf import GgufTensors, gguf_in
 from services.stage.executors.ggml.graph import GgmlCalls
 from services.stage.executors.ggml.kernels import dot_counts, flash_attention_kernel, packed_weights
 from services.stage.executors.ggml.layers.operations import INTERLEAVED, NEOX, SliceTensors
+from services.stage.executors.ggml.shape import ModelShape, shape_of
 from services.stage.executors.ggml.slice import GgmlSlice
-from services.stage.executors.ggml.tensor_map import TensorMap
-from services.stage.executors.ggml.weights import GgmlTensors, TensorLayout, WeightBlock, WeightMaker, own_memory
-from services.stage.executors.safetensors import SafetensorsFolder
+from services.stage.executors.ggml.tensor_map import TensorMap, as_in_gguf
+from services.stage.executors.ggml.weights import (
+    GgmlTensors,
+    TensorLayout,
+    WeightBlock,
+    WeightMaker,
+    own_memory,
+)
+from services.stage.executors.tensor_files import open_tensor_files
 
+FACTOR_KEYS = ("factors", "long_factor", "short_factor")  # of rope_parameters
 KV_TYPE_NUMBERS = {"f32": 0, "f16": 1, "q8_0": 8}
 
 
 def load_ggml_slice(
-    folder: Path,
+    model: Path,
     start_layer: int,
     end_layer: int,
     *,
-    config: Any,
     weights: str,
     kv_dtype: str = "f16",
     context_length: int,
@@ -42,12 +47,12 @@ def load_ggml_slice(
     fetch: Fetch = nothing_to_fetch,
     cache_dir: Path | None = None,
 ) -> GgmlSlice:
-    """Load layers [start_layer, end_layer) of the model in `folder`, with embeddings and head at the model's ends.
+    """Load layers [start_layer, end_layer) of a model, with embeddings and head at the model's ends.
 
-    `config` is transformers' config object of the folder. `weights` is a type of `WEIGHTS`, in which matrices are held
-    and computed with; `gguf` uses the tensors of the folder's .gguf file as stored. Converted weights are kept in
+    `model` is a folder with safetensors or a GGUF file. `weights` is a type of `WEIGHTS`, in which matrices are held
+    and computed with; `stored` is the type in which the files hold each of them. Converted weights are kept in
     `cache_dir` for later starts and other stages of the machine. `device_name` is ggml's; `threads` apply to its CPU.
-    `fetch` is called before the first tensor is read.
+    `fetch` receives the names of the tensors that will be read.
     Raises GgmlUnavailable, UnsupportedModel with what ggml lacks for this model, ModelNotFound, or PlanDoesNotFit for
     layers that the model does not have.
     """
@@ -59,30 +64,29 @@ def load_ggml_slice(
         )
     library = load_ggml()
     ggml = GgmlCalls(library.module)
-    shape = shape_of(config, context_length)
+    config = read_config(model)
+    counter = ReadCounter(progress)
+    device = GgmlDevice(ggml, device_name, library.backend(threads, device_name))
+    files = open_tensor_files(model)
+    maker = WeightMaker(
+        ggml,
+        files,
+        counter,
+        multiplies=device.multiplies,
+        threads=max(1, threads),
+        kept_folder=None if weights == STORED else _kept_folder(cache_dir, model, weights, library.version),
+    )
+    shape = shape_of(_with_factors(config, maker, fetch), context_length)
     if not 0 <= start_layer < end_layer <= shape.layer_count:
         raise PlanDoesNotFit(
-            f"layers {start_layer} to {end_layer} were requested, but {folder} has {shape.layer_count}.",
+            f"layers {start_layer} to {end_layer} were requested, but {model} has {shape.layer_count}.",
             cure="Make the split add up to the model's layers.",
         )
     row_bytes = _row_bytes(ggml, shape, kv_dtype)
-    counter = ReadCounter(progress)
-    pairing = NEOX
-    if weights == "gguf":
-        path = gguf_in(folder)
-        file = GgufTensors(ggml, path, str(config.model_type), shape, counter)
-        blocks = file.blocks(TensorMap(shape, file.shape_of_key, str(path)).of_slice(start_layer, end_layer))
-        pairing = INTERLEAVED if file.is_interleaved else NEOX
-    else:
-        files = SafetensorsFolder(folder)
-
-        def shape_of_key(key: str) -> tuple[int, ...] | None:
-            return files.entry(key).shape if key in files.file_by_key else None
-
-        wanted = TensorMap(shape, shape_of_key, str(folder)).of_slice(start_layer, end_layer)
-        kept_folder = _kept_folder(cache_dir, folder, weights, library.version)
-        blocks = WeightMaker(ggml, files, counter, kept_folder).blocks(wanted, weights, fetch)
-    device = GgmlDevice(ggml, device_name, library.backend(threads, device_name))
+    in_files = replace(shape, family=as_in_gguf(shape.family)) if files.is_gguf else shape
+    wanted = TensorMap(in_files, files.shape_of, str(model)).of_slice(start_layer, end_layer)
+    files.prepare([name for tensors in wanted.values() for tensor in tensors for name in tensor.sources])
+    blocks = maker.blocks(wanted, weights, fetch)
     kernels = packed_weights(ggml) if device.is_host else None
     packed_names: frozenset[tuple[str, str]] = frozenset()
     if kernels is not None:
@@ -94,7 +98,7 @@ def load_ggml_slice(
     key_type = KV_TYPE_NUMBERS[kv_dtype]
     tensors = SliceTensors(
         **_weights(loaded.by_block, shape, start_layer, end_layer),
-        pairing=pairing,
+        pairing=INTERLEAVED if shape.interleaved else NEOX,
         key_type=key_type,
         row_bytes=row_bytes,
         exact=weights == "f32",
@@ -123,11 +127,24 @@ def _row_bytes(ggml: GgmlCalls, shape: ModelShape, kv_dtype: str) -> int:
     return int(ggml.ggml_row_size(number, shape.head_dim)) * shape.kv_heads
 
 
-def _kept_folder(cache_dir: Path | None, folder: Path, weights: str, version: str) -> Path | None:
+def _with_factors(config: dict[str, Any], maker: WeightMaker, fetch: Fetch) -> dict[str, Any]:
+    """The config with the factors of rotary frequencies that a GGUF file holds as tensors, where it names these."""
+    rotary = config.get("rope_parameters")
+    if not isinstance(rotary, dict):
+        return config
+    named = {key: rotary[key] for key in FACTOR_KEYS if isinstance(rotary.get(key), str)}
+    if not named:
+        return config
+    fetch(list(named.values()))
+    factors = {key: [float(value) for value in maker.values(name).reshape(-1)] for key, name in named.items()}
+    return {**config, "rope_parameters": {**rotary, **factors}}
+
+
+def _kept_folder(cache_dir: Path | None, model: Path, weights: str, version: str) -> Path | None:
     if cache_dir is None:
         return None
     ggml = re.sub(r"[^0-9A-Za-z.]+", "-", version).strip("-")
-    return cache_dir / "ggml" / f"{model_digest(folder)[:16]}-{weights}-{ggml}"
+    return cache_dir / "ggml" / f"{model_digest(model)[:16]}-{weights}-{ggml}"
 
 
 def _rotary_block(shape: ModelShape, start_layer: int, end_layer: int) -> WeightBlock:

@@ -28,7 +28,7 @@ class Rotary:
 def rotary_of(
     parameters: Mapping[str, Any], head_dim: int, maximum_positions: int, original_positions: int, context_length: int
 ) -> Rotary:
-    """The frequencies that `parameters` (a config's rope_parameters of one layer type) describe."""
+    """The frequencies that `parameters` (of one layer type in a completed config's rope_parameters) describe."""
     dimensions = int(head_dim * float(parameters.get("partial_rotary_factor") or 1.0))
     base = float(parameters["rope_theta"])
     exponents = np.arange(0, dimensions, 2, dtype=np.float32) / np.float32(dimensions)
@@ -40,6 +40,8 @@ def rotary_of(
     if kind == "linear":
         return Rotary(plain / np.float32(parameters["factor"]), 1.0)
     if kind == "llama3":
+        if parameters.get("factors") is not None:  # of a GGUF file, which holds what follows from the parameters
+            return Rotary(plain / np.asarray(parameters["factors"], np.float32), 1.0)
         return Rotary(_llama3(parameters, plain), 1.0)
     original = int(parameters.get("original_max_position_embeddings") or original_positions)
     factor = float(parameters.get("factor") or maximum_positions / original)

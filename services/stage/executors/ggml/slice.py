@@ -18,12 +18,12 @@ from noodle.errors import WireError
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
 from services.stage.executors.ggml.backend import GgmlDevice
-from services.stage.executors.ggml.families import ModelShape
 from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SpanRows
 from services.stage.executors.ggml.kernels import write_expert_zero
 from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
 from services.stage.executors.ggml.layers.graph import LayerGraph
 from services.stage.executors.ggml.layers.operations import LAYER_TENSORS, SPAN_TENSORS, SliceTensors
+from services.stage.executors.ggml.shape import ModelShape
 from services.stage.executors.ggml.weights import GgmlTensors
 from services.stage.executors.hidden_states import decode
 from services.stage.executors.kv_cache import KvCache

@@ -1,4 +1,4 @@
-"""The tensors ggml computes a slice with, and the checkpoint keys that each one is made of.
+"""The tensors ggml computes a slice with, and the names in the model's files that each one is made of.
 
 Matrices with the same input are joined: q, k and v; gate and up. A tensor is named after its module in families.py,
 with `.weight` or `.bias`.
@@ -7,13 +7,55 @@ with `.weight` or `.bias`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from noodle.errors import ModelNotFound
-from services.stage.executors.ggml.families import ModelShape
+from services.stage.executors.ggml.families import GgmlFamily
+from services.stage.executors.ggml.shape import ModelShape
 
 ShapeOf = Callable[[str], tuple[int, ...] | None]  # stored shape of a key; None if there is no such tensor
+
+# names of modules in GGUF files, below the layer
+GGUF_MODULES: Mapping[str, str] = {
+    "attention_norm": "attn_norm",
+    "attention_post_norm": "post_attention_norm",
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "query_key_value": "attn_qkv",
+    "query_norm": "attn_q_norm",
+    "key_norm": "attn_k_norm",
+    "output": "attn_output",
+    "feed_forward_norm": "ffn_norm",
+    "feed_forward_post_norm": "post_ffw_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "gate_up": "ffn_up",  # both, if there is no ffn_gate
+    "down": "ffn_down",
+}
+GGUF_EXPERTS: Mapping[str, str] = {
+    "router": "ffn_gate_inp",
+    "gate": "ffn_gate_exps",
+    "up": "ffn_up_exps",
+    "down": "ffn_down_exps",
+}
+
+
+def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
+    """The family with the names of GGUF files, whose writer has shifted and transposed weights for ggml."""
+    return replace(
+        family,
+        modules={name: GGUF_MODULES[name] for name in family.modules},
+        layer="blk.{}.",
+        embedding="token_embd",
+        positions=family.positions and "position_embd",
+        final_norm="output_norm",
+        head="output",
+        norm_offset=0.0,
+        transposed=False,
+        experts={name: GGUF_EXPERTS[name] for name in family.experts},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +96,7 @@ class TensorMap:
         if is_last:
             blocks["final_norm"] = self._norm("final_norm", family.final_norm)
             if not shape.tied:
-                blocks["head"] = self._linear("head", ["lm_head"], hidden, shape.vocab_size)
+                blocks["head"] = self._linear("head", [family.head], hidden, shape.vocab_size)
         return blocks
 
     def layer(self, number: int) -> list[TensorSource]:
@@ -76,9 +118,10 @@ class TensorMap:
             return tensors + self._experts(prefix)
         inner = self._rows_of(keys["down"], column=True)
         fused = keys.get("gate_up")
-        if fused and self._has(fused):
+        has_gate = "gate" in keys and self._has(keys["gate"])
+        if fused and self._has(fused) and not has_gate:
             tensors += self._linear("gate_up", [fused], hidden, 2 * inner)
-        elif "gate" in keys and self._has(keys["gate"]):
+        elif has_gate:
             tensors += self._linear("gate_up", [keys["gate"], keys["up"]], hidden, 2 * inner)
         else:
             tensors += self._linear("up", [keys["up"]], hidden, inner)
@@ -110,11 +153,25 @@ class TensorMap:
     def _experts(self, prefix: str) -> list[TensorSource]:
         shape, keys = self._shape, self._shape.family.experts
         router, gate, up, down = (prefix + keys[name] for name in ("router", "gate", "up", "down"))
-        inner, count, hidden = self._rows_of(gate.format(0)), shape.experts, shape.hidden_size
+        count, hidden = shape.experts, shape.hidden_size
+        router_tensor = self._checked(TensorSource("router.weight", (f"{router}.weight",), (hidden, count)))
+        if "{}" not in gate:
+            inner = (0, *self._stored(f"{gate}.weight"))[-2]
+            sizes = {"gate": (hidden, inner, count), "up": (hidden, inner, count), "down": (inner, hidden, count)}
+            return [
+                router_tensor,
+                *(
+                    self._checked(
+                        TensorSource(f"expert_{name}.weight", (f"{prefix}{keys[name]}.weight",), size, is_matrix=True)
+                    )
+                    for name, size in sizes.items()
+                ),
+            ]
+        inner = self._rows_of(gate.format(0))
         both = tuple(f"{key.format(expert)}.weight" for expert in range(count) for key in (gate, up))
         downs = tuple(f"{down.format(expert)}.weight" for expert in range(count))
         return [
-            self._checked(TensorSource("router.weight", (f"{router}.weight",), (hidden, count))),
+            router_tensor,
             self._checked(TensorSource("expert_gate_up.weight", both, (hidden, 2 * inner, count), is_matrix=True)),
             self._checked(TensorSource("expert_down.weight", downs, (inner, hidden, count), is_matrix=True)),
         ]
@@ -155,7 +212,7 @@ class TensorMap:
             if len(tensor.sizes) == 1:
                 rows += stored[0] if len(stored) == 1 else -1
             else:
-                rows += (stored[0] if len(stored) == 2 else 1) if stored and stored[-1] == tensor.sizes[0] else -1
+                rows += math.prod(stored[:-1]) if stored and stored[-1] == tensor.sizes[0] else -1
         expected = tensor.sizes[0] if len(tensor.sizes) == 1 else tensor.row_count
         if rows != expected:
             keys = dict.fromkeys(tensor.sources)

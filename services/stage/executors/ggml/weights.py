@@ -1,7 +1,7 @@
-"""Makes weights in ggml's types from safetensors, keeps them in files, and hands them to ggml.
+"""Reads weights as a model's files store them or makes them in another of ggml's types, and hands them to ggml.
 
-A kept file holds one block in one type: a layer, the embeddings or the head. It is read, not mapped: weights in large
-pages decode 1.25 times as fast as in a file's pages of 4 kB.
+Made weights are kept: a kept file holds one block in one type: a layer, the embeddings or the head. All files are
+read, not mapped: weights in large pages decode 1.25 times as fast as in a file's pages of 4 kB.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from noodle.errors import ModelNotFound
+from noodle.errors import ModelNotFound, UnsupportedModel
 from noodle.folders import write_atomically
+from noodle.model.formats import STORED
+from noodle.model.ggml_types import GGML_TYPES, GgmlType
+from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, ReadCounter
 from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
 from services.stage.executors.ggml.tensor_map import TensorSource
-from services.stage.executors.safetensors import SafetensorsFolder, read_into, unsupported_dtype
+from services.stage.executors.safetensors import unsupported_dtype
+from services.stage.executors.tensor_files import TensorFiles
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +46,14 @@ FALLBACK_TYPES = {"q4_K": "q8_0", "q4_0": "f16", "q8_0": "f16"}
 ALIGNMENT = 64
 HEADER_BYTES = 1 << 16
 PIECE_ITEMS = 1 << 20  # converted at once, which avoids a float32 copy of a large matrix
+READ_BYTES = 16 << 20  # read at once
 MAGIC = b"noodle ggml weights 1\n"
 SAMPLES, SAMPLE_BYTES = 64, 4096
-FLOAT_TYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "F64": np.dtype("<f8"),
-}
+# the parts of a joined matrix, kept apart if their types differ
+PARTS: Mapping[str, tuple[str, ...]] = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
+NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+OTHER_CURE = "Choose other weights (for example NOODLE_WEIGHTS=q8_0), or the model in another format."
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +100,35 @@ def layout_of(
 
 
 class WeightMaker:
-    """Makes blocks from one model's safetensors, or reads those kept in `kept_folder`."""
+    """Makes the blocks of a slice from its model's files; converted ones are kept in `kept_folder`, if there is one.
 
-    def __init__(self, ggml: Any, files: SafetensorsFolder, counter: ReadCounter, kept_folder: Path | None) -> None:
+    `multiplies` tells whether the device multiplies by matrices of a type, given ggml's number of it.
+    """
+
+    def __init__(
+        self,
+        ggml: Any,
+        files: TensorFiles,
+        counter: ReadCounter,
+        *,
+        multiplies: Callable[[int], bool],
+        threads: int = 1,
+        kept_folder: Path | None = None,
+    ) -> None:
         self._ggml = ggml
         self._files = files
         self._counter = counter
+        self._multiplies = multiplies
+        self._threads = threads
         self._kept_folder = kept_folder
 
     def blocks(
         self, wanted: Mapping[str, Sequence[TensorSource]], weights: str, fetch: Fetch
     ) -> dict[str, WeightBlock]:
-        """Blocks with the tensors of each name, read if kept, otherwise made; `fetch` receives the keys to be read."""
+        """Blocks with the tensors of each name, read if kept, otherwise made; `fetch` receives the names to be read.
+
+        Raises UnsupportedModel for a tensor whose type cannot be computed with.
+        """
 
         def type_of(tensor: TensorSource) -> int:
             name = weights if tensor.is_matrix else "f32"
@@ -113,20 +136,94 @@ class WeightMaker:
                 name = FALLBACK_TYPES[name]
             return TYPE_NUMBERS[name]
 
-        blocks = empty_blocks({name: layout_of(self._ggml, tensors, type_of) for name, tensors in wanted.items()})
-        lacking = [name for name, block in blocks.items() if not self._read_kept(name, block)]
-        tensors = [tensor for name in lacking for tensor in wanted[name]]
-        self._counter.total_bytes = sum(
-            self._files.entry(key).byte_count for tensor in tensors for key in dict.fromkeys(tensor.sources)
-        )
-        if tensors:
-            fetch(list(dict.fromkeys(key for tensor in tensors for key in tensor.sources)))
+        if weights == STORED:
+            wanted = {name: self._as_stored(tensors) for name, tensors in wanted.items()}
+            layouts = {name: layout_of(self._ggml, tensors, self._stored_number) for name, tensors in wanted.items()}
+        else:
+            layouts = {name: layout_of(self._ggml, tensors, type_of) for name, tensors in wanted.items()}
+        blocks = empty_blocks(layouts)
+        lacking = [name for name, block in blocks.items() if weights == STORED or not self._read_kept(name, block)]
+        names = list(dict.fromkeys(key for name in lacking for tensor in wanted[name] for key in tensor.sources))
+        self._counter.total_bytes = sum(self._entry(name).byte_count for name in names)
+        if names:
+            fetch([stored for name in names for stored in self._files.stored_names(name)])
         self._counter.add(0)
-        for name in lacking:
-            for tensor, layout in zip(wanted[name], blocks[name].tensors, strict=True):
-                self._fill(blocks[name].bytes_of(layout), tensor, layout)
-            self._keep(name, blocks[name])
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="weights") as pool:
+            pieces = (
+                piece
+                for name in lacking
+                for tensor, layout in zip(wanted[name], blocks[name].tensors, strict=True)
+                for piece in self._pieces(blocks[name].bytes_of(layout), tensor, layout)
+            )
+            for done in [pool.submit(piece) for piece in pieces]:
+                done.result()
+        if weights != STORED:
+            for name in lacking:
+                self._keep(name, blocks[name])
         return blocks
+
+    def values(self, name: str) -> npt.NDArray[np.float32]:
+        """A whole tensor as float32."""
+        shape = self._entry(name).shape
+        return self._values(name, 0, math.prod(shape)).reshape(shape)
+
+    def _as_stored(self, tensors: Sequence[TensorSource]) -> list[TensorSource]:
+        """The tensors in the files' types: a joined matrix is split where its parts have different types."""
+        mixed = {
+            tensor.name.partition(".")[0]
+            for tensor in tensors
+            if tensor.is_matrix and len({self._stored_type(name).number for name in tensor.sources}) > 1
+        }
+        stored: list[TensorSource] = []
+        for tensor in tensors:
+            whole, _, kind = tensor.name.partition(".")
+            if whole == "query_key_norm" and "query_key_value" in mixed:
+                # each norm is a source as often as there are heads
+                stored += self._parts(tensor, ("query_norm", "key_norm"), kind, tuple(dict.fromkeys(tensor.sources)))
+            elif whole in PARTS and whole in mixed:
+                stored += self._parts(tensor, PARTS[whole], kind, tensor.sources)
+            else:
+                stored.append(tensor)
+        return stored
+
+    def _parts(
+        self, tensor: TensorSource, names: Sequence[str], kind: str, sources: Sequence[str]
+    ) -> Iterator[TensorSource]:
+        for name, source in zip(names, sources, strict=True):
+            shape = self._entry(source).shape
+            sizes = shape if tensor.transposed else shape[::-1]
+            yield replace(tensor, name=f"{name}.{kind}", sources=(source,), sizes=sizes)
+
+    def _stored_number(self, tensor: TensorSource) -> int:
+        """ggml's number of a tensor's type; for joined experts of several types that of the first float type."""
+        if not tensor.is_matrix:
+            return TYPE_NUMBERS["f32"]
+        kinds = {self._stored_type(name) for name in tensor.sources}
+        if len(kinds) > 1:
+            return TYPE_NUMBERS["f32"]
+        kind = kinds.pop()
+        if not self._multiplies(kind.number):
+            entry = self._entry(tensor.sources[0])
+            raise UnsupportedModel(
+                f"tensor {tensor.sources[0]} of {entry.file} is of type {kind.name}, which this device does not "
+                "multiply by.",
+                cure=OTHER_CURE,
+            )
+        return kind.number
+
+    def _stored_type(self, name: str) -> GgmlType:
+        """The type that a tensor is held in: its own, or float32 for float64."""
+        entry = self._entry(name)
+        kind = GGML_TYPES.get("F32" if entry.dtype == "F64" else entry.dtype)
+        if kind is None:
+            raise unsupported_dtype(name, entry)
+        return kind
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self._files.find(name)
+        if entry is None:
+            raise ModelNotFound(f"the model lacks the tensor {name}.", cure="Fetch it again.")
+        return entry
 
     def _path(self, name: str) -> Path | None:
         return None if self._kept_folder is None else self._kept_folder / f"{name}.weights"
@@ -174,47 +271,64 @@ class WeightMaker:
         except OSError as error:
             log.warning("%s is not kept (%s): it is made again at each start", path, error.strerror or error)
 
-    def _fill(self, target: Bytes, tensor: TensorSource, layout: TensorLayout) -> None:
+    def _pieces(self, target: Bytes, tensor: TensorSource, layout: TensorLayout) -> Iterator[Callable[[], None]]:
+        """Calls that fill a tensor's memory together, in any order."""
         if not tensor.is_matrix:
-            values = {key: self._whole(key) + np.float32(tensor.offset) for key in dict.fromkeys(tensor.sources)}
-            flat = np.concatenate([values[key].reshape(-1) for key in tensor.sources])
-            target[:] = flat.astype("<f4").view(np.uint8)
+            yield lambda: self._fill_vector(target, tensor)
             return
         row_bytes = layout.byte_count // tensor.row_count
-        row = 0
-        for key in tensor.sources:
-            row += self._convert(key, tensor, layout.type_number, target[row * row_bytes :], row_bytes)
+        first = 0
+        for name in tensor.sources:
+            entry = self._entry(name)
+            rows = math.prod(entry.shape) // tensor.sizes[0]
+            part = target[first * row_bytes : (first + rows) * row_bytes]
+            first += rows
+            if tensor.transposed:
+                yield partial(self._transpose, name, part, layout.type_number)
+                continue
+            is_raw = entry.dtype != "F64" and self._stored_type(name).number == layout.type_number
+            step = READ_BYTES // row_bytes if is_raw else PIECE_ITEMS // tensor.sizes[0]
+            fill = self._copy if is_raw else partial(self._convert, layout.type_number, tensor.sizes[0])
+            for begin in range(0, rows, max(1, step)):
+                end = min(rows, begin + max(1, step))
+                yield partial(fill, name, part[begin * row_bytes : end * row_bytes], begin, end)
 
-    def _convert(self, key: str, tensor: TensorSource, type_number: int, target: Bytes, row_bytes: int) -> int:
-        """Write one source's rows to the beginning of `target`; returns their number."""
-        length = tensor.sizes[0]
-        if tensor.transposed:
-            whole = np.ascontiguousarray(self._whole(key).T)
-            quantize(self._ggml, type_number, whole, target)
-            return len(whole)
-        rows = math.prod(self._files.entry(key).shape) // length
-        step = max(1, PIECE_ITEMS // length)
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            values = self._read(key, first * length, count * length).reshape(count, length)
-            quantize(self._ggml, type_number, values, target[first * row_bytes :])
-        return rows
+    def _fill_vector(self, target: Bytes, tensor: TensorSource) -> None:
+        values = {name: self.values(name) + np.float32(tensor.offset) for name in dict.fromkeys(tensor.sources)}
+        flat = np.concatenate([values[name].reshape(-1) for name in tensor.sources])
+        target[:] = flat.astype("<f4").view(np.uint8)
 
-    def _whole(self, key: str) -> npt.NDArray[np.float32]:
-        shape = self._files.entry(key).shape
-        return self._read(key, 0, math.prod(shape)).reshape(shape)
+    def _copy(self, name: str, target: Bytes, first_row: int, end_row: int) -> None:
+        """Read rows as they are stored."""
+        row_bytes = len(target) // (end_row - first_row)
+        self._files.read(name, target.data, first_row * row_bytes)
+        self._counter.add(len(target))
 
-    def _read(self, key: str, first_item: int, items: int) -> npt.NDArray[np.float32]:
-        entry = self._files.entry(key)
-        stored = FLOAT_TYPES.get(entry.dtype)
-        if stored is None:
-            raise unsupported_dtype(key, entry)
-        values = np.empty(items, stored)
-        read_into(entry, values.view(np.uint8).data, first_item * stored.itemsize)
-        self._counter.add(values.nbytes)
-        if entry.dtype == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return np.asarray(values, np.float32)
+    def _convert(self, number: int, length: int, name: str, target: Bytes, first_row: int, end_row: int) -> None:
+        values = self._values(name, first_row * length, (end_row - first_row) * length)
+        quantize(self._ggml, number, values.reshape(-1, length), target)
+
+    def _transpose(self, name: str, target: Bytes, number: int) -> None:
+        quantize(self._ggml, number, np.ascontiguousarray(self.values(name).T), target)
+
+    def _values(self, name: str, first_item: int, items: int) -> npt.NDArray[np.float32]:
+        """Items of a tensor as float32; they are whole blocks of its type."""
+        entry = self._entry(name)
+        kind = GGML_TYPES.get(entry.dtype)
+        if kind is None:
+            raise unsupported_dtype(name, entry)
+        raw = np.empty(kind.byte_count(items), np.uint8)
+        self._files.read(name, raw.data, kind.byte_count(first_item))
+        self._counter.add(raw.nbytes)
+        if kind.name in NUMPY_TYPES:
+            return np.asarray(raw.view(NUMPY_TYPES[kind.name]), np.float32)
+        values = np.empty(items, np.float32)
+        traits = self._ggml.ggml_type_traits.from_address(self._ggml.ggml_get_type_traits(kind.number))
+        address = ctypes.cast(traits.to_float, ctypes.c_void_p).value
+        if not address:
+            raise unsupported_dtype(name, entry)
+        _TO_FLOAT(address)(raw.ctypes.data, values.ctypes.data, items)
+        return values
 
 
 def quantize(ggml: Any, type_number: int, values: npt.NDArray[np.float32], target: Bytes) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.stage.executors.ggml.families import ModelShape
 from services.stage.executors.ggml.graph import GraphMemory, SlotTensors
 from services.stage.executors.ggml.layers.attention import Attention
 from services.stage.executors.ggml.layers.operations import ITEM_BYTES, Operations, SliceTensors
+from services.stage.executors.ggml.shape import ModelShape
 
 
 class LayerGraph(Operations):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.stage.executors.ggml.families import ModelShape
 from services.stage.executors.ggml.graph import GraphMemory
 from services.stage.executors.ggml.kernels import (
     DotCounts,
@@ -19,6 +18,7 @@ from services.stage.executors.ggml.kernels import (
     new_expert_zero,
     product_by_dots,
 )
+from services.stage.executors.ggml.shape import ModelShape
 
 ITEM_BYTES = 4  # of activations
 NEOX, INTERLEAVED = 2, 0  # how the dimensions of a head are paired for rotary positions

@@ -1,0 +1,143 @@
+"""A model's dimensions and factors, read from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from noodle.errors import UnsupportedModel
+from noodle.model.config_defaults import completed_config
+from services.stage.executors.ggml.families import (
+    ACTIVATIONS,
+    GGML_FAMILIES,
+    USE_TRANSFORMERS,
+    Activation,
+    GgmlFamily,
+    ggml_lacks,
+)
+from services.stage.executors.ggml.rotary import Rotary, rotary_of
+
+EPSILON_NAMES = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Dimensions and factors of the whole model; per-layer tuples are indexed by the layer's number in the model."""
+
+    family: GgmlFamily
+    layer_count: int
+    hidden_size: int
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_epsilon: float
+    activation: Activation
+    token_scale: float  # factor of token embeddings
+    input_scale: float  # factor of the first layer's input
+    residual_scale: float
+    attention_scale: float
+    attention_cap: float  # 0 means none
+    logit_scale: float
+    logit_cap: float  # 0 means none
+    windows: tuple[int, ...]  # 0 means none
+    rotaries: tuple[Rotary | None, ...]
+    interleaved: bool  # which dimensions of a head rotate together, as GgmlFamily has it
+    tied: bool
+    maximum_positions: int
+    experts: int
+    experts_per_token: int
+    normalised_experts: bool
+
+
+def shape_of(given: Mapping[str, Any], context_length: int) -> ModelShape:
+    """Read the dimensions from a config.json, in which defaults may be left out.
+
+    Raises UnsupportedModel if ggml lacks something, or if a value is missing or malformed.
+    """
+    lacking = ggml_lacks(given)
+    if lacking:
+        raise UnsupportedModel(f"ggml does not compute this model: {lacking}.", cure=USE_TRANSFORMERS)
+    config = completed_config(given)
+    try:
+        return _shape(config, GGML_FAMILIES[config["model_type"]], context_length)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError, StopIteration) as error:
+        raise UnsupportedModel(
+            f"the config of this {config['model_type']} model has a missing or malformed value "
+            f"({type(error).__name__}: {error}).",
+            cure="Fetch the model again.",
+        ) from error
+
+
+def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -> ModelShape:
+    layer_count = int(config["num_hidden_layers"])
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    experts = int(config.get("num_local_experts") or 0) if family.experts else 0
+    normalised = family.normalised_experts
+    if family.attention_scale:
+        attention_scale = float(config[family.attention_scale])
+    elif family.query_scalar:
+        attention_scale = float(config[family.query_scalar]) ** -0.5
+    else:
+        attention_scale = head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0
+    return ModelShape(
+        family=family,
+        layer_count=layer_count,
+        hidden_size=int(config["hidden_size"]),
+        vocab_size=int(config["vocab_size"]),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        norm_epsilon=float(next(config[name] for name in EPSILON_NAMES if config.get(name) is not None)),
+        activation=ACTIVATIONS[config["hidden_act"]],
+        token_scale=float(config["hidden_size"]) ** 0.5 if family.scaled_embedding else 1.0,
+        input_scale=_factor(config, family.embedding_scale),
+        residual_scale=_factor(config, family.residual_scale),
+        attention_scale=attention_scale,
+        attention_cap=_cap(config, family.attention_cap),
+        logit_scale=1.0 / _factor(config, family.logit_divisor),
+        logit_cap=_cap(config, family.logit_cap),
+        windows=_windows(config, family, layer_count),
+        rotaries=_rotaries(config, family, layer_count, head_dim, context_length),
+        interleaved=bool(config.get("rope_interleave", family.interleaved)),
+        tied=bool(config["tie_word_embeddings"]),
+        maximum_positions=int(config["max_position_embeddings"]),
+        experts=experts,
+        experts_per_token=int(config.get("num_experts_per_tok") or 0) if experts else 0,
+        normalised_experts=bool(config[normalised] if isinstance(normalised, str) else normalised),
+    )
+
+
+def _factor(config: Mapping[str, Any], name: str) -> float:
+    return float(config[name]) if name else 1.0
+
+
+def _cap(config: Mapping[str, Any], name: str) -> float:
+    return float(config[name] or 0.0) if name else 0.0
+
+
+def _windows(config: Mapping[str, Any], family: GgmlFamily, layer_count: int) -> tuple[int, ...]:
+    window = int(config.get("sliding_window") or 0)
+    layer_types = config.get("layer_types")
+    if layer_types:
+        return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
+    return (window if family.windowed else 0,) * layer_count
+
+
+def _rotaries(
+    config: Mapping[str, Any], family: GgmlFamily, layer_count: int, head_dim: int, context_length: int
+) -> tuple[Rotary | None, ...]:
+    if family.positions:
+        return (None,) * layer_count
+    maximum = int(config["max_position_embeddings"])
+    original = int(config.get("original_max_position_embeddings") or maximum)
+    parameters = config["rope_parameters"]
+    layer_types = config.get("layer_types") or ["full_attention"] * layer_count
+    by_type: dict[str, Rotary] = {}
+    for kind in layer_types:
+        if kind not in by_type:
+            by_type[kind] = rotary_of(parameters.get(kind, parameters), head_dim, maximum, original, context_length)
+    has_rotary = config.get("no_rope_layers") or [1] * layer_count  # 1 is a layer with rotary positions
+    return tuple(by_type[kind] if rotary else None for kind, rotary in zip(layer_types, has_rotary, strict=True))

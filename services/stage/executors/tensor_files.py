@@ -1,0 +1,70 @@
+"""The tensors of a model by name, whatever its files are.
+
+Tensors are read, not mapped: mapped pages would count as the process's memory beside the tensors made from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from noodle.errors import ModelNotFound
+from noodle.model.gguf import is_gguf, read_gguf
+from noodle.model.tensor_entry import TensorEntry
+from services.stage.executors.safetensors import SafetensorsFolder, read_into
+
+
+class TensorFiles(Protocol):
+    """What a slice is loaded from. A tensor's `dtype` is the one that `read` gives it in."""
+
+    is_gguf: bool
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor, row length last; None if the model has no such tensor."""
+
+    def prepare(self, names: Collection[str]) -> None:
+        """Bring what the types of these tensors depend on."""
+
+    def find(self, name: str) -> TensorEntry | None:
+        """Where a tensor lies; None if the model has no such tensor."""
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """Names in the model's files that a tensor is read from."""
+
+    def read(self, name: str, buffer: memoryview, offset: int) -> None:
+        """Fill a buffer with a tensor's bytes from `offset` on."""
+
+
+class GgufTensors:
+    """The tensors of a GGUF file or of all parts of a split one."""
+
+    is_gguf = True
+
+    def __init__(self, path: Path) -> None:
+        self._entries: Mapping[str, TensorEntry] = read_gguf(path).entries
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        entry = self._entries.get(name)
+        return None if entry is None else entry.shape
+
+    def prepare(self, names: Collection[str]) -> None:
+        """Do nothing: a tensor's type is its own."""
+
+    def find(self, name: str) -> TensorEntry | None:
+        return self._entries.get(name)
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        return (name,)
+
+    def read(self, name: str, buffer: memoryview, offset: int) -> None:
+        read_into(self._entries[name], buffer, offset)
+
+
+def open_tensor_files(model: Path) -> TensorFiles:
+    """Open a folder with safetensors or a GGUF file; raises ModelNotFound or UnsupportedModel."""
+    if is_gguf(model):
+        return GgufTensors(model)
+    if model.is_file():
+        raise ModelNotFound(f"{model} is not a GGUF file.", cure="Name a .gguf file or a folder with safetensors.")
+    return SafetensorsFolder(model)
