@@ -198,5 +198,5 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     folder_of(tmp_path, gptq(), **GPTQ)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(NoodleError, match="not a complete safetensors file: .* lies beyond the end of the file"):
+    with pytest.raises(NoodleError, match=r"not a complete safetensors file: .* lies beyond the end of the file"):
         QuantizedFolder(tmp_path, Quantization("gptq", GPTQ))
