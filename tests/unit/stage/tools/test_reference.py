@@ -1,7 +1,6 @@
 """The unsplit model by the cluster's own executors: against transformers, and in parts."""
 
 import importlib.util
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -10,16 +9,10 @@ import pytest
 from noodle.cluster.measuring import GreedyAnswer, ReferencePart, ReferenceQuestion
 from services.stage.tools import reference
 from services.stage.tools.reference import compare_logits, compare_with_parts
-from tests.support.models.tiny_model import tiny_llama_folder
-from tests.unit.stage.tools.test_transformers_reference import NEW_TOKENS, answered  # noqa: F401
+from tests.support.models.tiny_model import LAYER_COUNT as LAYERS
 
-LAYERS = 4
+NEW_TOKENS = 12
 needs_ggml = pytest.mark.skipif(importlib.util.find_spec("ggml") is None, reason="ggml is not installed (make ggml)")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama_folder(tmp_path_factory.mktemp("reference") / "model")
 
 
 def part(start, end, executor="ggml"):
