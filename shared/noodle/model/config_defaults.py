@@ -17,6 +17,10 @@ ALIASES: Mapping[str, str] = {
     "n_head": "num_attention_heads",
     "n_positions": "max_position_embeddings",
     "num_experts": "num_local_experts",
+    "n_routed_experts": "num_local_experts",
+    "moe_num_experts": "num_local_experts",
+    "moe_k": "num_experts_per_tok",
+    "moe_topk": "num_experts_per_tok",
 }
 ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function")
 # far above any known model; a larger number means a broken file, and would cause an allocation of that size
@@ -65,7 +69,87 @@ GEMMA: Mapping[str, Any] = {
     "sliding_window": 4096,
 }
 
+GRANITE: Mapping[str, Any] = {
+    **LLAMA,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+HUNYUAN: Mapping[str, Any] = {**LLAMA, "vocab_size": 290943, "rms_norm_eps": 1e-5}
+ERNIE: Mapping[str, Any] = {
+    **LLAMA,
+    "vocab_size": 103424,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "tie_word_embeddings": True,
+}
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "apertus": {
+        **LLAMA,
+        "vocab_size": 131072,
+        "hidden_act": "xielu",
+        "max_position_embeddings": 65536,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 12_000_000.0,
+    },
+    "arcee": {
+        **LLAMA,
+        "hidden_size": 2560,
+        "hidden_act": "relu2",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    "bitnet": {
+        **LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 2560,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 5,
+        "hidden_act": "relu2",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+    },
+    "ernie4_5": {
+        **ERNIE,
+        "hidden_size": 1024,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+    },
+    "ernie4_5_moe": {
+        **ERNIE,
+        "hidden_size": 2560,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 6,
+        "moe_norm_min": 1e-12,
+    },
+    "exaone4": {
+        **LLAMA,
+        "vocab_size": 102400,
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    },
+    "gemma": {
+        **LLAMA,
+        "vocab_size": 256000,
+        "hidden_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     "gemma2": {
         **GEMMA,
         "vocab_size": 256000,
@@ -94,14 +178,45 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
     },
-    "granite": {
+    "glm4_moe": {
         **LLAMA,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": 1.0,
-        "logits_scaling": 1.0,
+        "vocab_size": 151552,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
     },
+    "granite": GRANITE,
+    "granitemoe": {**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "granitemoeshared": {**GRANITE, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": HUNYUAN,
+    "hunyuan_v1_moe": {**HUNYUAN, "num_local_experts": 1, "num_experts_per_tok": 1},
     "llama": LLAMA,
+    "ministral": {
+        **LLAMA,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "ministral3": {
+        **LLAMA,
+        "vocab_size": 131072,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "sliding_window": None,
+    },
     "mistral": {**LLAMA, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "mixtral": {
         **LLAMA,
@@ -113,7 +228,30 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 2,
         "num_local_experts": 8,
     },
+    "nemotron": {
+        **{key: value for key, value in LLAMA.items() if key != "rms_norm_eps"},
+        "vocab_size": 256000,
+        "hidden_size": 6144,
+        "num_attention_heads": 48,
+        "head_dim": 128,
+        "hidden_act": "relu2",
+        "max_position_embeddings": 4096,
+        "norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+    },
     "olmo2": {**LLAMA, "vocab_size": 50304, "rms_norm_eps": 1e-5},
+    "olmoe": {
+        **LLAMA,
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
     "phi3": {
         **LLAMA,
         "vocab_size": 32064,
@@ -123,7 +261,30 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
     },
+    "phimoe": {
+        **LLAMA,
+        "vocab_size": 32064,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "sliding_window": None,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.01,
+    },
     "qwen2": {**QWEN, "max_window_layers": 28},
+    "qwen2_moe": {
+        **QWEN,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_window_layers": 28,
+        "num_local_experts": 60,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+    },
     "qwen3": {**QWEN, "head_dim": 128, "max_window_layers": 28},
     "qwen3_moe": {
         **QWEN,
@@ -133,6 +294,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 8,
         "num_local_experts": 128,
         "norm_topk_prob": False,
+    },
+    "seed_oss": {
+        **LLAMA,
+        "vocab_size": 155136,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 524288,
     },
     "smollm3": {
         **LLAMA,
@@ -227,6 +397,8 @@ def _layer_types(whole: dict[str, Any]) -> list[str]:
         slides = whole.get("use_sliding_window") and window is not None
         return [SLIDING if slides and not rotary else FULL for rotary in whole["no_rope_layers"]]
     if "sliding_window_pattern" in whole:
+        if window is None:
+            return [FULL] * count
         pattern = int(whole["sliding_window_pattern"])
         return [SLIDING if (number + 1) % pattern else FULL for number in range(count)]
     if "max_window_layers" in whole:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from noodle.model.families import ROTARY_TYPES, rotary_types
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 USE_TRANSFORMERS = "Leave this model to transformers (NOODLE_EXECUTOR=transformers)."
 
 # name of a module here -> its key below the layer, without .weight or .bias
@@ -32,6 +32,29 @@ POST_NORMS: Mapping[str, str] = {
     "attention_post_norm": "post_attention_layernorm",
     "feed_forward_post_norm": "post_feedforward_layernorm",
 }
+POST_NORM_MODULES: Mapping[str, str] = {
+    **{name: key for name, key in LLAMA_MODULES.items() if name not in ("attention_norm", "feed_forward_norm")},
+    **POST_NORMS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFamily:
+    """How a family's router chooses experts. Further strings are keys of the config, empty if it has no such value."""
+
+    # router; gate, up and down, with {} for the expert or as one tensor of all experts; gate_up; shared_gate, shared_up
+    # and shared_down or shared_gate_up of the expert that every token passes; shared_router
+    modules: Mapping[str, str]
+    # of the router's outputs: of all experts, each alone, of the chosen ones, or as in phimoe
+    scores: Literal["softmax", "sigmoid", "chosen_softmax", "sparse_mixer"] = "softmax"
+    correction: str = ""  # tensor that is added to the scores for the choice, not for the shares
+    normalised: bool | str = False  # whether the shares of the chosen experts are scaled to sum to 1
+    smallest_sum: str = ""  # of shares, by which these are divided
+    share_scale: str = ""
+    groups: str = ""  # number of groups of experts
+    chosen_groups: str = ""  # of which alone experts are chosen
+    jitter: str = ""  # of sparse_mixer
+    scales_input: bool = False  # the shares are factors of an expert's input, not of its output
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +71,8 @@ class GgmlFamily:
     norm_offset: float = 0.0  # added to norm weights
     query_key_norm: Literal["heads", "whole"] = "heads"  # axis of the norms of q and k, if the model has them
     interleaved: bool = False  # dimensions 2i and 2i + 1 of a head rotate together, not i and i + half
+    norms_after_rotary: bool = False  # q and k are normed after their rotary positions
+    rotary_in_windows: bool = False  # if the model has a window, layers without one have no rotary positions
     transposed: bool = False  # matrices are stored [in, out]
     windowed: bool = False  # config.sliding_window applies to every layer if the config lists no layer types
     scaled_embedding: bool = False  # token embeddings times the square root of the hidden size
@@ -59,9 +84,32 @@ class GgmlFamily:
     attention_cap: str = ""  # soft cap of q·k; 0 or None is no cap
     logit_divisor: str = ""
     logit_cap: str = ""
-    # router; gate, up and down, with {} for the expert or as one tensor of all experts
-    experts: Mapping[str, str] = field(default_factory=dict)
-    normalised_experts: bool | str = False  # whether the weights of the chosen experts are scaled to sum to 1
+    experts: ExpertFamily | None = None
+    gguf_modules: Mapping[str, str] = field(default_factory=dict)  # names in GGUF files that differ from most families'
+
+
+MIXTRAL_EXPERTS: Mapping[str, str] = {
+    "router": "block_sparse_moe.gate",
+    "gate": "block_sparse_moe.experts.{}.w1",
+    "up": "block_sparse_moe.experts.{}.w3",
+    "down": "block_sparse_moe.experts.{}.w2",
+}
+QWEN_EXPERTS: Mapping[str, str] = {
+    "router": "mlp.gate",
+    "gate": "mlp.experts.{}.gate_proj",
+    "up": "mlp.experts.{}.up_proj",
+    "down": "mlp.experts.{}.down_proj",
+}
+GRANITE_EXPERTS: Mapping[str, str] = {
+    "router": "block_sparse_moe.router.layer",
+    "gate_up": "block_sparse_moe.input_linear",
+    "down": "block_sparse_moe.output_linear",
+}
+
+
+def shared_expert(prefix: str) -> Mapping[str, str]:
+    """The modules of an expert that every token passes, with the usual names below `prefix`."""
+    return {f"shared_{name}": f"{prefix}{name}_proj" for name in ("gate", "up", "down")}
 
 
 GEMMA = GgmlFamily(
@@ -72,9 +120,59 @@ GEMMA = GgmlFamily(
     logit_cap="final_logit_softcapping",
 )
 
+GRANITE = GgmlFamily(
+    embedding_scale="embedding_multiplier",
+    residual_scale="residual_multiplier",
+    attention_scale="attention_multiplier",
+    logit_divisor="logits_scaling",
+)
+HUNYUAN = GgmlFamily(
+    modules={**LLAMA_MODULES, "query_norm": "self_attn.query_layernorm", "key_norm": "self_attn.key_layernorm"},
+    norms_after_rotary=True,
+)
+
 GGML_FAMILIES: Mapping[str, GgmlFamily] = {
+    "apertus": GgmlFamily(
+        modules={
+            **LLAMA_MODULES,
+            "attention_norm": "attention_layernorm",
+            "feed_forward_norm": "feedforward_layernorm",
+        }
+    ),
+    "arcee": GgmlFamily(),
+    "bitnet": GgmlFamily(
+        modules={
+            **LLAMA_MODULES,
+            "attention_inner_norm": "self_attn.attn_sub_norm",
+            "feed_forward_inner_norm": "mlp.ffn_sub_norm",
+        }
+    ),
+    "ernie4_5": GgmlFamily(interleaved=True),
+    "ernie4_5_moe": GgmlFamily(
+        interleaved=True,
+        experts=ExpertFamily(
+            {**QWEN_EXPERTS, **shared_expert("mlp.shared_experts.")},
+            correction="mlp.moe_statics.e_score_correction_bias",
+            normalised=True,
+            smallest_sum="moe_norm_min",
+        ),
+    ),
+    "exaone4": GgmlFamily(modules=POST_NORM_MODULES, rotary_in_windows=True),
+    "gemma": GgmlFamily(norm_offset=1.0, scaled_embedding=True),
     "gemma2": replace(GEMMA, attention_cap="attn_logit_softcapping"),
     "gemma3_text": GEMMA,  # transformers reads a soft cap of q·k, but does not apply it
+    "glm4_moe": GgmlFamily(
+        experts=ExpertFamily(
+            {**QWEN_EXPERTS, **shared_expert("mlp.shared_experts.")},
+            scores="sigmoid",
+            correction="mlp.gate.e_score_correction_bias",
+            normalised="norm_topk_prob",
+            share_scale="routed_scaling_factor",
+            groups="n_group",
+            chosen_groups="topk_group",
+        ),
+        gguf_modules={"feed_forward_norm": "post_attention_norm"},
+    ),
     "gpt2": GgmlFamily(
         modules={
             "attention_norm": "ln_1",
@@ -91,46 +189,56 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
         norm="layer",
         transposed=True,
     ),
-    "granite": GgmlFamily(
-        embedding_scale="embedding_multiplier",
-        residual_scale="residual_multiplier",
-        attention_scale="attention_multiplier",
-        logit_divisor="logits_scaling",
+    "granite": GRANITE,
+    "granitemoe": replace(GRANITE, experts=ExpertFamily(GRANITE_EXPERTS, scores="chosen_softmax")),
+    "granitemoeshared": replace(
+        GRANITE,
+        experts=ExpertFamily(
+            {
+                **GRANITE_EXPERTS,
+                "shared_gate_up": "shared_mlp.input_linear",
+                "shared_down": "shared_mlp.output_linear",
+            },
+            scores="chosen_softmax",
+        ),
+    ),
+    "hunyuan_v1_dense": HUNYUAN,
+    "hunyuan_v1_moe": replace(
+        HUNYUAN,
+        experts=ExpertFamily(
+            {**QWEN_EXPERTS, **shared_expert("mlp.shared_mlp."), "router": "mlp.gate.wg"}, normalised=True
+        ),
     ),
     "llama": GgmlFamily(),
+    "ministral": GgmlFamily(windowed=True),
+    "ministral3": GgmlFamily(windowed=True),
     "mistral": GgmlFamily(windowed=True),
     "mixtral": GgmlFamily(
         windowed=True,
-        experts={
-            "router": "block_sparse_moe.gate",
-            "gate": "block_sparse_moe.experts.{}.w1",
-            "up": "block_sparse_moe.experts.{}.w3",
-            "down": "block_sparse_moe.experts.{}.w2",
-        },
-        normalised_experts=True,
+        experts=ExpertFamily(MIXTRAL_EXPERTS, normalised=True),
     ),
-    "olmo2": GgmlFamily(
-        modules={
-            **{name: key for name, key in LLAMA_MODULES.items() if not name.endswith(("attention_norm", "ward_norm"))},
-            **POST_NORMS,
-        },
-        query_key_norm="whole",
-    ),
+    "nemotron": GgmlFamily(norm="layer", norm_offset=1.0),
+    "olmo2": GgmlFamily(modules=POST_NORM_MODULES, query_key_norm="whole"),
+    "olmoe": GgmlFamily(query_key_norm="whole", experts=ExpertFamily(QWEN_EXPERTS, normalised="norm_topk_prob")),
     "phi3": GgmlFamily(
         modules={**LLAMA_MODULES, "query_key_value": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"},
         windowed=True,
     ),
+    "phimoe": GgmlFamily(
+        norm="layer",
+        windowed=True,
+        experts=ExpertFamily(MIXTRAL_EXPERTS, scores="sparse_mixer", jitter="router_jitter_noise"),
+    ),
     "qwen2": GgmlFamily(),
     "qwen3": GgmlFamily(),
-    "qwen3_moe": GgmlFamily(
-        experts={
-            "router": "mlp.gate",
-            "gate": "mlp.experts.{}.gate_proj",
-            "up": "mlp.experts.{}.up_proj",
-            "down": "mlp.experts.{}.down_proj",
-        },
-        normalised_experts="norm_topk_prob",
+    "qwen2_moe": GgmlFamily(
+        experts=ExpertFamily(
+            {**QWEN_EXPERTS, **shared_expert("mlp.shared_expert."), "shared_router": "mlp.shared_expert_gate"},
+            normalised="norm_topk_prob",
+        )
     ),
+    "qwen3_moe": GgmlFamily(experts=ExpertFamily(QWEN_EXPERTS, normalised="norm_topk_prob")),
+    "seed_oss": GgmlFamily(),
     "smollm3": GgmlFamily(),
     "starcoder2": GgmlFamily(
         modules={**LLAMA_MODULES, "up": "mlp.c_fc", "down": "mlp.c_proj"}, norm="layer", windowed=True
@@ -143,6 +251,8 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+    "xielu": "xielu",
 }
 
 

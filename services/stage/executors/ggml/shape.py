@@ -13,12 +13,14 @@ from services.stage.executors.ggml.families import (
     GGML_FAMILIES,
     USE_TRANSFORMERS,
     Activation,
+    ExpertFamily,
     GgmlFamily,
     ggml_lacks,
 )
 from services.stage.executors.ggml.rotary import Rotary, rotary_of
 
-EPSILON_NAMES = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+EPSILON_NAMES = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
+NO_EXPERTS = ExpertFamily({})
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class ModelShape:
     experts: int
     experts_per_token: int
     normalised_experts: bool
+    share_scale: float  # of the chosen experts' shares
+    smallest_share_sum: float  # 0 means none
+    expert_groups: int
+    chosen_groups: int
+    router_jitter: float
 
 
 def shape_of(given: Mapping[str, Any], context_length: int) -> ModelShape:
@@ -74,8 +81,9 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
     layer_count = int(config["num_hidden_layers"])
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    router = family.experts or NO_EXPERTS
     experts = int(config.get("num_local_experts") or 0) if family.experts else 0
-    normalised = family.normalised_experts
+    normalised = router.normalised
     if family.attention_scale:
         attention_scale = float(config[family.attention_scale])
     elif family.query_scalar:
@@ -107,6 +115,11 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
         experts=experts,
         experts_per_token=int(config.get("num_experts_per_tok") or 0) if experts else 0,
         normalised_experts=bool(config[normalised] if isinstance(normalised, str) else normalised),
+        share_scale=_factor(config, router.share_scale),
+        smallest_share_sum=_cap(config, router.smallest_sum),
+        expert_groups=int(_factor(config, router.groups)),
+        chosen_groups=int(_factor(config, router.chosen_groups)),
+        router_jitter=_cap(config, router.jitter),
     )
 
 
@@ -140,4 +153,6 @@ def _rotaries(
         if kind not in by_type:
             by_type[kind] = rotary_of(parameters.get(kind, parameters), head_dim, maximum, original, context_length)
     has_rotary = config.get("no_rope_layers") or [1] * layer_count  # 1 is a layer with rotary positions
+    if family.rotary_in_windows and config.get("sliding_window"):
+        has_rotary = [int(kind == "sliding_attention") for kind in layer_types]
     return tuple(by_type[kind] if rotary else None for kind, rotary in zip(layer_types, has_rotary, strict=True))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from noodle.errors import ModelNotFound
-from services.stage.executors.ggml.families import GgmlFamily
+from services.stage.executors.ggml.families import ExpertFamily, GgmlFamily
 from services.stage.executors.ggml.shape import ModelShape
 
 ShapeOf = Callable[[str], tuple[int, ...] | None]  # stored shape of a key; None if there is no such tensor
@@ -27,7 +27,9 @@ GGUF_MODULES: Mapping[str, str] = {
     "query_norm": "attn_q_norm",
     "key_norm": "attn_k_norm",
     "output": "attn_output",
+    "attention_inner_norm": "attn_sub_norm",
     "feed_forward_norm": "ffn_norm",
+    "feed_forward_inner_norm": "ffn_sub_norm",
     "feed_forward_post_norm": "post_ffw_norm",
     "gate": "ffn_gate",
     "up": "ffn_up",
@@ -38,15 +40,21 @@ GGUF_EXPERTS: Mapping[str, str] = {
     "router": "ffn_gate_inp",
     "gate": "ffn_gate_exps",
     "up": "ffn_up_exps",
+    "gate_up": "ffn_gate_up_exps",
     "down": "ffn_down_exps",
+    "shared_gate": "ffn_gate_shexp",
+    "shared_up": "ffn_up_shexp",
+    "shared_down": "ffn_down_shexp",
+    "shared_router": "ffn_gate_inp_shexp",
 }
+GGUF_CORRECTION = "exp_probs_b.bias"
 
 
 def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
     """The family with the names of GGUF files, whose writer has shifted and transposed weights for ggml."""
     return replace(
         family,
-        modules={name: GGUF_MODULES[name] for name in family.modules},
+        modules={name: GGUF_MODULES[name] for name in family.modules} | family.gguf_modules,
         layer="blk.{}.",
         embedding="token_embd",
         positions=family.positions and "position_embd",
@@ -54,8 +62,12 @@ def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
         head="output",
         norm_offset=0.0,
         transposed=False,
-        experts={name: GGUF_EXPERTS[name] for name in family.experts},
+        experts=family.experts and _experts_in_gguf(family.experts),
     )
+
+
+def _experts_in_gguf(family: ExpertFamily) -> ExpertFamily:
+    return replace(family, modules=GGUF_EXPERTS, correction=family.correction and GGUF_CORRECTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,21 +126,14 @@ class TensorMap:
         tensors += self._linear("query_key_value", parts, hidden, query + 2 * key_value)
         tensors += self._query_key_norms(keys)
         tensors += self._linear("output", [keys["output"]], query, hidden)
-        if family.experts and self._has(prefix + family.experts["router"]):
-            return tensors + self._experts(prefix)
-        inner = self._rows_of(keys["down"], column=True)
-        fused = keys.get("gate_up")
-        has_gate = "gate" in keys and self._has(keys["gate"])
-        if fused and self._has(fused) and not has_gate:
-            tensors += self._linear("gate_up", [fused], hidden, 2 * inner)
-        elif has_gate:
-            tensors += self._linear("gate_up", [keys["gate"], keys["up"]], hidden, 2 * inner)
-        else:
-            tensors += self._linear("up", [keys["up"]], hidden, inner)
-        return tensors + self._linear("down", [keys["down"]], inner, hidden)
+        if "attention_inner_norm" in keys:
+            tensors += self._norm("attention_inner_norm", keys["attention_inner_norm"], query)
+        if family.experts and self._has(prefix + family.experts.modules["router"]):
+            return tensors + self._experts(prefix, family.experts)
+        return tensors + self._feed_forward(keys)
 
-    def _norm(self, name: str, key: str) -> list[TensorSource]:
-        sizes = (self._shape.hidden_size,)
+    def _norm(self, name: str, key: str, size: int = 0) -> list[TensorSource]:
+        sizes = (size or self._shape.hidden_size,)
         weight = TensorSource(f"{name}.weight", (f"{key}.weight",), sizes, offset=self._shape.family.norm_offset)
         bias = TensorSource(f"{name}.bias", (f"{key}.bias",), sizes)
         return [self._checked(weight), *([self._checked(bias)] if self._has(key, "bias") else [])]
@@ -150,31 +155,54 @@ class TensorMap:
             )
         ]
 
-    def _experts(self, prefix: str) -> list[TensorSource]:
-        shape, keys = self._shape, self._shape.family.experts
-        router, gate, up, down = (prefix + keys[name] for name in ("router", "gate", "up", "down"))
-        count, hidden = shape.experts, shape.hidden_size
-        router_tensor = self._checked(TensorSource("router.weight", (f"{router}.weight",), (hidden, count)))
-        if "{}" not in gate:
-            inner = (0, *self._stored(f"{gate}.weight"))[-2]
-            sizes = {"gate": (hidden, inner, count), "up": (hidden, inner, count), "down": (inner, hidden, count)}
-            return [
-                router_tensor,
-                *(
-                    self._checked(
-                        TensorSource(f"expert_{name}.weight", (f"{prefix}{keys[name]}.weight",), size, is_matrix=True)
-                    )
-                    for name, size in sizes.items()
-                ),
-            ]
-        inner = self._rows_of(gate.format(0))
-        both = tuple(f"{key.format(expert)}.weight" for expert in range(count) for key in (gate, up))
-        downs = tuple(f"{down.format(expert)}.weight" for expert in range(count))
-        return [
-            router_tensor,
-            self._checked(TensorSource("expert_gate_up.weight", both, (hidden, 2 * inner, count), is_matrix=True)),
-            self._checked(TensorSource("expert_down.weight", downs, (inner, hidden, count), is_matrix=True)),
-        ]
+    def _experts(self, prefix: str, family: ExpertFamily) -> list[TensorSource]:
+        """The router's tensors, those of its experts, and those of the expert that every token passes."""
+        keys = {name: prefix + key for name, key in family.modules.items()}
+        hidden, count = self._shape.hidden_size, self._shape.experts
+        tensors = [self._checked(TensorSource("router.weight", (f"{keys['router']}.weight",), (hidden, count)))]
+        if self._has(keys["router"], "bias"):
+            tensors.append(self._checked(TensorSource("router.bias", (f"{keys['router']}.bias",), (count,))))
+        if family.correction and self._shape_of_key(prefix + family.correction) is not None:
+            tensors.append(self._checked(TensorSource("router_correction", (prefix + family.correction,), (count,))))
+        is_split = "{}" in keys["down"]
+        parts = ("gate_up",) if "gate_up" in keys and self._has(keys["gate_up"]) else ("gate", "up")
+        if is_split:
+            inner = self._rows_of(keys["gate"].format(0))
+            both = [keys[name].format(number) for number in range(count) for name in ("gate", "up")]
+            tensors.append(self._expert_matrix("gate_up", both, (hidden, 2 * inner, count)))
+        else:
+            inner = self._stored(f"{keys['down']}.weight")[-1]
+            for name in parts:
+                rows = 2 * inner if name == "gate_up" else inner
+                tensors.append(self._expert_matrix(name, [keys[name]], (hidden, rows, count)))
+        downs = [keys["down"].format(number) for number in range(count)] if is_split else [keys["down"]]
+        tensors.append(self._expert_matrix("down", downs, (inner, hidden, count)))
+        if "shared_down" in keys and self._has(keys["shared_down"]):
+            tensors += self._feed_forward(keys, "shared_")
+        if "shared_router" in keys and self._has(keys["shared_router"]):
+            sources = (f"{keys['shared_router']}.weight",)
+            tensors.append(self._checked(TensorSource("shared_router.weight", sources, (hidden, 1))))
+        return tensors
+
+    def _expert_matrix(self, name: str, keys: list[str], sizes: tuple[int, ...]) -> TensorSource:
+        sources = tuple(f"{key}.weight" for key in keys)
+        return self._checked(TensorSource(f"expert_{name}.weight", sources, sizes, is_matrix=True))
+
+    def _feed_forward(self, keys: Mapping[str, str], prefix: str = "") -> list[TensorSource]:
+        hidden, down = self._shape.hidden_size, keys[f"{prefix}down"]
+        inner = self._rows_of(down, column=True)
+        gate, up, fused = (keys.get(f"{prefix}{name}", "") for name in ("gate", "up", "gate_up"))
+        has_gate = bool(gate) and self._has(gate)
+        if fused and self._has(fused) and not has_gate:
+            tensors = self._linear(f"{prefix}gate_up", [fused], hidden, 2 * inner)
+        elif has_gate:
+            tensors = self._linear(f"{prefix}gate_up", [gate, up], hidden, 2 * inner)
+        else:
+            tensors = self._linear(f"{prefix}up", [up], hidden, inner)
+        inner_norm = keys.get(f"{prefix}feed_forward_inner_norm")
+        if inner_norm:
+            tensors += self._norm(f"{prefix}feed_forward_inner_norm", inner_norm, inner)
+        return tensors + self._linear(f"{prefix}down", [down], inner, hidden)
 
     def _linear(self, name: str, keys: list[str], inputs: int, outputs: int) -> list[TensorSource]:
         tensors = [self._matrix(f"{name}.weight", keys, inputs, outputs)]
@@ -210,7 +238,7 @@ class TensorMap:
             if tensor.transposed:
                 stored = stored[::-1]
             if len(tensor.sizes) == 1:
-                rows += stored[0] if len(stored) == 1 else -1
+                rows += stored[-1] if stored and math.prod(stored) == stored[-1] else -1
             else:
                 rows += math.prod(stored[:-1]) if stored and stored[-1] == tensor.sizes[0] else -1
         expected = tensor.sizes[0] if len(tensor.sizes) == 1 else tensor.row_count

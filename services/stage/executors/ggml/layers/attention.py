@@ -52,6 +52,7 @@ class Attention:
             joined = self._view(self._attended, (width, begin), (width * ITEM_BYTES,), 0)
         else:
             joined = self._call("reshape_2d", attended, width, begin)
+        joined = self._operations.norm(joined, weights, "attention_inner_norm")
         return self._operations.linear(joined, weights, "output")
 
     def _query_key_value(self, tensor: int, number: int, weights: dict[str, int]) -> tuple[_Rows, _Rows, _Rows]:
@@ -74,10 +75,12 @@ class Attention:
             # q and k lie side by side, so one operation serves both
             if factors or norm_heads:
                 both = self._heads(query, shape.heads + shape.kv_heads)
+                if factors and shape.family.norms_after_rotary:
+                    both = self._apply_rotary(both, number)
                 if norm_heads:
                     both = self._call("rms_norm", both, shape.norm_epsilon)
                     both = self._call("mul", both, weights["query_key_norm.weight"])
-                if factors:
+                if factors and not shape.family.norms_after_rotary:
                     both = self._apply_rotary(both, number)
                 stride = (query_width + key_width) * ITEM_BYTES
                 query, key = _Rows(both, 0, stride), _Rows(both, query_width * ITEM_BYTES, stride)
@@ -89,6 +92,9 @@ class Attention:
     def _query_or_key(self, rows: _Rows, heads: int, number: int, norm: int | None) -> _Rows:
         """Q or K alone, normed over each head or over all of them, and with rotary positions."""
         width = heads * self._shape.head_dim
+        has_rotary, after = bool(self._tensors.frequency_factors[number]), self._shape.family.norms_after_rotary
+        if has_rotary and after:
+            rows = _Rows(self._apply_rotary(self._heads(rows, heads), number), 0, width * ITEM_BYTES)
         if norm is not None:
             if self._shape.family.query_key_norm == "heads":
                 tensor = self._heads(rows, heads)
@@ -96,7 +102,7 @@ class Attention:
                 tensor = self._view(rows.tensor, (width, sum(self._counts)), (rows.stride,), rows.offset)
             tensor = self._call("mul", self._call("rms_norm", tensor, self._shape.norm_epsilon), norm)
             rows = _Rows(tensor, 0, width * ITEM_BYTES)
-        if self._tensors.frequency_factors[number]:
+        if has_rotary and not after:
             rows = _Rows(self._apply_rotary(self._heads(rows, heads), number), 0, width * ITEM_BYTES)
         return rows
 

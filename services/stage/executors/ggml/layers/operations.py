@@ -23,7 +23,7 @@ from services.stage.executors.ggml.shape import ModelShape
 ITEM_BYTES = 4  # of activations
 NEOX, INTERLEAVED = 2, 0  # how the dimensions of a head are paired for rotary positions
 # operations of a layer at most, and of each of its spans: a graph's memory is sized before it is built
-LAYER_TENSORS, SPAN_TENSORS = 88, 16
+LAYER_TENSORS, SPAN_TENSORS = 144, 16
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,21 @@ class Operations:
         bias = weights.get(f"{name}.bias")
         return normed if bias is None else self.call("add", normed, bias)
 
+    def feed_forward(self, tensor: int, weights: dict[str, int], prefix: str = "") -> int:
+        """The layer's feed-forward part; `prefix` is that of its weights' names."""
+        if f"{prefix}gate_up.weight" in weights:
+            inner = self.gated(self.linear(tensor, weights, f"{prefix}gate_up"))
+        elif f"{prefix}gate.weight" in weights:
+            inner = self.gated(*(self.linear(tensor, weights, f"{prefix}{name}") for name in ("gate", "up")))
+        else:
+            inner = self.activated(self.linear(tensor, weights, f"{prefix}up"))
+        inner = self.norm(inner, weights, f"{prefix}feed_forward_inner_norm")
+        return self.linear(inner, weights, f"{prefix}down")
+
     def gated(self, gate: int, up: int | None = None) -> int:
         """The activation of the gate times `up`, which may be the second half of the gate's tensor."""
-        kind = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu_erf"}[self.shape.activation]
-        if kind == "geglu" and self.tensors.exact:
+        kind = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu_erf"}.get(self.shape.activation)
+        if kind is None or (kind == "geglu" and self.tensors.exact):
             if up is None:
                 gate, up = self.halves(gate)
             return self.call("mul", self.activated(gate), up)
@@ -123,6 +134,8 @@ class Operations:
             return self.call("silu", tensor)
         if kind == "gelu":
             return self.call("gelu_erf", tensor)
+        if kind == "relu2":
+            return self.call("sqr", self.call("relu", tensor))
         if not self.tensors.exact:
             return self.call("gelu", tensor)
         # equal to x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x ** 3))
