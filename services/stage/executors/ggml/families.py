@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from noodle.model.families import ROTARY_TYPES, rotary_types
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
 USE_TRANSFORMERS = "Leave this model to transformers (NOODLE_EXECUTOR=transformers)."
 
 # name of a module here -> its key below the layer, without .weight or .bias
@@ -132,13 +132,6 @@ HUNYUAN = GgmlFamily(
 )
 
 GGML_FAMILIES: Mapping[str, GgmlFamily] = {
-    "apertus": GgmlFamily(
-        modules={
-            **LLAMA_MODULES,
-            "attention_norm": "attention_layernorm",
-            "feed_forward_norm": "feedforward_layernorm",
-        }
-    ),
     "arcee": GgmlFamily(),
     "bitnet": GgmlFamily(
         modules={
@@ -252,7 +245,6 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
-    "xielu": "xielu",
 }
 
 
@@ -270,6 +262,8 @@ def ggml_lacks(config: Mapping[str, Any]) -> str:
             return f"its rotary scaling {kind} is computed by transformers alone"
     if config.get("use_bidirectional_attention"):
         return "it attends to later tokens too"
+    if config.get("clip_qkv"):
+        return "its queries and keys are clipped, which transformers alone computes"
     if config.get("scale_attn_by_inverse_layer_idx") or config.get("add_cross_attention"):
         return "its attention is scaled by layer or crosses to another model, which transformers alone computes"
     return ""

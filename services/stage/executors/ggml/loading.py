@@ -170,7 +170,7 @@ def _weights(blocks: dict[str, dict[str, int]], shape: ModelShape, start_layer: 
         "embedding": embedding if start_layer == 0 else 0,
         "positions": blocks.get("positions", {}).get("positions.weight", 0),
         "final_norm": blocks.get("final_norm", {}),
-        "head": {"head.weight": embedding} if ties_head else blocks.get("head", {}),
+        "head": {**({"head.weight": embedding} if ties_head else {}), **blocks.get("head", {})},
         "frequency_factors": tuple(
             blocks["rotary"][str(number - start_layer)] if shape.rotaries[number] is not None else 0
             for number in range(start_layer, end_layer)

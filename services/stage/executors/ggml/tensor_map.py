@@ -54,7 +54,7 @@ def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
     """The family with the names of GGUF files, whose writer has shifted and transposed weights for ggml."""
     return replace(
         family,
-        modules={name: GGUF_MODULES[name] for name in family.modules} | family.gguf_modules,
+        modules={**{name: GGUF_MODULES[name] for name in family.modules}, **family.gguf_modules},
         layer="blk.{}.",
         embedding="token_embd",
         positions=family.positions and "position_embd",
@@ -109,6 +109,9 @@ class TensorMap:
             blocks["final_norm"] = self._norm("final_norm", family.final_norm)
             if not shape.tied:
                 blocks["head"] = self._linear("head", [family.head], hidden, shape.vocab_size)
+            elif self._has(family.head, "bias"):
+                bias = TensorSource("head.bias", (f"{family.head}.bias",), (shape.vocab_size,))
+                blocks["head"] = [self._checked(bias)]
         return blocks
 
     def layer(self, number: int) -> list[TensorSource]:
