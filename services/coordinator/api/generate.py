@@ -35,7 +35,8 @@ from services.coordinator.api.sse import event_stream, kept_alive, prompt_text, 
 from services.coordinator.coordinator import Coordinator
 from services.coordinator.engine.request import FinishReason, Request
 from services.coordinator.text.answer import Answer, Part
-from services.coordinator.text.tokenizer import Piece, Tokenizer
+from services.coordinator.text.tokenizer import Tokenizer
+from services.coordinator.text.vocabulary.base import Piece
 
 MAXIMUM_STOP_STRINGS = 16
 MAXIMUM_TEMPERATURE = 100.0

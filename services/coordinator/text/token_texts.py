@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 
 import tokenizers
@@ -12,8 +13,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 WORD_MARK = "\u2581"  # ▁, how sentencepiece writes a space
 
 
-class TokenTexts:
-    """The text of each token of a vocabulary by itself; threads may share it."""
+class TokenBytes:
+    """The bytes of each token of a tokenizers library's vocabulary by itself; threads may share it."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -23,7 +24,7 @@ class TokenTexts:
         self._byte_fallback = "ByteFallback" in kinds
         self._word_mark = not self._byte_level and bool(kinds & {"Metaspace", "Replace"})
 
-    def bytes_of(self, token_id: int) -> bytes:
+    def of(self, token_id: int) -> bytes:
         """Return the token's bytes, spaces included; empty for an id outside the vocabulary."""
         if token_id in self._added:
             return self._added[token_id].encode()
@@ -38,6 +39,13 @@ class TokenTexts:
             return token.replace(WORD_MARK, " ").encode()
         text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text.encode()
+
+
+class TokenTexts:
+    """The text of each token of a vocabulary by itself, for ids that `bytes_of` knows; threads may share it."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        self.bytes_of = bytes_of
 
     def text_of(self, token_id: int) -> str:
         """Return the token as text, with U+FFFD for a part of a character."""
