@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from noodle.errors import UnsupportedModel
 from services.coordinator.text.vocabulary.pre_tokenizers import PreTokenizer
 
 WORD_MARK = "\u2581"  # ▁, how vocabularies that are not byte-level write a space
+CURE = "Fetch the file again, or another GGUF file of this model."
 LINES = re.compile(r"[^\n]+|\n+")
 
 log = logging.getLogger(__name__)
@@ -29,17 +30,11 @@ class RankedMerging:
     bytes; a run of line ends that is a token there is not merged from its characters.
     """
 
-    def __init__(self, ids: dict[str, int], merges: list[tuple[str, str]], pre: PreTokenizer) -> None:
+    def __init__(self, ids: dict[str, int], merges: list[tuple[str, str]], pre: PreTokenizer, path: Path) -> None:
+        """Raises UnsupportedModel if the library refuses the merges; `path` is named then."""
         self._is_byte_level = pre.is_byte_level
         self._line_ends = {token: token_id for token, token_id in ids.items() if not token.strip("\n")}
-        with _without_collection():
-            model = BPE(
-                vocab=ids,
-                merges=merges,
-                ignore_merges=pre.ignores_merges,
-                byte_fallback=not pre.is_byte_level,
-            )
-        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer = tokenizers.Tokenizer(_model(ids, merges, pre, path))
         steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre.patterns]
         last = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if pre.is_byte_level else []
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, *last])
@@ -66,30 +61,36 @@ class RankedMerging:
         return [(token_id, at + start, at + stop) for token_id, (start, stop) in places]
 
 
-def read_merges(lines: Sequence[object], ids: Mapping[str, int], path: Path) -> list[tuple[str, str]]:
+def read_merges(lines: Sequence[str], path: Path) -> list[tuple[str, str]]:
     """Split each line into its two tokens, at the first space after its first character.
 
-    A merge that is listed twice counts at its first place. One of tokens that the vocabulary lacks can never produce a
-    token; it is left out, and the log says so. Raises UnsupportedModel for a line that is not two tokens.
+    A merge that is listed twice counts at its first place. Raises UnsupportedModel for a line that is not two tokens.
     """
-    merges: dict[tuple[str, str], None] = {}
-    lost = 0
+    lines = list(dict.fromkeys(lines))
     with _without_collection():
-        for number, line in enumerate(lines):
-            at = line.find(" ", 1) if isinstance(line, str) else -1
-            if not isinstance(line, str) or at < 0:
-                raise UnsupportedModel(
-                    f"{path}: merge {number} of tokenizer.ggml.merges is not two tokens: {str(line)[:60]!r}.",
-                    cure="Fetch the file again, or another GGUF file of this model.",
-                )
-            first, second = line[:at], line[at + 1 :]
-            if first in ids and second in ids and first + second in ids:
-                merges.setdefault((first, second))
-            else:
-                lost += 1
-    if lost:
-        log.warning("%s: %d of %d merges name tokens that the vocabulary lacks; left out", path, lost, len(lines))
-    return list(merges)
+        merges = [(line[:at], line[at + 1 :]) for line in lines if (at := line.find(" ", 1)) > 0]
+    if len(merges) == len(lines):
+        return merges
+    number, line = next((number, line) for number, line in enumerate(lines) if line.find(" ", 1) < 0)
+    raise UnsupportedModel(
+        f"{path}: merge {number} of tokenizer.ggml.merges is not two tokens: {line[:60]!r}.",
+        cure=CURE,
+    )
+
+
+def _model(ids: dict[str, int], merges: list[tuple[str, str]], pre: PreTokenizer, path: Path) -> BPE:
+    """Build the library's model. Merges of tokens that the vocabulary lacks can never produce a token: left out."""
+    settings = {"ignore_merges": pre.ignores_merges, "byte_fallback": not pre.is_byte_level}
+    with _without_collection():
+        try:
+            return BPE(vocab=ids, merges=merges, **settings)
+        except Exception as error:  # the library raises nothing more specific
+            kept = [pair for pair in merges if pair[0] in ids and pair[1] in ids and pair[0] + pair[1] in ids]
+            if len(kept) == len(merges):
+                raise UnsupportedModel(f"{path}: its merges cannot be used: {error}.", cure=CURE) from error
+            lost = len(merges) - len(kept)
+            log.warning("%s: %d of %d merges name tokens that it lacks; left out", path, lost, len(merges))
+            return BPE(vocab=ids, merges=kept, **settings)
 
 
 @contextmanager

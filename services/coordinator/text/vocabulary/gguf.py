@@ -139,7 +139,9 @@ class GgufVocabulary:
         lines = file.array(f"{PREFIX}merges")
         if lines is None:
             raise refusal(file, f"its tokenizer has no merges ({PREFIX}merges is missing)")
-        return RankedMerging(found.ids, read_merges(lines, found.ids, file.path), pre)
+        if not all(isinstance(line, str) for line in lines):
+            raise refusal(file, f"{PREFIX}merges is not a list of texts")
+        return RankedMerging(found.ids, read_merges(lines, file.path), pre, file.path)
 
 
 def read_chat_templates(file: GgufFile) -> dict[str, str]:
