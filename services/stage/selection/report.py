@@ -41,13 +41,15 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
     if options.is_exact:
         keep_float32_on_cards()
     has_torch = has_transformers()
-    ggml_only = options.asks_for_ggml or not has_torch
+    ggml_only = options.asks_for_ggml or not has_torch or model.is_file()
     device = choose_device(config.device, ggml_only=ggml_only, has_torch=has_torch)
     read = read_config(model)
     hindrance = ""
     if not options.asks_for_transformers:
         hindrance = ggml_hindrance(read, device.value, is_asked_for=ggml_only)
     only_ggml = "" if device.value in TORCH_DEVICES else f"NOODLE_DEVICE={device.value}"
+    if model.is_file():
+        only_ggml = f"{model.name} is a GGUF file"
     executor, why = choose_executor(options, hindrance, only_ggml=only_ggml)
     dtype = choose_dtype(config.dtype, device.value).value if executor == "transformers" else "float32"
     candidate = candidate_of(executor, options, dtype)

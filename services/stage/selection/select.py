@@ -37,8 +37,8 @@ class ExecutorOptions:
 def choose_executor(options: ExecutorOptions, ggml_hindrance: str, *, only_ggml: str = "") -> tuple[str, str]:
     """The executor, and the reason in words.
 
-    `ggml_hindrance` is empty if ggml can compute this model here; `only_ggml` names a setting with which transformers
-    cannot compute, if there is one. Raises ConfigurationError if what is requested cannot compute, and
+    `ggml_hindrance` is empty if ggml can compute this model here; `only_ggml` is a setting or a kind of file that
+    transformers cannot compute, in words. Raises ConfigurationError if what is requested cannot compute, and
     TransformersUnavailable if only transformers could, and is not installed.
     """
     needs_ggml = options.asks_for_ggml or bool(only_ggml)

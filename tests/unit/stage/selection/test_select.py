@@ -71,3 +71,14 @@ def test_what_was_asked_for_and_cannot_be_had_is_named_with_the_cure(options):
 def test_a_named_format_of_transformers_is_its_dtype():
     options = ExecutorOptions(executor="transformers", weights="bf16")
     assert candidate_of("transformers", options, "float32") == Candidate("transformers", "bf16", "bf16", "bfloat16")
+
+
+def test_a_gguf_file_that_ggml_cannot_compute_is_not_answered_with_a_command_that_would_not_help(transformers):
+    transformers(False)
+    only = "model.gguf is a GGUF file"
+    assert choose_executor(ExecutorOptions(), "", only_ggml=only)[0] == "ggml"
+    with pytest.raises(ConfigurationError, match=f"{only}, but models of type mamba") as caught:
+        choose_executor(ExecutorOptions(), "models of type mamba are unknown to it.", only_ggml=only)
+    assert "make transformers" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match=f"{only}, where ggml alone computes"):
+        choose_executor(ExecutorOptions(executor="transformers"), "", only_ggml=only)
