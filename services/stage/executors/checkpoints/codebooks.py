@@ -38,6 +38,8 @@ class BitsAndBytes4Matrix(QuantizedMatrix):
     nested_quant_map[absmax] * nested_absmax[index // nested_blocksize] + nested_offset.
     """
 
+    held = ("_scales",)
+
     def __init__(self, files: TensorBytes, key: str) -> None:
         name = next((name for name in TYPES if files.find(f"{key}.quant_state.bitsandbytes__{name}")), TYPES[0])
         super().__init__(files, key, f"bitsandbytes {name}")

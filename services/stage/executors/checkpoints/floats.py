@@ -33,6 +33,8 @@ class SmallFloatMatrix(QuantizedMatrix):
     the matrix evenly. `scale_key` is None for values without a scale.
     """
 
+    held = ("_scales",)
+
     def __init__(
         self, files: TensorBytes, key: str, scale_key: str | None, block: Sequence[int] | None, label: str = "FP8"
     ) -> None:

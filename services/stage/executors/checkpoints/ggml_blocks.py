@@ -26,7 +26,7 @@ def exact_type(scales: Floats, least: int, most: int, group_size: int) -> str:
     return next((name for name, (low, high) in RANGES.items() if low <= least and most <= high), "")
 
 
-def integer_blocks(type_name: str, integers: npt.NDArray[np.int16], scales: Floats) -> Bytes:
+def integer_blocks(type_name: str, integers: npt.NDArray[np.int8] | npt.NDArray[np.int16], scales: Floats) -> Bytes:
     """Blocks of a type of `RANGES` from integers [rows, columns] and scales [rows, columns / 32]."""
     rows, columns = integers.shape
     codes = integers.reshape(rows, columns // BLOCK_ITEMS, BLOCK_ITEMS)
@@ -34,7 +34,7 @@ def integer_blocks(type_name: str, integers: npt.NDArray[np.int16], scales: Floa
     if type_name == "Q8_0":
         return np.concatenate([d, codes.astype(np.int8).view(np.uint8)], axis=-1).reshape(-1)
     half = BLOCK_ITEMS // 2
-    raised = (codes - RANGES[type_name][0]).astype(np.uint8)
+    raised = codes.astype(np.uint8) + np.uint8(-RANGES[type_name][0])  # bytes wrap around
     nibbles = (raised[..., :half] & 15) | (raised[..., half:] & 15) << 4
     if type_name == "Q4_0":
         return np.concatenate([d, nibbles], axis=-1).reshape(-1)

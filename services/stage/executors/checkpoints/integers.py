@@ -20,9 +20,9 @@ from services.stage.executors.checkpoints.ggml_blocks import BLOCK_ITEMS, RANGES
 from services.stage.executors.checkpoints.matrix import QuantizedMatrix, Storage, TensorBytes
 from services.stage.executors.checkpoints.numbers import FLOATS, Bytes, Floats, holds_exactly, nearest_float
 
-Integers = npt.NDArray[np.int16]
-WORD_BITS = 32
-PACKED_BITS = (2, 4, 8)  # bits of a code of which a word holds a whole number
+Integers = npt.NDArray[np.int8] | npt.NDArray[np.int16]
+Zeros = npt.NDArray[np.int16]
+WORD_BITS, SIGN_BIT = 32, 128
 # the column within a group of 8 that the n-th nibble of a word of AWQ holds
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 MOST_PRODUCTS = 1 << 22  # most products of an integer and a scale that are tried for exactness
@@ -32,28 +32,27 @@ class Groups(NamedTuple):
     """Scales and zero points [rows, groups] of a matrix."""
 
     scales: Floats
-    zeros: Integers
+    zeros: Zeros
     size: int  # columns of a group
     of_column: npt.NDArray[np.intp] | None = None  # group of each column, where columns of a group are not neighbours
 
 
-def unpack_words(words: npt.NDArray[np.int32], bits: int) -> Integers:
+def unpack_words(words: npt.NDArray[np.int32], bits: int) -> Bytes:
     """Codes [..., words * 32 / bits] of words [..., words], the lowest bits first."""
-    if bits == 4:
-        pairs = np.ascontiguousarray(words).view(np.uint8)
-        return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*words.shape[:-1], -1).astype(np.int16)
+    packed = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
-        return np.ascontiguousarray(words).view(np.uint8).astype(np.int16)
-    shifts = np.arange(0, WORD_BITS, bits, dtype=np.int32)
-    codes = words[..., None] >> shifts & (1 << bits) - 1
-    return codes.reshape(*words.shape[:-1], -1).astype(np.int16)
+        return packed
+    codes = np.empty((*packed.shape, 8 // bits), np.uint8)
+    for number in range(8 // bits):
+        codes[..., number] = packed >> number * bits & (1 << bits) - 1
+    return codes.reshape(*packed.shape[:-1], -1)
 
 
 class IntegerMatrix(QuantizedMatrix):
-    """A matrix [rows, columns] of integer codes."""
+    """A matrix [rows, columns] of codes from 0 to 2^bits - 1."""
 
-    least_code = 0
-    most_code = 15
+    held = ("groups", "_packed")
+    bits = 4
 
     @cached_property
     def groups(self) -> Groups:
@@ -64,12 +63,12 @@ class IntegerMatrix(QuantizedMatrix):
         """Read scales and zero points."""
 
     @abstractmethod
-    def _codes(self, first: int, count: int) -> Integers:
-        """Codes [count, columns] from row `first` on, without their zero points subtracted."""
+    def _codes(self, first: int, count: int) -> Bytes:
+        """Codes [count, columns] from row `first` on, from which their zero points are not subtracted yet."""
 
     def rows(self, first: int, count: int) -> Floats:
-        integers, scales = self._integers(first, count), self._rows_of(self.groups.scales, first, count)
-        return np.asarray(integers.astype(np.float32) * self._by_column(scales), np.float32)
+        values = self._integers(first, count).astype(np.float32)
+        return self._by_group(np.multiply, values, self._rows_of(self.groups.scales, first, count))
 
     def blocks(self, first: int, count: int) -> Bytes:
         if self.storage.type_name not in RANGES:
@@ -78,10 +77,14 @@ class IntegerMatrix(QuantizedMatrix):
         of_blocks = np.repeat(scales, self.groups.size // BLOCK_ITEMS, axis=1)[:, : self.shape[1] // BLOCK_ITEMS]
         return integer_blocks(self.storage.type_name, self._integers(first, count), of_blocks)
 
+    def _range(self) -> tuple[int, int]:
+        """Bounds of codes minus zero points."""
+        return -int(self.groups.zeros.max()), (1 << self.bits) - 1 - int(self.groups.zeros.min())
+
     def _storage(self) -> Storage:
-        scales, zeros, size, of_column = self.groups
-        least, most = self.least_code - int(zeros.max()), self.most_code - int(zeros.min())
-        if of_column is None and self.shape[1] % BLOCK_ITEMS == 0 and (name := exact_type(scales, least, most, size)):
+        (least, most), scales = self._range(), self.groups.scales
+        is_in_order = self.groups.of_column is None and self.shape[1] % BLOCK_ITEMS == 0
+        if is_in_order and (name := exact_type(scales, least, most, self.groups.size)):
             return Storage(name, is_exact=True)
         distinct = np.unique(scales).astype(np.float64)
         if len(distinct) * (most - least + 1) <= MOST_PRODUCTS:
@@ -92,25 +95,41 @@ class IntegerMatrix(QuantizedMatrix):
         return Storage(nearest_float(largest), is_exact=False)
 
     def _integers(self, first: int, count: int) -> Integers:
-        codes, zeros = self._codes(first, count), self.groups.zeros
-        if zeros.size == 1:
-            return codes - np.int16(zeros.reshape(-1)[0])
-        return np.asarray(codes - self._by_column(self._rows_of(zeros, first, count)), np.int16)
+        codes, zeros = self._codes(first, count), self._rows_of(self.groups.zeros, first, count)
+        least, most = self._range()
+        if least < -128 or most > 127:
+            return self._by_group(np.subtract, codes.astype(np.int16), zeros)
+        # bytes wrap around to the right difference
+        return self._by_group(np.subtract, codes, zeros.astype(np.uint8)).view(np.int8)
 
     @staticmethod
     def _rows_of(values: npt.NDArray[Any], first: int, count: int) -> npt.NDArray[Any]:
-        return values[first : first + count] if len(values) > 1 else np.broadcast_to(values, (count, values.shape[1]))
+        return values[first : first + count] if len(values) > 1 else values
 
-    def _by_column(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Values of each column [rows, columns] from those of its groups."""
-        if values.shape[1] == 1:
-            return values
+    def _by_group(self, operation: np.ufunc, items: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """`items` [rows, columns] after an operation with the value of their group [rows, groups], in place."""
         if self.groups.of_column is not None:
-            return values[:, self.groups.of_column]
-        return np.repeat(values, self.groups.size, axis=1)[:, : self.shape[1]]
+            values = values[:, self.groups.of_column] if values.shape[1] > 1 else values
+        elif values.shape[1] > 1:
+            if items.shape[1] == values.shape[1] * self.groups.size:
+                of_groups = items.reshape(len(items), values.shape[1], self.groups.size)
+                operation(of_groups, values[..., None], out=of_groups)
+                return items
+            values = np.repeat(values, self.groups.size, axis=1)[:, : items.shape[1]]
+        operation(items, values, out=items)
+        return items
 
     def _words(self, key: str) -> npt.NDArray[np.int32]:
         return self._whole(key).view("<i4").reshape(self._found(key).shape)
+
+    def _order(self, key: str, groups: int, size: int) -> npt.NDArray[np.intp] | None:
+        """Group of each column from a tensor of them; None if groups are neighbours, or if all are -1."""
+        stored = self._whole(key).view("<i4" if self._found(key).dtype == "I32" else "<i8")
+        if np.all(stored == -1) or np.array_equal(stored, np.arange(len(stored)) // size):
+            return None
+        if stored.min() < 0 or stored.max() >= groups:
+            raise self._damage(f"{key} names groups outside 0 to {groups - 1}")
+        return stored.astype(np.intp)
 
 
 class GptqMatrix(IntegerMatrix):
@@ -121,16 +140,16 @@ class GptqMatrix(IntegerMatrix):
     """
 
     def __init__(self, files: TensorBytes, key: str, settings: Mapping[str, Any]) -> None:
-        self._bits = int(settings["bits"])
-        super().__init__(files, key, f"GPTQ {self._bits} bit")
+        self.bits = int(settings["bits"])
+        super().__init__(files, key, f"GPTQ {self.bits} bit")
         self._module = key.removesuffix(".weight")
         self._zero_offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-        per_word = WORD_BITS // self._bits
+        per_word = WORD_BITS // self.bits
         packed = self._entry(f"{self._module}.qweight", {"I32"})
         if len(packed.shape) != 2:
             raise self._damage(f"{self._module}.qweight has shape {list(packed.shape)}")
         columns, rows = packed.shape[0] * per_word, packed.shape[1]
-        self.shape, self.most_code = (rows, columns), (1 << self._bits) - 1
+        self.shape = (rows, columns)
         asked = int(settings.get("group_size", -1))
         self._size = columns if asked <= 0 else asked
         groups = -(-columns // self._size)
@@ -141,30 +160,21 @@ class GptqMatrix(IntegerMatrix):
         if files.find(f"{self._module}.g_idx") is not None:
             self._entry(f"{self._module}.g_idx", {"I32", "I64"})
             self._check(f"{self._module}.g_idx", (columns,))
-        self._packed: npt.NDArray[np.int32] | None = None
+
+    @cached_property
+    def _packed(self) -> npt.NDArray[np.int32]:
+        return self._words(f"{self._module}.qweight")
 
     def _groups(self) -> Groups:
-        rows, columns = self.shape
         scales = np.ascontiguousarray(self._floats(f"{self._module}.scales").T)
-        zeros = unpack_words(self._words(f"{self._module}.qzeros"), self._bits)[:, :rows].T + self._zero_offset
-        of_column = None
-        if f"{self._module}.g_idx" in self.parts:
-            entry = self._found(f"{self._module}.g_idx")
-            stored = self._whole(f"{self._module}.g_idx").view("<i4" if entry.dtype == "I32" else "<i8")
-            if stored.min() < 0 or stored.max() >= scales.shape[1]:
-                raise self._damage(f"{self._module}.g_idx names groups outside 0 to {scales.shape[1] - 1}")
-            if not np.array_equal(stored, np.arange(columns) // self._size):
-                of_column = stored.astype(np.intp)
-        return Groups(scales, np.ascontiguousarray(zeros, np.int16), self._size, of_column)
+        stored = unpack_words(self._words(f"{self._module}.qzeros"), self.bits)[:, : self.shape[0]]
+        zeros = np.ascontiguousarray(stored.T).astype(np.int16) + np.int16(self._zero_offset)
+        order = f"{self._module}.g_idx"
+        of_column = self._order(order, scales.shape[1], self._size) if order in self.parts else None
+        return Groups(scales, zeros, self._size, of_column)
 
-    def _codes(self, first: int, count: int) -> Integers:
-        packed = self._packed
-        if packed is None:
-            packed = self._packed = self._words(f"{self._module}.qweight")
-        return unpack_words(np.ascontiguousarray(packed[:, first : first + count].T), self._bits)
-
-    def release(self) -> None:
-        self._packed = None
+    def _codes(self, first: int, count: int) -> Bytes:
+        return unpack_words(self._packed[:, first : first + count].T, self.bits)
 
 
 class AwqMatrix(IntegerMatrix):
@@ -188,29 +198,31 @@ class AwqMatrix(IntegerMatrix):
         self._check(f"{self._module}.scales", (groups, rows))
         self._entry(f"{self._module}.qzeros", {"I32"})
         self._check(f"{self._module}.qzeros", (groups, rows // 8))
-        self._packed: npt.NDArray[np.int32] | None = None
+
+    @cached_property
+    def _packed(self) -> npt.NDArray[np.int32]:
+        return self._words(f"{self._module}.qweight")
 
     def _groups(self) -> Groups:
         scales = np.ascontiguousarray(self._floats(f"{self._module}.scales").T)
-        return Groups(scales, self._in_order(self._words(f"{self._module}.qzeros")), self._size)
+        zeros = self._in_order(self._words(f"{self._module}.qzeros"))
+        return Groups(scales, zeros.astype(np.int16), self._size)
 
-    def _codes(self, first: int, count: int) -> Integers:
-        packed = self._packed
-        if packed is None:
-            packed = self._packed = self._words(f"{self._module}.qweight")
+    def _codes(self, first: int, count: int) -> Bytes:
         first_word = first // 8
-        words = packed[:, first_word : -(-(first + count) // 8)]
+        words = self._packed[:, first_word : -(-(first + count) // 8)]
         skipped = first - first_word * 8
         return self._in_order(words)[skipped : skipped + count]
 
     @staticmethod
-    def _in_order(words: npt.NDArray[np.int32]) -> Integers:
+    def _in_order(words: npt.NDArray[np.int32]) -> Bytes:
         """Codes [rows, columns] of words [columns, rows / 8]."""
-        nibbles = unpack_words(words, 4).reshape(*words.shape, 8)
-        return np.ascontiguousarray(nibbles[..., np.argsort(AWQ_ORDER)].reshape(len(words), -1).T)
-
-    def release(self) -> None:
-        self._packed = None
+        columns, count = words.shape
+        by_row = np.ascontiguousarray(words.T)
+        codes = np.empty((count, 8, columns), np.uint8)
+        for number, row in enumerate(AWQ_ORDER):
+            codes[:, row] = by_row >> 4 * number & 15
+        return codes.reshape(-1, columns)
 
 
 class PackedMatrix(IntegerMatrix):
@@ -222,7 +234,7 @@ class PackedMatrix(IntegerMatrix):
 
     def __init__(self, files: TensorBytes, key: str, bits: int, group_size: int | None) -> None:
         super().__init__(files, key, f"compressed-tensors int{bits}")
-        self._bits = bits
+        self.bits = bits
         packed = self._entry(f"{key}_packed", {"I32"})
         self._entry(f"{key}_scale", FLOATS)
         self._entry(f"{key}_shape", {"I64", "I32"})
@@ -239,7 +251,6 @@ class PackedMatrix(IntegerMatrix):
             )
         self._groups_count = _group_count(self, f"{key}_scale", group_size)
         self._size = columns if self._groups_count == 1 else int(group_size or columns)
-        self.least_code, self.most_code = -(1 << bits - 1), (1 << bits - 1) - 1
         if files.find(f"{key}_zero_point") is not None:
             self._entry(f"{key}_zero_point", {"I32"})
             self._check(f"{key}_zero_point", (-(-packed.shape[0] * bits // WORD_BITS), self._groups_count))
@@ -248,40 +259,30 @@ class PackedMatrix(IntegerMatrix):
             self._check(f"{key}_g_idx", (columns,))
 
     def _groups(self) -> Groups:
-        rows, columns = self.shape
         shape_entry = self._found(f"{self.key}_shape")
         said = self._whole(f"{self.key}_shape").view("<i8" if shape_entry.dtype == "I64" else "<i4")
         if tuple(int(size) for size in said) != self.shape:
             raise self._damage(f"{self.key}_shape says {said.tolist()}, but the codes are {list(self.shape)}")
-        scales = self._floats(f"{self.key}_scale")
-        scales = scales.reshape(-1, self._groups_count)
-        zeros = np.zeros((1, 1), np.int16)
+        scales = self._floats(f"{self.key}_scale").reshape(-1, self._groups_count)
+        zeros = np.full((1, 1), 1 << self.bits - 1, np.int16)
         if f"{self.key}_zero_point" in self.parts:
             words = np.ascontiguousarray(self._words(f"{self.key}_zero_point").T)
-            zeros = np.ascontiguousarray(unpack_words(words, self._bits)[:, :rows].T) + np.int16(self.least_code)
-        of_column = None
-        if f"{self.key}_g_idx" in self.parts:
-            entry = self._found(f"{self.key}_g_idx")
-            stored = self._whole(f"{self.key}_g_idx").view("<i4" if entry.dtype == "I32" else "<i8")
-            is_set = stored.min() >= 0  # all are -1 where columns are in their order
-            if is_set and stored.max() >= self._groups_count:
-                raise self._damage(f"{self.key}_g_idx names groups outside 0 to {self._groups_count - 1}")
-            if is_set and not np.array_equal(stored, np.arange(columns) // self._size):
-                of_column = stored.astype(np.intp)
+            zeros = np.ascontiguousarray(unpack_words(words, self.bits)[:, : self.shape[0]].T).astype(np.int16)
+        order = f"{self.key}_g_idx"
+        of_column = self._order(order, self._groups_count, self._size) if order in self.parts else None
         return Groups(scales, zeros, self._size, of_column)
 
-    def _codes(self, first: int, count: int) -> Integers:
+    def _codes(self, first: int, count: int) -> Bytes:
         words_per_row = self._found(f"{self.key}_packed").shape[1]
         row_bytes = words_per_row * 4
         data = self._files.read(f"{self.key}_packed", first * row_bytes, count * row_bytes)
-        words = data.view("<i4").reshape(count, words_per_row)
-        return unpack_words(words, self._bits)[:, : self.shape[1]] + np.int16(self.least_code)
+        return unpack_words(data.view("<i4").reshape(count, words_per_row), self.bits)[:, : self.shape[1]]
 
 
 class Int8Matrix(IntegerMatrix):
     """Codes of one byte [rows, columns] with `weight_scale` and, if asymmetric, `weight_zero_point`."""
 
-    least_code, most_code = -128, 127
+    bits = 8
 
     def __init__(self, files: TensorBytes, key: str, group_size: int | None) -> None:
         super().__init__(files, key, "compressed-tensors int8")
@@ -297,16 +298,16 @@ class Int8Matrix(IntegerMatrix):
 
     def _groups(self) -> Groups:
         scales = self._floats(f"{self.key}_scale").reshape(-1, self._groups_count)
-        zeros = np.zeros((1, 1), np.int16)
+        zeros = np.full((1, 1), SIGN_BIT, np.int16)
         if f"{self.key}_zero_point" in self.parts:
             stored = self._whole(f"{self.key}_zero_point").view(np.int8)
-            zeros = stored.reshape(-1, self._groups_count).astype(np.int16)
+            zeros = stored.reshape(-1, self._groups_count).astype(np.int16) + np.int16(SIGN_BIT)
         return Groups(scales, zeros, self._size)
 
-    def _codes(self, first: int, count: int) -> Integers:
+    def _codes(self, first: int, count: int) -> Bytes:
         columns = self.shape[1]
         data = self._files.read(self.key, first * columns, count * columns)
-        return data.view(np.int8).reshape(count, columns).astype(np.int16)
+        return data.reshape(count, columns) ^ np.uint8(SIGN_BIT)  # from 0 to 255 instead of -128 to 127
 
 
 class BitsAndBytesInt8Matrix(Int8Matrix):
@@ -323,7 +324,7 @@ class BitsAndBytesInt8Matrix(Int8Matrix):
 
     def _groups(self) -> Groups:
         scales = self._floats(self._largest) * np.float32(1 / 127)
-        return Groups(scales.reshape(-1, 1), np.zeros((1, 1), np.int16), self.shape[1])
+        return Groups(scales.reshape(-1, 1), np.full((1, 1), SIGN_BIT, np.int16), self.shape[1])
 
 
 def _group_count(matrix: IntegerMatrix, key: str, group_size: int | None) -> int:

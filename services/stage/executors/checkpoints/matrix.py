@@ -32,6 +32,8 @@ class Storage(NamedTuple):
 class QuantizedMatrix(ABC):
     """A matrix that several tensors of a file stand for; rows are counted over all dimensions but the last."""
 
+    held: tuple[str, ...] = ()  # names of cached properties with codes and scales
+
     def __init__(self, files: TensorBytes, key: str, label: str) -> None:
         self._files = files
         self.key = key
@@ -57,7 +59,9 @@ class QuantizedMatrix(ABC):
     @cached_property
     def storage(self) -> Storage:
         """The smallest type of ggml that holds the values exactly, otherwise F16 or F32; reads scales."""
-        return self._storage()
+        storage = self._storage()
+        self.release()  # a model has as many scales as hundredths of its items
+        return storage
 
     @abstractmethod
     def _storage(self) -> Storage: ...
@@ -70,8 +74,10 @@ class QuantizedMatrix(ABC):
         """The same rows as blocks of `storage.type_name`, if that is a type of blocks and exact."""
         raise NotImplementedError(f"{self.label} has no blocks of {self.storage.type_name}")
 
-    def release(self) -> None:  # noqa: B027  most matrices keep nothing
-        """Forget the codes that were read for pieces of the matrix."""
+    def release(self) -> None:
+        """Forget codes and scales that were read; they are read again when they are needed."""
+        for name in self.held:
+            self.__dict__.pop(name, None)
 
     # its tensors
 
