@@ -288,6 +288,7 @@ class Lifecycle:
             weight_bytes=model_slice.weight_bytes,
             executor=mine.executor,
             weights=mine.weights,
+            choice="; ".join(filter(None, (self._report.choice, model_slice.weights_note))),
         )
         log.info("ready for plan %d: %s, %d bytes of weights", plan.version, layers, model_slice.weight_bytes)
 

@@ -63,6 +63,7 @@ class ModelSlice(Protocol):
     vocab_size: int
     dtype: str  # of the hidden states that it sends: float32, float16 or bfloat16
     weight_bytes: int  # of its tensors, as held in memory
+    weights_note: str  # how a quantized checkpoint was read; empty for weights as stored
     kv_bytes_per_token: int  # of one session, over all layers of the slice
     reserves_upfront: bool  # whether a session occupies all the memory that it reserves from its start
 

@@ -40,6 +40,8 @@ AnyRows = TypeVar("AnyRows", bound=Rows)
 class KvCache(Generic[AnyRows]):
     """The part of a ModelSlice that holds its sessions' rows, made by `new_rows(reserve_tokens)`."""
 
+    weights_note = ""
+
     def __init__(
         self, new_rows: Callable[[int], AnyRows], *, kv_bytes_per_token: int = 0, reserves_upfront: bool = False
     ) -> None:

@@ -57,6 +57,9 @@ class SafetensorsFolder:
     def read(self, key: str, buffer: memoryview, offset: int) -> None:
         read_into(self.entry(key), buffer, offset)
 
+    def description(self, _keys: Collection[str], /) -> str:
+        return ""
+
     def entry(self, key: str) -> TensorEntry:
         """Where a tensor lies; raises ModelNotFound if the index names the wrong file."""
         path = self.file_by_key[key]

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from noodle.errors import ModelNotFound
+from noodle.model.files import read_config
 from noodle.model.gguf import is_gguf, read_gguf
+from noodle.model.quantization import read_quantization
 from noodle.model.tensor_entry import TensorEntry
+from services.stage.executors.base import Fetch, nothing_to_fetch
+from services.stage.executors.checkpoints.folder import QuantizedFolder
 from services.stage.executors.safetensors import SafetensorsFolder, read_into
 
 
@@ -34,6 +38,9 @@ class TensorFiles(Protocol):
 
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with a tensor's bytes from `offset` on."""
+
+    def description(self, names: Collection[str], /) -> str:
+        """What was read in another form than the files', for people; empty if nothing was."""
 
 
 class GgufTensors:
@@ -60,11 +67,20 @@ class GgufTensors:
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
         read_into(self._entries[name], buffer, offset)
 
+    def description(self, _names: Collection[str], /) -> str:
+        return ""
 
-def open_tensor_files(model: Path) -> TensorFiles:
-    """Open a folder with safetensors or a GGUF file; raises ModelNotFound or UnsupportedModel."""
+
+def open_tensor_files(model: Path, *, is_exact: bool = False, fetch: Fetch = nothing_to_fetch) -> TensorFiles:
+    """Open a folder with safetensors or a GGUF file; raises ModelNotFound or UnsupportedModel.
+
+    `is_exact` reads a quantized checkpoint without rounding. `fetch` brings what the types of its tensors depend on.
+    """
     if is_gguf(model):
         return GgufTensors(model)
     if model.is_file():
         raise ModelNotFound(f"{model} is not a GGUF file.", cure="Name a .gguf file or a folder with safetensors.")
+    quantization = read_quantization(read_config(model)) if model.is_dir() else None
+    if quantization is not None:
+        return QuantizedFolder(model, quantization, is_exact=is_exact, fetch=fetch)
     return SafetensorsFolder(model)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from noodle.errors import UnsupportedModel
+from noodle.model.quantization import read_quantization
 
 FAMILIES = frozenset({
     "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe",
@@ -34,13 +35,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
             f"noodle does not run models of type {model_type or 'unnamed'!r}{hint}.",
             cure=f"Choose a model of one of these types: {', '.join(sorted(FAMILIES))}.",
         )
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
-        raise UnsupportedModel(
-            f"the weights of this {model_type} model are quantized ({method}), which noodle does not compute with.",
-            cure="Take the model's float32, float16 or bfloat16 version.",
-        )
+    read_quantization(config)
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModel(
             f"this {model_type} model attends to later tokens too, so it cannot generate token by token.",

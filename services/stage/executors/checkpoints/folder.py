@@ -126,7 +126,7 @@ class QuantizedFolder:
                 target[:] = values.astype("<f2" if kind.name == "F16" else "<f4").reshape(-1).view(np.uint8)
         self._note_read(matrix, count)
 
-    def description(self, names: Collection[str]) -> str:
+    def description(self, names: Collection[str], /) -> str:
         """How tensors were read, for people; empty if none of them is quantized: AWQ 4 bit as q5_0."""
         uses = Counter(
             (matrix.label, self._type_of(matrix), matrix.storage.is_exact or self._is_exact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from services.stage.executors.ggml.weights import (
     own_memory,
 )
 from services.stage.executors.tensor_files import open_tensor_files
+
+log = logging.getLogger(__name__)
 
 FACTOR_KEYS = ("factors", "long_factor", "short_factor")  # of rope_parameters
 KV_TYPE_NUMBERS = {"f32": 0, "f16": 1, "q8_0": 8}
@@ -67,7 +70,7 @@ def load_ggml_slice(
     config = read_config(model)
     counter = ReadCounter(progress)
     device = GgmlDevice(ggml, device_name, library.backend(threads, device_name))
-    files = open_tensor_files(model)
+    files = open_tensor_files(model, is_exact=weights != STORED, fetch=fetch)
     maker = WeightMaker(
         ggml,
         files,
@@ -85,8 +88,12 @@ def load_ggml_slice(
     row_bytes = _row_bytes(ggml, shape, kv_dtype)
     in_files = replace(shape, family=as_in_gguf(shape.family)) if files.is_gguf else shape
     wanted = TensorMap(in_files, files.shape_of, str(model)).of_slice(start_layer, end_layer)
-    files.prepare([name for tensors in wanted.values() for tensor in tensors for name in tensor.sources])
+    names = [name for tensors in wanted.values() for tensor in tensors for name in tensor.sources]
+    files.prepare(names)
     blocks = maker.blocks(wanted, weights, fetch)
+    weights_note = files.description(names)
+    if weights_note:
+        log.info("layers %d to %d of %s: %s", start_layer, end_layer - 1, model.name, weights_note)
     kernels = packed_weights(ggml) if device.is_host else None
     packed_names: frozenset[tuple[str, str]] = frozenset()
     if kernels is not None:
@@ -111,7 +118,14 @@ def load_ggml_slice(
         counts = dot_counts(device, [tensor for tensor in matrices if tensor not in packed])
         tensors = replace(tensors, dot_counts=counts)
     return GgmlSlice(
-        device, loaded, tensors, shape, start_layer=start_layer, end_layer=end_layer, bytes_read=counter.bytes_read
+        device,
+        loaded,
+        tensors,
+        shape,
+        start_layer=start_layer,
+        end_layer=end_layer,
+        bytes_read=counter.bytes_read,
+        weights_note=weights_note,
     )
 
 

@@ -74,6 +74,7 @@ class GgmlSlice(KvCache[GgmlRows]):
         start_layer: int,
         end_layer: int,
         bytes_read: int,
+        weights_note: str = "",
     ) -> None:
         layers = end_layer - start_layer
 
@@ -93,6 +94,7 @@ class GgmlSlice(KvCache[GgmlRows]):
         self.vocab_size = shape.vocab_size
         self.bytes_read = bytes_read  # from disk, as stored there
         self.weight_bytes = weights.byte_count
+        self.weights_note = weights_note
         self._ggml = device.ggml
         self._device = device
         self._weights = weights
