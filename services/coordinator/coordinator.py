@@ -15,7 +15,7 @@ from noodle.cluster.measuring import StoreProgress
 from noodle.cluster.plan import MachineReport, Plan
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import CoordinatorConfig
-from noodle.errors import NotFound, NotReady, QueueUnavailable, StartError
+from noodle.errors import NotFound, NotReady, QueueUnavailable, StartError, TooManyRequests
 from noodle.logs import about
 from noodle.metrics.counted import CoordinatorMetrics
 from noodle.metrics.scraped import PlanSeen
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 RESUME_BY_KEY_SECONDS = 60.0  # `resume_seconds` of a request with an Idempotency-Key, unless it gives them
 RETURN_SECONDS = 30.0  # time for any client to come back after the coordinator's restart
 READ_RECORDS_RETRY_SECONDS = 1
+RENDER_RETRY_SECONDS = 2  # Retry-After
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Coordinator:
         self.leadership = Leadership(config.machine, work_queue, self.loop, config.transport)
         self.weights = WeightStore(config.cache_dir)
         self.kept = KeptRequests(config.maximum_open_requests + config.maximum_waiting_requests)
+        # so that slow chat templates leave the service's spare threads to other routes
+        self._renders = threading.BoundedSemaphore(config.maximum_open_requests + config.maximum_waiting_requests)
         self._is_loaded = threading.Event()
         self._knows_records = threading.Event()  # of the coordinator that led before; no 404 until then
         self.loaded: LoadedModel | None = None
@@ -103,6 +106,8 @@ class Coordinator:
         self.loaded = LoadedModel(prepared.path, served, tokenizer)
         self.weights.serve(prepared.path, prepared.name)
         self._is_loaded.set()
+        for note in tokenizer.chat_notes:
+            log.warning("%s", note)
         log.info("serving %s from %s", prepared.name, prepared.path)
 
     def ready_model(self) -> LoadedModel:
@@ -132,7 +137,15 @@ class Coordinator:
             context_length=self.plan.context_length,
             prompt_name="messages",
         )
-        return self.token_ids(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        if not self._renders.acquire(blocking=False):
+            raise TooManyRequests(
+                "Too many conversations wait to be rendered.", retry_after_seconds=RENDER_RETRY_SECONDS
+            )
+        try:
+            prompt = tokenizer.apply_chat_template(messages)
+        finally:
+            self._renders.release()
+        return self.token_ids(prompt, add_special_tokens=False)
 
     @property
     def plan(self) -> Plan:

@@ -128,7 +128,7 @@ def health_of(coordinator: Coordinator) -> Health:
         plan=view.plan.version if view.plan else None,
         plan_reason=view.plan.reason if view.plan else None,
         context_length=loop.plan.context_length if loop.plan else None,
-        warnings=warnings_of(view),
+        warnings=[*warnings_of(view), *(coordinator.loaded.tokenizer.chat_notes if coordinator.loaded else ())],
         leads=leads,
         kept_kv_tokens=coordinator.loop.kept_rows,
         stages=stages_of(coordinator),

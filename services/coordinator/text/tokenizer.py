@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from noodle.errors import ContextTooLong, InvalidRequest
+from noodle.errors import ContextTooLong, InvalidRequest, NoodleError
 from noodle.model.gguf import read_gguf
 from services.coordinator.text.chat_template import ChatTemplate, read_chat_template
 from services.coordinator.text.token_texts import TokenTexts
@@ -79,23 +79,29 @@ class Tokenizer:
                 cure="Send the whole prompt to /v1/completions.",
                 param="messages",
             )
-        return self._chat_template.render(messages, self._vocabulary.special_tokens, add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt)
+
+    @property
+    def chat_notes(self) -> Sequence[str]:
+        """What trying the chat template showed, a sentence each."""
+        return self._chat_template.notes if self._chat_template else ()
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._vocabulary.special_ids
 
     def _chat_of_one_message(self) -> str:
-        with contextlib.suppress(InvalidRequest):  # no template, or one that needs other messages
+        with contextlib.suppress(NoodleError):  # no template, or one that needs other messages
             return self.apply_chat_template([{"role": "user", "content": "a"}])
         return ""
 
 
 def _read_folder(folder: Path) -> tuple[Vocabulary, ChatTemplate | None]:
     vocabulary = FolderVocabulary(folder)
-    return vocabulary, read_chat_template(folder, vocabulary.settings)
+    return vocabulary, read_chat_template(folder, vocabulary.settings, vocabulary.special_tokens)
 
 
 def _read_gguf(path: Path) -> tuple[Vocabulary, ChatTemplate | None]:
     file = read_gguf(path)
+    vocabulary = GgufVocabulary(file)
     source = read_chat_templates(file).get("default")
-    return GgufVocabulary(file), None if source is None else ChatTemplate(source)
+    return vocabulary, None if source is None else ChatTemplate(source, path, vocabulary.special_tokens)

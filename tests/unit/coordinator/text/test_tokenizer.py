@@ -142,35 +142,19 @@ def test_truncation_and_padding_written_in_the_file_do_not_count(tmp_path: Path)
     assert Tokenizer(folder).decode(Tokenizer(folder).encode("hello world", False, CONTEXT)) == "hello world"
 
 
-TEMPLATES = {
-    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
-    "tojson": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ '<&>' | tojson }}",
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-    "dict": "{% set d = dict(a=1) %}{{ d.a }}{{ tools is none }}{{ documents is none }}",
-    "time": "{{ strftime_now('%Y') }}",
-    "generation": (
-        "{% for m in messages %}\n  {% generation %}{% set x = m.content %}{{ x }}{% endgeneration %}\n{% endfor %}"
-        "{{ x }}"
-    ),
-    "tokens": "{{ bos_token }}{{ eos_token }}[{{ pad_token }}]{% if unk_token is defined %}unk{% endif %}",
-    "whitespace": "\n\n{%- for m in messages %}\n   {% if true %}\n   x {{ m.role }}\n{% endif %}\n{% endfor %}\n\n",
-}
-
-
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("place", ["config", "named", "file"])
-def test_a_template_is_rendered_as_transformers_renders_it(tmp_path: Path, template: str, place: str) -> None:
+def test_a_template_is_found_where_transformers_finds_it(tmp_path: Path, place: str) -> None:
     settings: dict[str, Any] = {}
     if place == "config":
-        settings["chat_template"] = template
+        settings["chat_template"] = CHAT_TEMPLATE
     elif place == "named":
         other = {"name": "rag", "template": "wrong"}
-        settings["chat_template"] = [other, {"name": "default", "template": template}]
+        settings["chat_template"] = [other, {"name": "default", "template": CHAT_TEMPLATE}]
     else:
         settings["chat_template"] = "wrong"
     folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer(), **settings)
     if place == "file":
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     ours, reference = Tokenizer(folder), theirs(folder)
     for messages in CONVERSATIONS:
         assert ours.apply_chat_template(messages) == reference.apply_chat_template(
@@ -189,29 +173,9 @@ def test_a_model_without_a_template_names_the_other_route(tmp_path: Path) -> Non
     assert caught.value.param == "messages"
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[7].content }}", "no element 7"),
-        ("{{ messages[0].content + 1 }}", "concatenate"),
-        ("{{ 1 // 0 }}", "zero"),
-        ("{{ messages.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "__class__"),
-        ("{{ namespace(_hidden=1) }}", "_hidden"),
-    ],
-)
-def test_messages_that_a_template_refuses_are_an_invalid_request(tmp_path: Path, template: str, message: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        tokenizer_with(tmp_path, chat_template=template).apply_chat_template(CONVERSATIONS[0])
-    assert message in caught.value.message
-    assert caught.value.param == "messages"
-
-
-def test_a_template_that_is_no_jinja_stops_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="chat template"):
-        tokenizer_with(tmp_path, chat_template="{% for %}")
+def test_a_template_that_drops_messages_is_named_when_the_model_is_opened(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, chat_template="{{ messages[-1].content }}")
+    assert any("system" in note and str(tmp_path) in note for note in tokenizer.chat_notes)
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
