@@ -21,6 +21,8 @@ ALIASES: Mapping[str, str] = {
     "moe_num_experts": "num_local_experts",
     "moe_k": "num_experts_per_tok",
     "moe_topk": "num_experts_per_tok",
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
 }
 ACTIVATION_NAMES = ("hidden_activation", "hidden_act", "activation_function")
 # far above any known model; a larger number means a broken file, and would cause an allocation of that size
@@ -85,6 +87,17 @@ ERNIE: Mapping[str, Any] = {
     "rope_theta": 500_000.0,
     "tie_word_embeddings": True,
 }
+COHERE: Mapping[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key != "rms_norm_eps"},
+    "vocab_size": 256000,
+    "hidden_size": 8192,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+}
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "apertus": {
@@ -113,6 +126,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 500_000.0,
     },
+    "cohere": {**COHERE, "rope_theta": 500_000.0},
+    "cohere2": {**COHERE, "sliding_window": 4096, "sliding_window_pattern": 4},
     "ernie4_5": {
         **ERNIE,
         "hidden_size": 1024,
@@ -145,6 +160,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "hidden_size": 3072,
         "num_hidden_layers": 28,
         "num_attention_heads": 16,
+        "num_key_value_heads": 16,
         "head_dim": 256,
         "hidden_act": "gelu_pytorch_tanh",
         "max_position_embeddings": 8192,
@@ -167,6 +183,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rope_local_base_freq": 10_000.0,
         "sliding_window_pattern": 6,
     },
+    "glm4": {
+        **LLAMA,
+        "vocab_size": 151552,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1.5625e-07,
+        "partial_rotary_factor": 0.5,
+    },
     "gpt2": {
         "vocab_size": 50257,
         "hidden_size": 768,
@@ -177,6 +203,20 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
+    },
+    "gpt_neox": {
+        "vocab_size": 50432,
+        "hidden_size": 6144,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "num_key_value_heads": None,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.25,
     },
     "glm4_moe": {
         **LLAMA,
@@ -252,6 +292,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
     },
+    "phi": {
+        **{key: value for key, value in LLAMA.items() if key != "rms_norm_eps"},
+        "vocab_size": 51200,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+    },
     "phi3": {
         **LLAMA,
         "vocab_size": 32064,
@@ -317,6 +366,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "use_sliding_window": False,
         "sliding_window": None,
         "no_rope_layer_interval": 4,
+    },
+    "stablelm": {
+        **{key: value for key, value in LLAMA.items() if key != "rms_norm_eps"},
+        "vocab_size": 50304,
+        "hidden_size": 2560,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": False,
+        "partial_rotary_factor": 0.25,
     },
     "starcoder2": {
         **{key: value for key, value in LLAMA.items() if key != "rms_norm_eps"},

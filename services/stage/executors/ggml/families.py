@@ -73,7 +73,10 @@ class GgmlFamily:
     interleaved: bool = False  # dimensions 2i and 2i + 1 of a head rotate together, not i and i + half
     norms_after_rotary: bool = False  # q and k are normed after their rotary positions
     rotary_in_windows: bool = False  # if the model has a window, layers without one have no rotary positions
+    joined_heads: bool = False  # the fused q, k and v are stored head by head: q, k and v of the first one, and so on
     transposed: bool = False  # matrices are stored [in, out]
+    # attention and feed-forward part both start from the layer's input; the key of the config that says so
+    parallel: bool | str = False
     windowed: bool = False  # config.sliding_window applies to every layer if the config lists no layer types
     scaled_embedding: bool = False  # token embeddings times the square root of the hidden size
     # keys of the config, empty if the family has no such value
@@ -83,6 +86,7 @@ class GgmlFamily:
     query_scalar: str = ""  # value whose ** -0.5 is that factor
     attention_cap: str = ""  # soft cap of q·k; 0 or None is no cap
     logit_divisor: str = ""
+    logit_factor: str = ""
     logit_cap: str = ""
     experts: ExpertFamily | None = None
     gguf_modules: Mapping[str, str] = field(default_factory=dict)  # names in GGUF files that differ from most families'
@@ -131,6 +135,14 @@ HUNYUAN = GgmlFamily(
     norms_after_rotary=True,
 )
 
+COHERE = GgmlFamily(
+    modules={name: key for name, key in LLAMA_MODULES.items() if name != "feed_forward_norm"},
+    norm="layer",
+    interleaved=True,
+    parallel=True,
+    logit_factor="logit_scale",
+)
+
 GGML_FAMILIES: Mapping[str, GgmlFamily] = {
     "arcee": GgmlFamily(),
     "bitnet": GgmlFamily(
@@ -140,6 +152,8 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
             "feed_forward_inner_norm": "mlp.ffn_sub_norm",
         }
     ),
+    "cohere": COHERE,
+    "cohere2": replace(COHERE, rotary_in_windows=True),
     "ernie4_5": GgmlFamily(interleaved=True),
     "ernie4_5_moe": GgmlFamily(
         interleaved=True,
@@ -154,6 +168,15 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
     "gemma": GgmlFamily(norm_offset=1.0, scaled_embedding=True),
     "gemma2": replace(GEMMA, attention_cap="attn_logit_softcapping"),
     "gemma3_text": GEMMA,  # transformers reads a soft cap of q·k, but does not apply it
+    "glm4": GgmlFamily(
+        modules={
+            **LLAMA_MODULES,
+            "attention_post_norm": "post_self_attn_layernorm",
+            "gate_up": "mlp.gate_up_proj",
+            "feed_forward_post_norm": "post_mlp_layernorm",
+        },
+        interleaved=True,
+    ),
     "glm4_moe": GgmlFamily(
         experts=ExpertFamily(
             {**QWEN_EXPERTS, **shared_expert("mlp.shared_experts.")},
@@ -181,6 +204,23 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
         final_norm="transformer.ln_f",
         norm="layer",
         transposed=True,
+    ),
+    "gpt_neox": GgmlFamily(
+        modules={
+            "attention_norm": "input_layernorm",
+            "query_key_value": "attention.query_key_value",
+            "output": "attention.dense",
+            "feed_forward_norm": "post_attention_layernorm",
+            "up": "mlp.dense_h_to_4h",
+            "down": "mlp.dense_4h_to_h",
+        },
+        layer="gpt_neox.layers.{}.",
+        embedding="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        head="embed_out",
+        norm="layer",
+        joined_heads=True,
+        parallel="use_parallel_residual",
     ),
     "granite": GRANITE,
     "granitemoe": replace(GRANITE, experts=ExpertFamily(GRANITE_EXPERTS, scores="chosen_softmax")),
@@ -213,6 +253,19 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
     "nemotron": GgmlFamily(norm="layer", norm_offset=1.0),
     "olmo2": GgmlFamily(modules=POST_NORM_MODULES, query_key_norm="whole"),
     "olmoe": GgmlFamily(query_key_norm="whole", experts=ExpertFamily(QWEN_EXPERTS, normalised="norm_topk_prob")),
+    "phi": GgmlFamily(
+        modules={
+            **{name: key for name, key in LLAMA_MODULES.items() if name not in ("feed_forward_norm", "gate")},
+            "query_norm": "self_attn.q_layernorm",
+            "key_norm": "self_attn.k_layernorm",
+            "output": "self_attn.dense",
+            "up": "mlp.fc1",
+            "down": "mlp.fc2",
+        },
+        final_norm="model.final_layernorm",
+        norm="layer",
+        parallel=True,
+    ),
     "phi3": GgmlFamily(
         modules={**LLAMA_MODULES, "query_key_value": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"},
         windowed=True,
@@ -233,6 +286,15 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
     "qwen3_moe": GgmlFamily(experts=ExpertFamily(QWEN_EXPERTS, normalised="norm_topk_prob")),
     "seed_oss": GgmlFamily(),
     "smollm3": GgmlFamily(),
+    "stablelm": GgmlFamily(
+        modules={
+            **LLAMA_MODULES,
+            "query_norm": "self_attn.q_layernorm.norms.{}",
+            "key_norm": "self_attn.k_layernorm.norms.{}",
+        },
+        norm="layer",
+        parallel="use_parallel_residual",
+    ),
     "starcoder2": GgmlFamily(
         modules={**LLAMA_MODULES, "up": "mlp.c_fc", "down": "mlp.c_proj"}, norm="layer", windowed=True
     ),

@@ -19,7 +19,7 @@ from services.stage.executors.ggml.families import (
 )
 from services.stage.executors.ggml.rotary import Rotary, rotary_of
 
-EPSILON_NAMES = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
+EPSILON_NAMES = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
 NO_EXPERTS = ExpertFamily({})
 
 
@@ -45,6 +45,7 @@ class ModelShape:
     logit_cap: float  # 0 means none
     windows: tuple[int, ...]  # 0 means none
     rotaries: tuple[Rotary | None, ...]
+    parallel: bool  # attention and feed-forward part both start from the layer's input
     interleaved: bool  # which dimensions of a head rotate together, as GgmlFamily has it
     tied: bool
     maximum_positions: int
@@ -105,10 +106,11 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
         residual_scale=_factor(config, family.residual_scale),
         attention_scale=attention_scale,
         attention_cap=_cap(config, family.attention_cap),
-        logit_scale=1.0 / _factor(config, family.logit_divisor),
+        logit_scale=_factor(config, family.logit_factor) / _factor(config, family.logit_divisor),
         logit_cap=_cap(config, family.logit_cap),
         windows=_windows(config, family, layer_count),
         rotaries=_rotaries(config, family, layer_count, head_dim, context_length),
+        parallel=bool(config[family.parallel] if isinstance(family.parallel, str) else family.parallel),
         interleaved=bool(config.get("rope_interleave", family.interleaved)),
         tied=bool(config["tie_word_embeddings"]),
         maximum_positions=int(config["max_position_embeddings"]),

@@ -14,6 +14,7 @@ from noodle.errors import ModelNotFound
 from services.stage.executors.ggml.families import ExpertFamily, GgmlFamily
 from services.stage.executors.ggml.shape import ModelShape
 
+Cut = tuple[int | slice, ...]  # indices into a stored tensor
 ShapeOf = Callable[[str], tuple[int, ...] | None]  # stored shape of a key; None if there is no such tensor
 
 # names of modules in GGUF files, below the layer
@@ -55,6 +56,7 @@ def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
     return replace(
         family,
         modules={**{name: GGUF_MODULES[name] for name in family.modules}, **family.gguf_modules},
+        joined_heads=False,
         layer="blk.{}.",
         embedding="token_embd",
         positions=family.positions and "position_embd",
@@ -72,7 +74,10 @@ def _experts_in_gguf(family: ExpertFamily) -> ExpertFamily:
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """One tensor: the rows of its sources in order; a source may be named several times."""
+    """One tensor: the rows of its sources in order; a source may be named several times.
+
+    `cuts` selects a part of each source as it is stored, as numpy's indices do; without them sources are used whole.
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -80,6 +85,11 @@ class TensorSource:
     is_matrix: bool = False  # held in the weights' type; otherwise float32
     transposed: bool = False
     offset: float = 0.0
+    cuts: tuple[Cut, ...] = ()
+
+    def cut(self, index: int) -> Cut:
+        """The part of a source that is used."""
+        return self.cuts[index] if self.cuts else ()
 
     @property
     def row_count(self) -> int:
@@ -122,11 +132,12 @@ class TensorMap:
         hidden, query, key_value = shape.hidden_size, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         tensors: list[TensorSource] = []
         for name in ("attention_norm", "attention_post_norm", "feed_forward_norm", "feed_forward_post_norm"):
-            if name in keys:
+            if name in keys and not (name == "feed_forward_norm" and shape.parallel and not self._has(keys[name])):
                 tensors += self._norm(name, keys[name])
         fused = keys.get("query_key_value")
         parts = [fused] if fused and self._has(fused) else [keys[name] for name in ("query", "key", "value")]
-        tensors += self._linear("query_key_value", parts, hidden, query + 2 * key_value)
+        cuts = _joined_heads(shape.heads, shape.head_dim) if family.joined_heads else ()
+        tensors += self._linear("query_key_value", parts, hidden, query + 2 * key_value, cuts)
         tensors += self._query_key_norms(keys)
         tensors += self._linear("output", [keys["output"]], query, hidden)
         if "attention_inner_norm" in keys:
@@ -144,12 +155,16 @@ class TensorMap:
     def _query_key_norms(self, keys: dict[str, str]) -> list[TensorSource]:
         shape, family = self._shape, self._shape.family
         query, key = keys.get("query_norm", ""), keys.get("key_norm", "")
-        if not query or not self._has(query):
+        if not query or not self._has(query.format(0)):
             return []
         if family.query_key_norm == "heads":
-            sources = (f"{query}.weight",) * shape.heads + (f"{key}.weight",) * shape.kv_heads
             sizes = (shape.head_dim, shape.heads + shape.kv_heads)
-            return [self._checked(TensorSource("query_key_norm.weight", sources, sizes, offset=family.norm_offset))]
+            return [
+                self._checked(TensorSource(f"query_key_norm.{kind}", sources, sizes, offset=offset))
+                for kind, offset in (("weight", family.norm_offset), ("bias", 0.0))
+                if self._has(query.format(0), kind)
+                for sources in [self._by_head(query, kind, shape.heads) + self._by_head(key, kind, shape.kv_heads)]
+            ]
         return [
             self._checked(TensorSource(f"{name}.weight", (f"{source}.weight",), (rows,), offset=family.norm_offset))
             for name, source, rows in (
@@ -157,6 +172,11 @@ class TensorMap:
                 ("key_norm", key, shape.kv_heads * shape.head_dim),
             )
         ]
+
+    def _by_head(self, key: str, kind: str, heads: int) -> tuple[str, ...]:
+        """The sources of a norm's weights for each head: one tensor for all heads, or one for each."""
+        names = tuple(f"{key.format(head)}.{kind}" for head in range(heads))
+        return names[:1] if len(self._stored(names[0])) == 2 else names
 
     def _experts(self, prefix: str, family: ExpertFamily) -> list[TensorSource]:
         """The router's tensors, those of its experts, and those of the expert that every token passes."""
@@ -207,17 +227,25 @@ class TensorMap:
             tensors += self._norm(f"{prefix}feed_forward_inner_norm", inner_norm, inner)
         return tensors + self._linear(f"{prefix}down", [down], inner, hidden)
 
-    def _linear(self, name: str, keys: list[str], inputs: int, outputs: int) -> list[TensorSource]:
-        tensors = [self._matrix(f"{name}.weight", keys, inputs, outputs)]
+    def _linear(
+        self, name: str, keys: list[str], inputs: int, outputs: int, cuts: tuple[Cut, ...] = ()
+    ) -> list[TensorSource]:
+        """A matrix and its bias, if it has one; `cuts` are those of the first key's rows."""
+        keys = keys[:1] * len(cuts) or keys
+        tensors = [self._matrix(f"{name}.weight", keys, inputs, outputs, cuts)]
         if self._has(keys[0], "bias"):
             sources = tuple(f"{key}.bias" for key in keys)
-            tensors.append(self._checked(TensorSource(f"{name}.bias", sources, (outputs,))))
+            tensors.append(self._checked(TensorSource(f"{name}.bias", sources, (outputs,), cuts=cuts)))
         return tensors
 
-    def _matrix(self, name: str, keys: list[str], inputs: int, outputs: int) -> TensorSource:
+    def _matrix(
+        self, name: str, keys: list[str], inputs: int, outputs: int, cuts: tuple[Cut, ...] = ()
+    ) -> TensorSource:
         sources = tuple(f"{key}.weight" for key in keys)
         transposed = self._shape.family.transposed and not name.startswith(("embedding", "head"))
-        return self._checked(TensorSource(name, sources, (inputs, outputs), is_matrix=True, transposed=transposed))
+        return self._checked(
+            TensorSource(name, sources, (inputs, outputs), is_matrix=True, transposed=transposed, cuts=cuts)
+        )
 
     def _has(self, key: str, kind: str = "weight") -> bool:
         return self._shape_of_key(f"{key}.{kind}") is not None
@@ -236,8 +264,8 @@ class TensorMap:
     def _checked(self, tensor: TensorSource) -> TensorSource:
         """Check that the sources have the tensor's row length, and together its rows."""
         rows = 0
-        for key in tensor.sources:
-            stored = self._stored(key)
+        for index, key in enumerate(tensor.sources):
+            stored = shape_of_cut(self._stored(key), tensor.cut(index))
             if tensor.transposed:
                 stored = stored[::-1]
             if len(tensor.sizes) == 1:
@@ -256,3 +284,22 @@ class TensorMap:
             f"the weights in {self._folder} are not those of its config: {reason}.",
             cure="Fetch the folder again, and check that config and weights belong to the same model.",
         )
+
+
+def _joined_heads(heads: int, head_dim: int) -> tuple[Cut, ...]:
+    """The rows of Q of all heads, of K and of V, in a matrix with q, k and v of one head after another."""
+    return tuple(
+        (slice((3 * head + part) * head_dim, (3 * head + part + 1) * head_dim),)
+        for part in range(3)
+        for head in range(heads)
+    )
+
+
+def shape_of_cut(stored: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
+    """The shape that a cut of a stored tensor has; empty if the tensor has fewer axes."""
+    if len(cut) > len(stored):
+        return ()
+    sizes = [
+        len(range(*part.indices(size))) for size, part in zip(stored, cut, strict=False) if isinstance(part, slice)
+    ]
+    return (*sizes, *stored[len(cut) :])

@@ -31,7 +31,7 @@ from noodle.model.ggml_types import GGML_TYPES, GgmlType
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, ReadCounter
 from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
-from services.stage.executors.ggml.tensor_map import TensorSource
+from services.stage.executors.ggml.tensor_map import Cut, TensorSource, shape_of_cut
 from services.stage.executors.safetensors import unsupported_dtype
 from services.stage.executors.tensor_files import TensorFiles
 
@@ -278,15 +278,18 @@ class WeightMaker:
             return
         row_bytes = layout.byte_count // tensor.row_count
         first = 0
-        for name in tensor.sources:
-            entry = self._entry(name)
-            rows = math.prod(entry.shape) // tensor.sizes[0]
+        for index, name in enumerate(tensor.sources):
+            entry, cut = self._entry(name), tensor.cut(index)
+            rows = math.prod(shape_of_cut(entry.shape, cut)) // tensor.sizes[0]
             part = target[first * row_bytes : (first + rows) * row_bytes]
             first += rows
-            if tensor.transposed:
-                yield partial(self._transpose, name, part, layout.type_number)
-                continue
             is_raw = entry.dtype != "F64" and self._stored_type(name).number == layout.type_number
+            if is_raw and cut and not tensor.transposed:
+                yield partial(self._copy_cut, name, cut, part)
+                continue
+            if tensor.transposed or cut:
+                yield partial(self._convert_cut, name, cut, part, number=layout.type_number, turned=tensor.transposed)
+                continue
             step = READ_BYTES // row_bytes if is_raw else PIECE_ITEMS // tensor.sizes[0]
             fill = self._copy if is_raw else partial(self._convert, layout.type_number, tensor.sizes[0])
             for begin in range(0, rows, max(1, step)):
@@ -295,7 +298,8 @@ class WeightMaker:
 
     def _fill_vector(self, target: Bytes, tensor: TensorSource) -> None:
         values = {name: self.values(name) + np.float32(tensor.offset) for name in dict.fromkeys(tensor.sources)}
-        flat = np.concatenate([values[name].reshape(-1) for name in tensor.sources])
+        parts = [values[name][tensor.cut(index)] for index, name in enumerate(tensor.sources)]
+        flat = np.concatenate([part.reshape(-1) for part in parts])
         target[:] = flat.astype("<f4").view(np.uint8)
 
     def _copy(self, name: str, target: Bytes, first_row: int, end_row: int) -> None:
@@ -308,8 +312,24 @@ class WeightMaker:
         values = self._values(name, first_row * length, (end_row - first_row) * length)
         quantize(self._ggml, number, values.reshape(-1, length), target)
 
-    def _transpose(self, name: str, target: Bytes, number: int) -> None:
-        quantize(self._ggml, number, np.ascontiguousarray(self.values(name).T), target)
+    def _copy_cut(self, name: str, cut: Cut, target: Bytes) -> None:
+        """Read some rows of a tensor as they are stored."""
+        entry = self._entry(name)
+        row_bytes = entry.byte_count // math.prod(entry.shape[:-1])
+        begin, end, rest = _leading(entry.shape, cut)
+        raw = np.empty((end - begin) * math.prod(entry.shape[1:-1]) * row_bytes, np.uint8)
+        self._files.read(name, raw.data, begin * math.prod(entry.shape[1:-1]) * row_bytes)
+        self._counter.add(raw.nbytes)
+        target[:] = raw.reshape(end - begin, *entry.shape[1:-1], row_bytes)[rest].reshape(-1)
+
+    def _convert_cut(self, name: str, cut: Cut, target: Bytes, *, number: int, turned: bool) -> None:
+        """Read a part of a tensor, transposed if `turned`."""
+        shape = self._entry(name).shape
+        begin, end, rest = _leading(shape, cut)
+        items = math.prod(shape[1:])
+        values = self._values(name, begin * items, (end - begin) * items).reshape(end - begin, *shape[1:])[rest]
+        values = values.T if turned else values
+        quantize(self._ggml, number, np.ascontiguousarray(values).reshape(-1, values.shape[-1]), target)
 
     def _values(self, name: str, first_item: int, items: int) -> npt.NDArray[np.float32]:
         """Items of a tensor as float32; they are whole blocks of its type."""
@@ -329,6 +349,17 @@ class WeightMaker:
             raise unsupported_dtype(name, entry)
         _TO_FLOAT(address)(raw.ctypes.data, values.ctypes.data, items)
         return values
+
+
+def _leading(shape: tuple[int, ...], cut: Cut) -> tuple[int, int, Cut]:
+    """The range of a tensor's first axis that a cut lies in, and the cut within that range."""
+    if not cut:
+        return 0, shape[0], ()
+    first = cut[0]
+    if isinstance(first, int):
+        return first, first + 1, (0, *cut[1:])
+    begin, end, step = first.indices(shape[0])
+    return begin, end, (slice(None, None, step), *cut[1:])
 
 
 def quantize(ggml: Any, type_number: int, values: npt.NDArray[np.float32], target: Bytes) -> None:

@@ -78,30 +78,28 @@ class Attention:
                 if factors and shape.family.norms_after_rotary:
                     both = self._apply_rotary(both, number)
                 if norm_heads:
-                    both = self._call("rms_norm", both, shape.norm_epsilon)
-                    both = self._call("mul", both, weights["query_key_norm.weight"])
+                    both = self._operations.norm(both, weights, "query_key_norm")
                 if factors and not shape.family.norms_after_rotary:
                     both = self._apply_rotary(both, number)
                 stride = (query_width + key_width) * ITEM_BYTES
                 query, key = _Rows(both, 0, stride), _Rows(both, query_width * ITEM_BYTES, stride)
             return query, key, value
-        query = self._query_or_key(query, shape.heads, number, weights.get("query_norm.weight"))
-        key = self._query_or_key(key, shape.kv_heads, number, weights.get("key_norm.weight"))
+        query = self._query_or_key(query, shape.heads, number, weights, "query_norm")
+        key = self._query_or_key(key, shape.kv_heads, number, weights, "key_norm")
         return query, key, value
 
-    def _query_or_key(self, rows: _Rows, heads: int, number: int, norm: int | None) -> _Rows:
+    def _query_or_key(self, rows: _Rows, heads: int, number: int, weights: dict[str, int], norm: str) -> _Rows:
         """Q or K alone, normed over each head or over all of them, and with rotary positions."""
         width = heads * self._shape.head_dim
         has_rotary, after = bool(self._tensors.frequency_factors[number]), self._shape.family.norms_after_rotary
         if has_rotary and after:
             rows = _Rows(self._apply_rotary(self._heads(rows, heads), number), 0, width * ITEM_BYTES)
-        if norm is not None:
+        if f"{norm}.weight" in weights:
             if self._shape.family.query_key_norm == "heads":
                 tensor = self._heads(rows, heads)
             else:
                 tensor = self._view(rows.tensor, (width, sum(self._counts)), (rows.stride,), rows.offset)
-            tensor = self._call("mul", self._call("rms_norm", tensor, self._shape.norm_epsilon), norm)
-            rows = _Rows(tensor, 0, width * ITEM_BYTES)
+            rows = _Rows(self._operations.norm(tensor, weights, norm), 0, width * ITEM_BYTES)
         if has_rotary and not after:
             rows = _Rows(self._apply_rotary(self._heads(rows, heads), number), 0, width * ITEM_BYTES)
         return rows

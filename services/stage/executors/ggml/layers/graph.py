@@ -45,16 +45,20 @@ class LayerGraph(Operations):
         experts = Experts(self, shape.family.experts) if shape.family.experts else None
         self.slots = attention.slots
         for number, weights in enumerate(self.tensors.layers):
-            attended = attention.attend(self.norm(hidden, weights, "attention_norm"), number, weights)
-            attended = self.norm(attended, weights, "attention_post_norm")
-            hidden = self.call("add", hidden, self.scaled(attended, shape.residual_scale))
-            inner = self.norm(hidden, weights, "feed_forward_norm")
+            normed = self.norm(hidden, weights, "attention_norm")
+            attended = self.norm(attention.attend(normed, number, weights), weights, "attention_post_norm")
+            whole = self.call("add", hidden, self.scaled(attended, shape.residual_scale))
+            if shape.parallel:
+                is_shared = "feed_forward_norm.weight" not in weights  # one norm for both parts
+                inner = normed if is_shared else self.norm(hidden, weights, "feed_forward_norm")
+            else:
+                inner = self.norm(whole, weights, "feed_forward_norm")
             if experts is not None and "router.weight" in weights:
                 inner = experts.mix(inner, weights)
             else:
                 inner = self.feed_forward(inner, weights)
             inner = self.norm(inner, weights, "feed_forward_post_norm")
-            hidden = self.call("add", hidden, self.scaled(inner, shape.residual_scale))
+            hidden = self.call("add", whole, self.scaled(inner, shape.residual_scale))
         return hidden
 
     def head(self, hidden: int) -> int:
