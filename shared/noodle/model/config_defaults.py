@@ -240,6 +240,25 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_dense": HUNYUAN,
     "hunyuan_v1_moe": {**HUNYUAN, "num_local_experts": 1, "num_experts_per_tok": 1},
     "llama": LLAMA,
+    "minicpm3": {
+        **LLAMA,
+        "vocab_size": 73448,
+        "hidden_size": 2560,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "kv_lora_rank": 256,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": None,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+    },
     "ministral": {
         **LLAMA,
         "num_key_value_heads": 8,
@@ -414,6 +433,8 @@ def completed_config(config: Mapping[str, Any]) -> dict[str, Any]:
             whole["num_key_value_heads"] = whole["num_attention_heads"]
         if whole.get("head_dim") is None:
             whole["head_dim"] = int(whole["hidden_size"]) // int(whole["num_attention_heads"])
+        if "v_head_dim" in whole and whole["v_head_dim"] is None:
+            whole["v_head_dim"] = int(whole["hidden_size"]) // int(whole["num_attention_heads"])
         if "use_sliding_window" in defaults and not whole["use_sliding_window"]:
             whole["sliding_window"] = None
         whole["layer_types"] = _layer_types(whole)

@@ -32,6 +32,15 @@ POST_NORMS: Mapping[str, str] = {
     "attention_post_norm": "post_attention_layernorm",
     "feed_forward_post_norm": "post_feedforward_layernorm",
 }
+LATENT_MODULES: Mapping[str, str] = {
+    **{name: key for name, key in LLAMA_MODULES.items() if name not in ("key", "value", "query_norm", "key_norm")},
+    "query_latent": "self_attn.q_a_proj",
+    "query_latent_norm": "self_attn.q_a_layernorm",
+    "query_of_latent": "self_attn.q_b_proj",
+    "latent": "self_attn.kv_a_proj_with_mqa",
+    "latent_norm": "self_attn.kv_a_layernorm",
+    "key_value_of_latent": "self_attn.kv_b_proj",
+}
 POST_NORM_MODULES: Mapping[str, str] = {
     **{name: key for name, key in LLAMA_MODULES.items() if name not in ("attention_norm", "feed_forward_norm")},
     **POST_NORMS,
@@ -78,15 +87,19 @@ class GgmlFamily:
     # attention and feed-forward part both start from the layer's input; the key of the config that says so
     parallel: bool | str = False
     windowed: bool = False  # config.sliding_window applies to every layer if the config lists no layer types
-    scaled_embedding: bool = False  # token embeddings times the square root of the hidden size
+    latent: bool = False  # K and V of all heads are products with one latent vector, which is kept in their place
+    # token embeddings are scaled by the square root of the hidden size, or by the value of a key of the config
+    scaled_embedding: bool | str = False
     # keys of the config, empty if the family has no such value
     embedding_scale: str = ""  # factor of the first layer's input
     residual_scale: str = ""
+    depth_scale: str = ""  # value that divided by the square root of the layer count is that factor
     attention_scale: str = ""  # factor of q·k, instead of head_dim ** -0.5
     query_scalar: str = ""  # value whose ** -0.5 is that factor
     attention_cap: str = ""  # soft cap of q·k; 0 or None is no cap
     logit_divisor: str = ""
     logit_factor: str = ""
+    logit_width: str = ""  # value that divided by the hidden size is that factor
     logit_cap: str = ""
     experts: ExpertFamily | None = None
     gguf_modules: Mapping[str, str] = field(default_factory=dict)  # names in GGUF files that differ from most families'
@@ -243,6 +256,13 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
         ),
     ),
     "llama": GgmlFamily(),
+    "minicpm3": GgmlFamily(
+        modules=LATENT_MODULES,
+        latent=True,
+        scaled_embedding="scale_emb",
+        depth_scale="scale_depth",
+        logit_width="dim_model_base",
+    ),
     "ministral": GgmlFamily(windowed=True),
     "ministral3": GgmlFamily(windowed=True),
     "mistral": GgmlFamily(windowed=True),

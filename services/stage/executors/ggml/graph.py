@@ -248,14 +248,18 @@ class SlotTensors:
 class SlotPatches:
     """Writes the places of a step's session rows into a graph's tensors."""
 
-    def __init__(self, memory: GraphMemory, slots: SlotTensors, windows: Sequence[int], row_bytes: int) -> None:
+    def __init__(
+        self, memory: GraphMemory, slots: SlotTensors, windows: Sequence[int], *, row_bytes: int, areas: int
+    ) -> None:
+        """`windows` of the slice's layers, 0 for none; `areas` of each layer: 2, or 1 if V is a part of K."""
         self._memory = memory
         self._row_bytes = row_bytes
         self._masks = slots.masks
         self._mask_memory: list[npt.NDArray[np.uint16]] = []  # held until the step is computed
         self._mask_on_card: dict[int, DeviceMemory] = {}  # by its tensor's word
         self._windows = np.array([window or NO_WINDOW for window in windows], np.int64)[:, None]
-        self._areas = 2 * np.arange(len(windows), dtype=np.int64)[:, None]
+        self._areas = areas * np.arange(len(windows), dtype=np.int64)[:, None]
+        self._value_area = areas - 1  # after K's
         self._is_host = memory.device.is_host
         self._fields = np.array(slots.fields()[: 6 if self._is_host else 8], np.int64)
         # on a card an address alone does not tell which buffer it is in
@@ -274,9 +278,9 @@ class SlotPatches:
         values = self._values
         values[:2] = end - begin
         values[2] = keys + begin * self._row_bytes
-        values[3] = values[2] + area_bytes
+        values[3] = values[2] + self._value_area * area_bytes
         values[4] = keys + first * self._row_bytes
-        values[5] = values[4] + area_bytes
+        values[5] = values[4] + self._value_area * area_bytes
         words = self._memory.words
         if not self._is_host:
             values[6:] = values[4:6]

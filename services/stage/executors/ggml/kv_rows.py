@@ -16,17 +16,18 @@ NOISE = 0x2C  # any byte that gives small numbers in every type: 0x2c2c is 0.065
 class GgmlRows:
     """Rows 0 to `reserve_tokens` of K and of V in every layer, an area each, in pages committed as they are written.
 
-    Area 2 * layer holds the layer's K and the next one its V; a row holds one token's values of all KV heads.
+    Area 2 * layer holds the layer's K and the next one its V; a row holds one token's values of all KV heads. Latent
+    attention has one area in each layer.
     """
 
     address: int  # of the first area
     buffer: int = 0  # ggml's buffer of a card's memory; 0 in host memory
     memory: Any
 
-    def __init__(self, reserve_tokens: int, *, layers: int, row_bytes: int) -> None:
+    def __init__(self, reserve_tokens: int, *, areas: int, row_bytes: int) -> None:
         self.counted_tokens = 0  # in the budget
         self.length = 0  # rows [0, length) are computed in all layers
-        self._areas = 2 * layers
+        self._areas = areas  # in all layers
         self._row_bytes = row_bytes
         self._allocate(reserve_tokens)
 
@@ -63,9 +64,9 @@ class GgmlRows:
 class DeviceRows(GgmlRows):
     """The same in a card's memory, which is allocated as a whole."""
 
-    def __init__(self, reserve_tokens: int, *, layers: int, row_bytes: int, device: GgmlDevice) -> None:
+    def __init__(self, reserve_tokens: int, *, areas: int, row_bytes: int, device: GgmlDevice) -> None:
         self._device = device
-        super().__init__(reserve_tokens, layers=layers, row_bytes=row_bytes)
+        super().__init__(reserve_tokens, areas=areas, row_bytes=row_bytes)
 
     def fill_with_noise(self, tokens: int) -> None:
         """Fill all rows with noise."""

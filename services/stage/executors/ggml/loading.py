@@ -103,6 +103,7 @@ def load_ggml_slice(
     loaded = GgmlTensors(device, blocks)
     packed = frozenset(loaded.by_block[block][name] for block, name in packed_names)
     key_type = KV_TYPE_NUMBERS[kv_dtype]
+    own_attention = device.is_host and not shape.latent
     tensors = SliceTensors(
         **_weights(loaded.by_block, shape, start_layer, end_layer),
         pairing=INTERLEAVED if shape.interleaved else NEOX,
@@ -111,7 +112,7 @@ def load_ggml_slice(
         exact=weights == "f32",
         kernels=kernels,
         packed=packed,
-        attention=flash_attention_kernel(ggml, shape.head_dim, key_type) if device.is_host else None,
+        attention=flash_attention_kernel(ggml, shape.head_dim, key_type) if own_attention else None,
     )
     if device.is_host:
         matrices = [*(tensor for layer in tensors.layers for tensor in layer.values()), *tensors.head.values()]
@@ -132,7 +133,7 @@ def load_ggml_slice(
 def _row_bytes(ggml: GgmlCalls, shape: ModelShape, kv_dtype: str) -> int:
     """Bytes of one token's K in one layer."""
     number = KV_TYPE_NUMBERS[kv_dtype]
-    if shape.head_dim % ggml.ggml_blck_size(number):
+    if shape.head_dim % ggml.ggml_blck_size(number) or shape.value_dim % ggml.ggml_blck_size(number):
         raise UnsupportedModel(
             f"a KV cache in {kv_dtype} needs a head dimension that is a multiple of {ggml.ggml_blck_size(number)}, and "
             f"this model's is {shape.head_dim}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,19 @@ EPSILON_NAMES = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_no
 NO_EXPERTS = ExpertFamily({})
 
 
+@dataclass(frozen=True, slots=True)
+class LatentShape:
+    """Dimensions of attention whose K and V are products with a latent vector, kept as one row of K with one head.
+
+    The row is the latent vector and a part with rotary positions, which all heads share. V is the latent vector.
+    """
+
+    rank: int  # of the latent vector
+    rotary_dim: int
+    plain_dim: int  # of each head's K without rotary positions
+    value_dim: int  # of each head's V
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Dimensions and factors of the whole model; per-layer tuples are indexed by the layer's number in the model."""
@@ -33,7 +47,8 @@ class ModelShape:
     vocab_size: int
     heads: int
     kv_heads: int
-    head_dim: int
+    head_dim: int  # of Q and K
+    value_dim: int  # of V, as it is kept
     norm_epsilon: float
     activation: Activation
     token_scale: float  # factor of token embeddings
@@ -57,6 +72,12 @@ class ModelShape:
     expert_groups: int
     chosen_groups: int
     router_jitter: float
+    latent: LatentShape | None
+
+    @property
+    def areas(self) -> int:
+        """Rows of a token in each layer: K and V, or a latent vector for both."""
+        return 1 if self.latent else 2
 
 
 def shape_of(given: Mapping[str, Any], context_length: int) -> ModelShape:
@@ -82,11 +103,15 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
     layer_count = int(config["num_hidden_layers"])
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    latent = _latent(config) if family.latent else None
+    rotary_dim = latent.rotary_dim if latent else head_dim
     router = family.experts or NO_EXPERTS
     experts = int(config.get("num_local_experts") or 0) if family.experts else 0
     normalised = router.normalised
     if family.attention_scale:
         attention_scale = float(config[family.attention_scale])
+    elif latent:
+        attention_scale = (latent.plain_dim + latent.rotary_dim) ** -0.5 * _yarn_scale(config["rope_parameters"])
     elif family.query_scalar:
         attention_scale = float(config[family.query_scalar]) ** -0.5
     else:
@@ -97,19 +122,23 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
         hidden_size=int(config["hidden_size"]),
         vocab_size=int(config["vocab_size"]),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
+        kv_heads=1 if latent else int(config.get("num_key_value_heads") or heads),
+        head_dim=latent.rank + latent.rotary_dim if latent else head_dim,
+        value_dim=latent.rank if latent else head_dim,
         norm_epsilon=float(next(config[name] for name in EPSILON_NAMES if config.get(name) is not None)),
         activation=ACTIVATIONS[config["hidden_act"]],
-        token_scale=float(config["hidden_size"]) ** 0.5 if family.scaled_embedding else 1.0,
+        token_scale=_token_scale(config, family),
         input_scale=_factor(config, family.embedding_scale),
-        residual_scale=_factor(config, family.residual_scale),
+        residual_scale=_factor(config, family.residual_scale)
+        * (_factor(config, family.depth_scale) / layer_count**0.5 if family.depth_scale else 1.0),
         attention_scale=attention_scale,
         attention_cap=_cap(config, family.attention_cap),
-        logit_scale=_factor(config, family.logit_factor) / _factor(config, family.logit_divisor),
+        logit_scale=_factor(config, family.logit_factor)
+        / _factor(config, family.logit_divisor)
+        * (_factor(config, family.logit_width) / config["hidden_size"] if family.logit_width else 1.0),
         logit_cap=_cap(config, family.logit_cap),
         windows=_windows(config, family, layer_count),
-        rotaries=_rotaries(config, family, layer_count, head_dim, context_length),
+        rotaries=_rotaries(config, family, layer_count, rotary_dim, context_length),
         parallel=bool(config[family.parallel] if isinstance(family.parallel, str) else family.parallel),
         interleaved=bool(config.get("rope_interleave", family.interleaved)),
         tied=bool(config["tie_word_embeddings"]),
@@ -122,7 +151,31 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
         expert_groups=int(_factor(config, router.groups)),
         chosen_groups=int(_factor(config, router.chosen_groups)),
         router_jitter=_cap(config, router.jitter),
+        latent=latent,
     )
+
+
+def _latent(config: Mapping[str, Any]) -> LatentShape:
+    return LatentShape(
+        rank=int(config["kv_lora_rank"]),
+        rotary_dim=int(config["qk_rope_head_dim"]),
+        plain_dim=int(config["qk_nope_head_dim"]),
+        value_dim=int(config["v_head_dim"]),
+    )
+
+
+def _yarn_scale(parameters: Mapping[str, Any]) -> float:
+    """Factor of q·k of latent attention with yarn."""
+    by, factor = float(parameters.get("mscale_all_dim") or 0.0), float(parameters.get("factor") or 1.0)
+    if not by or factor <= 1 or parameters.get("rope_type", "default") == "default":
+        return 1.0
+    return (0.1 * by * math.log(factor) + 1.0) ** 2
+
+
+def _token_scale(config: Mapping[str, Any], family: GgmlFamily) -> float:
+    if isinstance(family.scaled_embedding, str):
+        return float(config[family.scaled_embedding])
+    return float(config["hidden_size"]) ** 0.5 if family.scaled_embedding else 1.0
 
 
 def _factor(config: Mapping[str, Any], name: str) -> float:

@@ -76,16 +76,14 @@ class GgmlSlice(KvCache[GgmlRows]):
         bytes_read: int,
         weights_note: str = "",
     ) -> None:
-        layers = end_layer - start_layer
+        areas = (end_layer - start_layer) * shape.areas
 
         def new_rows(reserve_tokens: int) -> GgmlRows:
             if device.is_host:
-                return GgmlRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes)
-            return DeviceRows(reserve_tokens, layers=layers, row_bytes=tensors.row_bytes, device=device)
+                return GgmlRows(reserve_tokens, areas=areas, row_bytes=tensors.row_bytes)
+            return DeviceRows(reserve_tokens, areas=areas, row_bytes=tensors.row_bytes, device=device)
 
-        super().__init__(
-            new_rows, kv_bytes_per_token=2 * layers * tensors.row_bytes, reserves_upfront=not device.is_host
-        )
+        super().__init__(new_rows, kv_bytes_per_token=areas * tensors.row_bytes, reserves_upfront=not device.is_host)
         self.start_layer = start_layer
         self.end_layer = end_layer
         self.is_first = start_layer == 0
@@ -207,7 +205,7 @@ class GgmlSlice(KvCache[GgmlRows]):
         sizes, dtype = ((tokens,), "<i4") if from_tokens else ((tokens, self.hidden_size), "<f4")
         return _StepGraph(
             memory,
-            SlotPatches(memory, build.slots, windows, tensors.row_bytes),
+            SlotPatches(memory, build.slots, windows, row_bytes=tensors.row_bytes, areas=shape.areas),
             memory.input(inputs, sizes, dtype),
             memory.input(positions, (tokens,), "<i4"),
             memory.output(output, (tokens, self.hidden_size), "<f4"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from noodle.errors import ModelNotFound
 from services.stage.executors.ggml.families import ExpertFamily, GgmlFamily
-from services.stage.executors.ggml.shape import ModelShape
+from services.stage.executors.ggml.shape import LatentShape, ModelShape
 
 Cut = tuple[int | slice, ...]  # indices into a stored tensor
 ShapeOf = Callable[[str], tuple[int, ...] | None]  # stored shape of a key; None if there is no such tensor
@@ -27,6 +27,14 @@ GGUF_MODULES: Mapping[str, str] = {
     "query_key_value": "attn_qkv",
     "query_norm": "attn_q_norm",
     "key_norm": "attn_k_norm",
+    "query_latent": "attn_q_a",
+    "query_latent_norm": "attn_q_a_norm",
+    "query_of_latent": "attn_q_b",
+    "latent": "attn_kv_a_mqa",
+    "latent_norm": "attn_kv_a_norm",
+    "key_value_of_latent": "attn_kv_b",
+    "key_of_latent": "attn_k_b",
+    "value_of_latent": "attn_v_b",
     "output": "attn_output",
     "attention_inner_norm": "attn_sub_norm",
     "feed_forward_norm": "ffn_norm",
@@ -37,6 +45,7 @@ GGUF_MODULES: Mapping[str, str] = {
     "gate_up": "ffn_up",  # both, if there is no ffn_gate
     "down": "ffn_down",
 }
+LATENT_PARTS = ("key_of_latent", "value_of_latent")  # of key_value_of_latent, in files since 2025
 GGUF_EXPERTS: Mapping[str, str] = {
     "router": "ffn_gate_inp",
     "gate": "ffn_gate_exps",
@@ -53,9 +62,10 @@ GGUF_CORRECTION = "exp_probs_b.bias"
 
 def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
     """The family with the names of GGUF files, whose writer has shifted and transposed weights for ggml."""
+    names = (*family.modules, *(LATENT_PARTS if family.latent else ()))
     return replace(
         family,
-        modules={**{name: GGUF_MODULES[name] for name in family.modules}, **family.gguf_modules},
+        modules={**{name: GGUF_MODULES[name] for name in names}, **family.gguf_modules},
         joined_heads=False,
         layer="blk.{}.",
         embedding="token_embd",
@@ -129,22 +139,61 @@ class TensorMap:
         shape, family = self._shape, self._shape.family
         prefix = family.layer.format(number)
         keys = {name: prefix + key for name, key in family.modules.items()}
-        hidden, query, key_value = shape.hidden_size, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         tensors: list[TensorSource] = []
         for name in ("attention_norm", "attention_post_norm", "feed_forward_norm", "feed_forward_post_norm"):
             if name in keys and not (name == "feed_forward_norm" and shape.parallel and not self._has(keys[name])):
                 tensors += self._norm(name, keys[name])
-        fused = keys.get("query_key_value")
-        parts = [fused] if fused and self._has(fused) else [keys[name] for name in ("query", "key", "value")]
-        cuts = _joined_heads(shape.heads, shape.head_dim) if family.joined_heads else ()
-        tensors += self._linear("query_key_value", parts, hidden, query + 2 * key_value, cuts)
-        tensors += self._query_key_norms(keys)
-        tensors += self._linear("output", [keys["output"]], query, hidden)
-        if "attention_inner_norm" in keys:
-            tensors += self._norm("attention_inner_norm", keys["attention_inner_norm"], query)
+        tensors += self._latent_attention(keys, shape.latent) if shape.latent else self._attention(keys)
         if family.experts and self._has(prefix + family.experts.modules["router"]):
             return tensors + self._experts(prefix, family.experts)
         return tensors + self._feed_forward(keys)
+
+    def _attention(self, keys: dict[str, str]) -> list[TensorSource]:
+        shape, hidden = self._shape, self._shape.hidden_size
+        query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        fused, inner_norm = keys.get("query_key_value"), keys.get("attention_inner_norm")
+        parts = [fused] if fused and self._has(fused) else [keys[name] for name in ("query", "key", "value")]
+        cuts = _joined_heads(shape.heads, shape.head_dim) if shape.family.joined_heads else ()
+        return [
+            *self._linear("query_key_value", parts, hidden, query + 2 * key_value, cuts),
+            *self._query_key_norms(keys),
+            *self._linear("output", [keys["output"]], query, hidden),
+            *(self._norm("attention_inner_norm", inner_norm, query) if inner_norm else ()),
+        ]
+
+    def _latent_attention(self, keys: dict[str, str], latent: LatentShape) -> list[TensorSource]:
+        """Q, the latent vector, and by head the matrices that turn Q to the latent vector's space and that one to V."""
+        shape, hidden = self._shape, self._shape.hidden_size
+        query = shape.heads * (latent.plain_dim + latent.rotary_dim)
+        if self._has(keys["query_latent"]):
+            rank = self._rows_of(keys["query_latent"])
+            tensors = [
+                *self._linear("query_latent", [keys["query_latent"]], hidden, rank),
+                *self._norm("query_latent_norm", keys["query_latent_norm"], rank),
+                *self._linear("query", [keys["query_of_latent"]], rank, query),
+            ]
+        else:
+            tensors = self._linear("query", [keys["query"]], hidden, query)
+        tensors += self._linear("latent", [keys["latent"]], hidden, latent.rank + latent.rotary_dim)
+        tensors += self._norm("latent_norm", keys["latent_norm"], latent.rank)
+        tensors += self._latent_parts(keys, latent)
+        return tensors + self._linear("output", [keys["output"]], shape.heads * latent.value_dim, hidden)
+
+    def _latent_parts(self, keys: dict[str, str], latent: LatentShape) -> list[TensorSource]:
+        heads, step = self._shape.heads, latent.plain_dim + latent.value_dim
+        key_sizes, value_sizes = (latent.plain_dim, latent.rank, heads), (latent.rank, latent.value_dim, heads)
+        if "key_of_latent" in keys and self._has(keys["key_of_latent"]):
+            parts = (("key_of_latent", key_sizes), ("value_of_latent", value_sizes))
+            return [
+                self._checked(TensorSource(f"{name}.weight", (f"{keys[name]}.weight",), sizes, is_matrix=True))
+                for name, sizes in parts
+            ]
+        sources = (f"{keys['key_value_of_latent']}.weight",) * heads
+        key_rows = tuple((slice(step * head, step * head + latent.plain_dim),) for head in range(heads))
+        value_rows = tuple((slice(step * head + latent.plain_dim, step * (head + 1)),) for head in range(heads))
+        key = TensorSource("key_of_latent.weight", sources, key_sizes, is_matrix=True, transposed=True, cuts=key_rows)
+        value = TensorSource("value_of_latent.weight", sources, value_sizes, is_matrix=True, cuts=value_rows)
+        return [self._checked(key), self._checked(value)]
 
     def _norm(self, name: str, key: str, size: int = 0) -> list[TensorSource]:
         sizes = (size or self._shape.hidden_size,)

@@ -202,6 +202,8 @@ class WeightMaker:
         if len(kinds) > 1:
             return TYPE_NUMBERS["f32"]
         kind = kinds.pop()
+        if tensor.transposed and kind.block_items > 1:
+            return TYPE_NUMBERS["f32"]  # blocks lie along the stored rows
         if not self._multiplies(kind.number):
             entry = self._entry(tensor.sources[0])
             raise UnsupportedModel(

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from services.stage.executors.ggml.graph import MaskSlot, SlotTensors
 from services.stage.executors.ggml.layers.operations import ITEM_BYTES, Operations
+from services.stage.executors.ggml.shape import LatentShape
 
 # From TILED_ROWS rows on, pad to a full tile: the tiled kernel is faster even with padding.
 TILE_ROWS, TILED_ROWS = 64, 22
 TILED_TYPES = (0, 1)  # of K and V: float32 and float16
+SWAPPED = (0, 2, 1, 3)  # heads and tokens
+LATENT_EPSILON = 1e-6  # of the norms of latent vectors, whatever the model's other norms have
 
 
 class Attention:
@@ -31,18 +34,26 @@ class Attention:
         padding = max(self._attended_rows(count) - count for count in counts)
         if len(counts) > 1 or padding:
             # the padding rows of a span are overwritten by the next span
-            width = self._shape.heads * self._shape.head_dim
+            width = self._shape.heads * self._shape.value_dim
             self._attended = self._memory.persist(self._call("new_tensor_2d", 0, width, sum(counts) + padding))
 
     def attend(self, tensor: int, number: int, weights: dict[str, int]) -> int:
         """Attention of layer `number` of the slice over normed hidden states [hidden_size, tokens]."""
-        slots, width = self.slots, self._shape.heads * self._shape.head_dim
-        query, key, value = self._query_key_value(tensor, number, weights)
+        slots, width = self.slots, self._shape.heads * self._shape.value_dim
+        latent = self._shape.latent
+        if latent:
+            query, key, value = self._latent_query_key(tensor, number, weights, latent)
+        else:
+            query, key, value = self._query_key_value(tensor, number, weights)
         slots.add_layer()
         begin = attended = 0
         for index, count in enumerate(self._counts):
             self._write_rows(key.from_token(begin), count, slots.key_written[-1], slots.key_target[-1])
-            self._write_rows(value.from_token(begin), count, slots.value_written[-1], slots.value_target[-1])
+            if value is None:
+                slots.value_written[-1].append(slots.key_written[-1][-1])
+                slots.value_target[-1].append(slots.key_target[-1][-1])
+            else:
+                self._write_rows(value.from_token(begin), count, slots.value_written[-1], slots.value_target[-1])
             attended = self._attend(query.from_token(begin), number, index, count)
             if self._attended:
                 self._memory.place_in(attended, self._attended, begin * width * ITEM_BYTES)
@@ -52,8 +63,44 @@ class Attention:
             joined = self._view(self._attended, (width, begin), (width * ITEM_BYTES,), 0)
         else:
             joined = self._call("reshape_2d", attended, width, begin)
+        if latent:
+            joined = self._values_of_latent(joined, weights, latent)
         joined = self._operations.norm(joined, weights, "attention_inner_norm")
         return self._operations.linear(joined, weights, "output")
+
+    def _latent_query_key(
+        self, tensor: int, number: int, weights: dict[str, int], latent: LatentShape
+    ) -> tuple[_Rows, _Rows, None]:
+        """Q of all heads in the latent vector's space, and the row that stands for K and V of all heads."""
+        operations, shape = self._operations, self._shape
+        heads, tokens = shape.heads, sum(self._counts)
+        head_dim = latent.plain_dim + latent.rotary_dim
+        asked = tensor
+        if "query_latent.weight" in weights:
+            asked = operations.linear(tensor, weights, "query_latent")
+            asked = operations.norm(asked, weights, "query_latent_norm", LATENT_EPSILON)
+        whole = operations.linear(asked, weights, "query")
+        strides = (head_dim * ITEM_BYTES, heads * head_dim * ITEM_BYTES)
+        plain = self._view(whole, (latent.plain_dim, heads, tokens), strides, 0)
+        turned = self._view(whole, (latent.rotary_dim, heads, tokens), strides, latent.plain_dim * ITEM_BYTES)
+        by_head = self._call("permute", plain, *SWAPPED)
+        projected = self._call("permute", self._call("mul_mat", weights["key_of_latent.weight"], by_head), *SWAPPED)
+        query = self._call("concat", projected, self._rotated(turned, number), 0)
+        row = operations.linear(tensor, weights, "latent")
+        row_bytes = shape.head_dim * ITEM_BYTES
+        vector = self._view(row, (latent.rank, tokens), (row_bytes,), 0)
+        vector = operations.norm(vector, weights, "latent_norm", LATENT_EPSILON)
+        vector = self._call("reshape_3d", vector, latent.rank, 1, tokens)
+        shared = self._view(row, (latent.rotary_dim, 1, tokens), (row_bytes, row_bytes), latent.rank * ITEM_BYTES)
+        key = self._call("concat", vector, self._rotated(shared, number), 0)
+        return _Rows(query, 0, heads * row_bytes), _Rows(key, 0, row_bytes), None
+
+    def _values_of_latent(self, attended: int, weights: dict[str, int], latent: LatentShape) -> int:
+        """V of each head from its weighted sum of latent vectors [heads * rank, tokens]."""
+        heads, tokens = self._shape.heads, sum(self._counts)
+        by_head = self._call("permute", self._call("reshape_3d", attended, latent.rank, heads, tokens), *SWAPPED)
+        values = self._call("permute", self._call("mul_mat", weights["value_of_latent.weight"], by_head), *SWAPPED)
+        return self._call("cont_2d", values, heads * latent.value_dim, tokens)
 
     def _query_key_value(self, tensor: int, number: int, weights: dict[str, int]) -> tuple[_Rows, _Rows, _Rows]:
         """Q, K and V of all tokens, normed and with rotary positions."""
@@ -109,6 +156,9 @@ class Attention:
         sizes, strides = (head_dim, heads, sum(self._counts)), (head_dim * ITEM_BYTES, rows.stride)
         return self._view(rows.tensor, sizes, strides, rows.offset)
 
+    def _rotated(self, heads: int, number: int) -> int:
+        return self._apply_rotary(heads, number) if self._tensors.frequency_factors[number] else heads
+
     def _apply_rotary(self, heads: int, number: int) -> int:
         """Apply rotary positions. The factors hold the frequencies: with a base of 1 the angle is the position."""
         rotary = self._shape.rotaries[self._start_layer + number]
@@ -133,8 +183,8 @@ class Attention:
     def _attend(self, query: _Rows, number: int, index: int, count: int) -> int:
         """Attention of span `index` over its session's rows."""
         shape, memory, slots = self._shape, self._memory, self.slots
-        key = self._slot(slots.key_data[-1], slots.key_count[-1])
-        value = self._slot(slots.value_data[-1], slots.value_count[-1])
+        key = self._slot(slots.key_data[-1], slots.key_count[-1], shape.head_dim)
+        value = self._slot(slots.value_data[-1], slots.value_count[-1], shape.value_dim)
         sizes, strides = (shape.head_dim, count, shape.heads), (query.stride, shape.head_dim * ITEM_BYTES)
         own = self._view(query.tensor, sizes, strides, query.offset)
         window = shape.windows[self._start_layer + number]
@@ -160,10 +210,10 @@ class Attention:
         is_tiled = is_tiled and self._memory.device.is_host and self._tensors.attention is None
         return TILE_ROWS if is_tiled else count
 
-    def _slot(self, data: list[int], counts: list[int]) -> int:
+    def _slot(self, data: list[int], counts: list[int], head_dim: int) -> int:
         """K or V of one session in one layer; its address and length are written before each step."""
         shape, memory = self._shape, self._memory
-        slot = memory.outside(self._call("new_tensor_3d", self._tensors.key_type, shape.head_dim, 1, shape.kv_heads))
+        slot = memory.outside(self._call("new_tensor_3d", self._tensors.key_type, head_dim, 1, shape.kv_heads))
         at = memory.word(slot)
         memory.words[at + memory.at_strides + 1] = self._tensors.row_bytes
         memory.words[at + memory.at_strides + 2] = self._tensors.row_bytes // shape.kv_heads

@@ -90,13 +90,13 @@ class Operations:
         self.expert_zero = self.expert_zero or new_expert_zero(self.memory, count)
         return product_by_dots(ggml, self.context, weight, rows, self.expert_zero)
 
-    def norm(self, tensor: int, weights: dict[str, int], name: str) -> int:
-        """Apply a norm of the layer, if the layer has it."""
+    def norm(self, tensor: int, weights: dict[str, int], name: str, epsilon: float = 0.0) -> int:
+        """Apply a norm of the layer, if the layer has it; `epsilon` replaces the model's."""
         weight = weights.get(f"{name}.weight")
         if weight is None:
             return tensor
         kind = "rms_norm" if self.shape.family.norm == "rms" else "norm"
-        normed = self.call("mul", self.call(kind, tensor, self.shape.norm_epsilon), weight)
+        normed = self.call("mul", self.call(kind, tensor, epsilon or self.shape.norm_epsilon), weight)
         bias = weights.get(f"{name}.bias")
         return normed if bias is None else self.call("add", normed, bias)
 

@@ -78,6 +78,8 @@ SWITCHES = [
     ("phi", {"qk_layernorm": True, "num_key_value_heads": 1}),
     ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
     ("stablelm", {"qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    ("minicpm3", {"q_lora_rank": None, "kv_lora_rank": 32, "v_head_dim": 24, "qk_nope_head_dim": 20}),
+    ("minicpm3", {"attention_bias": True, "dim_model_base": 32, "scale_depth": 2.0, "tie_word_embeddings": False}),
     ("mixtral", {"num_experts_per_tok": 3, "sliding_window": 5}),
     ("qwen3_moe", {"norm_topk_prob": True, "num_experts_per_tok": 3}),
     ("qwen2_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2}),
