@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import logging
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,22 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from noodle.errors import ModelNotFound, UnsupportedModel
-from noodle.folders import write_atomically
 from noodle.model.formats import STORED
 from noodle.model.ggml_types import GGML_TYPES, GgmlType
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, ReadCounter
 from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
 from services.stage.executors.ggml.tensor_map import Cut, TensorSource, shape_of_cut
+from services.stage.executors.kept_weights import keep, read_kept
 from services.stage.executors.safetensors import unsupported_dtype
 from services.stage.executors.tensor_files import TensorFiles
-
-log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -44,11 +38,8 @@ TYPE_NUMBERS = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "q4_K": 12, "bf16": 30
 # the type of a matrix whose row length is not a multiple of a type's blocks
 FALLBACK_TYPES = {"q4_K": "q8_0", "q4_0": "f16", "q8_0": "f16"}
 ALIGNMENT = 64
-HEADER_BYTES = 1 << 16
 PIECE_ITEMS = 1 << 20  # converted at once, which avoids a float32 copy of a large matrix
 READ_BYTES = 16 << 20  # read at once
-MAGIC = b"noodle ggml weights 1\n"
-SAMPLES, SAMPLE_BYTES = 64, 4096
 # the parts of a joined matrix, kept apart if their types differ
 PARTS: Mapping[str, tuple[str, ...]] = {"query_key_value": ("query", "key", "value"), "gate_up": ("gate", "up")}
 NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
@@ -76,13 +67,6 @@ class WeightBlock:
 
     def bytes_of(self, tensor: TensorLayout) -> Bytes:
         return self.memory[tensor.offset : tensor.offset + tensor.byte_count]
-
-
-class KeptHeader(msgspec.Struct, frozen=True):
-    """JSON at the beginning of a kept file, after MAGIC."""
-
-    layout: list[list[Any]]  # as `_described` returns it
-    digest: str  # of samples of the block
 
 
 def layout_of(
@@ -142,7 +126,7 @@ class WeightMaker:
         else:
             layouts = {name: layout_of(self._ggml, tensors, type_of) for name, tensors in wanted.items()}
         blocks = empty_blocks(layouts)
-        lacking = [name for name, block in blocks.items() if weights == STORED or not self._read_kept(name, block)]
+        lacking = [name for name, block in blocks.items() if weights == STORED or not self._is_kept(name, block)]
         names = list(dict.fromkeys(key for name in lacking for tensor in wanted[name] for key in tensor.sources))
         self._counter.total_bytes = sum(self._entry(name).byte_count for name in names)
         if names:
@@ -227,51 +211,14 @@ class WeightMaker:
             raise ModelNotFound(f"the model lacks the tensor {name}.", cure="Fetch it again.")
         return entry
 
-    def _path(self, name: str) -> Path | None:
-        return None if self._kept_folder is None else self._kept_folder / f"{name}.weights"
-
-    def _read_kept(self, name: str, block: WeightBlock) -> bool:
-        """Read a block from its kept file; False if the file is missing, damaged or of another layout."""
-        path = self._path(name)
-        if path is None:
-            return False
-        try:
-            with path.open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size != HEADER_BYTES + len(block.memory):
-                    return False
-                header = file.read(HEADER_BYTES).rstrip(b"\0")
-                if not header.startswith(MAGIC):
-                    return False
-                described = msgspec.json.decode(header.removeprefix(MAGIC), type=KeptHeader)
-                if described.layout != _described(block.tensors):
-                    return False
-                done = 0
-                while done < len(block.memory):
-                    read = file.readinto(block.memory[done:].data)
-                    if not read:
-                        return False
-                    done += read
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            log.warning("%s cannot be read and is made again: %s", path, error)
-            return False
-        if described.digest != _sampled_digest(block.memory):
-            log.warning("%s is damaged and is made again", path)
-            return False
-        return True
+    def _is_kept(self, name: str, block: WeightBlock) -> bool:
+        """Read a block from its kept file, if that is whole and of the same layout."""
+        path = self._kept_folder and self._kept_folder / f"{name}.weights"
+        return path is not None and read_kept(path, _described(block.tensors), block.memory)
 
     def _keep(self, name: str, block: WeightBlock) -> None:
-        """Write a block's file as a whole; a block that cannot be written is made again at each start."""
-        path = self._path(name)
-        if path is None:
-            return
-        header = MAGIC + msgspec.json.encode(KeptHeader(_described(block.tensors), _sampled_digest(block.memory)))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, header.ljust(HEADER_BYTES, b"\0"), block.memory.data)
-        except OSError as error:
-            log.warning("%s is not kept (%s): it is made again at each start", path, error.strerror or error)
+        if self._kept_folder is not None:
+            keep(self._kept_folder / f"{name}.weights", _described(block.tensors), block.memory)
 
     def _pieces(self, target: Bytes, tensor: TensorSource, layout: TensorLayout) -> Iterator[Callable[[], None]]:
         """Calls that fill a tensor's memory together, in any order."""
@@ -400,16 +347,6 @@ def _aligned(byte_count: int) -> int:
 
 def _described(layout: Sequence[TensorLayout]) -> list[list[Any]]:
     return [[each.name, each.type_number, list(each.sizes), each.offset, each.byte_count] for each in layout]
-
-
-def _sampled_digest(data: Bytes) -> str:
-    """sha256 of samples spread evenly over the data, both ends included."""
-    digest = hashlib.sha256()
-    last = max(0, len(data) - SAMPLE_BYTES)
-    for sample in range(SAMPLES):
-        start = last * sample // (SAMPLES - 1)
-        digest.update(data[start : start + SAMPLE_BYTES].tobytes())
-    return digest.hexdigest()
 
 
 class GgmlTensors:

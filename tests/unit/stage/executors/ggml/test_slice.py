@@ -10,7 +10,7 @@ from noodle.errors import ConfigurationError, ModelNotFound, PlanDoesNotFit, Uns
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, Span
 from services.stage.executors.ggml import loading, slice
-from services.stage.executors.ggml.weights import HEADER_BYTES, MAGIC
+from services.stage.executors.kept_weights import HEADER_BYTES, MAGIC
 from services.stage.executors.transformers.loading import load_slice
 from tests.support.models.tiny_model import make_tiny_model
 from tests.support.stages.executors import load_by_ggml, need_ggml
