@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from noodle.errors import UnsupportedModel
-from noodle.model.config_defaults import completed_config
+from noodle.model.configs.completed import completed_config
 from services.stage.executors.ggml.families import (
     ACTIVATIONS,
     GGML_FAMILIES,

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from noodle.errors import UnsupportedModel
-from noodle.model.config_defaults import DEFAULTS
+from noodle.model.configs.defaults import DEFAULTS
 from services.stage.executors.ggml.families import ACTIVATIONS, GGML_FAMILIES
 from services.stage.executors.ggml.shape import shape_of
 from tests.support.models.tiny_gguf import TinyLlama, write_tiny_gguf

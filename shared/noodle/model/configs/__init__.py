@@ -1,0 +1,1 @@
+"""Configs of models as transformers would read them."""
