@@ -1,4 +1,4 @@
-"""Measures the seconds of a layer and of the head of this model on this machine, and keeps them in a file.
+"""Measures the seconds of a layer and of the head of a model that transformers computes, and keeps them in a file.
 
 Stages on one machine measure one after another; later ones use the kept numbers.
 """
@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from noodle.cluster.plan import Source
 from noodle.errors import StartError
 from noodle.folders import not_writable, write_atomically, writing
 from noodle.wire.messages import SamplingParameters
@@ -29,6 +28,7 @@ from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.hidden_states import encode
 from services.stage.executors.load import load_by
+from services.stage.selection.layer_costs import LayerSeconds
 from services.stage.worker.sampler import sample
 
 log = logging.getLogger(__name__)
@@ -47,25 +47,6 @@ SAMPLING = SamplingParameters(temperature=0.8, top_p=0.95)
 
 MeasureProgress = Callable[[float, str], None]
 KeptT = TypeVar("KeptT")
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredSeconds:
-    """A machine's speed for one model, device and candidate, as the planner needs it."""
-
-    decode_layer_seconds: float  # one layer, one token
-    prefill_layer_seconds_per_token: float  # one layer, per token of a chunk
-    head_decode_seconds: float  # head and sampling of one row
-    batched_layer_seconds: float  # one layer, for each token of a step of BATCHED_SESSIONS sessions
-    batched_head_seconds: float  # head and sampling, for each of its rows
-    source: Source = "measured"
-    layer_weight_bytes: float = 0.0  # of one layer in memory; 0 if the model has too few layers to tell
-
-    @property
-    def is_plausible(self) -> bool:
-        """Whether layers take time, and the head does not take less than none."""
-        layers = (self.decode_layer_seconds, self.batched_layer_seconds, self.prefill_layer_seconds_per_token)
-        return min(layers) > 0 and min(self.head_decode_seconds, self.batched_head_seconds) >= 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +76,7 @@ def measure_machine(
     key: MeasurementKey,
     cache_dir: Path,
     progress: MeasureProgress,
-) -> MeasuredSeconds:
+) -> LayerSeconds:
     """This machine's numbers for the model in `folder`, kept in `cache_dir` or measured now, which takes a few seconds.
 
     `progress` receives the share done, 0 to 1, and a description. Raises NotWritable if the folder does not exist and
@@ -103,7 +84,7 @@ def measure_machine(
     """
     path = cache_dir / FILE_NAME
     with one_at_a_time(cache_dir, progress):
-        known = read_kept(path, str(key), MeasuredSeconds)
+        known = read_kept(path, str(key), LayerSeconds)
         if known is not None and known.is_plausible:
             progress(1.0, "measured before")
             return known
@@ -115,7 +96,7 @@ def measure_machine(
 
 def _measure(
     folder: Path, layer_count: int, context_length: int, key: MeasurementKey, progress: MeasureProgress
-) -> MeasuredSeconds:
+) -> LayerSeconds:
     """Measure what further layers add to a step of one layer, which leaves out the costs of the step itself.
 
     Layers and head are timed in turn: under other load a machine may be half as fast in one second as in the next, and
@@ -164,7 +145,7 @@ def _measure(
     )
     # a slice with the last layer has the head too
     tells = further and start + 1 + further < layer_count
-    return MeasuredSeconds(
+    return LayerSeconds(
         decode_layer_seconds=seconds_per_layer(medians["decode"], further),
         prefill_layer_seconds_per_token=seconds_per_layer(medians["prefill"], further) / CONTEXT_TOKENS,
         head_decode_seconds=head,

@@ -13,20 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from noodle import __version__
-from noodle.cluster.plan import MachineReport
+from noodle.cluster.plan import FormatSeconds, MachineReport
 from noodle.config.settings import StageConfig
 from noodle.installation import has_transformers
-from noodle.model.files import model_digest, read_config
+from noodle.model.files import model_digest, read_config, read_tensor_entries
 from noodle.web.connectivity import Target, try_service
-from services.stage.executors.ggml.backend import keep_float32_on_cards
-from services.stage.executors.load import build_of, ggml_hindrance, version_of
+from services.stage.executors.ggml.backend import flags_digest, keep_float32_on_cards
+from services.stage.executors.load import build_of, ggml_device, ggml_hindrance, version_of
 from services.stage.selection.benchmark import MeasurementKey, MeasureProgress, measure_machine
 from services.stage.selection.device import TORCH_DEVICES, choose_device, choose_dtype, device_name, free_memory
+from services.stage.selection.layer_costs import LayerSeconds, layer_seconds, model_weights
+from services.stage.selection.machine_speed import machine_speed
 from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
 
 log = logging.getLogger(__name__)
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+COMPARED_FORMATS = ("q8_0", "q4_K", "q4_0")  # that a person may convert to for speed, the most precise first
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 
 
@@ -61,23 +64,30 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
     memory = free_memory(device.value, executor)
     log.info("%d bytes free (%s)", memory.free_bytes, memory.source)
     name, digest = device_name(device.value, executor), model_digest(model)
-    key = MeasurementKey(
-        model_digest=digest,
-        device=device.value,
-        device_name=name,
-        candidate=candidate,
-        executor_version=build_of(executor),
-        threads=threads,
-        noodle_version=__version__,
-    )
-    seconds = measure_machine(
-        model,
-        _first_of(read, LAYER_COUNT_KEYS),
-        _first_of(read, CONTEXT_KEYS),
-        key=key,
-        cache_dir=config.cache_dir,
-        progress=progress,
-    )
+    if executor == "ggml":
+        seconds, threads, other_formats = _by_ggml(
+            config,
+            model,
+            candidate.weights,
+            device=device.value,
+            device_name=name,
+            threads=threads,
+            progress=progress,
+        )
+    else:
+        other_formats = {}
+        key = MeasurementKey(
+            model_digest=digest,
+            device=device.value,
+            device_name=name,
+            candidate=candidate,
+            executor_version=build_of(executor),
+            threads=threads,
+            noodle_version=__version__,
+        )
+        counts = (_first_of(read, LAYER_COUNT_KEYS), _first_of(read, CONTEXT_KEYS))
+        seconds = measure_machine(model, *counts, key=key, cache_dir=config.cache_dir, progress=progress)
+        seconds = replace(seconds, layer_weight_bytes=0.0)
     return MachineReport(
         stage_id=config.stage_id,
         machine=config.machine,
@@ -93,8 +103,46 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
         link_bytes_per_second=link_bytes_per_second(config),
         choice=f"{candidate} ({why})",
         **asdict(candidate),
-        **asdict(seconds if executor == "ggml" else replace(seconds, layer_weight_bytes=0.0)),
+        **asdict(seconds),
+        other_formats=other_formats,
     )
+
+
+def _by_ggml(
+    config: StageConfig,
+    model: Path,
+    weights: str,
+    *,
+    device: str,
+    device_name: str,
+    threads: int,
+    progress: MeasureProgress,
+) -> tuple[LayerSeconds, int, dict[str, FormatSeconds]]:
+    """Seconds of a layer in a format of weights, from the model's header; threads; and seconds in other formats."""
+    read = read_config(model)
+    matrices = model_weights(read, read_tensor_entries(model), _first_of(read, LAYER_COUNT_KEYS))
+    others = [name for name in COMPARED_FORMATS if name != weights and matrices.fits(name)]
+    by_format = {name: matrices.in_format(name) for name in (weights, *others)}
+    key = ("speed", device, device_name, flags_digest(), build_of("ggml"), threads, __version__)
+    speed = machine_speed(
+        list(dict.fromkeys(each for one in by_format.values() for each in one.types)),
+        key=" | ".join(map(str, key)),
+        device_name=ggml_device(device),
+        threads=threads,
+        cache_dir=config.cache_dir,
+        progress=progress,
+    )
+    seconds = {name: layer_seconds(each, speed) for name, each in by_format.items()}
+    other_formats = {
+        name: FormatSeconds(
+            seconds[name].decode_layer_seconds,
+            seconds[name].prefill_layer_seconds_per_token,
+            seconds[name].head_decode_seconds,
+            seconds[name].layer_weight_bytes,
+        )
+        for name in others
+    }
+    return seconds[weights], speed.threads, other_formats
 
 
 def _first_of(config: dict[str, Any], keys: tuple[str, ...]) -> int:

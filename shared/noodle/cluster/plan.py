@@ -35,6 +35,15 @@ class ModelShape(Struct, frozen=True):
     kv_items_per_token_per_layer: int  # K and V items of one token in one layer
 
 
+class FormatSeconds(Struct, frozen=True):
+    """What a machine would take for the model with its weights in another format, as in MachineReport."""
+
+    decode_layer_seconds: float
+    prefill_layer_seconds_per_token: float
+    head_decode_seconds: float
+    layer_weight_bytes: float
+
+
 class MachineReport(Struct, frozen=True):
     """A stage's measurements of its machine and device, for one model."""
 
@@ -60,6 +69,7 @@ class MachineReport(Struct, frozen=True):
     layer_weight_bytes: float = 0.0  # measured for one layer; 0: computed from `weights`
     executor_version: str = ""
     choice: str = ""  # why this was chosen, in words
+    other_formats: dict[str, FormatSeconds] = {}  # by values of NOODLE_WEIGHTS, of those that can be predicted here
     link_bytes_per_second: float = 0.0  # from the coordinator's machine; 0: not measured
     batched_layer_seconds: float = 0.0  # one layer, per token of a step of several sessions; 0: not measured
     batched_head_seconds: float = 0.0  # head, per row of such a step

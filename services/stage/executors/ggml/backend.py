@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -239,6 +240,12 @@ def processor_flags(cpuinfo: Path = CPUINFO) -> frozenset[str] | None:
             if line.startswith("flags"):
                 return frozenset(line.partition(":")[2].split())
     return None
+
+
+def flags_digest() -> str:
+    """A short digest of this processor's flags, for the key of what was measured on it; empty if they are unknown."""
+    flags = processor_flags()
+    return hashlib.sha256(" ".join(sorted(flags)).encode()).hexdigest()[:12] if flags else ""
 
 
 def check_processor(flags: frozenset[str] | None) -> None:

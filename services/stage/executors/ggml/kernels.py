@@ -167,6 +167,10 @@ class PackedWeights:
                     packed.add((block_name, layout.name))
         return frozenset(packed)
 
+    def multiplies(self, weight: int) -> bool:
+        """Whether there are kernels for the type of a weight."""
+        return int(self._ggml.ggml_tensor.from_address(weight).type) in self._type_names
+
     def tiles_of(self, weight: int) -> str:
         """The kind of tiles that a packed weight is multiplied by."""
         name = self._type_of(weight)

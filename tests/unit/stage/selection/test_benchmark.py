@@ -15,7 +15,8 @@ from noodle.errors import NotWritable
 from noodle.model.files import read_tensor_entries
 from services.stage.executors.candidate import Candidate
 from services.stage.selection import benchmark
-from services.stage.selection.benchmark import FILE_NAME, MeasuredSeconds, MeasurementKey, measure_machine
+from services.stage.selection.benchmark import FILE_NAME, MeasurementKey, measure_machine
+from services.stage.selection.layer_costs import LayerSeconds
 from tests.support.models.tiny_model import make_tiny_model
 
 KEY = MeasurementKey(
@@ -94,12 +95,12 @@ def test_another_dtype_or_version_is_measured_for_itself(folder, tmp_path):
         json.dumps(
             {str(KEY): {"decode_layer_seconds": 0.0, "prefill_layer_seconds_per_token": 0.0, "head_decode_seconds": 0}}
         ),
-        json.dumps({str(KEY): dataclasses.asdict(MeasuredSeconds(0.5, 0.25, 0.125, 0.0, 0.0))}),
-        json.dumps({str(KEY): dataclasses.asdict(MeasuredSeconds(0.5, 0.25, 0.125, 0.3, -0.1))}),
+        json.dumps({str(KEY): dataclasses.asdict(LayerSeconds(0.5, 0.25, 0.125, 0.0, 0.0))}),
+        json.dumps({str(KEY): dataclasses.asdict(LayerSeconds(0.5, 0.25, 0.125, 0.3, -0.1))}),
     ],
 )
 def test_a_damaged_file_is_measured_again(damage, tmp_path, folder, monkeypatch):
-    expected = MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05)
+    expected = LayerSeconds(0.5, 0.25, 0.125, 0.3, 0.05)
     monkeypatch.setattr(benchmark, "_measure", lambda *arguments: expected)
     (tmp_path / FILE_NAME).write_text(damage)
     assert measure_machine(folder, 6, 256, key=KEY, cache_dir=tmp_path, progress=ignore) == expected
@@ -124,11 +125,11 @@ def test_a_second_stage_waits_for_the_first_and_uses_its_numbers(tmp_path, folde
     thread = threading.Thread(target=second_stage)
     thread.start()
     assert waits.wait(10)
-    numbers = dataclasses.asdict(MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05))
+    numbers = dataclasses.asdict(LayerSeconds(0.5, 0.25, 0.125, 0.3, 0.05))
     (tmp_path / FILE_NAME).write_text(json.dumps({str(KEY): numbers}))
     os.close(lock)
     thread.join(10)
-    assert found == [MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05)]
+    assert found == [LayerSeconds(0.5, 0.25, 0.125, 0.3, 0.05)]
 
 
 @pytest.mark.parametrize("layer_count", [1, 2, 3])
@@ -149,7 +150,7 @@ def test_a_cache_folder_that_can_not_be_made_is_refused_with_path_reason_and_cur
 
 
 def test_a_measurement_that_can_not_be_kept_is_used_and_said(tmp_path, folder, monkeypatch, caplog):
-    expected = MeasuredSeconds(0.5, 0.25, 0.125, 0.3, 0.05)
+    expected = LayerSeconds(0.5, 0.25, 0.125, 0.3, 0.05)
     monkeypatch.setattr(benchmark, "_measure", lambda *arguments: expected)
 
     def full_disk(*_arguments):
