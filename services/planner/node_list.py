@@ -36,6 +36,7 @@ ASSUMED_WITH_DTYPE = (
     "layer_weight_bytes",
     "kv_dtype",
     "choice",
+    "other_formats",
     "decode_layer_seconds",
     "prefill_layer_seconds_per_token",
     "head_decode_seconds",

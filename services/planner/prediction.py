@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from noodle.cluster.plan import MachineReport, Plan, Source, StageAssignment
+from noodle.cluster.plan import FormatSeconds, MachineReport, Plan, Source, StageAssignment
 
+WORTH_CHANGING = 1.1  # times as fast, from which on another format is worth a line
 PROMPT_TOKENS_PER_NEW_TOKEN = 4.0  # in a usual request: a chat repeats its history, and some of that is cached
 
 
@@ -74,6 +75,49 @@ def predict(
         prefill_tokens_per_second=1 / max(slowest_prefill, *(stage.hop_token_seconds for stage in stages)),
         source=_weakest([hop.source, *(report.source for report in reports)]),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What another format of weights would gain on all stages: times as fast, for new tokens and for prompts."""
+
+    weights: str  # a value of NOODLE_WEIGHTS
+    decode_ratio: float
+    prefill_ratio: float
+
+
+def faster_format(
+    stages: Sequence[StageAssignment], machines: Mapping[int, MachineReport], memory_left_bytes: Mapping[int, float]
+) -> Gain | None:
+    """The format that would make this cut clearly faster, if there is one that every stage predicts and has room for.
+
+    `memory_left_bytes` by stage id. Of two formats the more precise one, unless the other is clearly faster still.
+    """
+    last = stages[-1].stage_id
+    reports = [(machines[stage.stage_id], stage.end_layer - stage.start_layer) for stage in stages]
+    names = [name for name in reports[0][0].other_formats if all(name in each.other_formats for each, _ in reports)]
+
+    def seconds(formats: Sequence[MachineReport | FormatSeconds]) -> tuple[float, float]:
+        decode = prefill = 0.0
+        for each, (report, count) in zip(formats, reports, strict=True):
+            decode += count * each.decode_layer_seconds + (each.head_decode_seconds if report.stage_id == last else 0.0)
+            prefill += count * each.prefill_layer_seconds_per_token
+        return decode, prefill
+
+    now = seconds([report for report, _ in reports])
+    found: Gain | None = None
+    best = now[0] + PROMPT_TOKENS_PER_NEW_TOKEN * now[1]
+    for name in names:
+        others = [report.other_formats[name] for report, _ in reports]
+        fits = all(
+            count * (other.layer_weight_bytes - report.layer_weight_bytes) <= memory_left_bytes[report.stage_id]
+            for other, (report, count) in zip(others, reports, strict=True)
+        )
+        decode, prefill = seconds(others)
+        work = decode + PROMPT_TOKENS_PER_NEW_TOKEN * prefill
+        if fits and best > WORTH_CHANGING * work:
+            found, best = Gain(name, now[0] / decode, now[1] / prefill), work
+    return found
 
 
 def planned_token_seconds(plan: Plan, hop: HopCost = ASSUMED_HOP) -> float:

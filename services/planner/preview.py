@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from noodle.cluster.plan import MachineReport, ModelShape, Plan
@@ -18,7 +19,7 @@ from services.planner.memory_shortage import explain_shortage
 from services.planner.node_list import ListedMachine, PlanRequest, machines_of
 from services.planner.partition import cut_problem, kv_bytes_per_layer, partition
 from services.planner.planning import PLANNED_KV_TOKENS
-from services.planner.prediction import ASSUMED_HOP, predict
+from services.planner.prediction import ASSUMED_HOP, faster_format, predict
 
 
 def preview(
@@ -69,8 +70,9 @@ def preview(
             "context_length": context_length,
             "kv_tokens": kv_tokens,
             "reason": plan.reason,
-            "stages": _stages(plan, shape, listed, kv_tokens),
+            "stages": (stages := _stages(plan, shape, listed, kv_tokens)),
             "prediction": _prediction(plan, machines),
+            "faster_format": _faster_format(plan, machines, stages),
         },
     }
 
@@ -151,6 +153,14 @@ def _stages(plan: Plan, shape: ModelShape, listed: Sequence[ListedMachine], kv_t
             }
         )
     return lines
+
+
+def _faster_format(
+    plan: Plan, machines: Sequence[MachineReport], stages: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    left = {stage["stage_id"]: stage["memory_left_bytes"] for stage in stages}
+    found = faster_format(plan.stages, {machine.stage_id: machine for machine in machines}, left)
+    return None if found is None else asdict(found)
 
 
 def _prediction(plan: Plan, machines: Sequence[MachineReport]) -> dict[str, Any]:
