@@ -47,6 +47,10 @@ class SafetensorsFolder:
     def prepare(self, keys: Collection[str]) -> None:
         """Do nothing: a tensor's type is its own."""
 
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self.file_by_key)
+
     def find(self, key: str) -> TensorEntry | None:
         """Where a tensor lies; None if the folder has no such tensor."""
         return self.entry(key) if key in self.file_by_key else None

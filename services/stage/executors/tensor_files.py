@@ -80,7 +80,14 @@ def open_tensor_files(model: Path, *, is_exact: bool = False, fetch: Fetch = not
         return GgufTensors(model)
     if model.is_file():
         raise ModelNotFound(f"{model} is not a GGUF file.", cure="Name a .gguf file or a folder with safetensors.")
-    quantization = read_quantization(read_config(model)) if model.is_dir() else None
-    if quantization is not None:
-        return QuantizedFolder(model, quantization, is_exact=is_exact, fetch=fetch)
-    return SafetensorsFolder(model)
+    return open_folder(model, is_exact=is_exact, fetch=fetch)
+
+
+def open_folder(
+    folder: Path, *, is_exact: bool = False, as_float32: bool = False, fetch: Fetch = nothing_to_fetch
+) -> SafetensorsFolder | QuantizedFolder:
+    """Open a folder with safetensors, quantized or not; raises ModelNotFound or UnsupportedModel."""
+    quantization = read_quantization(read_config(folder)) if folder.is_dir() else None
+    if quantization is None:
+        return SafetensorsFolder(folder)
+    return QuantizedFolder(folder, quantization, is_exact=is_exact, as_float32=as_float32, fetch=fetch)

@@ -52,7 +52,8 @@ def compare_tokens(model: Any, answer: GreedyAnswer) -> PromptResult:
 def load_whole_model(path: Path, dtype: str, context_length: int, device: str = "cpu") -> Any:
     """Load transformers' unsplit model from a folder or a GGUF file, whose blocks become `dtype`.
 
-    Raises ModelNotFound if a folder cannot be loaded, UnsupportedModel if transformers does not read a GGUF file.
+    Raises ModelNotFound if a folder cannot be loaded, UnsupportedModel if transformers does not read a GGUF file, or
+    lacks the package of a quantized folder's method.
     """
     import torch
     import transformers
@@ -68,6 +69,8 @@ def load_whole_model(path: Path, dtype: str, context_length: int, device: str = 
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
             )
+        except ImportError as error:
+            raise UnsupportedModel(f"transformers cannot read {path} here ({error}).") from error
         except (OSError, ValueError) as error:
             raise ModelNotFound(f"The unsplit model cannot be loaded from {path}: {error}") from error
     fix_rotary(model, context_length)

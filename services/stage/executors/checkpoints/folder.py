@@ -26,9 +26,15 @@ from services.stage.executors.checkpoints.integers import (
     Int8Matrix,
     PackedMatrix,
 )
-from services.stage.executors.checkpoints.matrix import QuantizedMatrix, Storage
-from services.stage.executors.checkpoints.numbers import Bytes
+from services.stage.executors.checkpoints.matrix import QuantizedMatrix
+from services.stage.executors.checkpoints.numbers import Bytes, Floats
 from services.stage.executors.safetensors import SafetensorsFolder, read_into
+
+# tensors of quantized modules that only say how activations or KV rows were rounded
+UNUSED_SUFFIXES = (
+    ".weight_format", ".input_scale", ".output_scale", ".activation_scale", ".input_scale_ub", ".input_zero_point",
+    ".k_scale", ".v_scale", ".q_scale", ".qscale_act",
+)  # fmt: skip
 
 
 class _Stored:
@@ -50,8 +56,9 @@ class QuantizedFolder:
     """All tensors of a quantized model folder, with each quantized matrix under the key that it has unquantized.
 
     A matrix is of the smallest type of ggml that holds its values exactly. If there is none of 16 bits or less, it is
-    rounded to float16, or (`is_exact`) it is float32. MXFP4 experts are [experts, rows, columns], not transposed as
-    transformers holds them. `fetch` brings tensors that the folder lacks, before they are read to find a matrix's type.
+    rounded to float16, or (`is_exact`) it is float32. With `as_float32` all matrices are that. MXFP4 experts are
+    [experts, rows, columns], transposed to how transformers holds them (`is_transposed`). `fetch` brings tensors that
+    the folder lacks, before they are read to find a matrix's shape and type.
     """
 
     is_gguf = False
@@ -62,12 +69,14 @@ class QuantizedFolder:
         quantization: Quantization,
         *,
         is_exact: bool = False,
+        as_float32: bool = False,
         fetch: Fetch = nothing_to_fetch,
     ) -> None:
         self._files = SafetensorsFolder(folder)
         self._stored = _Stored(self._files)
         self._quantization = quantization
-        self._is_exact = is_exact
+        self._is_exact = is_exact or as_float32
+        self._as_float32 = as_float32
         self._fetch = fetch
         self._matrices: dict[str, QuantizedMatrix | None] = {}
         self._lock = threading.Lock()
@@ -82,6 +91,18 @@ class QuantizedFolder:
             return matrix.shape
         entry = self._stored.find(name)
         return None if entry is None else entry.shape
+
+    def names(self) -> list[str]:
+        """Names of all tensors that a model may hold: those of matrices instead of their parts."""
+        names = [name if self._matrix(name := _name_of(key)) else key for key in self._files.file_by_key]
+        matrices = {name: matrix for name in names if (matrix := self._matrix(name)) is not None}
+        parts = {part for matrix in matrices.values() for part in matrix.parts} - matrices.keys()
+        return [name for name in names if name not in parts and not name.endswith(UNUSED_SUFFIXES)]
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether transformers holds a tensor's matrices as [columns, rows]."""
+        matrix = self._matrix(name)
+        return isinstance(matrix, Mxfp4Matrix) and len(matrix.shape) > 2
 
     def prepare(self, names: Collection[str]) -> None:
         """Fetch what the types of these tensors depend on."""
@@ -105,34 +126,29 @@ class QuantizedFolder:
         return (name,) if matrix is None else matrix.parts
 
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer with whole rows of a tensor, in its type, from byte `offset` on; threads may read together."""
+        """Fill a buffer with rows of a tensor, in its type, from byte `offset` on; threads may read together."""
         matrix = self._matrix(name)
         if matrix is None:
             read_into(self._files.entry(name), buffer, offset)
             return
         kind = GGML_TYPES[self._type_of(matrix)]
         row_bytes = kind.byte_count(matrix.shape[-1])
-        first, count = offset // row_bytes, len(buffer) // row_bytes
-        if offset % row_bytes or len(buffer) % row_bytes:
-            raise ValueError(f"{name} is read in rows of {row_bytes} bytes, not {len(buffer)} from {offset} on")
-        target = np.frombuffer(buffer, np.uint8)
-        if kind.block_items > 1:
-            target[:] = matrix.blocks(first, count)
-        else:
-            values = matrix.rows(first, count)
-            if kind.name == "BF16":
-                target[:] = (values.view(np.uint32) >> 16).astype("<u2").reshape(-1).view(np.uint8)
-            else:
-                target[:] = values.astype("<f2" if kind.name == "F16" else "<f4").reshape(-1).view(np.uint8)
+        first, skipped = divmod(offset, row_bytes)
+        count = -(-(skipped + len(buffer)) // row_bytes)
+        data = matrix.blocks(first, count) if kind.block_items > 1 else _as_bytes(matrix.rows(first, count), kind.name)
+        np.frombuffer(buffer, np.uint8)[:] = data[skipped : skipped + len(buffer)]
         self._note_read(matrix, count)
 
-    def description(self, names: Collection[str], /) -> str:
-        """How tensors were read, for people; empty if none of them is quantized: AWQ 4 bit as q5_0."""
-        uses = Counter(
-            (matrix.label, self._type_of(matrix), matrix.storage.is_exact or self._is_exact)
-            for name in names
-            if (matrix := self._matrix(name)) is not None
-        )
+    def description(self, names: Collection[str], /, *, held_in: str = "") -> str:
+        """How tensors were read, for people; empty if none of them is quantized: AWQ 4 bit as q5_0.
+
+        `held_in` names the type in which all of them are held, if that is not the one in which they are read.
+        """
+        uses: Counter[tuple[str, str, bool]] = Counter()
+        for name in names:
+            if matrix := self._matrix(name):
+                is_exact = held_in == "f32" or (not held_in and (self._is_exact or matrix.storage.is_exact))
+                uses[matrix.label, held_in or self._type_of(matrix), is_exact] += 1
         if not uses:
             return ""
         forms = [
@@ -142,7 +158,9 @@ class QuantizedFolder:
         return "; ".join([f"read from {', '.join(forms)}", *self._quantization.notes])
 
     def _type_of(self, matrix: QuantizedMatrix) -> str:
-        storage: Storage = matrix.storage
+        if self._as_float32:
+            return "F32"
+        storage = matrix.storage
         return storage.type_name if storage.is_exact or not self._is_exact else "F32"
 
     def _note_read(self, matrix: QuantizedMatrix, rows: int) -> None:
@@ -180,7 +198,8 @@ class QuantizedFolder:
             return BitsAndBytesInt8Matrix(self._stored, name)
         if entry.dtype == "I8" and method == "compressed-tensors":
             return Int8Matrix(self._stored, name, self._scheme(module).group_size)
-        if method == "bitsandbytes" and (self._has(f"{name}.absmax") or entry.dtype == "U8"):
+        is_packed = entry.dtype == "U8" or self._has(f"{name}.absmax")
+        if method == "bitsandbytes" and name.endswith(".weight") and is_packed:
             states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in TYPES]
             self._fetch([state for state in states if self._has(state)])
             return BitsAndBytes4Matrix(self._stored, name)
@@ -216,6 +235,19 @@ class QuantizedFolder:
             f"{module} is quantized, but no group in config.json's quantization_config names it.",
             cure="Fetch the model again, and check that its config.json belongs to its weights.",
         )
+
+
+def _name_of(key: str) -> str:
+    """The name of the matrix that a tensor holds the codes of; its own for any other tensor."""
+    if key.endswith(".qweight"):
+        return f"{key.removesuffix('.qweight')}.weight"
+    return key.removesuffix("_packed").removesuffix("_blocks")
+
+
+def _as_bytes(values: Floats, type_name: str) -> Bytes:
+    if type_name == "BF16":
+        return (values.view(np.uint32) >> 16).astype("<u2").reshape(-1).view(np.uint8)
+    return values.astype("<f2" if type_name == "F16" else "<f4").reshape(-1).view(np.uint8)
 
 
 def _is_name(target: str, module: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +15,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from noodle.errors import ModelNotFound, PlanDoesNotFit
+from noodle.model.formats import FORMAT_BY_DTYPE
 from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
+from services.stage.executors.checkpoints.folder import QuantizedFolder
 from services.stage.executors.safetensors import SafetensorsFolder
+from services.stage.executors.tensor_files import open_folder
 from services.stage.executors.transformers import attention
 from services.stage.executors.transformers.linear import choose_gemm_layouts
 from services.stage.executors.transformers.model_cut import cut_class, layer_list_name
@@ -23,6 +27,8 @@ from services.stage.executors.transformers.rotary import fix_rotary
 from services.stage.executors.transformers.runtime import read_model_config
 from services.stage.executors.transformers.slice import TransformersSlice
 from services.stage.executors.transformers.weight_files import LazyTensor
+
+log = logging.getLogger(__name__)
 
 
 def load_slice(
@@ -43,7 +49,7 @@ def load_slice(
     Raises ModelNotFound, UnsupportedModel, or PlanDoesNotFit for layers that the model does not have.
     """
     config = read_model_config(folder)
-    files = SafetensorsFolder(folder)
+    files = open_folder(folder, as_float32=True, fetch=fetch)
     attention.register()
     # progress bars and warnings would garble noodle's log; what matters of them is an error here
     transformers.logging.set_verbosity_error()
@@ -62,7 +68,7 @@ def load_slice(
     lazy = partial(LazyTensor, files, counter=counter, dtype=getattr(torch, dtype))
     state = _state_of_slice(described, in_layers, files, lazy, range(start_layer, end_layer))
     counter.total_bytes = sum(tensor.nbytes for tensor in state.values())
-    fetch([tensor.key for tensor in state.values()])
+    fetch([name for tensor in state.values() for name in tensor.stored_names])
     try:
         model, loading = model_class.from_pretrained(
             None,
@@ -87,6 +93,12 @@ def load_slice(
         raise ModelNotFound(
             f"the weights in {folder} cannot be loaded: {error}.", cure="Fetch the folder again."
         ) from error
+    weights_note = ""
+    if isinstance(files, QuantizedFolder):
+        names = [tensor.key for tensor in state.values()]
+        weights_note = files.description(names, held_in=FORMAT_BY_DTYPE[dtype])
+    if weights_note:
+        log.info("layers %d to %d of %s: %s", start_layer, end_layer - 1, folder.name, weights_note)
     return TransformersSlice(
         model,
         start_layer=start_layer,
@@ -94,13 +106,14 @@ def load_slice(
         layer_count=layer_count,
         device=device,
         bytes_read=counter.bytes_read,
+        weights_note=weights_note,
     )
 
 
 def _state_of_slice(
     model: Any,
     in_layers: re.Pattern[str],
-    files: SafetensorsFolder,
+    files: SafetensorsFolder | QuantizedFolder,
     lazy: Callable[[str], LazyTensor],
     layers: range,
 ) -> dict[str, LazyTensor]:
@@ -112,7 +125,7 @@ def _state_of_slice(
     tied = model.tied_keys_of_whole_model
     name_in_model = _names_in_model(model, wanted | set(tied.values()))
     state: dict[str, LazyTensor] = {}
-    for key in files.file_by_key:
+    for key in files.names():
         match = in_layers.match(key)
         if match is None:
             if name_in_model(key) in wanted:
@@ -123,7 +136,7 @@ def _state_of_slice(
         # the last stage of a model with tied embeddings reads them as its head
         present = {name_in_model(key) for key in state}
         heads = {source: target for target, source in tied.items() if target in wanted and target not in present}
-        for key in files.file_by_key:
+        for key in files.names():
             head = heads.get(name_in_model(key))
             if head is not None:
                 state[head] = lazy(key)

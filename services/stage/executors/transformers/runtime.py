@@ -29,7 +29,10 @@ def set_threads(threads: int) -> None:
 def read_model_config(folder: Path) -> Any:
     """transformers' config object; raises ModelNotFound, or UnsupportedModel for a model that noodle does not run."""
     check_supported(read_config(folder))
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # transformers gets the values, and needs no package of the method
+    return config
 
 
 def choose_cpu_or_card(wanted: str) -> tuple[str, str]:

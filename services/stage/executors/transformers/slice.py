@@ -29,7 +29,15 @@ class TransformersSlice(KvCache[SessionRows]):
     """Layers [start_layer, end_layer) of one model; a `ModelSlice`."""
 
     def __init__(
-        self, model: Any, *, start_layer: int, end_layer: int, layer_count: int, device: str, bytes_read: int
+        self,
+        model: Any,
+        *,
+        start_layer: int,
+        end_layer: int,
+        layer_count: int,
+        device: str,
+        bytes_read: int,
+        weights_note: str = "",
     ) -> None:
         super().__init__(SessionRows, reserves_upfront=torch.device(device).type != "cpu")
         self.start_layer = start_layer
@@ -39,6 +47,7 @@ class TransformersSlice(KvCache[SessionRows]):
         self.hidden_size = int(model.config.hidden_size)
         self.vocab_size = int(model.config.vocab_size)
         self.bytes_read = bytes_read  # from disk, as stored there
+        self.weights_note = weights_note
         self._base = base_model_of(model)
         self._head, self._computed = with_computed_layers(model)
         self._device = torch.device(device)

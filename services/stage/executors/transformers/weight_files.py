@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from noodle.errors import ModelNotFound
 from services.stage.executors.base import ReadCounter
-from services.stage.executors.safetensors import SafetensorsFolder, read_into, unsupported_dtype
+from services.stage.executors.checkpoints.folder import QuantizedFolder
+from services.stage.executors.safetensors import SafetensorsFolder, unsupported_dtype
 
 # a tensor that is converted is read in pieces, which avoids a second tensor of its size
 PIECE_BYTES = 1 << 20
@@ -32,13 +34,22 @@ class LazyTensor:
     the dtype of the others.
     """
 
-    def __init__(self, folder: SafetensorsFolder, key: str, counter: ReadCounter, dtype: torch.dtype) -> None:
-        self._entry = folder.entry(key)
+    def __init__(
+        self, folder: SafetensorsFolder | QuantizedFolder, key: str, counter: ReadCounter, dtype: torch.dtype
+    ) -> None:
+        entry = folder.find(key)
+        if entry is None:
+            raise ModelNotFound(f"the model lacks the tensor {key}.", cure="Fetch it again.")
+        self._folder = folder
+        self._entry = entry
         stored_dtype = TORCH_DTYPES.get(self._entry.dtype)
         if stored_dtype is None:
             raise unsupported_dtype(key, self._entry)
         self.key = key
-        self.shape = list(self._entry.shape)
+        self.stored_names = folder.stored_names(key)
+        self._shape = list(entry.shape)
+        self._is_transposed = isinstance(folder, QuantizedFolder) and folder.is_transposed(key)
+        self.shape = [*self._shape[:-2], *self._shape[:-3:-1]] if self._is_transposed else self._shape
         self.nbytes = self._entry.byte_count
         self.stored_dtype = stored_dtype
         self._counter = counter
@@ -48,23 +59,24 @@ class LazyTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         if index is not Ellipsis:
             raise TypeError(f"a tensor is read as a whole, not {index!r}")
-        tensor = torch.empty(self.shape, dtype=self._dtype)
+        tensor = torch.empty(self._shape, dtype=self._dtype)
+        result = tensor.mT if self._is_transposed else tensor
         flat = tensor.view(-1)
         if self._dtype == self.stored_dtype:
             self._read_into(flat, 0)
-            return tensor
+            return result
         piece = torch.empty(PIECE_BYTES // self.stored_dtype.itemsize, dtype=self.stored_dtype)
         for start in range(0, len(flat), len(piece)):
             target = flat[start : start + len(piece)]
             self._read_into(piece[: len(target)], start)
             target.copy_(piece[: len(target)])
-        return tensor
+        return result
 
     def _read_into(self, flat: torch.Tensor, first_item: int) -> None:
         if not flat.numel():
             return
         buffer = flat.view(torch.uint8).numpy().data
-        read_into(self._entry, buffer, first_item * self.stored_dtype.itemsize)
+        self._folder.read(self.key, buffer, first_item * self.stored_dtype.itemsize)
         self._counter.add(len(buffer))
 
     def get_shape(self) -> list[int]:

@@ -7,6 +7,7 @@ from noodle.cluster.measuring import GreedyAnswer, ReferenceQuestion
 from noodle.errors import GenerationFailed, ModelNotFound, UnsupportedModel
 from services.stage.tools import transformers_reference
 from services.stage.tools.transformers_reference import compare_with_transformers
+from tests.support.models.quantized_model import quantize_model
 
 NEW_TOKENS = 12
 
@@ -56,3 +57,9 @@ def test_a_model_that_is_larger_than_the_memory_is_not_loaded(
     monkeypatch.setitem(transformers_reference.ITEM_BYTES, "float32", 1 << 40)
     with pytest.raises(UnsupportedModel, match="GB are free"):
         compared(folder, answered)
+
+
+def test_a_quantized_folder_whose_package_is_missing_here_is_unsupported_by_name(folder: Path, tmp_path: Path) -> None:
+    quantized, _ = quantize_model(folder, tmp_path, "gptq")
+    with pytest.raises(UnsupportedModel, match=r"transformers cannot read .* here"):
+        transformers_reference.load_whole_model(quantized, "float32", 64)
