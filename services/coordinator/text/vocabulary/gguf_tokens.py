@@ -92,7 +92,9 @@ CONTROL_NAMES = (
     "<|code_middle|>",
     "<|middle|>",
 )
-SHOWN_NAMES = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # gpt-oss: parts of an answer's text
+# parts of an answer's text, in vocabularies that have all of CHANNEL_NAMES (gpt-oss)
+CHANNEL_NAMES = {"<|channel|>", "<|message|>"}
+SHOWN_NAMES = (*sorted(CHANNEL_NAMES), "<|start|>", "<|constrain|>")
 # where these end an answer, <|end|> ends a message within it
 MESSAGE_END, ANSWER_ENDS = (
     "<|end|>",
@@ -230,7 +232,7 @@ def _mark_ends(ids: Mapping[str, int], kinds: bytearray) -> set[int]:
     ends = {name for name in END_NAMES if name in ids}
     if END_NAME_IF_CONTROL in ids and kinds[ids[END_NAME_IF_CONTROL]] == CONTROL:
         ends.add(END_NAME_IF_CONTROL)
-    shown = [name for name in SHOWN_NAMES if name in ids]
+    shown = [name for name in SHOWN_NAMES if name in ids and ids.keys() >= CHANNEL_NAMES]
     if MESSAGE_END in ends and any(others <= ends for others in ANSWER_ENDS):
         ends.remove(MESSAGE_END)
         shown.append(MESSAGE_END)

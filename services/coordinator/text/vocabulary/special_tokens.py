@@ -47,7 +47,7 @@ class SpecialTokens:
         for characters in range(START, 0, -1):
             start = text[at : at + characters]
             for length in self._lengths.get(start, ()) if len(start) == characters else ():
-                token_id = self._ids.get(text[at : at + length])
-                if token_id is not None:
-                    return token_id, length
+                token = text[at : at + length]  # shorter at the text's end
+                if token in self._ids:
+                    return self._ids[token], len(token)
         return None, 0
