@@ -15,11 +15,13 @@ from tokenizers import AddedToken, decoders
 from tokenizers.pre_tokenizers import Metaspace
 
 from noodle.errors import ModelNotFound, UnsupportedModel
+from noodle.model.gguf import LFS_MAGIC
 from services.coordinator.text.token_texts import TokenBytes
 from services.coordinator.text.vocabulary.base import Piece
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_TOKENIZER_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+MAXIMUM_ID = 1 << 31
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -41,8 +43,10 @@ class FolderVocabulary:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.longest_token = max(map(len, vocabulary), default=0)
-        self.size = _vocabulary_size(config) or max(vocabulary.values(), default=-1) + 1
+        if not vocabulary:
+            raise ModelNotFound(f"{folder / 'tokenizer.json'} holds no tokens.", cure="Download the model again.")
+        self.longest_token = max(map(len, vocabulary))
+        self.size = _vocabulary_size(config) or max(vocabulary.values()) + 1
         self.end_ids = self._read_eos_ids(folder, config)
         self._bytes = TokenBytes(self._tokenizer)
 
@@ -102,12 +106,20 @@ class FolderVocabulary:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, empty if the file is missing. Raises ModelNotFound for a broken file."""
+    content = b""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        content = path.read_bytes()
+        return msgspec.json.decode(content, type=dict[str, Any])
     except FileNotFoundError:
         return {}
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelNotFound(f"{path} cannot be read: {error}.", cure="Download the model again.") from error
+        raise ModelNotFound(f"{path} cannot be read: {error}.", cure=_cure_of(content)) from error
+
+
+def _cure_of(content: bytes) -> str:
+    if content.startswith(LFS_MAGIC):
+        return "It is a Git LFS pointer and not the file itself: run `git lfs pull` in its folder."
+    return "Download the model again."
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:
@@ -121,10 +133,21 @@ def _load(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing more specific
-        raise ModelNotFound(
-            f"{path} is not a tokenizer this version of the tokenizers library reads: {error}.",
-            cure="Download the model again.",
-        ) from error
+        if _is_of_the_library(content):
+            raise UnsupportedModel(
+                f"{path} holds something that tokenizers {tokenizers.__version__} does not know: {error}.",
+                cure="A newer library may have written it: update noodle, or use a GGUF file of this model.",
+            ) from error
+        raise ModelNotFound(f"{path} is not a tokenizer: {error}.", cure=_cure_of(content)) from error
+
+
+def _is_of_the_library(content: bytes) -> bool:
+    """Whether a file has the form of a tokenizer.json, of whatever version."""
+    try:
+        parsed = msgspec.json.decode(content)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(parsed, dict) and isinstance(parsed.get("model"), dict)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -153,8 +176,8 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any], na
     """
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     listed = settings.get("added_tokens_decoder")
-    entries = sorted(listed.items(), key=lambda item: int(item[0])) if isinstance(listed, dict) else []
-    for _, entry in entries:
+    entries = sorted(listed.items(), key=lambda item: (len(item[0]), item[0])) if isinstance(listed, dict) else []
+    for _, entry in entries:  # in the order of their ids
         content = entry.get("content") if isinstance(entry, dict) else None
         if isinstance(content, str) and content not in known:
             flags = {name: bool(entry[name]) for name in ADDED_TOKEN_FLAGS if name in entry}
@@ -194,4 +217,4 @@ def _vocabulary_size(config: Mapping[str, Any]) -> int | None:
 
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+    return [item for item in values if isinstance(item, int) and not isinstance(item, bool) and 0 <= item < MAXIMUM_ID]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers.models import BPE
 
 from noodle.errors import ContextTooLong, InvalidRequest, ModelNotFound, UnsupportedModel
 from services.coordinator.text.tokenizer import Tokenizer
@@ -19,6 +21,7 @@ from tests.support.models.made_tokenizers import (
     write_tokenizer_folder,
 )
 from tests.support.models.real_model import real_model_folder
+from tests.support.models.tiny_gguf import TOKENS, TinyLlama, write_tiny_gguf
 
 CONTEXT = 8192
 TEXTS = [
@@ -279,6 +282,45 @@ def test_a_broken_tokenizer_file_is_named(tmp_path: Path, content: bytes) -> Non
         Tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "part", [{"model": {"type": "Syllables", "vocab": {}}}, {"version": "2.0"}, {"pre_tokenizer": {"type": "Verses"}}]
+)
+def test_a_tokenizer_of_a_newer_library_is_told_from_a_broken_one(tmp_path: Path, part: dict[str, Any]) -> None:
+    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **part}), encoding="utf-8")
+    with pytest.raises(UnsupportedModel, match=r"tokenizer\.json .* tokenizers [\d.]+ does not know") as caught:
+        Tokenizer(folder)
+    assert "newer" in caught.value.cure
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_git_lfs_pointer_is_named(tmp_path: Path, name: str) -> None:
+    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
+    (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    with pytest.raises(ModelNotFound, match=name.replace(".", r"\.")) as caught:
+        Tokenizer(folder)
+    assert "git lfs pull" in caught.value.cure
+
+
+def test_a_vocabulary_without_tokens_is_refused(tmp_path: Path) -> None:
+    folder = write_tokenizer_folder(tmp_path, RawTokenizer(BPE()))
+    with pytest.raises(ModelNotFound, match="holds no tokens"):
+        Tokenizer(folder)
+
+
+def test_ids_that_are_none_end_no_answer(tmp_path: Path) -> None:
+    folder = write_tokenizer_folder(tmp_path, byte_level_tokenizer())
+    own = byte_level_tokenizer().token_to_id("</s>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 1 << 40, True, 1.5]}))
+    assert Tokenizer(folder).eos_token_ids == {own}
+
+
+def test_keys_of_added_tokens_that_are_no_numbers_do_no_harm(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, added_tokens_decoder={"x": {"content": "<z>"}, "9" * 5000: {"content": "<y>"}})
+    assert len(tokenizer.pieces("<z><y>", False)) == 2
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
 def test_a_broken_companion_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
@@ -295,3 +337,23 @@ def test_a_tokenizer_needs_neither_torch_nor_transformers() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_a_gguf_file_has_its_tokenizer_in_its_metadata(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write_tiny_gguf(tmp_path / "m\u00fcller model.gguf", TinyLlama(add_bos=True)))
+    ids = tokenizer.encode("a the <think>\n\U0001f600", True, CONTEXT)
+    assert ids[0] == 1
+    assert tokenizer.decode(ids) == "a the <think>\n\U0001f600"
+    assert tokenizer.eos_token_ids == {0}
+    assert tokenizer.is_special(0)
+    assert not tokenizer.is_special(2)
+    assert tokenizer.vocabulary_size == len(TOKENS)
+    assert tokenizer.texts.name_of(TOKENS.index("\u0120the")) == " the"
+    assert "hello" in tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])
+    with pytest.raises(ContextTooLong):
+        tokenizer.encode("a" * 1000, True, 10)
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"none\.gguf"):
+        Tokenizer(tmp_path / "none.gguf")
