@@ -12,6 +12,7 @@ from noodle.cluster.plan import ModelShape
 from noodle.errors import ConfigurationError, UnsupportedModel
 from noodle.model.files import model_digest, read_config, read_tensor_entries
 from noodle.model.local import served_name
+from noodle.model.quantization import held_tensors
 from noodle.model.tensor_entry import TensorEntry
 
 # names that model families give to the same number
@@ -42,7 +43,7 @@ def read_model_shape(model: Path, context_length: int | None = None) -> ModelSha
     if not isinstance(model_type, str) or not model_type:
         raise UnsupportedModel(f"{_config_of(model)} names no model_type.", cure=BROKEN_CURE)
     layer_count = _count(config, LAYER_COUNT_KEYS, MAXIMUM_LAYERS, model)
-    entries = read_tensor_entries(model)
+    entries = held_tensors(config, read_tensor_entries(model))
     layer_bytes, others = _split_by_layer(entries, layer_count, model)
     embedding_bytes, head_bytes = _ends(others, model)
     stored_bytes = sum(entry.byte_count for entry in entries.values())

@@ -20,9 +20,6 @@ ROW_COUNTS = (1, 4, 128)
 CONTEXT_TOKENS = 128  # rows that a decode token attends to
 LAYER_OPERATIONS = 22  # of a graph, for each layer, whatever its size: norms, positions, copies, sums
 HIDDEN_PASSES = 12  # over a token's hidden state, by operations that are not products
-# types of safetensors that are held in another type of ggml
-HELD_TYPES = {"F64": "F32", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
-PACKED_TYPES = {"I32": "Q4_1", "U8": "MXFP4", "I8": "Q8_0"}  # of quantised checkpoints, by bytes and about as fast
 TYPE_BY_FORMAT = {name: name.upper() for name in WEIGHT_ITEM_BYTES}  # ggml's types by values of NOODLE_WEIGHTS
 HEAD_SEGMENTS = frozenset({"lm_head", "embed_out", "output"})
 
@@ -109,7 +106,7 @@ class LayerSeconds:
 
 
 def model_weights(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], layer_count: int) -> ModelWeights:
-    """Sort the matrices of a model into those of layers, of experts and of the head."""
+    """Sort the matrices of a model, as ggml holds them, into those of layers, of experts and of the head."""
     layers: dict[str, float] = defaultdict(float)
     experts: dict[str, float] = defaultdict(float)
     heads: dict[str, float] = defaultdict(float)
@@ -120,11 +117,10 @@ def model_weights(config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
             continue
         segments = name.split(".")
         number = next((int(segment) for segment in segments if segment.isdecimal()), None)
-        held = PACKED_TYPES.get(entry.dtype) or HELD_TYPES.get(entry.dtype, entry.dtype)
+        held = "F32" if entry.dtype == "F64" else entry.dtype
         if held not in GGML_TYPES:
             continue
-        is_packed = entry.dtype in PACKED_TYPES
-        byte_count = float(entry.byte_count if is_packed else GGML_TYPES[held].byte_count(entry.item_count))
+        byte_count = float(GGML_TYPES[held].byte_count(entry.item_count))
         if number is not None:
             is_expert = "experts" in segments or any(segment.endswith("_exps") for segment in segments)
             if number < layer_count:

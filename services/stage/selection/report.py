@@ -18,6 +18,7 @@ from noodle.config.settings import StageConfig
 from noodle.installation import has_transformers
 from noodle.model.files import model_digest, read_config, read_tensor_entries
 from noodle.model.formats import STORED
+from noodle.model.quantization import held_tensors
 from noodle.web.connectivity import Target, try_service
 from services.stage.executors.ggml.backend import flags_digest, keep_float32_on_cards
 from services.stage.executors.load import build_of, ggml_device, ggml_hindrance, version_of
@@ -121,7 +122,7 @@ def _by_ggml(
 ) -> tuple[LayerSeconds, int, dict[str, FormatSeconds]]:
     """Seconds of a layer in a format of weights, from the model's header; threads; and seconds in other formats."""
     read = read_config(model)
-    matrices = model_weights(read, read_tensor_entries(model), _first_of(read, LAYER_COUNT_KEYS))
+    matrices = model_weights(read, held_tensors(read, read_tensor_entries(model)), _first_of(read, LAYER_COUNT_KEYS))
     compared = COMPARED_FORMATS if config.quality == STORED else ()
     others = [name for name in compared if name != weights and matrices.fits(name)]
     by_format = {name: matrices.in_format(name) for name in (weights, *others)}

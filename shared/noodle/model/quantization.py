@@ -7,11 +7,14 @@ model, and `Quantization.notes` says it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from noodle.errors import UnsupportedModel
+from noodle.model.ggml_types import GGML_TYPES
+from noodle.model.tensor_entry import TensorEntry
 
 METHODS = ("awq", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "mxfp4")
 GPTQ_FORMATS = ("gptq", "gptq_v2")
@@ -25,6 +28,14 @@ DENSE = ("dense", "", None)
 # families whose matrices lie transposed in files (Conv1D), which quantized layouts do not keep apart
 TRANSPOSED_TYPES = ("gpt2",)
 ACTIVATIONS_STAY = "activations are not quantized"
+BLOCK_ITEMS = 32
+# what follows the name of a module or of a matrix whose codes another tensor holds
+PART_SUFFIXES = (
+    ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_shape", ".weight_zero_point",
+    ".weight_g_idx", ".SCB", ".weight_format", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax",
+    ".weight.nested_quant_map", ".weight.quant_state.bitsandbytes__nf4", ".weight.quant_state.bitsandbytes__fp4",
+    "_proj_scales",
+)  # fmt: skip
 CURE = "Take the model's float16 or bfloat16 version, one that is quantized in another way, or a GGUF file of it."
 
 
@@ -34,6 +45,7 @@ class WeightScheme:
 
     targets: tuple[str, ...]
     bits: int
+    is_symmetric: bool
     group_size: int | None
     block: tuple[int, ...] | None
 
@@ -46,7 +58,34 @@ class Quantization:
     settings: Mapping[str, Any]  # quantization_config
     block: tuple[int, ...] | None = None  # rows and columns with one scale, of fp8
     schemes: tuple[WeightScheme, ...] = ()  # of compressed-tensors
-    notes: tuple[str, ...] = field(default=())  # what is computed otherwise than the config says
+    notes: tuple[str, ...] = ()  # what is computed otherwise than the config says
+
+    def scheme_of(self, module: str) -> WeightScheme | None:
+        """The scheme of compressed-tensors that names a module, else a pattern of it, else its class."""
+        for is_match in (_is_name, _is_pattern, _is_class):
+            for scheme in self.schemes:
+                if any(is_match(target, module) for target in scheme.targets):
+                    return scheme
+        return None
+
+
+def matrix_name(key: str) -> str:
+    """The name of the matrix that a tensor holds the codes of; its own for any other tensor."""
+    if key.endswith(".qweight"):
+        return f"{key.removesuffix('.qweight')}.weight"
+    return key.removesuffix("_packed").removesuffix("_blocks")
+
+
+def _is_name(target: str, module: str) -> bool:
+    return target == module
+
+
+def _is_pattern(target: str, module: str) -> bool:
+    return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
+
+
+def _is_class(target: str, _module: str) -> bool:
+    return not target.startswith("re:") and "." not in target
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -166,6 +205,7 @@ def _schemes(model_type: str, groups: Mapping[str, Any], common_format: str) -> 
         yield WeightScheme(
             targets=tuple(str(target) for target in group.get("targets") or ()),
             bits=bits,
+            is_symmetric=bool(weights.get("symmetric", True)),
             group_size=int(size) if size and int(size) > 0 else None,
             block=None if block is None else (int(block[0]), int(block[1])),
         )
@@ -184,3 +224,70 @@ _READERS = {
 
 def _refusal(model_type: str, how: str) -> UnsupportedModel:
     return UnsupportedModel(f"the weights of this {model_type} model are quantized {how}.", cure=CURE)
+
+
+def held_tensors(config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> Mapping[str, TensorEntry]:
+    """Tensors by name with ggml's types and bytes; those of a model that is not quantized as they are.
+
+    A stage decides a matrix's type by the values of its scales and zero points, which a planner does not read. So a
+    type is wrong where these do not allow the usual one, as with a scale that is no float16.
+    Raises UnsupportedModel for a quantization that noodle does not read.
+    """
+    quantization = read_quantization(config)
+    if quantization is None:
+        return entries
+    held: dict[str, TensorEntry] = {}
+    for key, entry in entries.items():
+        if key.endswith(PART_SUFFIXES):
+            continue
+        shape, type_name = _held(key, entry, quantization, entries)
+        items = replace(entry, shape=shape).item_count
+        kind = GGML_TYPES.get(type_name)
+        byte_count = entry.byte_count if kind is None else kind.byte_count(items)
+        held[matrix_name(key)] = replace(entry, dtype=type_name, shape=shape, byte_count=byte_count)
+    return held
+
+
+def _held(
+    key: str, entry: TensorEntry, quantization: Quantization, entries: Mapping[str, TensorEntry]
+) -> tuple[tuple[int, ...], str]:
+    """Shape and ggml's type of a tensor, or its own if it is not quantized."""
+    name, shape, settings = matrix_name(key), entry.shape, quantization.settings
+    if entry.dtype in ("F8_E4M3", "F8_E5M2"):
+        return shape, "F16"
+    if key.endswith(".qweight") and len(shape) == 2:
+        if quantization.method == "awq":
+            return (shape[1] * 8, shape[0]), _of_integers(4, False, int(settings["group_size"]), shape[0])
+        bits = int(settings["bits"])
+        columns = shape[0] * 32 // bits
+        if settings.get("desc_act"):
+            return (shape[1], columns), "F16"
+        group = int(settings.get("group_size", -1))
+        return (shape[1], columns), _of_integers(bits, bool(settings.get("sym", True)), group, columns)
+    if key.endswith("_packed") and entry.dtype == "I32" and len(shape) == 2:
+        scheme = quantization.scheme_of(name.removesuffix(".weight"))
+        if scheme is not None:
+            columns = shape[1] * 32 // scheme.bits
+            kind = _of_integers(scheme.bits, scheme.is_symmetric, scheme.group_size or -1, columns)
+            return (shape[0], columns), kind
+    if key.endswith(("_packed", "_blocks")) and entry.dtype == "U8":
+        rows = shape[:-2] if key.endswith("_blocks") else shape[:-1]
+        return (*rows, entry.byte_count * 2 // max(1, replace(entry, shape=rows).item_count)), "MXFP4"
+    if entry.dtype == "I8" and f"{name}_scale" in entries:
+        is_exact = entries[f"{name}_scale"].dtype in ("F16", "BF16") and f"{name}_zero_point" not in entries
+        return shape, "Q8_0" if is_exact and shape[-1] % BLOCK_ITEMS == 0 else "F16"
+    if entry.dtype == "I8" and f"{name.removesuffix('.weight')}.SCB" in entries:
+        return shape, "F16"
+    if f"{key}.absmax" in entries:
+        return (1, entry.byte_count * 2), "F16"
+    return shape, entry.dtype
+
+
+def _of_integers(bits: int, is_symmetric: bool, group_size: int, columns: int) -> str:
+    """The type of integers with float16 scales."""
+    size = columns if group_size <= 0 else group_size
+    if size % BLOCK_ITEMS or columns % BLOCK_ITEMS or (bits == 8 and not is_symmetric):
+        return "F16"
+    if bits == 8:
+        return "Q8_0"
+    return "Q4_0" if is_symmetric or bits < 4 else "Q5_0"

@@ -121,11 +121,11 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], Packed]]] = {
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, _awq),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True}, _gptq),
     "gptq act order": (
-        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True},
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": True},
         lambda weight: _gptq(weight, symmetric=False, act_order=True),
     ),
     "gptq v2": (
-        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "checkpoint_format": "gptq_v2"},
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "checkpoint_format": "gptq_v2"},
         lambda weight: _gptq(weight, symmetric=False, raised=0),
     ),
     "int4": (_compressed("pack-quantized", num_bits=4, strategy="group", group_size=GROUP), _int4),

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, UnsupportedModel
 from noodle.model.files import model_digest
 from services.planner.model_shape import read_model_shape
+from tests.support.models.quantized_model import quantize_model
 from tests.support.models.real_model import real_model_folder
 from tests.support.models.tiny_model import LAYER_COUNT, VOCAB_SIZE, make_tiny_model
 
@@ -248,3 +249,14 @@ def test_the_default_models_shape_is_right() -> None:
     assert shape.embedding_bytes == 49152 * 576 * 4
     assert shape.head_bytes == 49152 * 576 * 4 + 576 * 4
     assert read_model_shape(real_model_folder()).digest == shape.digest
+
+
+@pytest.mark.parametrize("form", ["awq", "fp8", "int4", "nf4"])
+def test_layers_of_a_quantized_model_have_the_bytes_that_a_stage_will_hold(tmp_path: Path, form: str) -> None:
+    source = make_tiny_model(tmp_path / "source", "llama", tie_word_embeddings=False)
+    quantized, _ = quantize_model(source, tmp_path, form)
+    shape, plain = read_model_shape(quantized), read_model_shape(source)
+    item_bytes = {"awq": 22 / 32, "fp8": 2, "int4": 18 / 32, "nf4": 2}[form]
+    norm_bytes = 2 * 64 * 4
+    assert shape.layer_bytes[3] - norm_bytes == (plain.layer_bytes[3] - norm_bytes) / 4 * item_bytes
+    assert (shape.embedding_bytes, shape.head_bytes) == (plain.embedding_bytes, plain.head_bytes)

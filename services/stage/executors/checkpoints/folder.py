@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 
 from noodle.errors import ModelNotFound
 from noodle.model.ggml_types import GGML_TYPES
-from noodle.model.quantization import Quantization, WeightScheme
+from noodle.model.quantization import Quantization, WeightScheme, matrix_name
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, nothing_to_fetch
 from services.stage.executors.checkpoints.codebooks import TYPES, BitsAndBytes4Matrix, Mxfp4Matrix
@@ -94,7 +93,7 @@ class QuantizedFolder:
 
     def names(self) -> list[str]:
         """Names of all tensors that a model may hold: those of matrices instead of their parts."""
-        names = [name if self._matrix(name := _name_of(key)) else key for key in self._files.file_by_key]
+        names = [name if self._matrix(name := matrix_name(key)) else key for key in self._files.file_by_key]
         matrices = {name: matrix for name in names if (matrix := self._matrix(name)) is not None}
         parts = {part for matrix in matrices.values() for part in matrix.parts} - matrices.keys()
         return [name for name in names if name not in parts and not name.endswith(UNUSED_SUFFIXES)]
@@ -225,38 +224,15 @@ class QuantizedFolder:
         return key in self._files.file_by_key
 
     def _scheme(self, module: str) -> WeightScheme:
-        """The scheme of compressed-tensors that names a module, else a pattern of it, else its class."""
-        schemes = self._quantization.schemes
-        for is_match in (_is_name, _is_pattern, _is_class):
-            for scheme in schemes:
-                if any(is_match(target, module) for target in scheme.targets):
-                    return scheme
+        if scheme := self._quantization.scheme_of(module):
+            return scheme
         raise ModelNotFound(
             f"{module} is quantized, but no group in config.json's quantization_config names it.",
             cure="Fetch the model again, and check that its config.json belongs to its weights.",
         )
 
 
-def _name_of(key: str) -> str:
-    """The name of the matrix that a tensor holds the codes of; its own for any other tensor."""
-    if key.endswith(".qweight"):
-        return f"{key.removesuffix('.qweight')}.weight"
-    return key.removesuffix("_packed").removesuffix("_blocks")
-
-
 def _as_bytes(values: Floats, type_name: str) -> Bytes:
     if type_name == "BF16":
         return (values.view(np.uint32) >> 16).astype("<u2").reshape(-1).view(np.uint8)
     return values.astype("<f2" if type_name == "F16" else "<f4").reshape(-1).view(np.uint8)
-
-
-def _is_name(target: str, module: str) -> bool:
-    return target == module
-
-
-def _is_pattern(target: str, module: str) -> bool:
-    return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
-
-
-def _is_class(target: str, _module: str) -> bool:
-    return not target.startswith("re:") and "." not in target

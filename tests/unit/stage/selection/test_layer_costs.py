@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from noodle.model.quantization import held_tensors
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.selection.layer_costs import (
     CONTEXT_TOKENS,
@@ -106,10 +107,13 @@ def test_layers_that_only_training_used_and_positions_are_left_out():
     assert model_weights(CONFIG, two_layers(**extra), 2) == plain
 
 
-def test_a_quantised_checkpoint_counts_by_its_bytes():
-    entries = two_layers(**{"model.layers.0.mlp.up_proj.qweight": entry("I32", 32, 256)})
-    found = model_weights(CONFIG, entries, 2)
-    assert found.layer_bytes["Q4_1"] == 32 * 256 / 2
+def test_a_quantised_checkpoint_counts_in_the_types_that_ggml_holds():
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+    parts = {"qweight": entry("I32", 32, 256), "qzeros": entry("I32", 8, 32), "scales": entry("F16", 8, 256)}
+    entries = two_layers(**{f"model.layers.0.mlp.up_proj.{name}": part for name, part in parts.items()})
+    found = model_weights(CONFIG, held_tensors(config, entries), 2)
+    plain = model_weights(CONFIG, two_layers(), 2)
+    assert found.layer_bytes == {**plain.layer_bytes, "Q4_0": 256 * 256 * 18 / 32 / 2}
 
 
 def test_a_speed_with_something_that_takes_no_time_is_not_believed():
