@@ -12,11 +12,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from noodle.errors import UnsupportedModel
 from noodle.model.configs.defaults import DEFAULTS
 from services.stage.executors.ggml.families import ACTIVATIONS, GGML_FAMILIES
-from services.stage.executors.ggml.shape import shape_of
+from services.stage.executors.ggml.shape import EPSILON_NAMES, shape_of
 from tests.support.models.tiny_gguf import TinyLlama, write_tiny_gguf
 from tests.support.models.tiny_model import tiny_config
 from tests.support.stages.executors import need_ggml
 
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts")
 SIZES = {"num_hidden_layers": 7, "num_attention_heads": 8, "hidden_size": 128, "num_key_value_heads": 2}
 # what configs on the hub say and leave out
 SPELLINGS = [
@@ -71,11 +72,16 @@ def check(got, config):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     assert got.layer_count == config.num_hidden_layers
     assert (got.hidden_size, got.vocab_size) == (config.hidden_size, config.vocab_size)
-    assert (got.heads, got.head_dim) == (config.num_attention_heads, head_dim)
-    assert got.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    if family.latent:
+        assert (got.heads, got.kv_heads, got.value_dim) == (config.num_attention_heads, 1, config.kv_lora_rank)
+        assert got.head_dim == config.kv_lora_rank + config.qk_rope_head_dim
+        assert (got.latent.plain_dim, got.latent.value_dim) == (config.qk_nope_head_dim, config.v_head_dim)
+    else:
+        assert (got.heads, got.head_dim) == (config.num_attention_heads, head_dim)
+        assert got.kv_heads == (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     assert got.tied == config.tie_word_embeddings
     assert got.maximum_positions == config.max_position_embeddings
-    epsilons = [getattr(config, name, None) for name in ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon")]
+    epsilons = [getattr(config, name, None) for name in EPSILON_NAMES]
     assert got.norm_epsilon == next(value for value in epsilons if value is not None)
     names = ("hidden_activation", "hidden_act", "activation_function")
     assert got.activation == ACTIVATIONS[next(getattr(config, name) for name in names if hasattr(config, name))]
@@ -84,6 +90,7 @@ def check(got, config):
         (family.residual_scale, got.residual_scale),
         (family.attention_scale, got.attention_scale),
         (family.logit_divisor, 1 / got.logit_scale),
+        (family.logit_factor, got.logit_scale),
         (family.attention_cap, got.attention_cap),
         (family.logit_cap, got.logit_cap),
     ):
@@ -97,11 +104,14 @@ def check(got, config):
     else:
         assert got.windows == (window,) * config.num_hidden_layers
     if family.experts:
-        assert (got.experts, got.experts_per_token) == (config.num_local_experts, config.num_experts_per_tok)
+        experts = next(getattr(config, name) for name in EXPERT_COUNTS if hasattr(config, name))
+        assert (got.experts, got.experts_per_token) == (experts, config.num_experts_per_tok)
     if family.positions:
         assert set(got.rotaries) == {None}
         return
     has_rotary = getattr(config, "no_rope_layers", None) or [1] * got.layer_count
+    if family.rotary_in_windows and window:
+        has_rotary = [kind == "sliding_attention" for kind in layer_types]
     assert [rotary is not None for rotary in got.rotaries] == [bool(each) for each in has_rotary]
     for kind, rotary in zip(layer_types or ["full_attention"] * got.layer_count, got.rotaries, strict=True):
         if rotary is not None:
