@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.models.tiny_model import make_tiny_model
+
 Parts = dict[str, torch.Tensor]  # by what follows a module's name: .qweight
 Packed = tuple[Parts, torch.Tensor]  # and the values that they stand for
 
@@ -158,4 +160,40 @@ def quantize_model(source: Path, target: Path, form: str) -> tuple[Path, Path]:
     described = json.loads((source / "config.json").read_text(encoding="utf-8"))
     described["quantization_config"] = {**config, "modules_to_not_convert": ["model.layers.0.self_attn", "lm_head"]}
     (quantized / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    return quantized, plain
+
+
+def model_with_mxfp4_experts(target: Path) -> tuple[Path, Path]:
+    """Write a gpt_oss model with random experts in MXFP4, and with their values; return both folders.
+
+    All experts are chosen: rounding would otherwise change the choice.
+    """
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    quantized = make_tiny_model(
+        target / "quantized",
+        "gpt_oss",
+        weight_scale=0.05,
+        hidden_size=64,
+        intermediate_size=96,
+        num_experts_per_tok=4,
+    )
+    plain = shutil.copytree(quantized, target / "plain")
+    packed: Parts = {}
+    values: Parts = {}
+    generator = torch.Generator().manual_seed(5)
+    for key, value in load_file(quantized / "model.safetensors").items():
+        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, columns, rows = value.shape
+            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator).to(torch.uint8)
+            scales = torch.randint(119, 122, (experts, rows, columns // 32), generator=generator).to(torch.uint8)
+            packed |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+            values[key] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        else:
+            packed[key] = values[key] = value
+    save_file(values, plain / "model.safetensors", {"format": "pt"})
+    save_file(packed, quantized / "model.safetensors", {"format": "pt"})
+    config = json.loads((quantized / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (quantized / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return quantized, plain

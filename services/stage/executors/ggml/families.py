@@ -63,6 +63,10 @@ class ExpertFamily:
     groups: str = ""  # number of groups of experts
     chosen_groups: str = ""  # of which alone experts are chosen
     jitter: str = ""  # of sparse_mixer
+    # gate_up and down are tensors of all experts, [in, out] with gate and up in turns, whose names end without .weight
+    alternating: bool = False
+    steepness: str = ""  # of the gate's activation, and the limit that gate and up are clamped to
+    limit: str = ""
     scales_input: bool = False  # the shares are factors of an expert's input, not of its output
 
 
@@ -234,6 +238,17 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
         norm="layer",
         joined_heads=True,
         parallel="use_parallel_residual",
+    ),
+    "gpt_oss": GgmlFamily(
+        modules={**LLAMA_MODULES, "sinks": "self_attn.sinks"},
+        experts=ExpertFamily(
+            {"router": "mlp.router", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
+            scores="chosen_softmax",
+            alternating=True,
+            steepness="swiglu_alpha",
+            limit="swiglu_limit",
+        ),
+        gguf_modules={"feed_forward_norm": "post_attention_norm"},
     ),
     "granite": GRANITE,
     "granitemoe": replace(GRANITE, experts=ExpertFamily(GRANITE_EXPERTS, scores="chosen_softmax")),

@@ -103,7 +103,7 @@ def load_ggml_slice(
     loaded = GgmlTensors(device, blocks)
     packed = frozenset(loaded.by_block[block][name] for block, name in packed_names)
     key_type = KV_TYPE_NUMBERS[kv_dtype]
-    own_attention = device.is_host and not shape.latent
+    own_attention = device.is_host and not shape.latent and "sinks" not in shape.family.modules
     tensors = SliceTensors(
         **_weights(loaded.by_block, shape, start_layer, end_layer),
         pairing=INTERLEAVED if shape.interleaved else NEOX,

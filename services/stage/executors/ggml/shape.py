@@ -72,6 +72,8 @@ class ModelShape:
     expert_groups: int
     chosen_groups: int
     router_jitter: float
+    gate_steepness: float  # of a clamped activation, 0 if the model has none
+    gate_limit: float
     latent: LatentShape | None
 
     @property
@@ -151,6 +153,8 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
         expert_groups=int(_factor(config, router.groups)),
         chosen_groups=int(_factor(config, router.chosen_groups)),
         router_jitter=_cap(config, router.jitter),
+        gate_steepness=_cap(config, router.steepness),
+        gate_limit=_cap(config, router.limit),
         latent=latent,
     )
 

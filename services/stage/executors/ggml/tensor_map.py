@@ -14,7 +14,7 @@ from noodle.errors import ModelNotFound
 from services.stage.executors.ggml.families import ExpertFamily, GgmlFamily
 from services.stage.executors.ggml.shape import LatentShape, ModelShape
 
-Cut = tuple[int | slice, ...]  # indices into a stored tensor
+Cut = tuple[int | slice | list[int], ...]  # indices into a stored tensor
 ShapeOf = Callable[[str], tuple[int, ...] | None]  # stored shape of a key; None if there is no such tensor
 
 # names of modules in GGUF files, below the layer
@@ -35,6 +35,7 @@ GGUF_MODULES: Mapping[str, str] = {
     "key_value_of_latent": "attn_kv_b",
     "key_of_latent": "attn_k_b",
     "value_of_latent": "attn_v_b",
+    "sinks": "attn_sinks",
     "output": "attn_output",
     "attention_inner_norm": "attn_sub_norm",
     "feed_forward_norm": "ffn_norm",
@@ -79,7 +80,7 @@ def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
 
 
 def _experts_in_gguf(family: ExpertFamily) -> ExpertFamily:
-    return replace(family, modules=GGUF_EXPERTS, correction=family.correction and GGUF_CORRECTION)
+    return replace(family, modules=GGUF_EXPERTS, alternating=False, correction=family.correction and GGUF_CORRECTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,12 @@ class TensorMap:
             *self._query_key_norms(keys),
             *self._linear("output", [keys["output"]], query, hidden),
             *(self._norm("attention_inner_norm", inner_norm, query) if inner_norm else ()),
+            *(self._sinks(keys["sinks"]) if "sinks" in keys else ()),
         ]
+
+    def _sinks(self, key: str) -> list[TensorSource]:
+        source = f"{key}.weight" if self._has(key) else key
+        return [self._checked(TensorSource("sinks.weight", (source,), (self._shape.heads,)))]
 
     def _latent_attention(self, keys: dict[str, str], latent: LatentShape) -> list[TensorSource]:
         """Q, the latent vector, and by head the matrices that turn Q to the latent vector's space and that one to V."""
@@ -236,19 +242,21 @@ class TensorMap:
             tensors.append(self._checked(TensorSource("router.bias", (f"{keys['router']}.bias",), (count,))))
         if family.correction and self._shape_of_key(prefix + family.correction) is not None:
             tensors.append(self._checked(TensorSource("router_correction", (prefix + family.correction,), (count,))))
+        if family.alternating:
+            return tensors + self._alternating_experts(keys)
         is_split = "{}" in keys["down"]
         parts = ("gate_up",) if "gate_up" in keys and self._has(keys["gate_up"]) else ("gate", "up")
         if is_split:
             inner = self._rows_of(keys["gate"].format(0))
             both = [keys[name].format(number) for number in range(count) for name in ("gate", "up")]
-            tensors.append(self._expert_matrix("gate_up", both, (hidden, 2 * inner, count)))
+            tensors += self._expert_matrix("gate_up", both, (hidden, 2 * inner, count))
         else:
             inner = self._stored(f"{keys['down']}.weight")[-1]
             for name in parts:
                 rows = 2 * inner if name == "gate_up" else inner
-                tensors.append(self._expert_matrix(name, [keys[name]], (hidden, rows, count)))
+                tensors += self._expert_matrix(name, [keys[name]], (hidden, rows, count))
         downs = [keys["down"].format(number) for number in range(count)] if is_split else [keys["down"]]
-        tensors.append(self._expert_matrix("down", downs, (inner, hidden, count)))
+        tensors += self._expert_matrix("down", downs, (inner, hidden, count))
         if "shared_down" in keys and self._has(keys["shared_down"]):
             tensors += self._feed_forward(keys, "shared_")
         if "shared_router" in keys and self._has(keys["shared_router"]):
@@ -256,9 +264,37 @@ class TensorMap:
             tensors.append(self._checked(TensorSource("shared_router.weight", sources, (hidden, 1))))
         return tensors
 
-    def _expert_matrix(self, name: str, keys: list[str], sizes: tuple[int, ...]) -> TensorSource:
+    def _expert_matrix(self, name: str, keys: list[str], sizes: tuple[int, ...]) -> list[TensorSource]:
         sources = tuple(f"{key}.weight" for key in keys)
-        return self._checked(TensorSource(f"expert_{name}.weight", sources, sizes, is_matrix=True))
+        tensors = [self._checked(TensorSource(f"expert_{name}.weight", sources, sizes, is_matrix=True))]
+        if len(keys) == 1 and self._has(keys[0], "bias"):
+            bias = TensorSource(f"expert_{name}.bias", (f"{keys[0]}.bias",), sizes[1:])
+            tensors.append(self._checked(bias))
+        return tensors
+
+    def _alternating_experts(self, keys: Mapping[str, str]) -> list[TensorSource]:
+        """Matrices of all experts, [in, out] or, in MXFP4, [out, in]; rows of gate and up in turns."""
+        hidden, count = self._shape.hidden_size, self._shape.experts
+        tensors: list[TensorSource] = []
+        for name in ("gate_up", "down"):
+            key = keys[name]
+            bias = self._stored(f"{key}_bias")
+            outputs = bias[-1] if bias else 0
+            inputs = hidden if name == "gate_up" else math.prod(self._stored(key)[1:]) // max(1, outputs)
+            order = [*range(0, outputs, 2), *range(1, outputs, 2)] if name == "gate_up" else list(range(outputs))
+            turned = self._shape_of_key(f"{key}_blocks") is None
+            cuts: tuple[Cut, ...] = tuple(
+                (expert, slice(None), order) if turned else (expert, order) for expert in range(count)
+            )
+            sizes = (inputs, outputs, count)
+            weight = TensorSource(f"expert_{name}.weight", (key,) * count, sizes, is_matrix=True, transposed=turned)
+            tensors += [
+                self._checked(replace(weight, cuts=cuts)),
+                self._checked(
+                    TensorSource(f"expert_{name}.bias", (f"{key}_bias",), sizes[1:], cuts=((slice(None), order),))
+                ),
+            ]
+        return tensors
 
     def _feed_forward(self, keys: Mapping[str, str], prefix: str = "") -> list[TensorSource]:
         hidden, down = self._shape.hidden_size, keys[f"{prefix}down"]
@@ -349,6 +385,8 @@ def shape_of_cut(stored: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
     if len(cut) > len(stored):
         return ()
     sizes = [
-        len(range(*part.indices(size))) for size, part in zip(stored, cut, strict=False) if isinstance(part, slice)
+        len(part) if isinstance(part, list) else len(range(*part.indices(size)))
+        for size, part in zip(stored, cut, strict=False)
+        if not isinstance(part, int)
     ]
     return (*sizes, *stored[len(cut) :])

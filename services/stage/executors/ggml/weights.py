@@ -277,7 +277,7 @@ class WeightMaker:
         begin, end, rest = _leading(shape, cut)
         items = math.prod(shape[1:])
         values = self._values(name, begin * items, (end - begin) * items).reshape(end - begin, *shape[1:])[rest]
-        values = values.T if turned else values
+        values = values.reshape(values.shape[-2:]).T if turned else values
         quantize(self._ggml, number, np.ascontiguousarray(values).reshape(-1, values.shape[-1]), target)
 
     def _values(self, name: str, first_item: int, items: int) -> npt.NDArray[np.float32]:
@@ -306,7 +306,9 @@ def _leading(shape: tuple[int, ...], cut: Cut) -> tuple[int, int, Cut]:
         return 0, shape[0], ()
     first = cut[0]
     if isinstance(first, int):
-        return first, first + 1, (0, *cut[1:])
+        return first, first + 1, (slice(None), *cut[1:])  # an int beside a list would move the list's axis
+    if isinstance(first, list):
+        return 0, shape[0], cut
     begin, end, step = first.indices(shape[0])
     return begin, end, (slice(None, None, step), *cut[1:])
 

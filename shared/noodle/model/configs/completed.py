@@ -113,7 +113,7 @@ def _layer_types(whole: dict[str, Any]) -> list[str]:
 
 
 def _rope_parameters(whole: dict[str, Any], given: dict[str, Any], model_type: str) -> dict[str, Any]:
-    stated = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    stated = dict(given.get("rope_scaling") or given.get("rope_parameters") or whole.get("rope_parameters") or {})
     nested = [kind for kind in stated if kind in (FULL, SLIDING)]
     if "rope_local_base_freq" in whole:
         scaling = stated if not nested else {}

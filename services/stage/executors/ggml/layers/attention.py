@@ -55,6 +55,8 @@ class Attention:
             else:
                 self._write_rows(value.from_token(begin), count, slots.value_written[-1], slots.value_target[-1])
             attended = self._attend(query.from_token(begin), number, index, count)
+            if "sinks.weight" in weights:
+                self._ggml.ggml_flash_attn_ext_add_sinks(attended, weights["sinks.weight"])
             if self._attended:
                 self._memory.place_in(attended, self._attended, begin * width * ITEM_BYTES)
                 self._ggml.ggml_build_forward_expand(self._memory.graph, attended)

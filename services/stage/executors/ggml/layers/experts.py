@@ -28,9 +28,9 @@ class Experts:
             each = self._call("repeat_4d", each, shape.hidden_size, shape.experts_per_token, tokens, 1)
             each = self._call("mul", each, shares)
         names = ("gate_up",) if "expert_gate_up.weight" in weights else ("gate", "up")
-        products = (self._call("mul_mat_id", weights[f"expert_{name}.weight"], each, chosen) for name in names)
-        inner = self._operations.gated(*products)
-        results = self._call("mul_mat_id", weights["expert_down.weight"], inner, chosen)
+        products = [self._product(each, chosen, weights, name) for name in names]
+        inner = self._clamped(*products) if shape.gate_limit else self._operations.gated(*products)
+        results = self._product(inner, chosen, weights, "down")
         total = self._sum(results if self._family.scales_input else self._call("mul", results, shares), tokens)
         if "shared_down.weight" not in weights:
             return total
@@ -39,6 +39,18 @@ class Experts:
             share = self._call("sigmoid", self._call("mul_mat", weights["shared_router.weight"], tensor))
             shared = self._call("mul", shared, share)
         return self._call("add", total, shared)
+
+    def _product(self, rows: int, chosen: int, weights: dict[str, int], name: str) -> int:
+        """The products with a matrix of each chosen expert, plus its bias if it has one."""
+        result = self._call("mul_mat_id", weights[f"expert_{name}.weight"], rows, chosen)
+        bias = weights.get(f"expert_{name}.bias")
+        return result if bias is None else self._call("add_id", result, bias, chosen)
+
+    def _clamped(self, gate: int, up: int | None = None) -> int:
+        """gate * sigmoid(steepness * gate) * (up + 1) with both clamped; `up` may be the second half of the gate's."""
+        if up is None:
+            gate, up = self._operations.halves(gate)
+        return self._call("swiglu_oai", gate, up, self._shape.gate_steepness, self._shape.gate_limit)
 
     def _choose(self, tensor: int, weights: dict[str, int], tokens: int) -> tuple[int, int]:
         """Numbers of the chosen experts [chosen, tokens] and their shares [1, chosen, tokens]."""

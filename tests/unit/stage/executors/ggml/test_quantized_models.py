@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from services.stage.executors.ggml.slice import GgmlSlice
-from tests.support.models.quantized_model import FORMS, quantize_model
+from tests.support.models.quantized_model import FORMS, model_with_mxfp4_experts, quantize_model
 from tests.support.models.tiny_model import make_tiny_model
 from tests.support.stages.executors import load_by_ggml, need_ggml
 from tests.support.stages.slice_pipeline import (
@@ -100,3 +100,12 @@ def test_other_weights_are_converted_from_the_forms_values(source: Path, tmp_pat
         for folder in (quantized, plain)
     )
     assert all(np.array_equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+# blocks of MXFP4 are multiplied by activations in 8 bits
+@pytest.mark.parametrize(("weights", "bound"), [("f32", 1e-5), ("f16", 5e-3), ("q8_0", 4e-2), ("stored", 4e-2)])
+def test_experts_in_mxfp4_have_the_logits_of_their_values(weights: str, bound: float, tmp_path: Path) -> None:
+    quantized, plain = model_with_mxfp4_experts(tmp_path)
+    sessions = random_sessions(LENGTHS)
+    pipeline = SlicePipeline(quantized, (0, 1, 3, 6), executor="ggml", weights=weights)
+    assert relative_difference(pipeline.run(sessions, STEPS), unsplit_logits(plain, sessions)) < bound

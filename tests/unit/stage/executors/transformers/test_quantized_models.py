@@ -1,16 +1,13 @@
 """Models in quantized forms are computed by transformers with the values that the forms stand for."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from safetensors.torch import load_file
 
 from services.stage.executors.transformers.loading import load_slice
-from tests.support.models.quantized_model import FORMS, quantize_model
+from tests.support.models.quantized_model import FORMS, model_with_mxfp4_experts, quantize_model
 from tests.support.models.tiny_model import make_tiny_model
 from tests.support.stages.slice_pipeline import (
     STEPS,
@@ -48,27 +45,8 @@ def test_only_the_parts_of_a_slices_own_matrices_are_fetched(source: Path, tmp_p
 
 
 def test_experts_in_mxfp4_are_turned_to_how_transformers_holds_them(tmp_path: Path) -> None:
-    source = make_tiny_model(tmp_path / "source", "gpt_oss", hidden_size=64, intermediate_size=64)
-    tensors = load_file(source / "model.safetensors")
-    packed, plain = {}, {}
-    generator = torch.Generator().manual_seed(5)
-    for key, value in tensors.items():
-        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            experts, columns, rows = value.shape
-            blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator).to(torch.uint8)
-            scales = torch.randint(122, 125, (experts, rows, columns // 32), generator=generator).to(torch.uint8)
-            packed |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
-            plain[key] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-        else:
-            packed[key] = plain[key] = value
-    assert len(packed) > len(plain)
-    save_file(plain, source / "model.safetensors", {"format": "pt"})
+    quantized, plain = model_with_mxfp4_experts(tmp_path)
     sessions = random_sessions(LENGTHS)
-    expected = unsplit_logits(source, sessions)
-    save_file(packed, source / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    got = SlicePipeline(source, (0, 2, 6)).run(sessions, STEPS)
-    assert relative_difference(got, expected) < 1e-5
+    got = SlicePipeline(quantized, (0, 2, 6)).run(sessions, STEPS)
+    assert relative_difference(got, unsplit_logits(plain, sessions)) < 1e-5
     assert np.isfinite(got[0]).all()
