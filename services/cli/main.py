@@ -231,6 +231,21 @@ COMMANDS = (
         ),
     ),
     Command(
+        runs="services.cli.quality.command:quality",
+        help="measure what a format of weights does to the model",
+        description=(
+            "Scores a text on the running machines and keeps the scores with the format that the cluster computes in; "
+            "an interrupted run goes on where it stopped. Run it once as the cluster is by default, start every stage "
+            "with another NOODLE_WEIGHTS, and run it again: it prints perplexity and greedy agreement of each format "
+            "against the file's own (or against NOODLE_QUALITY=exact, once that was scored)."
+        ),
+        options=(
+            option("--weights", metavar="FORMAT", help="compare only this format, as q4_K (all that were scored)"),
+            JSON,
+            *TARGET,
+        ),
+    ),
+    Command(
         runs="services.cli.doctor.command:doctor",
         help="find what keeps this machine out of the cluster, with the cure",
         description=(

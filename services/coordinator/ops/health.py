@@ -29,6 +29,7 @@ class Health(Struct):
     progress: float | UnsetType = UNSET
     waiting_for: list[str] | UnsetType = UNSET
     model: str | UnsetType | None = UNSET
+    model_digest: str | UnsetType | None = UNSET
     plan: int | UnsetType | None = UNSET
     plan_reason: str | UnsetType | None = UNSET
     context_length: int | UnsetType | None = UNSET
@@ -125,6 +126,7 @@ def health_of(coordinator: Coordinator) -> Health:
         progress=progress_of(view, is_up),
         waiting_for=waits,
         model=coordinator.loaded.served.names[0] if coordinator.loaded else None,
+        model_digest=view.plan.model_digest if view.plan else None,
         plan=view.plan.version if view.plan else None,
         plan_reason=view.plan.reason if view.plan else None,
         context_length=loop.plan.context_length if loop.plan else None,

@@ -1,0 +1,1 @@
+"""`noodle quality`: what a format of weights does to a model, by a text that the running cluster scores."""
