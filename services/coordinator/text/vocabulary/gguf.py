@@ -169,7 +169,7 @@ def _pre_tokenizer(file: GgufFile, kind: object) -> PreTokenizer | None:
     if not name:
         log.warning("%s does not name its pre-tokenizer (%spre): llama.cpp's default is used", file.path, PREFIX)
         return DEFAULT
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         near = difflib.get_close_matches(str(name)[:60], PRE_TOKENIZERS, n=1, cutoff=0.0)
         raise refusal(
             file,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from noodle.errors import UnsupportedModel
+from services.coordinator.text.detokenizer import text_offsets
 from services.coordinator.text.vocabulary.gguf import GgufVocabulary, read_chat_templates
 from tests.support.models.gguf_vocabularies import made_file, tokenizer_metadata, vocabulary_of
 from tests.support.models.tiny_gguf import MERGES, TOKENS
@@ -92,6 +95,15 @@ def test_unused_tokens_and_ids_outside_the_vocabulary_have_no_text() -> None:
 def test_a_byte_token_is_a_byte() -> None:
     ids = [PIECES.index("<0xC3>"), PIECES.index("<0xA9>"), PIECES.index("<0xFF>")]
     assert sentencepiece().decode(ids, skip_special_tokens=True) == "\u00e9\ufffd"
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+@pytest.mark.parametrize("seed", range(20))
+def test_an_answer_in_pieces_is_the_answer_as_a_whole(make: Callable[[], GgufVocabulary], seed: int) -> None:
+    vocabulary, draw = make(), random.Random(seed)
+    ids = [draw.randrange(vocabulary.size) for _ in range(60)]  # many are parts of characters, or none
+    whole = vocabulary.decode(ids, skip_special_tokens=True)
+    assert text_offsets(lambda part: vocabulary.decode(part, skip_special_tokens=True), ids)[0] == whole
 
 
 @pytest.mark.parametrize(
@@ -187,6 +199,7 @@ def test_chat_templates_have_the_names_of_their_keys() -> None:
         ({"model": "rwkv"}, "'rwkv'. is of RWKV models"),
         ({"model": "word2vec"}, "'word2vec'. is not known; known are gpt2, llama, gemma4"),
         ({"pre": "gpt2"}, "pre = 'gpt2' is not known; the nearest known name is 'gpt-2'"),
+        ({"pre": [1]}, r"pre = '\[1\]' is not known"),
         ({"tokens": None}, r"holds no tokenizer .tokenizer\.ggml\.tokens is missing"),
         ({"tokens": []}, r"tokenizer\.ggml\.tokens is empty"),
         ({"tokens": [1] * len(TOKENS)}, "is not a list of texts"),
