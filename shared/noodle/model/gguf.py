@@ -197,6 +197,9 @@ def _read_part(path: Path) -> _Header:
         ) from error
 
 
+_LENGTH = struct.Struct("<Q")  # before each string
+
+
 class _HeaderReader:
     """Reads one file's header from its beginning; `_data` holds what was read so far."""
 
@@ -312,8 +315,7 @@ class _HeaderReader:
             raise self._broken(f"{key[:100]} announces {count} items, more than the file has room for")
         first = self._at
         if kind == STRING:
-            for _ in range(count):
-                self._skip_text()
+            self._skip_texts(count)
         else:
             self._need(count * least_bytes)
             self._at += count * least_bytes
@@ -321,13 +323,20 @@ class _HeaderReader:
             return GgufArray(self._path, kind, count, first, self._at - first)
         return _items(self._data, first, kind, count)
 
-    def _skip_text(self) -> None:
-        if self._at + 8 > len(self._data):
-            self._need(8)
-        end = self._at + 8 + int.from_bytes(self._data[self._at : self._at + 8], "little")
-        if end > len(self._data):
-            self._need(end - self._at)
-        self._at = end
+    def _skip_texts(self, count: int) -> None:
+        """Pass strings, of which a vocabulary has hundreds of thousands: calls are avoided."""
+        length_at, at, known_bytes = _LENGTH.unpack_from, self._at, len(self._data)
+        for _ in range(count):
+            if at + 8 > known_bytes:
+                self._at = at
+                self._need(8)
+                known_bytes = len(self._data)
+            at += 8 + length_at(self._data, at)[0]
+            if at > known_bytes:
+                self._at = known_bytes
+                self._need(at - known_bytes)
+                known_bytes = len(self._data)
+        self._at = at
 
     def _text(self, maximum_bytes: int) -> str:
         byte_count = self._number("Q")
