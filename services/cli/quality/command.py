@@ -50,7 +50,7 @@ def quality(options: argparse.Namespace) -> int:
     if options.weights in (None, computed):
         score = kept.get(computed) or TextScore(model, digest, computed, __version__)
         with contextlib.closing(open_progress(sys.stderr)) as progress:
-            kept[computed] = score_text(target, model, score, paragraphs, folder, progress)
+            kept[computed] = score_text(target, model, score, paragraphs, folder=folder, progress=progress)
     whole = [each for each in kept.values() if len(each.pieces) == len(paragraphs)]
     if options.weights is not None and all(each.format != options.weights for each in whole):
         raise ConfigurationError(
@@ -82,7 +82,7 @@ def setting_of(name: str) -> str:
 
 
 def score_text(
-    target: Target, model: str, score: TextScore, paragraphs: Sequence[str], folder: Path, progress: Progress
+    target: Target, model: str, score: TextScore, paragraphs: Sequence[str], *, folder: Path, progress: Progress
 ) -> TextScore:
     """Score the paragraphs that are still missing, keeping each in `folder`; raises NoodleError."""
     for index in range(len(score.pieces), len(paragraphs)):

@@ -60,7 +60,8 @@ def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> Prep
         return PreparedModel(found, model.partition("@")[0].rpartition("/")[2])
     raise ModelNotFound(
         f"There is no folder or file {model!r}.",
-        cure=f"Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name or org/name:Q4_K_M), or {DEFAULT_MODEL_NAME}.",
+        cure="Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name or org/name:Q4_K_M), or "
+        f"{DEFAULT_MODEL_NAME}.",
     )
 
 
