@@ -1,12 +1,15 @@
 """Models in quantized forms have the logits of transformers with the values that the forms stand for."""
 
 import logging
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
+from noodle.model.files import read_header
 from services.stage.executors.ggml.slice import GgmlSlice
 from tests.support.models.quantized_model import FORMS, model_with_mxfp4_experts, quantize_model
 from tests.support.models.tiny_model import make_tiny_model
@@ -86,8 +89,6 @@ def test_a_slice_fetches_all_parts_of_its_own_matrices_and_no_others(form: str, 
         fetched.append(keys)
         named = {int(key.split(".")[2]) for key in keys if key.startswith("model.layers.")}
         assert named == set(range(start, end))
-    from safetensors import safe_open
-
     with safe_open(quantized / "model.safetensors", "pt") as stored:
         assert set.union(*fetched) == set(stored.keys())
 
@@ -109,3 +110,47 @@ def test_experts_in_mxfp4_have_the_logits_of_their_values(weights: str, bound: f
     sessions = random_sessions(LENGTHS)
     pipeline = SlicePipeline(quantized, (0, 1, 3, 6), executor="ggml", weights=weights)
     assert relative_difference(pipeline.run(sessions, STEPS), unsplit_logits(plain, sessions)) < bound
+
+
+@pytest.mark.parametrize(
+    ("form", "weights"), [("awq", "stored"), ("fp8", "stored"), ("nf4", "stored"), ("int4", "q8_0")]
+)
+def test_a_folder_of_holes_is_fetched_before_types_are_decided(
+    form: str, weights: str, source: Path, tmp_path: Path
+) -> None:
+    quantized, _ = quantize_model(source, tmp_path, form)
+    holes = tmp_path / "holes"
+    holes.mkdir()
+    (holes / "config.json").write_bytes((quantized / "config.json").read_bytes())
+    whole, empty = quantized / "model.safetensors", holes / "model.safetensors"
+    content = whole.read_bytes()
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    empty.write_bytes(content[:header_end] + bytes(len(content) - header_end))
+    entries = read_header(whole)
+
+    def fetch(keys: Collection[str]) -> None:
+        with empty.open("r+b") as file:
+            for key in keys:
+                first = entries[key].first_byte
+                file.seek(first)
+                file.write(content[first : first + entries[key].byte_count])
+
+    sessions = random_sessions(LENGTHS)
+    got, expected = (
+        SlicePipeline(folder, (0, 3, 6), executor="ggml", weights=weights, fetch=fetch).run(sessions, STEPS)
+        for folder in (holes, quantized)
+    )
+    assert all(np.array_equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("form", ["awq", "fp8", "int4"])
+def test_experts_are_quantized_one_by_one(form: str, model_type: str, tmp_path: Path) -> None:
+    source = make_tiny_model(tmp_path / "source", model_type, weight_scale=0.05)
+    quantized, plain = quantize_model(source, tmp_path, form)
+    sessions = random_sessions(LENGTHS)
+    expected = unsplit_logits(plain, sessions)
+    exact = SlicePipeline(quantized, (0, 2, 6), executor="ggml").run(sessions, STEPS)
+    assert relative_difference(exact, expected) < 1e-5
+    stored = SlicePipeline(quantized, (0, 2, 6), executor="ggml", weights="stored")
+    assert relative_difference(stored.run(sessions, STEPS), expected) < HELD[form][1]
