@@ -17,6 +17,7 @@ Parts = dict[str, torch.Tensor]  # by what follows a module's name: .qweight
 Packed = tuple[Parts, torch.Tensor]  # and the values that they stand for
 
 GROUP = 32
+QUANTIZED = ("proj.weight", "w1.weight", "w2.weight", "w3.weight")  # the last ones are mixtral's experts
 NF4 = (
     "-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334 "
     "-0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224 "
@@ -150,7 +151,7 @@ def quantize_model(source: Path, target: Path, form: str) -> tuple[Path, Path]:
     packed: Parts = {}
     values: Parts = {}
     for key, tensor in load_file(source / "model.safetensors").items():
-        if key.endswith("proj.weight") and "layers.0.self_attn" not in key:
+        if key.endswith(QUANTIZED) and "layers.0.self_attn" not in key:
             parts, values[key] = pack(tensor)
             packed |= {key.removesuffix(".weight") + name: part.contiguous() for name, part in parts.items()}
         else:

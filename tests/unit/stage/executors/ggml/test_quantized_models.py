@@ -153,4 +153,5 @@ def test_experts_are_quantized_one_by_one(form: str, model_type: str, tmp_path: 
     exact = SlicePipeline(quantized, (0, 2, 6), executor="ggml").run(sessions, STEPS)
     assert relative_difference(exact, expected) < 1e-5
     stored = SlicePipeline(quantized, (0, 2, 6), executor="ggml", weights="stored")
-    assert relative_difference(stored.run(sessions, STEPS), expected) < HELD[form][1]
+    # activations in 8 bits may choose another expert than float32 does
+    assert relative_difference(stored.run(sessions, STEPS), expected) < (0.25 if form != "fp8" else 5e-3)
