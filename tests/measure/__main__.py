@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.measure.correctness import equality, kills, schemathesis
+from tests.measure.correctness import equality, kills, schemathesis, vocabularies
 from tests.measure.endurance import load, memory, pressure, soak
 from tests.measure.performance import (
     checkouts,
@@ -35,6 +35,7 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "start": start.measure,
     "transport": transport.measure,
     "schemathesis": schemathesis.measure,
+    "vocabularies": vocabularies.measure,
     "kills": kills.measure,
     "soak": soak.measure,
     "tight": pressure.measure_tight,

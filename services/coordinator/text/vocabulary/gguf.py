@@ -136,12 +136,8 @@ class GgufVocabulary:
         if pre is None:
             unknown_id = found.ids_by_name.get("unknown")
             return ScoredMerging(found.ids, read_scores(file), unknown_id, prefixes_space=self._prefixes_space)
-        lines = file.array(f"{PREFIX}merges")
-        if lines is None:
-            raise refusal(file, f"its tokenizer has no merges ({PREFIX}merges is missing)")
-        if not all(isinstance(line, str) for line in lines):
-            raise refusal(file, f"{PREFIX}merges is not a list of texts")
-        return RankedMerging(found.ids, read_merges(lines, file.path), pre, file.path)
+        merges = read_merges(_merge_lines(file), file.path)  # the lines are not kept while the model is built
+        return RankedMerging(found.ids, merges, pre, file.path)
 
 
 def read_chat_templates(file: GgufFile) -> dict[str, str]:
@@ -177,6 +173,15 @@ def _pre_tokenizer(file: GgufFile, kind: object) -> PreTokenizer | None:
             f"{CURE} A newer noodle may know it.",
         )
     return PRE_TOKENIZERS[name]
+
+
+def _merge_lines(file: GgufFile) -> list[str]:
+    lines = file.array(f"{PREFIX}merges")
+    if lines is None:
+        raise refusal(file, f"its tokenizer has no merges ({PREFIX}merges is missing)")
+    if not all(isinstance(line, str) for line in lines):
+        raise refusal(file, f"{PREFIX}merges is not a list of texts")
+    return lines
 
 
 def _added(file: GgufFile, found: GgufTokens, name: str) -> list[int]:
