@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from noodle.errors import GgmlUnavailable
+from noodle.folders import write_atomically
 from services.stage.executors.base import least_seconds
 from services.stage.executors.ggml.backend import GgmlDevice, folder_of_libraries
 from services.stage.executors.ggml.graph import CustomOperations, GgmlCalls, GraphMemory
@@ -47,7 +49,7 @@ INSTRUCTIONS = {
 # matrices that ggml's own operations read
 LEFT_TO_GGML = ("positions.weight", "router.weight")
 
-MOST_ROWS = 8  # with more rows tiles were always faster
+MEASURED_ROWS = (8, 4, 2)  # with more rows tiles were always faster
 ROUNDS = 3  # of each layout; the fastest one counts
 SMALLEST_ITEMS = 1 << 18  # of a weight worth measuring
 TIMED_BYTES = 48 << 20  # of weights of one type in a row: more than a processor's caches hold
@@ -159,13 +161,20 @@ class PackedWeights:
         """
         packed = set()
         for block_name, block in blocks.items():
-            if block_name == "embedding" and not also_embedding:
-                continue
             for layout in block.tensors:
-                if self._is_suitable(layout):
-                    self._pack(layout, block)
+                if self.is_packed(block_name, layout, also_embedding=also_embedding):
+                    self.pack_matrix(layout, block)
                     packed.add((block_name, layout.name))
         return frozenset(packed)
+
+    def is_packed(self, block_name: str, layout: TensorLayout, *, also_embedding: bool) -> bool:
+        """Whether a tensor of a block is one that `pack` packs."""
+        name = self._type_names.get(layout.type_number)
+        if name is None or len(layout.sizes) != 2 or layout.name in LEFT_TO_GGML:
+            return False
+        length, outputs = layout.sizes
+        is_wanted = also_embedding or block_name != "embedding"
+        return is_wanted and outputs % GROUP_ROWS == 0 and length % UNIT_ITEMS[name] == 0
 
     def multiplies(self, weight: int) -> bool:
         """Whether there are kernels for the type of a weight."""
@@ -204,14 +213,8 @@ class PackedWeights:
         name = f"take_rows_{self._type_of(weight)}"
         return self._operations.add(context, name, sizes=(features, count), sources=(weight, ids))
 
-    def _is_suitable(self, layout: TensorLayout) -> bool:
-        name = self._type_names.get(layout.type_number)
-        if name is None or len(layout.sizes) != 2 or layout.name in LEFT_TO_GGML:
-            return False
-        length, outputs = layout.sizes
-        return outputs % GROUP_ROWS == 0 and length % UNIT_ITEMS[name] == 0
-
-    def _pack(self, layout: TensorLayout, block: WeightBlock) -> None:
+    def pack_matrix(self, layout: TensorLayout, block: WeightBlock) -> None:
+        """Pack a matrix in place; several may be packed at once."""
         length, outputs = layout.sizes
         memory = block.bytes_of(layout)
         name = self._type_names[layout.type_number]
@@ -237,14 +240,15 @@ def packed_weights(ggml: GgmlCalls, *, only: str | None = None) -> PackedWeights
     return PackedWeights(operations, available) if available else None
 
 
-def dot_counts(device: GgmlDevice, weights: Sequence[int]) -> DotCounts:
+def dot_counts(device: GgmlDevice, weights: Sequence[int], kept: Path | None = None) -> DotCounts:
     """Measure for which small row counts ggml multiplies faster by dot products than by tiles.
 
     ggml has two kernels for a weight and several rows: tiles of the product, made for prompts, and dot products, used
     for experts. On an AMD processor tiles took twice as long as dot products for two rows, a quarter longer for four
     rows in 8 bits, and two thirds as long for sixteen rows.
 
-    `weights` are a slice's matrices with their data in place; the backend's threads compute.
+    `weights` are a slice's matrices with their data in place; the backend's threads compute. The file `kept` holds the
+    counts of the types that were measured before on this machine with these threads.
     """
     ggml = device.ggml
     by_type: dict[int, list[int]] = {}
@@ -256,10 +260,34 @@ def dot_counts(device: GgmlDevice, weights: Sequence[int]) -> DotCounts:
         if is_worth_it and bytes_of_type.get(kind, 0) < TIMED_BYTES:
             by_type.setdefault(kind, []).append(weight)
             bytes_of_type[kind] = bytes_of_type.get(kind, 0) + int(ggml.ggml_nbytes(weight))
-    return {
-        kind: frozenset(count for count in range(2, MOST_ROWS + 1) if _dots_are_faster(device, chosen, count))
-        for kind, chosen in by_type.items()
-    }
+    known = _read_counts(kept)
+    lacking = [kind for kind in by_type if kind not in known]
+    known.update({kind: _counts_of(device, by_type[kind]) for kind in lacking})
+    if lacking and kept is not None:
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, msgspec.json.encode({str(kind): sorted(found) for kind, found in known.items()}))
+        except OSError as error:
+            log.warning("%s is not kept (%s): it is measured again at each start", kept, error.strerror or error)
+    return {kind: known[kind] for kind in by_type}
+
+
+def _counts_of(device: GgmlDevice, weights: Sequence[int]) -> frozenset[int]:
+    """The row counts from 2 on that dot products are faster for: they lose against tiles as rows become more."""
+    return frozenset(range(2, next((most for most in MEASURED_ROWS if _dots_are_faster(device, weights, most)), 1) + 1))
+
+
+def _read_counts(kept: Path | None) -> dict[int, frozenset[int]]:
+    if kept is None:
+        return {}
+    try:
+        found = msgspec.json.decode(kept.read_bytes(), type=dict[str, list[int]])
+        return {int(kind): frozenset(counts) for kind, counts in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        log.warning("%s cannot be read and is measured again: %s", kept, error)
+        return {}
 
 
 def product_by_dots(ggml: Any, context: Any, weight: int, rows: int, expert_zero: int) -> int:

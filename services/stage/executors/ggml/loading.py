@@ -14,7 +14,7 @@ from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
 from noodle.model.files import model_digest, read_config
 from noodle.model.formats import STORED, WEIGHTS
 from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
-from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml
+from services.stage.executors.ggml.backend import CPU, GgmlDevice, ggml_build, load_ggml
 from services.stage.executors.ggml.graph import GgmlCalls
 from services.stage.executors.ggml.kernels import dot_counts, flash_attention_kernel, packed_weights
 from services.stage.executors.ggml.layers.operations import INTERLEAVED, NEOX, SliceTensors
@@ -59,7 +59,7 @@ def load_ggml_slice(
     Raises GgmlUnavailable, UnsupportedModel with what ggml lacks for this model, ModelNotFound, or PlanDoesNotFit for
     layers that the model does not have.
     """
-    if weights not in (*WEIGHTS, "gguf"):
+    if weights not in WEIGHTS:
         raise ConfigurationError(f"weights {weights!r} are none of {', '.join(WEIGHTS)}.", cure="Choose one of these.")
     if kv_dtype not in KV_TYPE_NUMBERS:
         raise ConfigurationError(
@@ -90,15 +90,20 @@ def load_ggml_slice(
     wanted = TensorMap(in_files, files.shape_of, str(model)).of_slice(start_layer, end_layer)
     names = [name for tensors in wanted.values() for tensor in tensors for name in tensor.sources]
     files.prepare(names)
-    blocks = maker.blocks(wanted, weights, fetch)
+    kernels = packed_weights(ggml) if device.is_host else None
+    # tied embeddings are read more often as the head
+    also_embedding = end_layer == shape.layer_count and shape.tied
+    packed_names: set[tuple[str, str]] = set()
+
+    def finish(block_name: str, layout: TensorLayout, block: WeightBlock) -> None:
+        if kernels is not None and kernels.is_packed(block_name, layout, also_embedding=also_embedding):
+            kernels.pack_matrix(layout, block)
+            packed_names.add((block_name, layout.name))
+
+    blocks = maker.blocks(wanted, weights, fetch, finish)
     weights_note = files.description(names)
     if weights_note:
         log.info("layers %d to %d of %s: %s", start_layer, end_layer - 1, model.name, weights_note)
-    kernels = packed_weights(ggml) if device.is_host else None
-    packed_names: frozenset[tuple[str, str]] = frozenset()
-    if kernels is not None:
-        # tied embeddings are read more often as the head
-        packed_names = kernels.pack(blocks, also_embedding=end_layer == shape.layer_count and shape.tied)
     blocks["rotary"] = _rotary_block(shape, start_layer, end_layer)
     loaded = GgmlTensors(device, blocks)
     packed = frozenset(loaded.by_block[block][name] for block, name in packed_names)
@@ -116,7 +121,8 @@ def load_ggml_slice(
     )
     if device.is_host:
         matrices = [*(tensor for layer in tensors.layers for tensor in layer.values()), *tensors.head.values()]
-        counts = dot_counts(device, [tensor for tensor in matrices if tensor not in packed])
+        kept = None if cache_dir is None else cache_dir / "ggml" / f"row-counts-{ggml_build()}-{threads}-threads.json"
+        counts = dot_counts(device, [tensor for tensor in matrices if tensor not in packed], kept)
         tensors = replace(tensors, dot_counts=counts)
     return GgmlSlice(
         device,

@@ -380,6 +380,19 @@ def _joined_heads(heads: int, head_dim: int) -> tuple[Cut, ...]:
     )
 
 
+def leading_range(shape: tuple[int, ...], cut: Cut) -> tuple[int, int, Cut]:
+    """The range of a tensor's first axis that a cut lies in, and the cut within that range."""
+    if not cut:
+        return 0, shape[0], ()
+    first = cut[0]
+    if isinstance(first, int):
+        return first, first + 1, (slice(None), *cut[1:])  # an int beside a list would move the list's axis
+    if isinstance(first, list):
+        return 0, shape[0], cut
+    begin, end, step = first.indices(shape[0])
+    return begin, end, (slice(None, None, step), *cut[1:])
+
+
 def shape_of_cut(stored: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
     """The shape that a cut of a stored tensor has; empty if the tensor has fewer axes."""
     if len(cut) > len(stored):

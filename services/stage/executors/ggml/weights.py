@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,7 @@ from noodle.model.ggml_types import GGML_TYPES, GgmlType
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, ReadCounter
 from services.stage.executors.ggml.backend import DeviceMemory, GgmlDevice
-from services.stage.executors.ggml.tensor_map import Cut, TensorSource, shape_of_cut
+from services.stage.executors.ggml.tensor_map import Cut, TensorSource, leading_range, shape_of_cut
 from services.stage.executors.kept_weights import keep, read_kept
 from services.stage.executors.safetensors import unsupported_dtype
 from services.stage.executors.tensor_files import TensorFiles
@@ -83,6 +84,13 @@ def layout_of(
     return tuple(layouts)
 
 
+Finish = Callable[[str, TensorLayout, WeightBlock], None]  # a tensor of the block of a name
+
+
+def leave_as_is(_name: str, _layout: TensorLayout, _block: WeightBlock) -> None:
+    """Do nothing with a tensor that is complete."""
+
+
 class WeightMaker:
     """Makes the blocks of a slice from its model's files; converted ones are kept in `kept_folder`, if there is one.
 
@@ -107,11 +115,12 @@ class WeightMaker:
         self._kept_folder = kept_folder
 
     def blocks(
-        self, wanted: Mapping[str, Sequence[TensorSource]], weights: str, fetch: Fetch
+        self, wanted: Mapping[str, Sequence[TensorSource]], weights: str, fetch: Fetch, finish: Finish = leave_as_is
     ) -> dict[str, WeightBlock]:
-        """Blocks with the tensors of each name, read if kept, otherwise made; `fetch` receives the names to be read.
+        """Blocks with the tensors of each name, read if kept, otherwise made.
 
-        Raises UnsupportedModel for a tensor whose type cannot be computed with.
+        `fetch` receives the names to be read. `finish` is called with each tensor that is complete, on any thread and
+        while others are still read. Raises UnsupportedModel for a tensor whose type cannot be computed with.
         """
 
         def type_of(tensor: TensorSource) -> int:
@@ -132,19 +141,43 @@ class WeightMaker:
         if names:
             fetch([stored for name in names for stored in self._files.stored_names(name)])
         self._counter.add(0)
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="weights") as pool:
-            pieces = (
-                piece
-                for name in lacking
-                for tensor, layout in zip(wanted[name], blocks[name].tensors, strict=True)
-                for piece in self._pieces(blocks[name].bytes_of(layout), tensor, layout)
-            )
-            for done in [pool.submit(piece) for piece in pieces]:
-                done.result()
+        made = [(name, *each) for name in lacking for each in zip(wanted[name], blocks[name].tensors, strict=True)]
+        as_read = finish if weights == STORED else leave_as_is  # what is kept is as it was made
+        self._run(
+            piece
+            for name, tensor, layout in made
+            for piece in self._then(partial(as_read, name, layout, blocks[name]), tensor, layout, blocks[name])
+        )
         if weights != STORED:
             for name in lacking:
                 self._keep(name, blocks[name])
+            self._run(
+                partial(finish, name, layout, block) for name, block in blocks.items() for layout in block.tensors
+            )
         return blocks
+
+    def _run(self, calls: Iterable[Callable[[], None]]) -> None:
+        """Make all calls, some at once; after an error those that have not begun are left out."""
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="weights")
+        try:
+            for done in [pool.submit(call) for call in calls]:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _then(
+        self, finish: Callable[[], None], tensor: TensorSource, layout: TensorLayout, block: WeightBlock
+    ) -> list[Callable[[], None]]:
+        """The calls that fill a tensor, the last of which finishes it."""
+        pieces = list(self._pieces(block.bytes_of(layout), tensor, layout))
+        left = itertools.count(len(pieces) - 1, -1)  # one call of next is one step, whatever the thread
+
+        def run(piece: Callable[[], None]) -> None:
+            piece()
+            if next(left) == 0:
+                finish()
+
+        return [partial(run, piece) for piece in pieces]
 
     def values(self, name: str) -> npt.NDArray[np.float32]:
         """A whole tensor as float32."""
@@ -265,7 +298,7 @@ class WeightMaker:
         """Read some rows of a tensor as they are stored."""
         entry = self._entry(name)
         row_bytes = entry.byte_count // math.prod(entry.shape[:-1])
-        begin, end, rest = _leading(entry.shape, cut)
+        begin, end, rest = leading_range(entry.shape, cut)
         raw = np.empty((end - begin) * math.prod(entry.shape[1:-1]) * row_bytes, np.uint8)
         self._files.read(name, raw.data, begin * math.prod(entry.shape[1:-1]) * row_bytes)
         self._counter.add(raw.nbytes)
@@ -274,7 +307,7 @@ class WeightMaker:
     def _convert_cut(self, name: str, cut: Cut, target: Bytes, *, number: int, turned: bool) -> None:
         """Read a part of a tensor, transposed if `turned`."""
         shape = self._entry(name).shape
-        begin, end, rest = _leading(shape, cut)
+        begin, end, rest = leading_range(shape, cut)
         items = math.prod(shape[1:])
         values = self._values(name, begin * items, (end - begin) * items).reshape(end - begin, *shape[1:])[rest]
         values = values.reshape(values.shape[-2:]).T if turned else values
@@ -298,19 +331,6 @@ class WeightMaker:
             raise unsupported_dtype(name, entry)
         _TO_FLOAT(address)(raw.ctypes.data, values.ctypes.data, items)
         return values
-
-
-def _leading(shape: tuple[int, ...], cut: Cut) -> tuple[int, int, Cut]:
-    """The range of a tensor's first axis that a cut lies in, and the cut within that range."""
-    if not cut:
-        return 0, shape[0], ()
-    first = cut[0]
-    if isinstance(first, int):
-        return first, first + 1, (slice(None), *cut[1:])  # an int beside a list would move the list's axis
-    if isinstance(first, list):
-        return 0, shape[0], cut
-    begin, end, step = first.indices(shape[0])
-    return begin, end, (slice(None, None, step), *cut[1:])
 
 
 def quantize(ggml: Any, type_number: int, values: npt.NDArray[np.float32], target: Bytes) -> None:

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from noodle.errors import ConfigurationError, ModelNotFound, PlanDoesNotFit, UnsupportedModel, WireError
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, Span
-from services.stage.executors.ggml import loading, slice
+from services.stage.executors.ggml import kernels, loading, slice
 from services.stage.executors.kept_weights import HEADER_BYTES, MAGIC
 from services.stage.executors.transformers.loading import load_slice
 from tests.support.models.tiny_model import make_tiny_model
@@ -103,6 +103,20 @@ def test_for_every_type_of_large_weights_it_is_measured_which_way_is_faster(tmp_
         found = load(folder, weights=weights)._tensors.dot_counts
         assert set(found) == {kind}
         assert found[kind] <= set(range(2, 9))
+
+
+def test_what_was_measured_of_a_type_is_kept_for_later_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "packed_weights", lambda _: None)
+    folder = make_tiny_model(tmp_path / "model", "llama", hidden_size=512, intermediate_size=1024)
+    measured = []
+    monkeypatch.setattr(kernels, "_dots_are_faster", lambda _device, _weights, count: measured.append(count) or True)
+    for _ in range(2):
+        found = load(folder, weights="f16", cache_dir=tmp_path / "cache")._tensors.dot_counts
+        assert found == {1: frozenset(range(2, 9))}
+    assert measured == [8]
+    next((tmp_path / "cache" / "ggml").glob("row-counts-*.json")).write_bytes(b"damaged")
+    assert load(folder, weights="f16", cache_dir=tmp_path / "cache")._tensors.dot_counts == found
+    assert measured == [8, 8]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
