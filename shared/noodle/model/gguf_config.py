@@ -32,13 +32,23 @@ READ_KEYS = frozenset({
     "attention.sliding_window_pattern", "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa",
     "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor",
     "rope.scaling.original_context_length", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow", "expert_count", "expert_used_count",
+    "rope.scaling.yarn_beta_slow", "expert_count", "expert_used_count", "expert_gating_func", "nextn_predict_layers",
 })  # fmt: skip
 # keys that repeat what tensors or the tokenizer say, or that only training used
 HINTS = frozenset({
     "vocab_size", "feed_forward_length", "expert_feed_forward_length", "rope.scaling.finetuned", "tensor_data_layout",
-    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_ext_factor", "expert_shared_feed_forward_length", "expert_shared_count",
+    "leading_dense_block_count", "interleave_moe_layer_step",
 })  # fmt: skip
+# keys of config.json here that belong into rope_parameters
+TEMPERATURE_SCALE, YARN_MULTIPLIER = "llama_4_scaling_beta", "mscale_all_dim"
+SOFTMAX_GATING, SIGMOID_GATING = 1, 2  # values of expert_gating_func
+GRANITE_KEYS = {
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+    "logit_scale": "logits_scaling",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,7 @@ class Architecture:
     moe_model_type: str = ""  # if the file has experts; empty: then it is refused
     keys: Mapping[str, str] = field(default_factory=dict)  # further keys -> names in config.json
     values: Mapping[str, Any] = field(default_factory=dict)  # what the architecture implies, unless a key says it
+    gating: int = SOFTMAX_GATING  # what the router's function may be, if the file says it
     epsilon: str = "rms_norm_eps"
     interleaved: bool = False  # dimensions 2i and 2i + 1 of a head rotate together
     windowed: bool = False  # a sliding window applies to all layers
@@ -57,6 +68,24 @@ class Architecture:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "arcee": Architecture("arcee", interleaved=True),
+    # of the first models of this name; later ones with another activation have a fork's type of tensor
+    "bitnet": Architecture("bitnet", values={"hidden_act": "silu"}),
+    "ernie4_5": Architecture("ernie4_5", interleaved=True),
+    "ernie4_5-moe": Architecture("ernie4_5_moe", moe_model_type="ernie4_5_moe", interleaved=True),
+    "exaone4": Architecture("exaone4", window_pattern=4),
+    "gemma": Architecture("gemma"),
+    "glm4moe": Architecture(
+        "glm4_moe",
+        moe_model_type="glm4_moe",
+        keys={
+            "expert_weights_norm": "norm_topk_prob",
+            "expert_weights_scale": "routed_scaling_factor",
+            "expert_group_count": "n_group",
+            "expert_group_used_count": "topk_group",
+        },
+        gating=SIGMOID_GATING,
+    ),
     "gemma2": Architecture(
         "gemma2",
         keys={"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"},
@@ -73,20 +102,35 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt2": Architecture("gpt2", epsilon="layer_norm_epsilon"),
     "granite": Architecture(
         "granite",
-        keys={
-            "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "attention.scale": "attention_multiplier",
-            "logit_scale": "logits_scaling",
-        },
+        moe_model_type="granitemoeshared",
+        keys=GRANITE_KEYS,
         interleaved=True,
     ),
+    "granitemoe": Architecture("granite", moe_model_type="granitemoeshared", keys=GRANITE_KEYS, interleaved=True),
+    "hunyuan-dense": Architecture("hunyuan_v1_dense"),
+    "hunyuan-moe": Architecture("hunyuan_v1_moe", moe_model_type="hunyuan_v1_moe"),
     "llama": Architecture("llama", moe_model_type="mixtral", interleaved=True, windowed=True),
+    "minicpm": Architecture(
+        "granite",
+        keys=GRANITE_KEYS,
+        values={"embedding_multiplier": None, "residual_multiplier": None, "logits_scaling": None},
+        interleaved=True,
+    ),
+    "mistral3": Architecture(
+        "ministral3",
+        keys={"attention.temperature_scale": TEMPERATURE_SCALE, "rope.scaling.yarn_log_multiplier": YARN_MULTIPLIER},
+        interleaved=True,
+    ),
+    "nemotron": Architecture("nemotron", epsilon="norm_eps"),
     "olmo2": Architecture("olmo2"),
+    "olmoe": Architecture("olmoe", moe_model_type="olmoe", values={"norm_topk_prob": False}),
     "phi3": Architecture("phi3", windowed=True),
+    "phimoe": Architecture("phimoe", moe_model_type="phimoe", windowed=True),
     "qwen2": Architecture("qwen2"),
+    "qwen2moe": Architecture("qwen2_moe", moe_model_type="qwen2_moe", values={"norm_topk_prob": False}),
     "qwen3": Architecture("qwen3"),
     "qwen3moe": Architecture("qwen3_moe", moe_model_type="qwen3_moe", values={"norm_topk_prob": True}),
+    "seed_oss": Architecture("seed_oss"),
     "smollm3": Architecture("smollm3", interleaved=True),
     "starcoder2": Architecture("starcoder2", epsilon="norm_epsilon", windowed=True),
 }
@@ -105,6 +149,10 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
     return _Reader(file, architecture).config()
 
 
+def _magnitude(factor: float, by: float = 1.0) -> float:
+    return 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 class _Reader:
     """Reads one file's keys, which are given without their prefix."""
 
@@ -115,7 +163,9 @@ class _Reader:
     def config(self) -> dict[str, Any]:
         row = self._row
         self._check_keys()
-        layers = self._integer("block_count", maximum=MAXIMUM_LAYERS)
+        extra = self._integer("nextn_predict_layers", default=0, minimum=0, maximum=MAXIMUM_LAYERS)
+        # layers that only guess further tokens come last and are left out
+        layers = self._integer("block_count", minimum=extra + 1, maximum=MAXIMUM_LAYERS) - extra
         hidden = self._integer("embedding_length", maximum=MAXIMUM_SIZE)
         vocab_size = self._vocabulary(hidden)
         self._check_layers(layers)
@@ -153,6 +203,9 @@ class _Reader:
         self._add_windows(config, layers)
         if "position_embd.weight" not in self._file.entries:
             config["rope_parameters"] = self._rotary(head_dim, config)
+            for name in (TEMPERATURE_SCALE, YARN_MULTIPLIER):
+                if name in config:
+                    config["rope_parameters"][name] = config.pop(name)
         if model_type in QUERY_SCALARS:
             divided = hidden // heads if layers == QUERY_SCALARS[model_type] else head_dim
             config["query_pre_attn_scalar"] = divided
@@ -170,6 +223,8 @@ class _Reader:
                 continue
             shown = f"{count} values" if count is not None else repr(value)[:60]
             raise self._refused(key, f"is {shown}, which changes the result in a way that noodle does not know")
+        if self._value("expert_gating_func") not in (None, 0, self._row.gating):
+            raise self._refused("expert_gating_func", "is not the one that noodle knows of such a model")
         if self._value("attention.causal") is False:
             raise self._refused("attention.causal", "is false: the model attends to later tokens too")
 
@@ -263,7 +318,9 @@ class _Reader:
                 "rope_type": "yarn",
                 "factor": factor,
                 "original_max_position_embeddings": original,
-                "attention_factor": attention * (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
+                "attention_factor": attention
+                * _magnitude(factor)
+                / _magnitude(factor, config.get(YARN_MULTIPLIER, 0.0)),
                 "beta_fast": self._number("rope.scaling.yarn_beta_fast", 32.0),
                 "beta_slow": self._number("rope.scaling.yarn_beta_slow", 1.0),
             }

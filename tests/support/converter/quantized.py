@@ -24,7 +24,10 @@ Floats = npt.NDArray[np.float32]
 
 # llama.cpp's quantize keeps routers as they are, and what is no matrix
 GGUF_PLAIN = re.compile(r"ffn_gate_inp|_norm\.|\.bias$|position_embd|exp_probs_b|attn_sinks|rope_freqs|ffn_act_")
-FOLDER_PLAIN = re.compile(r"router|gate\.(wg\.)?weight$|shared_expert_gate|norm|\.bias$|\.wpe\.|sinks|layernorm")
+FOLDER_PLAIN = re.compile(
+    r"router|correction_bias|gate\.(wg\.)?weight$|shared_expert_gate|norm|\.bias$|\.wpe\.|sinks|layernorm"
+)
+TRANSPOSED = re.compile(r"^transformer\.h\..*\.c_(attn|proj|fc)\.weight$")  # stored [in, out] by GPT-2
 GATES = re.compile(r"mlp\.gate\.|moe\.gate\.|block_sparse_moe\.gate\.")
 
 
@@ -56,8 +59,9 @@ def rounded_folder(source: Path, target: Path, kind: str) -> Path:
     tensors = load_file(path)
     for key, values in tensors.items():
         if values.ndim > 1 and not FOLDER_PLAIN.search(key) and not GATES.search(key):
-            blocks = _blocks(values, kind)
-            tensors[key] = dequantize(blocks, GGMLQuantizationType[kind]).reshape(values.shape).astype(np.float32)
+            rows = values.T if TRANSPOSED.search(key) else values
+            rounded = dequantize(_blocks(rows, kind), GGMLQuantizationType[kind]).reshape(rows.shape)
+            tensors[key] = np.ascontiguousarray(rounded.T if TRANSPOSED.search(key) else rounded, np.float32)
     save_file(tensors, path, {"format": "pt"})
     return target
 

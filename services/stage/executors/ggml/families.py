@@ -319,7 +319,7 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
         )
     ),
     "qwen3_moe": GgmlFamily(experts=ExpertFamily(QWEN_EXPERTS, normalised="norm_topk_prob")),
-    "seed_oss": GgmlFamily(),
+    "seed_oss": GgmlFamily(gguf_modules={"feed_forward_norm": "post_attention_norm"}),
     "smollm3": GgmlFamily(),
     "stablelm": GgmlFamily(
         modules={

@@ -105,6 +105,8 @@ def load_ggml_slice(
     if weights_note:
         log.info("layers %d to %d of %s: %s", start_layer, end_layer - 1, model.name, weights_note)
     blocks["rotary"] = _rotary_block(shape, start_layer, end_layer)
+    if shape.query_growth:
+        blocks["query_scales"] = _query_scales_block(shape)
     loaded = GgmlTensors(device, blocks)
     packed = frozenset(loaded.by_block[block][name] for block, name in packed_names)
     key_type = KV_TYPE_NUMBERS[kv_dtype]
@@ -183,6 +185,15 @@ def _rotary_block(shape: ModelShape, start_layer: int, end_layer: int) -> Weight
     return WeightBlock(tuple(layouts), memory.reshape(-1).view(np.uint8))
 
 
+def _query_scales_block(shape: ModelShape) -> WeightBlock:
+    """The factor of q at each position, which grows each time that another `growth_length` positions have passed."""
+    passed = np.arange(shape.maximum_positions) // shape.growth_length
+    scales = (1 + shape.query_growth * np.log1p(passed)).astype(np.float32)
+    memory = own_memory(scales.nbytes)
+    memory[:] = scales.view(np.uint8)
+    return WeightBlock((TensorLayout("scales", 0, (1, shape.maximum_positions), 0, scales.nbytes),), memory)
+
+
 def _weights(blocks: dict[str, dict[str, int]], shape: ModelShape, start_layer: int, end_layer: int) -> dict[str, Any]:
     embedding = blocks.get("embedding", {}).get("embedding.weight", 0)
     ties_head = end_layer == shape.layer_count and shape.tied
@@ -192,6 +203,7 @@ def _weights(blocks: dict[str, dict[str, int]], shape: ModelShape, start_layer: 
         "positions": blocks.get("positions", {}).get("positions.weight", 0),
         "final_norm": blocks.get("final_norm", {}),
         "head": {**({"head.weight": embedding} if ties_head else {}), **blocks.get("head", {})},
+        "query_scales": blocks.get("query_scales", {}).get("scales", 0),
         "frequency_factors": tuple(
             blocks["rotary"][str(number - start_layer)] if shape.rotaries[number] is not None else 0
             for number in range(start_layer, end_layer)

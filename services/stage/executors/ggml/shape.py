@@ -61,6 +61,8 @@ class ModelShape:
     windows: tuple[int, ...]  # 0 means none
     rotaries: tuple[Rotary | None, ...]
     parallel: bool  # attention and feed-forward part both start from the layer's input
+    query_growth: float  # of q with the logarithm of the position in units of `growth_length`; 0 means none
+    growth_length: int
     interleaved: bool  # which dimensions of a head rotate together, as GgmlFamily has it
     tied: bool
     maximum_positions: int
@@ -108,6 +110,7 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
     latent = _latent(config) if family.latent else None
     rotary_dim = latent.rotary_dim if latent else head_dim
     router = family.experts or NO_EXPERTS
+    parameters = config.get("rope_parameters") or {}
     experts = int(config.get("num_local_experts") or 0) if family.experts else 0
     normalised = router.normalised
     if family.attention_scale:
@@ -142,6 +145,8 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
         windows=_windows(config, family, layer_count),
         rotaries=_rotaries(config, family, layer_count, rotary_dim, context_length),
         parallel=bool(config[family.parallel] if isinstance(family.parallel, str) else family.parallel),
+        query_growth=float(parameters.get("llama_4_scaling_beta") or 0.0),
+        growth_length=int(parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]),
         interleaved=bool(config.get("rope_interleave", family.interleaved)),
         tied=bool(config["tie_word_embeddings"]),
         maximum_positions=int(config["max_position_embeddings"]),

@@ -160,7 +160,7 @@ class GgmlSlice(KvCache[GgmlRows]):
 
     def _open(self, spans: tuple[Span, ...]) -> list[GgmlRows]:
         """Rows of each span's session; nothing is reserved if one is refused."""
-        if self._tensors.positions:
+        if self._tensors.positions or self._tensors.query_scales:
             last = max(span.first_position + span.token_count for span in spans) - 1
             if last >= self._shape.maximum_positions:
                 raise WireError(f"position {last} came, and this model has {self._shape.maximum_positions}.")

@@ -93,7 +93,7 @@ def packed_attention(
     """
     spans: list[AttentionSpan] = getattr(module, _ATTRIBUTE).spans
     layer: int = module.layer_idx  # type: ignore[assignment]
-    options = _Options(scaling, sliding_window, softcap, s_aux)
+    options = _Options(scaling, sliding_window or _masked_window(module), softcap, s_aux)
     outputs = []
     for span in spans:
         own_query, own_key, own_value = query, key, value
@@ -103,6 +103,14 @@ def packed_attention(
         keys, values = span.rows.write(layer, span.first_position, own_key, own_value)
         outputs.append(_attend(span, own_query, keys, values, options))
     return (torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]), None
+
+
+def _masked_window(module: torch.nn.Module) -> int | None:
+    """The window of a layer whose family puts it in the mask, and does not pass it to its attention."""
+    config: Any = module.config
+    if config.model_type == "phimoe":
+        return config.sliding_window  # type: ignore[no-any-return]
+    return getattr(module, "sliding_window", None) if config.model_type == "qwen2_moe" else None
 
 
 def _attend(

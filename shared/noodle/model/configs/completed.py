@@ -129,7 +129,13 @@ def _rope_parameters(whole: dict[str, Any], given: dict[str, Any], model_type: s
 def _standard(parameters: dict[str, Any], whole: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     """One mapping of parameters with transformers' spelling and defaults."""
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if model_type == "phi3" and kind in ("su", "yarn"):  # names of longrope in Phi-3's first configs
+    if model_type.startswith("hunyuan") and kind == "dynamic" and parameters.get("alpha"):
+        # a fixed base in place of frequencies that depend on a session's length
+        dimensions = int(whole["head_dim"])
+        base = float(parameters.get("rope_theta") or whole["rope_theta"])
+        parameters = {"rope_theta": base * float(parameters["alpha"]) ** (dimensions / (dimensions - 2))}
+        kind = "default"
+    if model_type in ("phi3", "phimoe") and kind in ("su", "yarn"):  # names of longrope in Phi-3's first configs
         kind = "longrope"
     parameters["rope_type"] = kind
     parameters.setdefault("rope_theta", whole.get("rope_theta", 10_000.0))

@@ -261,6 +261,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ministral3": {
         **LLAMA,
         "vocab_size": 131072,
+        "intermediate_size": 14336,
         "num_hidden_layers": 34,
         "num_key_value_heads": 8,
         "head_dim": 128,

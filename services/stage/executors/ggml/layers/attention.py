@@ -30,6 +30,10 @@ class Attention:
         self._counts = counts
         self.slots = SlotTensors()
         self._attended = 0  # shared by all layers: every span's attention is written into its place here
+        self._query_scales = 0
+        if self._tensors.query_scales:
+            scales = self._call("get_rows", self._tensors.query_scales, positions)
+            self._query_scales = self._call("reshape_3d", scales, 1, 1, sum(counts))
         self._masks: dict[tuple[int, int], int] = {}  # by span and window
         padding = max(self._attended_rows(count) - count for count in counts)
         if len(counts) > 1 or padding:
@@ -45,6 +49,9 @@ class Attention:
             query, key, value = self._latent_query_key(tensor, number, weights, latent)
         else:
             query, key, value = self._query_key_value(tensor, number, weights)
+        if self._query_scales:
+            scaled = self._call("mul", self._heads(query, self._shape.heads), self._query_scales)
+            query = _Rows(scaled, 0, self._shape.heads * self._shape.head_dim * ITEM_BYTES)
         slots.add_layer()
         begin = attended = 0
         for index, count in enumerate(self._counts):

@@ -36,6 +36,7 @@ class SliceTensors:
     final_norm: dict[str, int]
     head: dict[str, int]
     frequency_factors: tuple[int, ...]  # by layer; 0 without rotary positions
+    query_scales: int  # factor of q at each position; 0 if it is always 1
     pairing: int  # NEOX or INTERLEAVED
     key_type: int  # of K and V
     row_bytes: int  # of a token's K in one layer

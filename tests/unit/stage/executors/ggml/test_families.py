@@ -176,7 +176,7 @@ def test_slices_of_both_executors_make_one_pipeline(kinds, tmp_path):
     ("config", "named"),
     [
         ({"model_type": "biogpt"}, "biogpt"),
-        ({"model_type": "llama", "hidden_act": "relu2"}, "relu2"),
+        ({"model_type": "llama", "hidden_act": "mish"}, "mish"),
         ({"model_type": "llama", "rope_scaling": {"type": "dynamic"}}, "dynamic"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "by layer"),
     ],

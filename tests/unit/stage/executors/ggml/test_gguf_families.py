@@ -5,10 +5,17 @@ import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from tests.support.converter.converter import convert
-from tests.support.converter.gguf_models import make_gguf_model
+from tests.support.converter.gguf_models import GGUF_FAMILIES, VOCAB_SIZE, convert_model, make_gguf_model
 from tests.support.converter.quantized import quantized_gguf, rounded_folder
+from tests.support.sampling import sampled
 from tests.support.stages.executors import need_ggml
+from tests.support.stages.slice_pipeline import (
+    STEPS,
+    SlicePipeline,
+    random_sessions,
+    relative_difference,
+    unsplit_logits,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +26,8 @@ def ggml_is_here():
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
 def test_a_rounded_folder_holds_the_values_of_the_quantised_file(kind, tmp_path):
     folder = make_gguf_model(tmp_path / "model", "mixtral")
-    quantised = quantized_gguf(convert(folder, tmp_path / "f32.gguf"), tmp_path / "quantised.gguf", kind)
-    rounded = convert(rounded_folder(folder, tmp_path / "rounded", kind), tmp_path / "rounded.gguf")
+    quantised = quantized_gguf(convert_model(folder, tmp_path / "f32.gguf"), tmp_path / "quantised.gguf", kind)
+    rounded = convert_model(rounded_folder(folder, tmp_path / "rounded", kind), tmp_path / "rounded.gguf")
     expected = {tensor.name: tensor.data for tensor in GGUFReader(rounded).tensors}
     tensors = GGUFReader(quantised).tensors
     assert len(tensors) == len(expected)
@@ -28,3 +35,46 @@ def test_a_rounded_folder_holds_the_values_of_the_quantised_file(kind, tmp_path)
     for tensor in tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
         assert np.array_equal(values.reshape(-1), expected[tensor.name].reshape(-1)), tensor.name
+
+
+BOUND = 1e-4  # of the largest logit
+STORED_BOUND = 1e-3  # with ggml's table for GELU, which is float16
+QUANTISED_BOUND = 0.15
+QUANTISED = [(model_type, kind) for model_type in GGUF_FAMILIES for kind in ("Q8_0", "Q4_K")]
+SAMPLE = [("qwen3_moe", "Q4_K"), ("llama", "Q8_0"), ("glm4_moe", "Q4_K")]
+LENGTHS = (23, 9, 14)
+CUTS = (0, 2, 3, 6)
+
+
+def typical_difference(got, expected):
+    """The median over tokens: where two experts are nearly equal, rounding may choose another one for a token."""
+    each = [np.abs(g - e).max(axis=1) / np.abs(e).max() for g, e in zip(got, expected, strict=True)]
+    return float(np.median(np.concatenate(each)))
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("model_type", GGUF_FAMILIES)
+def test_a_file_of_float32_gives_the_logits_of_transformers(model_type, tmp_path):
+    folder = make_gguf_model(tmp_path / "model", model_type)
+    path = convert_model(folder, tmp_path / "model.gguf")
+    sessions = random_sessions(LENGTHS, VOCAB_SIZE)
+    expected = unsplit_logits(folder, sessions)
+    for weights, bound in (("f32", BOUND), ("stored", STORED_BOUND)):
+        got = SlicePipeline(path, CUTS, executor="ggml", weights=weights).run(sessions, STEPS)
+        assert relative_difference(got, expected) < bound, weights
+
+
+@pytest.mark.family
+@sampled(("model_type", "kind"), QUANTISED, SAMPLE)
+def test_quantised_files_give_the_logits_of_transformers_with_the_values_of_their_blocks(model_type, kind, tmp_path):
+    folder = make_gguf_model(tmp_path / "model", model_type)
+    plain = convert_model(folder, tmp_path / "f32.gguf")
+    path = quantized_gguf(plain, tmp_path / "quantised.gguf", kind)
+    rounded = rounded_folder(folder, tmp_path / "rounded", kind)
+    sessions = random_sessions(LENGTHS, VOCAB_SIZE)
+    expected = unsplit_logits(rounded, sessions)
+    got = SlicePipeline(path, CUTS, executor="ggml", weights="f32").run(sessions, STEPS)
+    assert relative_difference(got, expected) < BOUND
+    # activations are rounded to 8 bits before they meet quantised weights
+    got = SlicePipeline(path, CUTS, executor="ggml", weights="stored").run(sessions, STEPS)
+    assert typical_difference(got, expected) < QUANTISED_BOUND
