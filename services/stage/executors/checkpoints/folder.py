@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from noodle.errors import ModelNotFound
+from noodle.errors import ModelNotFound, UnsupportedModel
 from noodle.model.ggml_types import GGML_TYPES
-from noodle.model.quantization import Quantization, WeightScheme, matrix_name
+from noodle.model.quantization import CURE, Quantization, WeightScheme, matrix_name
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, nothing_to_fetch
 from services.stage.executors.checkpoints.codebooks import TYPES, BitsAndBytes4Matrix, Mxfp4Matrix
@@ -34,6 +34,8 @@ UNUSED_SUFFIXES = (
     ".weight_format", ".input_scale", ".output_scale", ".activation_scale", ".input_scale_ub", ".input_zero_point",
     ".k_scale", ".v_scale", ".q_scale", ".qscale_act",
 )  # fmt: skip
+
+ACTIVATION_SCALES = ".act.scales"  # of AWQ for families whose activation lies before no norm
 
 
 class _Stored:
@@ -72,6 +74,11 @@ class QuantizedFolder:
         fetch: Fetch = nothing_to_fetch,
     ) -> None:
         self._files = SafetensorsFolder(folder)
+        scaled = next((key for key in self._files.file_by_key if key.endswith(ACTIVATION_SCALES)), None)
+        if scaled is not None:
+            raise UnsupportedModel(
+                f"{folder} divides activations by {scaled}, which noodle does not compute.", cure=CURE
+            )
         self._stored = _Stored(self._files)
         self._quantization = quantization
         self._is_exact = is_exact or as_float32

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from noodle.errors import NoodleError
+from noodle.errors import NoodleError, UnsupportedModel
 from noodle.model.quantization import Quantization, read_quantization
 from services.stage.executors.checkpoints.folder import QuantizedFolder
 from services.stage.executors.checkpoints.numbers import SMALL_FLOATS
@@ -200,3 +200,8 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(NoodleError, match=r"not a complete safetensors file: .* lies beyond the end of the file"):
         QuantizedFolder(tmp_path, Quantization("gptq", GPTQ))
+
+
+def test_awq_that_scales_activations_is_refused_by_the_tensor(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"divides activations by m\.act\.scales"):
+        folder_of(tmp_path, {"m.act.scales": torch.ones(4)}, quant_method="awq")
