@@ -2,7 +2,8 @@
 
 `equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml` and `side-by-side=ggml` compute with ggml; `kills=ggml,3`
 makes 3 kills of each kind; `soak=3` runs for 3 minutes instead of 15; `peers=FOLDER` names the folder of llama.cpp's
-programs, `checkout=FOLDER` another checkout to compare with; both run only when named.
+programs, `files=FOLDER,FILE` that and a GGUF file, `checkout=FOLDER` another checkout to compare with; these run only
+when named.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tests.measure.performance import (
     checkouts,
     containers,
     engine,
+    files,
     kernels,
     peers,
     sampling,
@@ -45,7 +47,7 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "kernels": kernels.measure,
     "containers": containers.measure,
 }
-ONLY_NAMED = {"peers": peers.measure, "checkout": checkouts.measure}
+ONLY_NAMED = {"peers": peers.measure, "files": files.measure, "checkout": checkouts.measure}
 
 
 def main() -> int:
