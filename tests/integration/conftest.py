@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from tests.support.models.real_model import real_model_folder
+from tests.support.models.real_model import real_model_file, real_model_folder
 from tests.support.processes.cluster import running_cluster, wait_until
 from tests.support.stages.executors import exactly
 
@@ -50,11 +50,11 @@ def keyed(shared, tiny_folder):
 
 @pytest.fixture(scope="session")
 def real_cluster(shared):
-    """Two stages of the real model."""
-    return shared(real_model_folder())
+    """Two stages of the real model's file."""
+    return shared(real_model_file())
 
 
 @pytest.fixture(scope="session")
-def real_ggml_cluster(shared):
-    """Two stages of the real model, computed by ggml."""
-    return shared(real_model_folder(), **exactly("ggml"))
+def real_transformers_cluster(shared):
+    """Two stages of the real model, computed by transformers."""
+    return shared(real_model_folder(), **exactly("transformers"))

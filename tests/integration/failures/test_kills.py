@@ -23,9 +23,9 @@ def undisturbed(real_cluster):
 
 
 @pytest.fixture(scope="module")
-def undisturbed_ggml(real_ggml_cluster):
+def undisturbed_transformers(real_transformers_cluster):
     """The same with ggml."""
-    return [stream.tokens for stream in run_streams(real_ggml_cluster, "undisturbed", None)]
+    return [stream.tokens for stream in run_streams(real_transformers_cluster, "undisturbed", None)]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,11 @@ def test_every_request_ends_with_its_own_tokens(real_cluster, undisturbed, whole
 
 
 @pytest.mark.parametrize("kind", ["stage 0", "stage 1", "coordinator", "all of machine A"])
-def test_every_request_ends_with_its_own_tokens_where_ggml_computes(real_ggml_cluster, undisturbed_ggml, whole, kind):
-    kill = killer(real_ggml_cluster, kind)
-    check_that_all_end_well(real_ggml_cluster, kind.replace(" ", "-"), kill, undisturbed_ggml, whole)
+def test_every_request_ends_with_its_own_tokens_where_transformers_computes(
+    real_transformers_cluster, undisturbed_transformers, whole, kind
+):
+    kill = killer(real_transformers_cluster, kind)
+    check_that_all_end_well(real_transformers_cluster, kind.replace(" ", "-"), kill, undisturbed_transformers, whole)
 
 
 @sampled("number", range(2), (0,))

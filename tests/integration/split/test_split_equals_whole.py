@@ -31,8 +31,8 @@ def test_greedy_tokens_equal_those_of_the_unsplit_model(stages, whole, drawn_tex
         check_that_the_split_changes_nothing(cluster, whole, drawn_texts)
 
 
-def test_greedy_tokens_of_ggml_equal_those_of_the_unsplit_model(real_ggml_cluster, whole, drawn_texts):
-    check_that_the_split_changes_nothing(real_ggml_cluster, whole, drawn_texts)
+def test_greedy_tokens_by_transformers_equal_those_of_the_unsplit_model(real_transformers_cluster, whole, drawn_texts):
+    check_that_the_split_changes_nothing(real_transformers_cluster, whole, drawn_texts)
 
 
 def check_that_the_split_changes_nothing(cluster, whole, drawn_texts):
