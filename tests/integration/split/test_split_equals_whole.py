@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.models.equality import assert_equal_or_tied
 from tests.support.models.prompts import PROMPTS
-from tests.support.models.real_model import real_model_folder
+from tests.support.models.real_model import real_model_file, real_model_folder
 from tests.support.models.whole_model import WholeModel
 from tests.support.processes.cluster import running_cluster
 
@@ -27,7 +27,7 @@ def drawn_texts():
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_greedy_tokens_equal_those_of_the_unsplit_model(stages, whole, drawn_texts, tmp_path):
-    with running_cluster(tmp_path / "state", real_model_folder(), stages) as cluster:
+    with running_cluster(tmp_path / "state", real_model_file(), stages) as cluster:
         check_that_the_split_changes_nothing(cluster, whole, drawn_texts)
 
 
