@@ -22,9 +22,7 @@ HEADS = ["vocabulary", "tokens", "texts equal", "load s", "more MB", "at its pea
 def measure() -> Section:
     """Load each vocabulary in a process of its own; times are of the processor."""
     section = Section("vocabularies", "Vocabularies of GGUF files")
-    section.say(
-        f"Seconds are of the processor, header included; encode and decode are of {CHARACTERS:,} characters, the texts repeated."
-    )
+    section.say(f"Seconds of the processor, with the header; encode and decode {CHARACTERS:,} characters.")
     rows = []
     for name in NAMES:
         command = [sys.executable, "-m", __name__, str(llama_cpp_models() / f"ggml-vocab-{name}.gguf")]
