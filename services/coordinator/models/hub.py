@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -23,9 +23,10 @@ from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, StartError, UnsupportedModel
 from noodle.folders import DISK_ERRORS, not_writable, write_atomically
 from noodle.model.files import INDEX_NAME
-from noodle.model.gguf import part_paths
-from services.coordinator.models.hub_download import HubFile, bytes_here, download
+from noodle.model.gguf import part_paths, read_part
+from services.coordinator.models.hub_download import HubFile, begin_with, bytes_here, download
 from services.coordinator.models.hub_gguf import choose_gguf
+from services.coordinator.models.hub_headers import fetch_headers
 from services.coordinator.models.locks import CACHE_VARIABLE, locked
 from services.coordinator.models.progress import ReportProgress, at_intervals
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GGUF, SAFETENSORS = ".gguf", ".safetensors"
+HEADERS_FOLDER = "headers"  # in the folder of a commit
 GGUF_FOLDER = "gguf"  # below the hub's folder in the cache: a folder for each repository, in it one for each commit
 LIST_TIMEOUT_SECONDS = 20  # for the list of files; the download has huggingface_hub's own timeouts
 POLL_SECONDS = 0.5
@@ -51,10 +53,11 @@ def is_hub_id(model: str) -> bool:
     return HUB_ID.fullmatch(model) is not None
 
 
-def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Path:
+def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress, *, is_whole: bool = True) -> Path:
     """Fetch `org/name[@revision][:format or file.gguf]` unless it is cached.
 
-    Returns the folder with safetensors, or the GGUF file (of a split one its first part). Raises StartError.
+    Returns the folder with safetensors, or the GGUF file (of a split one its first part). Unless `is_whole`, the GGUF
+    file may be one that `hub_headers` wrote, without its tensors. Raises StartError.
     """
     hub_dir = cache_dir / "hub"
     record_path = hub_dir / f"{quote(model, safe='@')}.json"
@@ -75,7 +78,15 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress) -> Pat
         hub_dir.mkdir(parents=True, exist_ok=True)
         has_gguf, has_safetensors = (any(name.lower().endswith(end) for name in files) for end in (GGUF, SAFETENSORS))
         if match["file"] or (has_gguf and not has_safetensors):
-            found = _fetch_gguf(info, choose_gguf(files, match["file"] or "", model), hub_dir, progress)
+            names = choose_gguf(files, match["file"] or "", model)
+            folder = hub_dir / GGUF_FOLDER / info.id.replace("/", "--") / (info.sha or "main")
+            folder.mkdir(parents=True, exist_ok=True)
+            parts = _hub_files(info, names)
+            with locked(folder / "lock", progress):
+                headers = fetch_headers(parts, folder / HEADERS_FOLDER)  # refuses what noodle does not run
+                if not is_whole:
+                    return headers
+                found = _fetch_gguf(parts, headers, folder, progress)
         else:
             found = _fetch_folder(model, info, match["revision"], hub_dir, progress)
         try:
@@ -102,8 +113,7 @@ def _fetch_folder(model: str, info: ModelInfo, revision: str | None, hub_dir: Pa
     return Path(snapshot)
 
 
-def _fetch_gguf(info: ModelInfo, names: tuple[str, ...], hub_dir: Path, progress: ReportProgress) -> Path:
-    """Download the parts of a GGUF file, each of which may be there already; returns the first."""
+def _hub_files(info: ModelInfo, names: tuple[str, ...]) -> list[HubFile]:
     from huggingface_hub import hf_hub_url
 
     siblings = {file.rfilename: file for file in info.siblings or []}
@@ -112,25 +122,25 @@ def _fetch_gguf(info: ModelInfo, names: tuple[str, ...], hub_dir: Path, progress
         entry = siblings[name]
         digest = entry.lfs.sha256 if entry.lfs else entry.blob_id
         files.append(HubFile(name, hf_hub_url(info.id, name, revision=info.sha), entry.size or 0, digest or ""))
-    folder = hub_dir / GGUF_FOLDER / info.id.replace("/", "--") / (info.sha or "main")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / PurePosixPath(name).name for name in names]
-    with locked(folder / "lock", progress):
-        here_bytes = sum(bytes_here(path) for path in paths)
-        total_bytes = sum(file.byte_count for file in files)
-        _require_room(names[0], hub_dir, total_bytes - here_bytes)
-        before_bytes = 0
-        report = at_intervals(progress)
-        for file, path in zip(files, paths, strict=True):
-            if not path.is_file():  # it gets this name when it is whole
-                download(
-                    file,
-                    path,
-                    lambda done, file=file, before=before_bytes: report(  # type: ignore[misc]
-                        StoreProgress("download", file.name, before + done, total_bytes)
-                    ),
-                )
-            before_bytes += file.byte_count
+    return files
+
+
+def _fetch_gguf(files: list[HubFile], headers: Path, folder: Path, progress: ReportProgress) -> Path:
+    """Download the parts of a GGUF file, each of which may be there already; returns the first."""
+    paths = [folder / header.name for header in part_paths(headers)]
+    for header, path in zip(part_paths(headers), paths, strict=True):
+        begin_with(path, header, read_part(header).byte_count)
+    total_bytes, before_bytes = sum(file.byte_count for file in files), 0
+    _require_room(files[0].name, folder, total_bytes - sum(map(bytes_here, paths)))
+    report = at_intervals(progress)
+    for file, path in zip(files, paths, strict=True):
+        if not path.is_file():  # it gets this name when it is whole
+
+            def tell(done: int, file: HubFile = file, before: int = before_bytes) -> None:
+                report(StoreProgress("download", file.name, before + done, total_bytes))
+
+            download(file, path, tell)
+        before_bytes += file.byte_count
     return paths[0]
 
 

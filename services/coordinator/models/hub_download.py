@@ -6,9 +6,10 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+
+import msgspec
 
 from noodle.errors import ModelNotFound
 
@@ -24,8 +25,7 @@ RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 PARTIAL_SUFFIX = ".partial"
 
 
-@dataclass(frozen=True, slots=True)
-class HubFile:
+class HubFile(msgspec.Struct, frozen=True):
     """One file of a repository at one commit."""
 
     name: str
@@ -58,6 +58,13 @@ def download(file: HubFile, path: Path, progress: Callable[[int], None]) -> None
     )
 
 
+def begin_with(path: Path, other: Path, byte_count: int) -> None:
+    """Let the `download` of a file begin with bytes of another, unless some of it are here."""
+    if not bytes_here(path):
+        with other.open("rb") as file, path.with_name(path.name + PARTIAL_SUFFIX).open("wb") as partial:
+            partial.write(file.read(byte_count))
+
+
 def bytes_here(path: Path) -> int:
     """Number of bytes of a file that an earlier `download` left here."""
     for each in (path, path.with_name(path.name + PARTIAL_SUFFIX)):
@@ -78,37 +85,48 @@ def _fetch_rest(file: HubFile, partial: Path, progress: Callable[[int], None]) -
         while piece := out.read(PIECE_BYTES):
             digest.update(piece)
             progress(out.tell())
-        done_bytes, wait_seconds, last_seconds = out.tell(), RETRY_FIRST_SECONDS, time.monotonic()
-        while done_bytes < file.byte_count:
-            try:
-                for piece in _pieces(file, done_bytes):
-                    out.write(piece)
-                    digest.update(piece)
-                    done_bytes += len(piece)
-                    progress(done_bytes)
-                    wait_seconds, last_seconds = RETRY_FIRST_SECONDS, time.monotonic()
-            except _Cut as cut:
-                if time.monotonic() - last_seconds > GIVE_UP_SECONDS:
-                    raise ModelNotFound(
-                        f"{file.name} could not be fetched from the hub beyond byte {done_bytes} of {file.byte_count} "
-                        f"for {GIVE_UP_SECONDS:.0f} s ({cut}).",
-                        cure="Start again when the hub can be reached: the download goes on where it stopped.",
-                    ) from cut
-                log.info("%s: %s; asking for the rest from byte %d", file.name, cut, done_bytes)
-                time.sleep(wait_seconds)
-                wait_seconds = min(wait_seconds * 2, RETRY_LAST_SECONDS)
+        for piece in fetch_range(file, out.tell(), file.byte_count):
+            out.write(piece)
+            digest.update(piece)
+            progress(out.tell())
     return digest.hexdigest()
 
 
-def _pieces(file: HubFile, first: int) -> Iterator[bytes]:
-    """Yield the bytes of a file from `first` on; raises _Cut if they end early."""
+def fetch_range(file: HubFile, first: int, end: int, give_up_seconds: float | None = None) -> Iterator[bytes]:
+    """Yield the bytes [first, end) of a file; what is missing after a cut is asked for again.
+
+    Raises ModelNotFound after `give_up_seconds` (GIVE_UP_SECONDS) without a byte, and the errors of huggingface_hub for
+    refusals that stay.
+    """
+    limit_seconds = GIVE_UP_SECONDS if give_up_seconds is None else give_up_seconds
+    done, wait_seconds, last_seconds = first, RETRY_FIRST_SECONDS, time.monotonic()
+    while done < end:
+        try:
+            for piece in _pieces(file, done, end):
+                done += len(piece)
+                yield piece
+                wait_seconds, last_seconds = RETRY_FIRST_SECONDS, time.monotonic()
+        except _Cut as cut:
+            if time.monotonic() - last_seconds > limit_seconds:
+                raise ModelNotFound(
+                    f"{file.name} could not be fetched from the hub beyond byte {done} of {file.byte_count} for "
+                    f"{limit_seconds:.0f} s ({cut}).",
+                    cure="Start again when the hub can be reached: the download goes on where it stopped.",
+                ) from cut
+            log.info("%s: %s; asking for the rest from byte %d", file.name, cut, done)
+            time.sleep(wait_seconds)
+            wait_seconds = min(wait_seconds * 2, RETRY_LAST_SECONDS)
+
+
+def _pieces(file: HubFile, first: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes [first, end) of a file; raises _Cut if they end early."""
     # not imported above: the hub's client takes half a second to import
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-    headers = {**build_hf_headers(), "Range": f"bytes={first}-", "Accept-Encoding": "identity"}
-    left = file.byte_count - first
+    headers = {**build_hf_headers(), "Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
+    left = end - first
     try:
         with get_session().stream("GET", file.url, headers=headers, timeout=SILENCE_SECONDS) as answer:
             if answer.status_code in RETRIED_STATUSES:
@@ -121,10 +139,12 @@ def _pieces(file: HubFile, first: int) -> Iterator[bytes]:
                 wanted = piece[skipped : skipped + left]
                 skipped = max(0, skipped - len(piece))
                 left -= len(wanted)
-                yield wanted
+                if wanted:
+                    yield wanted
+                if not left:
+                    return
     except HfHubHTTPError:
         raise
     except HTTPError as error:
         raise _Cut(f"the connection was lost ({type(error).__name__}: {error})") from error
-    if left:
-        raise _Cut("the connection ended early")
+    raise _Cut("the connection ended early")

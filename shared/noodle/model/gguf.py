@@ -135,7 +135,7 @@ def read_gguf(path: Path) -> GgufFile:
 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, parts: tuple[Path, ...], _stamps: tuple[tuple[int, int, int], ...]) -> GgufFile:
-    headers = [_read_part(part) for part in parts]
+    headers = [read_part(part) for part in parts]
     metadata = headers[0].metadata
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
@@ -163,13 +163,15 @@ def _read(path: Path, parts: tuple[Path, ...], _stamps: tuple[tuple[int, int, in
 
 
 @dataclass(frozen=True)
-class _Header:
+class GgufHeader:
+    """What stands before the tensors of one file, which ends at `byte_count`."""
+
     metadata: dict[str, Any]
     entries: dict[str, TensorEntry]
     byte_count: int
 
 
-def _check_split(path: Path, parts: tuple[Path, ...], headers: list[_Header]) -> None:
+def _check_split(path: Path, parts: tuple[Path, ...], headers: list[GgufHeader]) -> None:
     for number, (part, header) in enumerate(zip(parts, headers, strict=True)):
         count = header.metadata.get("split.count", 1)
         if count in (0, 1) and len(parts) == 1:
@@ -187,7 +189,8 @@ def _check_split(path: Path, parts: tuple[Path, ...], headers: list[_Header]) ->
             )
 
 
-def _read_part(path: Path) -> _Header:
+def read_part(path: Path) -> GgufHeader:
+    """Read the header of one file. Raises ModelNotFound or UnsupportedModel."""
     try:
         with path.open("rb") as file:
             return _HeaderReader(path, file).read()
@@ -209,7 +212,7 @@ class _HeaderReader:
         self._data = bytearray()
         self._at = 0
 
-    def read(self) -> _Header:
+    def read(self) -> GgufHeader:
         start = self._file.read(len(LFS_MAGIC))
         self._file.seek(0)
         if start.startswith(LFS_MAGIC):
@@ -233,7 +236,7 @@ class _HeaderReader:
             metadata[key] = self._value(self._number("I"), key)
         return self._with_tensors(metadata, tensor_count)
 
-    def _with_tensors(self, metadata: dict[str, Any], tensor_count: int) -> _Header:
+    def _with_tensors(self, metadata: dict[str, Any], tensor_count: int) -> GgufHeader:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
             raise self._broken(f"its alignment is {alignment!r}, not a power of two from 8")
@@ -256,7 +259,7 @@ class _HeaderReader:
         for (name, entry), (other, following) in itertools.pairwise(in_order):
             if entry.first_byte + entry.byte_count > following.first_byte:
                 raise self._broken(f"tensors {name} and {other} overlap")
-        return _Header(metadata, entries, data_start if entries else self._at)
+        return GgufHeader(metadata, entries, data_start if entries else self._at)
 
     def _tensor(self) -> tuple[str, TensorEntry]:
         name = self._text(MAXIMUM_NAME_BYTES)

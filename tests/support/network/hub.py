@@ -26,8 +26,8 @@ class Hub:
     files: dict[str, bytes]
     status: int = 200
     error_code: str = ""
-    cut_after: list[int] = field(default_factory=list)  # bytes after which each of the next file answers is cut
-    silent_after: list[int] = field(default_factory=list)  # bytes after which each of the next file answers stops
+    cut_after: list[int | None] = field(default_factory=list)  # bytes after which the next file answers are cut
+    silent_after: list[int | None] = field(default_factory=list)  # bytes after which the next file answers stop
     busy: int = 0  # how many of the next file answers are 503
     knows_ranges: bool = True
     sent_instead: dict[str, list[bytes]] = field(default_factory=dict)  # other bytes than it lists, one for an answer
@@ -103,8 +103,8 @@ def make_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if not body:
                 return
             cut = hub.cut_after.pop(0) if is_file and hub.cut_after else None
-            if is_file and hub.silent_after:
-                self.wfile.write(content[: hub.silent_after.pop(0)])
+            if is_file and hub.silent_after and (stop := hub.silent_after.pop(0)) is not None:
+                self.wfile.write(content[:stop])
                 self.rfile.read(1)  # until the client leaves
                 return
             self.wfile.write(content[:cut])
