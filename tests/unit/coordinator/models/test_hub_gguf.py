@@ -115,9 +115,9 @@ def test_a_second_start_asks_the_hub_nothing(hub: Hub, tmp_path: Path) -> None:
 
 def test_another_name_of_a_file_that_is_here_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     prepare_model(MODEL, tmp_path, silent)
+    hub.fetched.clear()
     prepare_model("org/tiny:tiny-Q4_K_M.gguf", tmp_path, silent)
-    assert set(hub.fetched) == {"tiny-Q4_K_M.gguf"}
-    assert hub.sent_bytes <= len(content) + HEADER_BYTES  # at most the header is fetched twice
+    assert hub.fetched == []
 
 
 def test_a_download_goes_on_after_each_cut_and_a_busy_hub(hub: Hub, tmp_path: Path, content: bytes) -> None:
