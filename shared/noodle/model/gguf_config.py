@@ -58,6 +58,7 @@ class Architecture:
     model_type: str
     moe_model_type: str = ""  # if the file has experts; empty: then it is refused
     keys: Mapping[str, str] = field(default_factory=dict)  # further keys -> names in config.json
+    by_layer: Mapping[str, str] = field(default_factory=dict)  # keys without prefix, of a number for each layer
     values: Mapping[str, Any] = field(default_factory=dict)  # what the architecture implies, unless a key says it
     gating: int = SOFTMAX_GATING  # what the router's function may be, if the file says it
     epsilon: str = "rms_norm_eps"
@@ -68,6 +69,9 @@ class Architecture:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "apertus": Architecture(
+        "apertus", by_layer={f"xielu.{name}": f"xielu_{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")}
+    ),
     "arcee": Architecture("arcee", interleaved=True),
     # of the first models of this name; later ones with another activation have a fork's type of tensor
     "bitnet": Architecture("bitnet", values={"hidden_act": "silu"}),
@@ -200,6 +204,8 @@ class _Reader:
             value = self._value(key)
             if value is not None:
                 config[name] = value
+        for key, name in row.by_layer.items():
+            config[name] = self._by_layer(key, layers)
         self._add_windows(config, layers)
         if "position_embd.weight" not in self._file.entries:
             config["rope_parameters"] = self._rotary(head_dim, config)
@@ -331,6 +337,12 @@ class _Reader:
         if kind not in (None, "none", "linear", "yarn", "longrope"):
             raise self._refused("rope.scaling.type", f"is {kind!r}, which noodle does not know")
         return {"rope_type": "default"}
+
+    def _by_layer(self, key: str, layers: int) -> list[float]:
+        items = self._file.array(key)
+        if items is None or len(items) != layers or not all(isinstance(item, float) for item in items):
+            raise UnsupportedModel(f"{self._file.path}: {key} is not a number for each layer.", cure=FETCH_CURE)
+        return items
 
     def _value(self, key: str) -> Any:
         return self._file.metadata.get(self._prefix + key)

@@ -25,10 +25,10 @@ SHAPE: dict[str, Any] = {
     "head_dim": 64,
 }
 GGUF_FAMILIES = (
-    "arcee", "bitnet", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4_moe", "gpt2",
-    "granite", "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "ministral3", "mistral",
-    "mixtral", "nemotron", "olmo2", "olmoe", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
-    "smollm3", "starcoder2",
+    "apertus", "arcee", "bitnet", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2", "gemma3_text",
+    "glm4_moe", "gpt2", "granite", "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe",
+    "llama", "ministral3", "mistral", "mixtral", "nemotron", "olmo2", "olmoe", "phi3", "phimoe", "qwen2",
+    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 MINISTRAL_ROTARY = {
     "rope_type": "yarn",

@@ -32,6 +32,9 @@ def _convert(folder: Path, target: Path, kind: str) -> None:
         settings = base.ModelBase.load_hparams(folder, False)
         model_class = _model_class(base.get_model_architecture(settings, base.ModelType.TEXT))
         for each in _subclasses(base.TextModel):
+            for name, value in vars(each).items():
+                if name.startswith("_") and isinstance(value, dict):
+                    value.clear()  # some classes collect values of one model there
             each.set_vocab = base.TextModel._set_vocab_gpt2
         base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
         model_class(folder, kinds[kind], target).write()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from noodle.model.families import ROTARY_TYPES, rotary_types
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 USE_TRANSFORMERS = "Leave this model to transformers (NOODLE_EXECUTOR=transformers)."
 
 # name of a module here -> its key below the layer, without .weight or .bias
@@ -106,6 +106,7 @@ class GgmlFamily:
     logit_width: str = ""  # value that divided by the hidden size is that factor
     logit_cap: str = ""
     experts: ExpertFamily | None = None
+    activation_values: tuple[str, ...] = ()  # tensors of a layer with the numbers of its activation
     gguf_modules: Mapping[str, str] = field(default_factory=dict)  # names in GGUF files that differ from most families'
 
 
@@ -161,6 +162,14 @@ COHERE = GgmlFamily(
 )
 
 GGML_FAMILIES: Mapping[str, GgmlFamily] = {
+    "apertus": GgmlFamily(
+        modules={
+            **LLAMA_MODULES,
+            "attention_norm": "attention_layernorm",
+            "feed_forward_norm": "feedforward_layernorm",
+        },
+        activation_values=tuple(f"mlp.act_fn.{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")),
+    ),
     "arcee": GgmlFamily(),
     "bitnet": GgmlFamily(
         modules={
@@ -342,6 +351,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
 
 

@@ -20,7 +20,7 @@ from services.stage.executors.ggml.kernels import dot_counts, flash_attention_ke
 from services.stage.executors.ggml.layers.operations import INTERLEAVED, NEOX, SliceTensors
 from services.stage.executors.ggml.shape import ModelShape, shape_of
 from services.stage.executors.ggml.slice import GgmlSlice
-from services.stage.executors.ggml.tensor_map import TensorMap, as_in_gguf
+from services.stage.executors.ggml.tensor_map import ACTIVATION_VALUES, TensorMap, as_in_gguf
 from services.stage.executors.ggml.weights import (
     GgmlTensors,
     TensorLayout,
@@ -107,6 +107,7 @@ def load_ggml_slice(
     blocks["rotary"] = _rotary_block(shape, start_layer, end_layer)
     if shape.query_growth:
         blocks["query_scales"] = _query_scales_block(shape)
+    activation_values = _activation_values(shape, blocks, start_layer, end_layer)
     loaded = GgmlTensors(device, blocks)
     packed = frozenset(loaded.by_block[block][name] for block, name in packed_names)
     key_type = KV_TYPE_NUMBERS[kv_dtype]
@@ -117,6 +118,7 @@ def load_ggml_slice(
         key_type=key_type,
         row_bytes=row_bytes,
         exact=weights == "f32",
+        activation_values=activation_values,
         kernels=kernels,
         packed=packed,
         attention=flash_attention_kernel(ggml, shape.head_dim, key_type) if own_attention else None,
@@ -183,6 +185,20 @@ def _rotary_block(shape: ModelShape, start_layer: int, end_layer: int) -> Weight
             memory[number, : len(rotary.frequencies)] = np.float32(1) / rotary.frequencies
         layouts.append(TensorLayout(str(number), 0, (length,), number * memory.strides[0], 4 * length))
     return WeightBlock(tuple(layouts), memory.reshape(-1).view(np.uint8))
+
+
+def _activation_values(
+    shape: ModelShape, blocks: dict[str, WeightBlock], start_layer: int, end_layer: int
+) -> tuple[tuple[float, ...], ...]:
+    """The numbers of each layer's activation, from the config or from tensors; empty if it has none."""
+    if shape.activation_values or not shape.family.activation_values:
+        return shape.activation_values[start_layer:end_layer]
+    found: list[tuple[float, ...]] = []
+    for number in range(start_layer, end_layer):
+        block = blocks[str(number)]
+        layout = next(each for each in block.tensors if each.name == ACTIVATION_VALUES)
+        found.append(tuple(block.bytes_of(layout).view(np.float32).tolist()))
+    return tuple(found)
 
 
 def _query_scales_block(shape: ModelShape) -> WeightBlock:

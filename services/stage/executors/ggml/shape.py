@@ -20,6 +20,7 @@ from services.stage.executors.ggml.families import (
 )
 from services.stage.executors.ggml.rotary import Rotary, rotary_of
 
+XIELU_NAMES = ("xielu_alpha_n", "xielu_alpha_p", "xielu_beta", "xielu_eps")  # as GGUF files have them, by layer
 EPSILON_NAMES = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
 NO_EXPERTS = ExpertFamily({})
 
@@ -77,6 +78,7 @@ class ModelShape:
     gate_steepness: float  # of a clamped activation, 0 if the model has none
     gate_limit: float
     latent: LatentShape | None
+    activation_values: tuple[tuple[float, ...], ...]  # by layer, if the config has them; empty otherwise
 
     @property
     def areas(self) -> int:
@@ -161,6 +163,7 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
         gate_steepness=_cap(config, router.steepness),
         gate_limit=_cap(config, router.limit),
         latent=latent,
+        activation_values=_activation_values(config, layer_count),
     )
 
 
@@ -185,6 +188,13 @@ def _token_scale(config: Mapping[str, Any], family: GgmlFamily) -> float:
     if isinstance(family.scaled_embedding, str):
         return float(config[family.scaled_embedding])
     return float(config["hidden_size"]) ** 0.5 if family.scaled_embedding else 1.0
+
+
+def _activation_values(config: Mapping[str, Any], layer_count: int) -> tuple[tuple[float, ...], ...]:
+    names = [name for name in XIELU_NAMES if isinstance(config.get(name), list)]
+    if len(names) < len(XIELU_NAMES):
+        return ()
+    return tuple(tuple(float(config[name][number]) for name in names) for number in range(layer_count))
 
 
 def _factor(config: Mapping[str, Any], name: str) -> float:

@@ -15,6 +15,7 @@ from services.stage.executors.ggml.families import ExpertFamily, GgmlFamily
 from services.stage.executors.ggml.shape import LatentShape, ModelShape
 
 Cut = tuple[int | slice | list[int], ...]  # indices into a stored tensor
+ACTIVATION_VALUES = "activation_values"  # the tensor with the numbers of a layer's activation
 ShapeOf = Callable[[str], tuple[int, ...] | None]  # stored shape of a key; None if there is no such tensor
 
 # names of modules in GGUF files, below the layer
@@ -74,6 +75,7 @@ def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
         final_norm="output_norm",
         head="output",
         norm_offset=0.0,
+        activation_values=(),  # in the header
         transposed=False,
         experts=family.experts and _experts_in_gguf(family.experts),
     )
@@ -145,6 +147,9 @@ class TensorMap:
             if name in keys and not (name == "feed_forward_norm" and shape.parallel and not self._has(keys[name])):
                 tensors += self._norm(name, keys[name])
         tensors += self._latent_attention(keys, shape.latent) if shape.latent else self._attention(keys)
+        if family.activation_values:
+            sources = tuple(prefix + name for name in family.activation_values)
+            tensors.append(self._checked(TensorSource(ACTIVATION_VALUES, sources, (len(sources),))))
         if family.experts and self._has(prefix + family.experts.modules["router"]):
             return tensors + self._experts(prefix, family.experts)
         return tensors + self._feed_forward(keys)
@@ -354,7 +359,7 @@ class TensorMap:
             if tensor.transposed:
                 stored = stored[::-1]
             if len(tensor.sizes) == 1:
-                rows += stored[-1] if stored and math.prod(stored) == stored[-1] else -1
+                rows += math.prod(stored) if math.prod(stored) == (stored or (1,))[-1] else -1
             else:
                 rows += math.prod(stored[:-1]) if stored and stored[-1] == tensor.sizes[0] else -1
         expected = tensor.sizes[0] if len(tensor.sizes) == 1 else tensor.row_count

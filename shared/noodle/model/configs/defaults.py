@@ -74,6 +74,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 65536,
         "rms_norm_eps": 1e-5,
         "rope_theta": 12_000_000.0,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
     },
     "arcee": {
         **LLAMA,
@@ -261,7 +268,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ministral3": {
         **LLAMA,
         "vocab_size": 131072,
-        "intermediate_size": 14336,
         "num_hidden_layers": 34,
         "num_key_value_heads": 8,
         "head_dim": 128,
@@ -269,6 +275,14 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 1_000_000.0,
         "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     },
     "mistral": {**LLAMA, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "mixtral": {
@@ -286,7 +300,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 256000,
         "hidden_size": 6144,
         "num_attention_heads": 48,
-        "head_dim": 128,
         "hidden_act": "relu2",
         "max_position_embeddings": 4096,
         "norm_eps": 1e-5,

@@ -45,6 +45,8 @@ class LayerGraph(Operations):
         experts = Experts(self, shape.family.experts) if shape.family.experts else None
         self.slots = attention.slots
         for number, weights in enumerate(self.tensors.layers):
+            if self.tensors.activation_values:
+                self.activation_values = self.tensors.activation_values[number]
             normed = self.norm(hidden, weights, "attention_norm")
             attended = self.norm(attention.attend(normed, number, weights), weights, "attention_post_norm")
             whole = self.call("add", hidden, self.scaled(attended, shape.residual_scale))

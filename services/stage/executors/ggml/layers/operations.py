@@ -40,6 +40,7 @@ class SliceTensors:
     pairing: int  # NEOX or INTERLEAVED
     key_type: int  # of K and V
     row_bytes: int  # of a token's K in one layer
+    activation_values: tuple[tuple[float, ...], ...]  # by layer; empty if the activation has none
     exact: bool  # float32 throughout: ggml's GELU table, which is float16, is not used
     dot_counts: DotCounts = field(default_factory=dict)
     kernels: PackedWeights | None = None
@@ -56,6 +57,7 @@ class Operations:
         self.context = memory.context
         self.shape = shape
         self.tensors = tensors
+        self.activation_values: tuple[float, ...] = ()  # of the layer that is being added
         self.expert_zero = 0  # for products by dots; written once the graph is allocated
         self._tiles: dict[tuple[int, str], int] = {}  # rows in the kernels' layout, by their tensor and kind
 
@@ -131,6 +133,8 @@ class Operations:
     def activated(self, tensor: int) -> int:
         """Apply the model's activation."""
         kind = self.shape.activation
+        if kind == "xielu":
+            return self.call("xielu", tensor, *self.activation_values)
         if kind == "silu":
             return self.call("silu", tensor)
         if kind == "gelu":
