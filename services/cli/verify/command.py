@@ -34,6 +34,7 @@ from services.cli.verify.prompts import PROMPTS
 
 CONCURRENT_REQUESTS = 4  # so that batches of sessions of different lengths are verified too
 BROKEN_EXIT_CODE = 1
+NO_BARS = {"TQDM_DISABLE": "1"}  # transformers shows one for a GGUF file whatever it is told
 FIGURES = ("prompt tokens", "new tokens", "logprob error", "most likely", "first difference", "logit gap there")
 
 
@@ -173,7 +174,7 @@ def compare(
     count, name = len(question.answers), f"unsplit model by {reference.name}"
     progress.show("compare", f"{name}: loading")
     try:
-        with Conversation(python_module(reference.module), name, environment, signals) as process:
+        with Conversation(python_module(reference.module), name, {**environment, **NO_BARS}, signals) as process:
             process.send(question, is_last=True)
             while True:
                 line = process.receive(ReferenceLine)

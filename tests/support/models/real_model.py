@@ -14,6 +14,7 @@ import pytest
 from noodle.errors import NoodleError
 from services.coordinator.models.default_model import DEFAULT_MODEL_NAME
 from services.coordinator.models.store import prepare_model
+from services.stage.tools.transformers_reference import load_whole_model
 
 
 def cache_dir() -> Path:
@@ -41,20 +42,15 @@ def real_model_folder() -> Path:
 
 
 def _save_as_transformers_reads(file: Path, folder: Path) -> None:
-    import torch
     import transformers
 
     work_dir = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(work_dir, ignore_errors=True)
-    named = {"gguf_file": file.name, "local_files_only": True}
-    transformers.logging.disable_progress_bar()
-    read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
-    if hasattr(read.config, "quantization_config"):
-        del read.config.quantization_config  # its values are float32 now; as "quantized" it cannot be saved
-    whole = transformers.AutoModelForCausalLM.from_config(read.config)
-    whole.load_state_dict(read.state_dict())
-    whole.generation_config = read.generation_config
+    whole = load_whole_model(file, "float32", context_length=0)
+    if hasattr(whole.config, "quantization_config"):
+        del whole.config.quantization_config  # its values are float32 now; as "quantized" it cannot be saved
     whole.save_pretrained(work_dir)
+    named = {"gguf_file": file.name, "local_files_only": True}
     transformers.AutoTokenizer.from_pretrained(file.parent, **named).save_pretrained(work_dir)
     work_dir.rename(folder)
 
