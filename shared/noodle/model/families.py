@@ -10,11 +10,11 @@ from noodle.errors import UnsupportedModel
 from noodle.model.quantization import read_quantization
 
 FAMILIES = frozenset({
-    "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe",
-    "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox",
-    "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe",
-    "llama", "minicpm3", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2",
-    "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5",
+    "ernie4_5_moe", "exaone4", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2",
+    "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "llama", "minicpm3", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo",
+    "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
     "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
 })  # fmt: skip
 

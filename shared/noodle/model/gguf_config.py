@@ -43,6 +43,19 @@ HINTS = frozenset({
 # keys of config.json here that belong into rope_parameters
 TEMPERATURE_SCALE, YARN_MULTIPLIER = "llama_4_scaling_beta", "mscale_all_dim"
 SOFTMAX_GATING, SIGMOID_GATING = 1, 2  # values of expert_gating_func
+LATENT_KEYS = {
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "attention.key_length_mla": "qk_head_dim",
+    "attention.value_length_mla": "v_head_dim",
+}
+DEEPSEEK_KEYS = {
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "rope.scaling.yarn_log_multiplier": "yarn_multiplier",
+}
 GRANITE_KEYS = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
@@ -60,11 +73,13 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)  # further keys -> names in config.json
     by_layer: Mapping[str, str] = field(default_factory=dict)  # keys without prefix, of a number for each layer
     values: Mapping[str, Any] = field(default_factory=dict)  # what the architecture implies, unless a key says it
-    gating: int = SOFTMAX_GATING  # what the router's function may be, if the file says it
+    gatings: tuple[int, ...] = (SOFTMAX_GATING,)  # what the router's function may be, if the file says it
     epsilon: str = "rms_norm_eps"
     interleaved: bool = False  # dimensions 2i and 2i + 1 of a head rotate together
     windowed: bool = False  # a sliding window applies to all layers
     window_pattern: int = 0  # or every n-th layer attends to all tokens, unless the file says which
+    latent: bool = False  # K and V are products with one latent vector
+    rotary: Mapping[str, Any] = field(default_factory=dict)  # further rope_parameters
     local_theta: float = 0.0  # rotary base of layers with a window; 0: the same as of the others
 
 
@@ -73,6 +88,31 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "apertus", by_layer={f"xielu.{name}": f"xielu_{name}" for name in ("alpha_n", "alpha_p", "beta", "eps")}
     ),
     "arcee": Architecture("arcee", interleaved=True),
+    "cohere2": Architecture(
+        "cohere2", keys={"logit_scale": "logit_scale"}, epsilon="layer_norm_eps", interleaved=True, window_pattern=4
+    ),
+    "command-r": Architecture(
+        "cohere", keys={"logit_scale": "logit_scale"}, epsilon="layer_norm_eps", interleaved=True
+    ),
+    "deepseek2": Architecture(
+        "deepseek_v2",
+        moe_model_type="deepseek_v2",
+        keys={**LATENT_KEYS, **DEEPSEEK_KEYS},
+        values={"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "topk_method": "group_limited_greedy"},
+        gatings=(SOFTMAX_GATING, SIGMOID_GATING),
+        interleaved=True,
+        latent=True,
+    ),
+    "glm4": Architecture("glm4", interleaved=True),
+    "gpt-oss": Architecture("gpt_oss", moe_model_type="gpt_oss", window_pattern=2, rotary={"truncate": False}),
+    "gptneox": Architecture(
+        "gpt_neox", keys={"use_parallel_residual": "use_parallel_residual"}, epsilon="layer_norm_eps"
+    ),
+    "minicpm3": Architecture("minicpm3", keys=LATENT_KEYS, latent=True),
+    "phi2": Architecture("phi", epsilon="layer_norm_eps"),
+    "stablelm": Architecture(
+        "stablelm", keys={"use_parallel_residual": "use_parallel_residual"}, epsilon="layer_norm_eps"
+    ),
     # of the first models of this name; later ones with another activation have a fork's type of tensor
     "bitnet": Architecture("bitnet", values={"hidden_act": "silu"}),
     "ernie4_5": Architecture("ernie4_5", interleaved=True),
@@ -88,7 +128,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             "expert_group_count": "n_group",
             "expert_group_used_count": "topk_group",
         },
-        gating=SIGMOID_GATING,
+        gatings=(SIGMOID_GATING,),
     ),
     "gemma2": Architecture(
         "gemma2",
@@ -177,7 +217,7 @@ class _Reader:
         kv_heads = self._integer("attention.head_count_kv", default=heads, maximum=MAXIMUM_SIZE)
         if heads % kv_heads:
             raise self._refused("attention.head_count_kv", f"is {kv_heads}, which does not divide {heads} heads")
-        head_dim = self._head_dim(hidden, heads)
+        head_dim = 0 if row.latent else self._head_dim(hidden, heads)
         experts = self._integer("expert_count", default=0, minimum=0, maximum=1 << 16)
         model_type = row.moe_model_type if experts else row.model_type
         if not model_type:
@@ -206,12 +246,16 @@ class _Reader:
                 config[name] = value
         for key, name in row.by_layer.items():
             config[name] = self._by_layer(key, layers)
+        if row.latent:
+            self._add_latent(config, heads)
+            head_dim = config["head_dim"]
         self._add_windows(config, layers)
         if "position_embd.weight" not in self._file.entries:
             config["rope_parameters"] = self._rotary(head_dim, config)
             for name in (TEMPERATURE_SCALE, YARN_MULTIPLIER):
                 if name in config:
                     config["rope_parameters"][name] = config.pop(name)
+            config["rope_parameters"] |= row.rotary
         if model_type in QUERY_SCALARS:
             divided = hidden // heads if layers == QUERY_SCALARS[model_type] else head_dim
             config["query_pre_attn_scalar"] = divided
@@ -229,7 +273,7 @@ class _Reader:
                 continue
             shown = f"{count} values" if count is not None else repr(value)[:60]
             raise self._refused(key, f"is {shown}, which changes the result in a way that noodle does not know")
-        if self._value("expert_gating_func") not in (None, 0, self._row.gating):
+        if self._value("expert_gating_func") not in (None, 0, *self._row.gatings):
             raise self._refused("expert_gating_func", "is not the one that noodle knows of such a model")
         if self._value("attention.causal") is False:
             raise self._refused("attention.causal", "is false: the model attends to later tokens too")
@@ -257,6 +301,28 @@ class _Reader:
         if value_dim != head_dim:
             raise self._refused("attention.value_length", f"is {value_dim}, and K's is {head_dim}")
         return head_dim
+
+    def _add_latent(self, config: dict[str, Any], heads: int) -> None:
+        """The dimensions of latent attention, and which of DeepSeek's models the file holds."""
+        rotary = self._integer("rope.dimension_count", maximum=MAXIMUM_SIZE)
+        whole = self._integer("attention.key_length", maximum=MAXIMUM_SIZE)
+        key_dim = self._integer("attention.key_length_mla", default=whole, maximum=MAXIMUM_SIZE)
+        plain = key_dim - rotary
+        if plain < 1:
+            raise self._refused("attention.key_length", f"is {key_dim}, and {rotary} of it have rotary positions")
+        entry = self._file.entries.get("blk.0.attn_kv_b.weight")
+        value_dim = entry.shape[0] // heads - plain if entry else 0
+        config |= {
+            "head_dim": rotary,
+            "num_key_value_heads": heads,
+            "kv_lora_rank": self._integer("attention.kv_lora_rank", maximum=MAXIMUM_SIZE),
+            "q_lora_rank": self._integer("attention.q_lora_rank", default=0, minimum=0, maximum=MAXIMUM_SIZE) or None,
+            "qk_rope_head_dim": rotary,
+            "qk_nope_head_dim": plain,
+            "v_head_dim": self._integer("attention.value_length_mla", default=value_dim, maximum=MAXIMUM_SIZE),
+        }
+        if config["model_type"] == "deepseek_v2" and self._value("expert_gating_func") == SIGMOID_GATING:
+            config["model_type"] = "deepseek_v3"
 
     def _epsilon(self) -> float:
         for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
@@ -320,7 +386,7 @@ class _Reader:
                 "original_max_position_embeddings": original,
             }
         if kind == "yarn" and factor:
-            return {
+            yarn = {
                 "rope_type": "yarn",
                 "factor": factor,
                 "original_max_position_embeddings": original,
@@ -330,6 +396,10 @@ class _Reader:
                 "beta_fast": self._number("rope.scaling.yarn_beta_fast", 32.0),
                 "beta_slow": self._number("rope.scaling.yarn_beta_slow", 1.0),
             }
+            if "yarn_multiplier" in config:  # a tenth of mscale and of mscale_all_dim, which are the same
+                by = 10.0 * self._number("rope.scaling.yarn_log_multiplier")
+                yarn |= {"attention_factor": 1.0, "mscale_all_dim": by}
+            return yarn
         if ROTARY_FACTORS in entries:
             return {"rope_type": "llama3", "factors": ROTARY_FACTORS}
         if kind in (None, "linear") and factor not in (0.0, 1.0):

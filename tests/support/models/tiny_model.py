@@ -42,11 +42,18 @@ TINY_CONFIG: dict[str, Any] = {
 FAMILY_CONFIG: dict[str, dict[str, Any]] = {
     # latent attention: every head has its own K and V
     "deepseek_v2": {"num_key_value_heads": 4},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "head_dim": 64,  # the rotary part
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 2,
+    },
     "minicpm3": {"num_key_value_heads": 4},
 }
 
 # with larger weights, two attention implementations of transformers differ by more than 1e-4
-WEIGHT_SCALES = {"deepseek_v2": 0.05}
+WEIGHT_SCALES = {"deepseek_v2": 0.05, "deepseek_v3": 0.05}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"

@@ -62,6 +62,7 @@ class ExpertFamily:
     share_scale: str = ""
     groups: str = ""  # number of groups of experts
     chosen_groups: str = ""  # of which alone experts are chosen
+    group_best: int = 2  # experts whose scores a group is judged by
     jitter: str = ""  # of sparse_mixer
     # gate_up and down are tensors of all experts, [in, out] with gate and up in turns, whose names end without .weight
     alternating: bool = False
@@ -142,6 +143,12 @@ GEMMA = GgmlFamily(
     logit_cap="final_logit_softcapping",
 )
 
+DEEPSEEK_EXPERTS = ExpertFamily(
+    {**QWEN_EXPERTS, **shared_expert("mlp.shared_experts.")},
+    share_scale="routed_scaling_factor",
+    groups="n_group",
+    chosen_groups="topk_group",
+)
 GRANITE = GgmlFamily(
     embedding_scale="embedding_multiplier",
     residual_scale="residual_multiplier",
@@ -180,6 +187,20 @@ GGML_FAMILIES: Mapping[str, GgmlFamily] = {
     ),
     "cohere": COHERE,
     "cohere2": replace(COHERE, rotary_in_windows=True),
+    "deepseek_v2": GgmlFamily(
+        modules=LATENT_MODULES, latent=True, interleaved=True, experts=replace(DEEPSEEK_EXPERTS, group_best=1)
+    ),
+    "deepseek_v3": GgmlFamily(
+        modules=LATENT_MODULES,
+        latent=True,
+        interleaved=True,
+        experts=replace(
+            DEEPSEEK_EXPERTS,
+            scores="sigmoid",
+            correction="mlp.gate.e_score_correction_bias",
+            normalised="norm_topk_prob",
+        ),
+    ),
     "ernie4_5": GgmlFamily(interleaved=True),
     "ernie4_5_moe": GgmlFamily(
         interleaved=True,

@@ -157,8 +157,8 @@ def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -
         normalised_experts=bool(config[normalised] if isinstance(normalised, str) else normalised),
         share_scale=_factor(config, router.share_scale),
         smallest_share_sum=_cap(config, router.smallest_sum),
-        expert_groups=int(_factor(config, router.groups)),
-        chosen_groups=int(_factor(config, router.chosen_groups)),
+        expert_groups=1 if config.get("topk_method") == "greedy" else _groups(config, router.groups),
+        chosen_groups=_groups(config, router.chosen_groups),
         router_jitter=_cap(config, router.jitter),
         gate_steepness=_cap(config, router.steepness),
         gate_limit=_cap(config, router.limit),
@@ -199,6 +199,10 @@ def _activation_values(config: Mapping[str, Any], layer_count: int) -> tuple[tup
 
 def _factor(config: Mapping[str, Any], name: str) -> float:
     return float(config[name]) if name else 1.0
+
+
+def _groups(config: Mapping[str, Any], name: str) -> int:
+    return int(config[name] or 1) if name else 1
 
 
 def _cap(config: Mapping[str, Any], name: str) -> float:

@@ -66,6 +66,15 @@ COHERE: Mapping[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+DEEPSEEK: Mapping[str, Any] = {
+    **LLAMA,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "apertus": {
         **LLAMA,
@@ -102,6 +111,36 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "cohere": {**COHERE, "rope_theta": 500_000.0},
     "cohere2": {**COHERE, "sliding_window": 4096, "sliding_window_pattern": 4},
+    "deepseek_v2": {
+        **DEEPSEEK,
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "num_local_experts": 64,
+        "num_experts_per_tok": None,
+        "routed_scaling_factor": 1.0,
+        "n_group": None,
+        "topk_group": None,
+        "topk_method": "greedy",
+    },
+    "deepseek_v3": {
+        **DEEPSEEK,
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "max_position_embeddings": 4096,
+        "num_local_experts": 256,
+        "num_experts_per_tok": 8,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "rope_interleave": True,
+    },
     "ernie4_5": {
         **ERNIE,
         "hidden_size": 1024,

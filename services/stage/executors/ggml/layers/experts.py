@@ -5,7 +5,6 @@ from __future__ import annotations
 from services.stage.executors.ggml.families import ExpertFamily
 from services.stage.executors.ggml.layers.operations import ITEM_BYTES, Operations
 
-GROUP_BEST = 2  # experts whose scores a group is judged by
 OUT_OF_REACH = 1e30  # taken from the scores of experts that cannot be chosen
 LARGEST = 3.4e38  # upper end of a clamp without one
 
@@ -91,9 +90,10 @@ class Experts:
             return ranking
         size = shape.experts // groups
         grouped = self._call("reshape_3d", ranking, size, groups, tokens)
-        best = self._call("argsort_top_k", self._call("reshape_2d", ranking, size, groups * tokens), GROUP_BEST)
+        best_count = min(self._family.group_best, size)
+        best = self._call("argsort_top_k", self._call("reshape_2d", ranking, size, groups * tokens), best_count)
         flat = self._call("reshape_3d", ranking, 1, size, groups * tokens)
-        best = self._call("reshape_2d", self._call("get_rows", flat, best), GROUP_BEST, groups * tokens)
+        best = self._call("reshape_2d", self._call("get_rows", flat, best), best_count, groups * tokens)
         judged = self._call("reshape_2d", self._call("sum_rows", best), groups, tokens)
         order = self._call("argsort_top_k", judged, chosen_count)
         values = self._call("get_rows", self._call("reshape_3d", judged, 1, groups, tokens), order)

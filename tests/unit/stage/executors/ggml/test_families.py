@@ -31,6 +31,16 @@ from tests.unit.stage.executors.transformers.test_families import (
 BOUND = 1e-4  # of the largest logit
 LENGTHS = (23, 9, 14)
 
+LATENT_ROTARY = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "original_max_position_embeddings": 8,
+}
 # config switches that change what is computed, beside those that every tiny model has
 SWITCHES = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -78,6 +88,11 @@ SWITCHES = [
     ("phi", {"qk_layernorm": True, "num_key_value_heads": 1}),
     ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True}),
     ("stablelm", {"qk_layernorm": True, "partial_rotary_factor": 0.5}),
+    ("deepseek_v2", {"first_k_dense_replace": 1, "q_lora_rank": None, "routed_scaling_factor": 3.0}),
+    ("deepseek_v2", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}),
+    ("deepseek_v2", {"rope_parameters": LATENT_ROTARY, "max_position_embeddings": 256}),
+    ("deepseek_v3", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "rope_parameters": LATENT_ROTARY}),
+    ("deepseek_v3", {"rope_interleave": False, "norm_topk_prob": False, "attention_bias": True}),
     ("minicpm3", {"q_lora_rank": None, "kv_lora_rank": 32, "v_head_dim": 24, "qk_nope_head_dim": 20}),
     ("minicpm3", {"attention_bias": True, "dim_model_base": 32, "scale_depth": 2.0, "tie_word_embeddings": False}),
     ("mixtral", {"num_experts_per_tok": 3, "sliding_window": 5}),
