@@ -25,10 +25,11 @@ SHAPE: dict[str, Any] = {
     "head_dim": 64,
 }
 GGUF_FAMILIES = (
-    "apertus", "arcee", "bitnet", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2", "gemma3_text",
-    "glm4_moe", "gpt2", "granite", "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe",
-    "llama", "ministral3", "mistral", "mixtral", "nemotron", "olmo2", "olmoe", "phi3", "phimoe", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "apertus", "arcee", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "ernie4_5_moe",
+    "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite",
+    "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "minicpm3", "ministral3",
+    "mistral", "mixtral", "nemotron", "olmo2", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 MINISTRAL_ROTARY = {
     "rope_type": "yarn",
@@ -55,6 +56,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     # llama.cpp's files know no windows of these
     "mistral": {"sliding_window": None},
     "mixtral": {"sliding_window": None},
+    "phi": {"num_key_value_heads": 4},
     "phimoe": {"sliding_window": 8, "rope_parameters": PHI_ROTARY},
     "qwen2": {"vocab_size": VOCAB_SIZE + 16},  # its tokenizer class adds a token
     "qwen3_moe": {"norm_topk_prob": True},
@@ -62,6 +64,9 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 # entries of config.json as published, where transformers writes others
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "cohere2": {"rotary_pct": 1.0},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
     "hunyuan_v1_moe": {
         "moe_intermediate_size": [512] * 6,
         "moe_topk": [2] * 6,

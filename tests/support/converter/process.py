@@ -30,6 +30,8 @@ def _convert(folder: Path, target: Path, kind: str) -> None:
     }
     with torch.inference_mode():
         settings = base.ModelBase.load_hparams(folder, False)
+        # what transformers' config class renames on reading is under its published name too
+        settings = {**json.loads((folder / "config.json").read_text("utf-8")), **settings}
         model_class = _model_class(base.get_model_architecture(settings, base.ModelType.TEXT))
         for each in _subclasses(base.TextModel):
             for name, value in vars(each).items():
@@ -37,7 +39,7 @@ def _convert(folder: Path, target: Path, kind: str) -> None:
                     value.clear()  # some classes collect values of one model there
             each.set_vocab = base.TextModel._set_vocab_gpt2
         base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-        model_class(folder, kinds[kind], target).write()
+        model_class(folder, kinds[kind], target, hparams=settings).write()
 
 
 def _model_class(architecture: str) -> Any:
