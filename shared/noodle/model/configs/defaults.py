@@ -312,7 +312,17 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 128,
         "max_position_embeddings": 262144,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 1_000_000.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1_000_000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
         "sliding_window": None,
         "rope_parameters": {
             "rope_type": "yarn",
