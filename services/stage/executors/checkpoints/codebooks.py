@@ -99,7 +99,7 @@ class BitsAndBytes4Matrix(QuantizedMatrix):
         size = self._state.blocksize
         runs = self._scales[begin // size : -(-end // size)]
         scales = np.repeat(runs, size)[begin % size :][: end - begin]
-        return (self._table[codes] * scales).reshape(count, columns)
+        return (np.take(self._table, codes, mode="clip") * scales).reshape(count, columns)
 
 
 class Mxfp4Matrix(QuantizedMatrix):

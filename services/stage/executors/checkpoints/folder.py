@@ -26,7 +26,7 @@ from services.stage.executors.checkpoints.integers import (
     PackedMatrix,
 )
 from services.stage.executors.checkpoints.matrix import QuantizedMatrix
-from services.stage.executors.checkpoints.numbers import Bytes, Floats
+from services.stage.executors.checkpoints.numbers import Bytes, Floats, to_float16
 from services.stage.executors.safetensors import SafetensorsFolder, read_into
 
 # tensors of quantized modules that only say how activations or KV rows were rounded
@@ -35,7 +35,8 @@ UNUSED_SUFFIXES = (
     ".k_scale", ".v_scale", ".q_scale", ".qscale_act",
 )  # fmt: skip
 
-ACTIVATION_SCALES = ".act.scales"  # of AWQ for families whose activation lies before no norm
+PIECE_ITEMS = 1 << 17  # decoded at once: what lies between codes and values stays in the processor's caches
+ACTIVATION_SCALES = ".act.scales"  # what AWQ divides the activations of some families by
 
 
 class _Stored:
@@ -141,8 +142,15 @@ class QuantizedFolder:
         row_bytes = kind.byte_count(matrix.shape[-1])
         first, skipped = divmod(offset, row_bytes)
         count = -(-(skipped + len(buffer)) // row_bytes)
-        data = matrix.blocks(first, count) if kind.block_items > 1 else _as_bytes(matrix.rows(first, count), kind.name)
-        np.frombuffer(buffer, np.uint8)[:] = data[skipped : skipped + len(buffer)]
+        target = np.frombuffer(buffer, np.uint8)
+        step = max(1, PIECE_ITEMS // matrix.shape[-1])
+        for begin in range(first, first + count, step):
+            rows = min(step, first + count - begin)
+            data = (
+                matrix.blocks(begin, rows) if kind.block_items > 1 else _as_bytes(matrix.rows(begin, rows), kind.name)
+            )
+            at = (begin - first) * row_bytes - skipped
+            target[max(0, at) : at + len(data)] = data[max(0, -at) : len(target) - at]
         self._note_read(matrix, count)
 
     def description(self, names: Collection[str], /, *, held_in: str = "") -> str:
@@ -240,6 +248,8 @@ class QuantizedFolder:
 
 
 def _as_bytes(values: Floats, type_name: str) -> Bytes:
+    if type_name == "F16":
+        return to_float16(values)
     if type_name == "BF16":
         return (values.view(np.uint32) >> 16).astype("<u2").reshape(-1).view(np.uint8)
-    return values.astype("<f2" if type_name == "F16" else "<f4").reshape(-1).view(np.uint8)
+    return values.astype("<f4", copy=False).reshape(-1).view(np.uint8)

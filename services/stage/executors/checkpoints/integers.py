@@ -56,7 +56,10 @@ class IntegerMatrix(QuantizedMatrix):
 
     @cached_property
     def groups(self) -> Groups:
-        return self._groups()
+        groups = self._groups()
+        if groups.zeros.min() == groups.zeros.max():
+            return groups._replace(zeros=groups.zeros[:1, :1])
+        return groups
 
     @abstractmethod
     def _groups(self) -> Groups:
@@ -109,7 +112,7 @@ class IntegerMatrix(QuantizedMatrix):
     def _by_group(self, operation: np.ufunc, items: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """`items` [rows, columns] after an operation with the value of their group [rows, groups], in place."""
         if self.groups.of_column is not None:
-            values = values[:, self.groups.of_column] if values.shape[1] > 1 else values
+            values = np.take(values, self.groups.of_column, axis=1) if values.shape[1] > 1 else values
         elif values.shape[1] > 1:
             if items.shape[1] == values.shape[1] * self.groups.size:
                 of_groups = items.reshape(len(items), values.shape[1], self.groups.size)

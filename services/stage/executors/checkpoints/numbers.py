@@ -60,10 +60,28 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16", *SMALL_FLOATS})
 def to_float32(data: Bytes, dtype: str) -> Floats:
     """Values of a tensor's bytes; `dtype` is safetensors' name of a type of `FLOATS`."""
     if dtype in SMALL_FLOATS:
-        return SMALL_FLOATS[dtype][data]
+        return np.take(SMALL_FLOATS[dtype], data, mode="clip")  # clip leaves out a check of the bounds
     if dtype == "BF16":
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     return data.view(DTYPES[dtype]).astype(np.float32)
+
+
+def to_float16(values: Floats) -> Bytes:
+    """Bytes of finite values in float16, three times as fast as numpy's conversion; values out of range are infinite.
+
+    Times 2^-112 a float32 has the bits of the float16, 13 places higher. Ties go to even; a subnormal float16 may be
+    one unit in its last place away, since the multiplication rounds it too.
+    """
+    bits = values.view(np.uint32)
+    signs = (bits >> 16).astype(np.uint16) & np.uint16(0x8000)
+    scaled = np.abs(values)
+    scaled *= np.float32(2.0**-112)
+    magnitudes = scaled.view(np.uint32)
+    magnitudes += (magnitudes >> 13 & 1) + np.uint32(0xFFF)
+    magnitudes >>= 13
+    halves = np.minimum(magnitudes, 0x7C00, out=magnitudes).astype("<u2")
+    halves |= signs
+    return halves.reshape(-1).view(np.uint8)
 
 
 def holds_exactly(values: npt.NDArray[np.float64]) -> str:

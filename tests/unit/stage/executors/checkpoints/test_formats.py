@@ -15,7 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from noodle.errors import NoodleError, UnsupportedModel
 from noodle.model.quantization import Quantization, read_quantization
 from services.stage.executors.checkpoints.folder import QuantizedFolder
-from services.stage.executors.checkpoints.numbers import SMALL_FLOATS
+from services.stage.executors.checkpoints.numbers import SMALL_FLOATS, to_float16
 
 Tensors = dict[str, torch.Tensor]
 
@@ -205,3 +205,22 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 def test_awq_that_scales_activations_is_refused_by_the_tensor(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"divides activations by m\.act\.scales"):
         folder_of(tmp_path, {"m.act.scales": torch.ones(4)}, quant_method="awq")
+
+
+def test_float16_is_numpys_up_to_one_unit_of_subnormal_numbers() -> None:
+    generator = np.random.default_rng(7)
+    values = np.ldexp(generator.uniform(-1, 1, 1 << 16), generator.integers(-30, 18, 1 << 16)).astype(np.float32)
+    halfway = np.arange(0x0401, 0x7BFF, dtype=np.uint16).view(np.float16).astype(np.float32)
+    ties = (halfway[:-1] + halfway[1:]) / 2
+    values = np.concatenate([values, ties, -ties, np.array([0, -0.0, 65504, 65519, 65520, 1e30], np.float32)])
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    got = to_float16(values).view(np.float16)
+    is_normal = np.abs(values) >= 2.0**-14
+    np.testing.assert_array_equal(got[is_normal], expected[is_normal])
+    np.testing.assert_allclose(got[~is_normal].astype(float), expected[~is_normal].astype(float), atol=2.0**-24)
+
+
+def test_every_float16_is_itself() -> None:
+    every = np.arange(0x7C01, dtype=np.uint16).view(np.float16)
+    np.testing.assert_array_equal(to_float16(every.astype(np.float32)).view(np.float16), every)
