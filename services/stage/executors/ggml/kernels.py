@@ -52,7 +52,7 @@ LEFT_TO_GGML = ("positions.weight", "router.weight")
 MEASURED_ROWS = (8, 4, 2)  # with more rows tiles were always faster
 ROUNDS = 3  # of each layout; the fastest one counts
 SMALLEST_ITEMS = 1 << 18  # of a weight worth measuring
-TIMED_BYTES = 48 << 20  # of weights of one type in a row: more than a processor's caches hold
+TIMED_BYTES = 24 << 20  # of weights of one type in a row: more than the caches of one core hold
 WORTH_CHANGING = 0.9  # share of the seconds by tiles
 
 DotCounts = Mapping[int, frozenset[int]]  # by weight type: the row counts that dot products are faster for
