@@ -74,7 +74,7 @@ def test_a_missing_shard_is_refused_by_name(model_folder: Path, tmp_path: Path) 
 def test_an_unknown_name_is_refused_with_the_possible_forms(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as caught:
         prepare_model(name, tmp_path, silent)
-    assert "a hub id (org/name)" in caught.value.cure
+    assert "a hub id (org/name or org/name:Q4_K_M)" in caught.value.cure
 
 
 def test_a_file_that_is_neither_is_refused(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_as_a_process_an_error_is_a_line_with_its_cure(tmp_path: Path) -> None:
     assert status == 1
     assert lines[-1]["error"] == {
         "message": "There is no folder or file '/no/such/folder'.",
-        "cure": "Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name), or SmolLM2-135M-Instruct.",
+        "cure": "Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name or org/name:Q4_K_M), or SmolLM2-135M-Instruct.",
         "code": "model_not_found",
     }
 
