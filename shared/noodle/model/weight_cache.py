@@ -45,10 +45,14 @@ Value = TypeVar("Value")
 
 
 class Fetched(msgspec.Struct):
-    """The record of a folder: tensors with a correct digest, and the bytes of those that were begun."""
+    """The record of a folder: tensors with a correct digest, and the bytes of those that were begun.
+
+    `digests` are those of tensors whose digest the manifest does not have, as they were fetched.
+    """
 
     whole: set[str] = msgspec.field(default_factory=set)
     begun: dict[str, int] = msgspec.field(default_factory=dict)
+    digests: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class WeightCache:
@@ -115,7 +119,7 @@ class WeightCache:
         with writing(self.folder, "NOODLE_CACHE_DIR"), self._locked():
             fetched = self._fetched()
             for tensor in wanted:
-                if tensor.name in fetched.whole and not self._is_right(tensor):
+                if tensor.name in fetched.whole and not self._is_right(tensor, fetched):
                     log.warning("%s in %s is damaged, fetching it again", tensor.name, self.folder / tensor.file)
                     fetched.whole.discard(tensor.name)
                 if tensor.name not in fetched.whole:
@@ -127,7 +131,9 @@ class WeightCache:
         for is_last_try in (False, True):
             self._retried(lambda: self._fetch_rest(tensor, fetched, progress))
             fetched.begun.pop(tensor.name, None)
-            if is_right := self._is_right(tensor):
+            if not tensor.sha256:
+                fetched.digests[tensor.name] = self._digest(tensor)
+            if is_right := self._is_right(tensor, fetched):
                 fetched.whole.add(tensor.name)
             self._note(fetched)
             if is_right:
@@ -163,8 +169,11 @@ class WeightCache:
         finally:
             self._note(fetched)
 
-    def _is_right(self, tensor: TensorRange) -> bool:
-        return digest_of_range(self.folder / tensor.file, tensor.first_byte, tensor.byte_count) == tensor.sha256
+    def _is_right(self, tensor: TensorRange, fetched: Fetched) -> bool:
+        return self._digest(tensor) == (tensor.sha256 or fetched.digests.get(tensor.name))
+
+    def _digest(self, tensor: TensorRange) -> str:
+        return digest_of_range(self.folder / tensor.file, tensor.first_byte, tensor.byte_count)
 
     # the coordinator
 

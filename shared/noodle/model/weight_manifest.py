@@ -36,13 +36,16 @@ class WeightFile(Struct, frozen=True):
 
 
 class TensorRange(Struct, frozen=True):
-    """One tensor: bytes [first_byte, first_byte + byte_count) of a file."""
+    """One tensor: bytes [first_byte, first_byte + byte_count) of a file.
+
+    `sha256` is empty if only a hub has its bytes: the hub names a digest of whole files alone.
+    """
 
     name: Annotated[str, Meta(min_length=1, max_length=1000)]
     file: FileName
     first_byte: Bytes
     byte_count: Bytes
-    sha256: Sha256
+    sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?$")]
 
 
 class WeightManifest(Struct, frozen=True):

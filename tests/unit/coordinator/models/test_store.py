@@ -220,7 +220,8 @@ def test_as_a_process_an_error_is_a_line_with_its_cure(tmp_path: Path) -> None:
     assert status == 1
     assert lines[-1]["error"] == {
         "message": "There is no folder or file '/no/such/folder'.",
-        "cure": "Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name or org/name:Q4_K_M), or SmolLM2-135M-Instruct.",
+        "cure": "Set NOODLE_MODEL to a folder, a .gguf file, a hub id (org/name or org/name:Q4_K_M), "
+        "or SmolLM2-135M-Instruct.",
         "code": "model_not_found",
     }
 
