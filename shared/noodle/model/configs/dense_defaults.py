@@ -230,14 +230,6 @@ DENSE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
             "llama_4_scaling_beta": 0.1,
         },
         "sliding_window": None,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "factor": 16.0,
-            "original_max_position_embeddings": 16384,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "llama_4_scaling_beta": 0.1,
-        },
     },
     "mistral": {**LLAMA, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "nemotron": {
