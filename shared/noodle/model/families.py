@@ -23,6 +23,8 @@ LEARNED_POSITIONS = {"biogpt": "embed_positions", "gpt2": "wpe"}
 
 # "su" is longrope in the first configs of Phi-3
 ROTARY_TYPES = frozenset({"default", "linear", "llama3", "yarn", "longrope", "su"})
+# their rotary type is called dynamic too, but with `alpha` it only has another base
+FIXED_ALPHA = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
@@ -65,5 +67,7 @@ def rotary_types(config: Mapping[str, Any]) -> Iterator[str]:
         for candidate in (parameters, *parameters.values()):
             if isinstance(candidate, Mapping):
                 named = candidate.get("rope_type") or candidate.get("type")
+                if named == "dynamic" and candidate.get("alpha") and config.get("model_type") in FIXED_ALPHA:
+                    named = "default"
                 if isinstance(named, str):
                     yield named

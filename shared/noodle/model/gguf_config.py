@@ -41,6 +41,7 @@ HINTS = frozenset({
     "leading_dense_block_count", "interleave_moe_layer_step",
 })  # fmt: skip
 # keys of config.json here that belong into rope_parameters
+ORIGINAL_LENGTH = "original_max_position_embeddings"
 TEMPERATURE_SCALE, YARN_MULTIPLIER = "llama_4_scaling_beta", "mscale_all_dim"
 SOFTMAX_GATING, SIGMOID_GATING = 1, 2  # values of expert_gating_func
 LATENT_KEYS = {
@@ -252,6 +253,9 @@ class _Reader:
         self._add_windows(config, layers)
         if "position_embd.weight" not in self._file.entries:
             config["rope_parameters"] = self._rotary(head_dim, config)
+            original = config["rope_parameters"].get(ORIGINAL_LENGTH)
+            if original is not None:
+                config[ORIGINAL_LENGTH] = original  # some families have it there, with a default of their own
             for name in (TEMPERATURE_SCALE, YARN_MULTIPLIER):
                 if name in config:
                     config["rope_parameters"][name] = config.pop(name)

@@ -73,7 +73,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_shared_expert": [1] * 6,
     },
     "gpt2": {"n_ctx": 256},
-    "phimoe": {"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 256},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 32},
 }
 
 BITNET_NAMES = {"self_attn.attn_sub_norm": "self_attn.inner_attn_ln", "mlp.ffn_sub_norm": "mlp.ffn_layernorm"}

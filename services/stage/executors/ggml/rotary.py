@@ -48,10 +48,12 @@ def rotary_of(
     if kind == "yarn":
         return _yarn(parameters, wavelengths, factor, original)
     if kind in ("longrope", "su"):  # "su" is longrope in Phi-3's first configs
+        length = "long" if context_length > original else "short"
         scaling = parameters.get("attention_factor")
+        scaling = parameters.get(f"{length}_mscale") if scaling is None else scaling  # as Phi-3.5-MoE says it
         if scaling is None:
             scaling = 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
-        factors = np.asarray(parameters["long_factor" if context_length > original else "short_factor"], np.float32)
+        factors = np.asarray(parameters[f"{length}_factor"], np.float32)
         return Rotary(np.float32(1.0) / (factors * wavelengths), float(scaling))
     raise ValueError(f"rotary type {kind!r} must be refused earlier")
 

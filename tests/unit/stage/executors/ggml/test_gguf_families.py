@@ -16,6 +16,7 @@ from tests.support.stages.slice_pipeline import (
     relative_difference,
     unsplit_logits,
 )
+from tests.unit.stage.executors.transformers.test_families import ORIGINAL_LENGTH, ROTARY, ROTARY_LENGTHS, ROTARY_STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,36 @@ QUANTISED = [(model_type, kind) for model_type in GGUF_FAMILIES for kind in ("Q8
 SAMPLE = [("qwen3_moe", "Q4_K"), ("llama", "Q8_0"), ("glm4_moe", "Q4_K")]
 LENGTHS = (23, 9, 14)
 CUTS = (0, 2, 3, 6)
+LONG = {"max_position_embeddings": 4 * ORIGINAL_LENGTH}
+LONG_ROTARY = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.05 * number for number in range(32)],
+    "long_factor": [1.0 + 0.2 * number for number in range(32)],
+    "original_max_position_embeddings": ORIGINAL_LENGTH,
+    "factor": 4.0,
+}
+HUNYUAN_ROTARY = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+# config switches that a file's header says otherwise than config.json
+SWITCHES = [
+    ("llama", {**LONG, "rope_parameters": ROTARY["llama3"]}),
+    ("glm4_moe", {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}),
+    ("llama", {**LONG, "rope_parameters": ROTARY["linear"]}),
+    ("llama", {**LONG, "rope_parameters": ROTARY["yarn"]}),
+    ("llama", {"tie_word_embeddings": True, "attention_bias": True}),
+    ("llama", {"head_dim": 32, "num_key_value_heads": 4}),
+    ("qwen3_moe", {**LONG, "rope_parameters": ROTARY["yarn"]}),
+    ("qwen3_moe", {"norm_topk_prob": True, "num_local_experts": 9, "num_experts_per_tok": 5}),
+    ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 6}),
+    ("exaone4", {**LONG, "rope_parameters": ROTARY["llama3"]}),
+    ("glm4_moe", {"use_qk_norm": True, "attention_bias": True, "first_k_dense_replace": 3}),
+    ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 6.0}),
+    ("hunyuan_v1_dense", {"max_position_embeddings": 32768, "rope_parameters": HUNYUAN_ROTARY}),
+    ("nemotron", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}}),
+    ("smollm3", {"no_rope_layers": [1, 1, 1, 0, 1, 1], "tie_word_embeddings": False}),
+    ("phi3", {**LONG, "original_max_position_embeddings": ORIGINAL_LENGTH, "rope_parameters": LONG_ROTARY}),
+    ("seed_oss", {"attention_bias": False}),
+]
 
 
 def typical_difference(got, expected):
@@ -62,6 +93,18 @@ def test_a_file_of_float32_gives_the_logits_of_transformers(model_type, tmp_path
     for weights, bound in (("f32", BOUND), ("stored", STORED_BOUND)):
         got = SlicePipeline(path, CUTS, executor="ggml", weights=weights).run(sessions, STEPS)
         assert relative_difference(got, expected) < bound, weights
+
+
+@pytest.mark.family
+@sampled(("model_type", "switches"), SWITCHES, SWITCHES[:2])
+def test_what_differs_within_a_family_is_read_from_the_header(model_type, switches, tmp_path):
+    folder = make_gguf_model(tmp_path / "model", model_type, **switches)
+    path = convert_model(folder, tmp_path / "model.gguf")
+    sessions = random_sessions(ROTARY_LENGTHS, VOCAB_SIZE)
+    compared = 1 if switches.get("rope_parameters", {}).get("rope_type") == "longrope" else len(sessions)
+    pipeline = SlicePipeline(path, CUTS, executor="ggml", weights="f32", context_length=4 * ORIGINAL_LENGTH)
+    got = pipeline.run(sessions, ROTARY_STEPS)[:compared]  # noodle's factors follow from the promised length alone
+    assert relative_difference(got, unsplit_logits(folder, sessions[:compared])) < BOUND
 
 
 @pytest.mark.family
