@@ -1,9 +1,9 @@
 """`python -m tests.measure [name ...]`: runs the measurements and writes their sections into docs/measurements.md.
 
 `equality=ggml`, `kills=ggml`, `memory=ggml`, `engine=ggml` and `side-by-side=ggml` compute with ggml; `kills=ggml,3`
-makes 3 kills of each kind; `soak=3` runs for 3 minutes instead of 15; `peers=FOLDER` names the folder of llama.cpp's
-programs, `files=FOLDER,FILE` that and a GGUF file, `checkout=FOLDER` another checkout to compare with; these run only
-when named.
+makes 3 kills of each kind; `soak=3` runs for 3 minutes instead of 15; `costs=FILE,FILE` names models; `peers=FOLDER`
+names the folder of llama.cpp's programs, `files=FOLDER,FILE` that and a GGUF file, `checkout=FOLDER` another checkout;
+these three run only when named.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.measure.correctness import equality, kills, schemathesis, vocabularies
+from tests.measure.correctness import costs, equality, kills, schemathesis, vocabularies
 from tests.measure.endurance import load, memory, pressure, soak
 from tests.measure.performance import (
     checkouts,
@@ -45,6 +45,7 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "engine": engine.measure,
     "side-by-side": side_by_side.measure,
     "kernels": kernels.measure,
+    "costs": costs.measure,
     "containers": containers.measure,
 }
 ONLY_NAMED = {"peers": peers.measure, "files": files.measure, "checkout": checkouts.measure}
