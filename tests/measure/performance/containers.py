@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -28,17 +27,16 @@ def measure() -> Section:
     section = Section("containers", "Containers")
     folder = real_model_folder()
     require_base_images()
-    index = os.environ.get("TORCH_INDEX_URL", "")
     rows = []
     for target, tag in (("control", CONTROL), ("stage", STAGE)):
         seconds = []
         for _ in range(2):  # the second build finds everything in the engine's cache
             began = time.monotonic()
-            build("Dockerfile.cpu", target, tag, TORCH_INDEX_URL=index)
+            build("Dockerfile.cpu", target, tag)
             seconds.append(time.monotonic() - began)
         size = int(json.loads(docker("image", "inspect", tag))[0]["Size"])
         rows.append([target, f"{size / 1e9:.2f} GB", f"{seconds[0]:.1f}", f"{seconds[1]:.1f}"])
-    section.say(f"Images, with torch from {index or 'the package index'}; built with what the cache had, and again.")
+    section.say("Images; built with what the cache had, and again.")
     section.table(["image", "size", "seconds", "again"], rows)
     with tempfile.TemporaryDirectory() as scratch, two_machines(Path(scratch)) as pair:
         pair.b.up()

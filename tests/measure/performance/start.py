@@ -1,4 +1,4 @@
-"""From a fresh clone to the first token, and from a second start to ready, with the time of each part."""
+"""From a fresh clone to the first token, a second start until ready, and the next token after a stage was killed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.measure.report import Section
-from tests.support.models.real_model import real_model_folder
+from tests.measure.report import Section, spread
+from tests.support.models.real_model import real_model_file
 from tests.support.processes.cluster import Cluster
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +24,10 @@ READY_SECONDS = 600.0
 CLONE_SECONDS = 120.0
 DOWN_SECONDS = 90.0
 # variables absent from a user's terminal: settings of tests, and of a make that runs this
-NOT_PASSED_ON = ("NOODLE_THREADS", "NOODLE_STAGES", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+NOT_PASSED_ON = (
+    "NOODLE_THREADS", "NOODLE_STAGES", "NOODLE_QUALITY", "NOODLE_EXECUTOR", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS",
+)  # fmt: skip
+KILLS = 7  # of each kind of process
 
 
 def measure() -> Section:
@@ -32,18 +35,29 @@ def measure() -> Section:
     section = Section("start", "From nothing to the first token")
     section.say(
         "A clone in an empty folder with an empty cache of models and measurements; pip's own cache is as this "
-        "machine has it. `make run` until the first token of a request, then `noodle up` again until ready."
+        "machine has it. `make run` until the first token of a request, then `noodle up` again until ready, and stages "
+        f"killed with SIGKILL. The load average was {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before the start."
     )
     with tempfile.TemporaryDirectory() as scratch:
         fresh_clone(Path(scratch), section)
     with tempfile.TemporaryDirectory() as scratch:
-        cluster = Cluster(Path(scratch) / "state", real_model_folder(), 2)
+        cluster = Cluster(Path(scratch) / "state", real_model_file(), 2, NOODLE_QUALITY="stored")
         started = time.monotonic()
         cluster.start()
         seconds = time.monotonic() - started
+        try:
+            after_kills = {what: seconds_after_kills(cluster, pid_of) for what, pid_of in KILLED.items()}
+        except BaseException:
+            cluster.stop()
+            raise
         log_text = (Path(scratch) / "state" / "run" / "logs" / "stage-0.log").read_text(encoding="utf-8")
         cluster.stop()
-    section.say(f"A second `noodle up` (model converted, machine measured) until ready: **{seconds:.1f} s**.")
+    section.say(f"A second `noodle up` (model in the cache, machine measured) until ready: **{seconds:.1f} s**.")
+    for what, gaps in after_kills.items():
+        section.say()
+        section.say(
+            f"From the kill of {what} to the next token, {len(gaps)} times: {spread(gaps, 2)} s, at worst {max(gaps):.2f} s."
+        )
     section.say()
     section.say("What stage 0 did meanwhile, by its log:")
     section.say()
@@ -51,6 +65,24 @@ def measure() -> Section:
         if re.match(r"\d\d:\d\d:\d\d ", line):
             section.say(f"    {line[:100]}")
     return section
+
+
+def seconds_after_kills(cluster: Cluster, pid_of: Callable[[Cluster, str], int]) -> list[float]:
+    """Kill stages in turn; return the seconds from each kill to the first token of a new request."""
+    found = []
+    for number in range(KILLS):
+        cluster.generate("The river comes down", max_new_tokens=1)
+        began = time.monotonic()
+        os.kill(pid_of(cluster, f"stage-{number % 2}"), signal.SIGKILL)
+        cluster.generate(f"The sky is blue, for {number} reasons", max_new_tokens=1)
+        found.append(time.monotonic() - began)
+    return found
+
+
+KILLED: dict[str, Callable[[Cluster, str], int]] = {
+    "a stage's worker": Cluster.worker_pid,
+    "all of a stage": Cluster.service_pid,
+}
 
 
 def fresh_clone(scratch: Path, section: Section) -> None:
@@ -95,7 +127,8 @@ def watch(cluster: Cluster, clone: Path, started: float) -> list[tuple[str, floa
     marks: list[tuple[str, float]] = []
     signs: list[tuple[str, float, Callable[[], bool]]] = [
         ("packages installed", INSTALL_SECONDS, (clone / ".venv/.noodle-runtime").exists),
-        ("model downloaded and converted", MODEL_SECONDS, lambda: "planner" in services(cluster)),
+        ("ggml and kernels built", INSTALL_SECONDS, (clone / ".venv/.noodle-kernels").exists),
+        ("model downloaded", MODEL_SECONDS, lambda: "planner" in services(cluster)),
         ("ready (stages started, measured and loaded)", READY_SECONDS, lambda: ready(cluster)),
     ]
     for what, seconds, sign in signs:
