@@ -34,8 +34,10 @@ BOUNDS = {
     "q4_K": Bound(8.0, 0.45),
     "q4_0": Bound(8.0, 0.45),
 }
-# against the same executor, formats and file in one process
-SAME_BOUNDS = BOUNDS
+# Against the same executor, formats and file in one process. A split changes no bit where both sides compute the same
+# steps, but the reference computes all tokens in one step and the cluster one step for each: sums in another order then
+# round activations otherwise. Measured on 640 tokens of the default model, whose file is Q4_1: 0.25 and 98.1 %.
+SAME_BOUNDS = {**BOUNDS, "stored": Bound(0.75, 0.94)}
 # dtypes of the unsplit model; ggml's formats are compared with the weights that they were made from
 REFERENCE_DTYPES = ("float32", "float16", "bfloat16")
 TOKENS_PER_TIE = 1000  # tokens of which one may differ by a tie

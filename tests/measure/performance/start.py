@@ -25,7 +25,8 @@ CLONE_SECONDS = 120.0
 DOWN_SECONDS = 90.0
 # variables absent from a user's terminal: settings of tests, and of a make that runs this
 NOT_PASSED_ON = (
-    "NOODLE_THREADS", "NOODLE_STAGES", "NOODLE_QUALITY", "NOODLE_EXECUTOR", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS",
+    "NOODLE_THREADS", "NOODLE_STAGES", "NOODLE_QUALITY", "NOODLE_EXECUTOR",
+    "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS",
 )  # fmt: skip
 KILLS = 7  # of each kind of process
 
@@ -36,7 +37,7 @@ def measure() -> Section:
     section.say(
         "A clone in an empty folder with an empty cache of models and measurements; pip's own cache is as this "
         "machine has it. `make run` until the first token of a request, then `noodle up` again until ready, and stages "
-        f"killed with SIGKILL. The load average was {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before the start."
+        f"killed with SIGKILL. The load average was {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before."
     )
     with tempfile.TemporaryDirectory() as scratch:
         fresh_clone(Path(scratch), section)
@@ -55,9 +56,7 @@ def measure() -> Section:
     section.say(f"A second `noodle up` (model in the cache, machine measured) until ready: **{seconds:.1f} s**.")
     for what, gaps in after_kills.items():
         section.say()
-        section.say(
-            f"From the kill of {what} to the next token, {len(gaps)} times: {spread(gaps, 2)} s, at worst {max(gaps):.2f} s."
-        )
+        section.say(f"From the kill of {what} to the next token, {len(gaps)} times: **{spread(gaps)} s**.")
     section.say()
     section.say("What stage 0 did meanwhile, by its log:")
     section.say()
