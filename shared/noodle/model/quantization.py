@@ -106,7 +106,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
         raise _refusal(model_type, f"by {method}, and noodle reads no quantized weights of this family")
     try:
         return _READERS[method](model_type, method, given)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, re.error) as error:
         raise _refusal(
             model_type, f"by {method}, whose settings are malformed ({type(error).__name__}: {error})"
         ) from error
@@ -150,7 +150,8 @@ def _gptq(model_type: str, method: str, given: Mapping[str, Any]) -> Quantizatio
         raise _refusal(model_type, f"by GPTQ with other settings for some modules (dynamic: {changed[0]!r})")
     if str(given.get("pack_dtype", "int32")).removeprefix("torch.") != "int32":
         raise _refusal(model_type, f"by GPTQ in words of {given['pack_dtype']}, and noodle reads int32")
-    return Quantization(method, given)
+    size = given.get("group_size")
+    return Quantization(method, {**given, "group_size": -1 if size is None else int(size)})
 
 
 def _bitsandbytes(_model_type: str, method: str, given: Mapping[str, Any]) -> Quantization:
@@ -198,12 +199,16 @@ def _schemes(model_type: str, groups: Mapping[str, Any], common_format: str) -> 
             )
         if str(weights.get("strategy")) in ("tensor_group", "attn_head"):
             raise _refusal(model_type, f"by compressed-tensors with the strategy {weights['strategy']!r}")
+        targets = tuple(str(target) for target in group.get("targets") or ())
+        for target in targets:
+            if target.startswith("re:"):
+                re.compile(target.removeprefix("re:"))
         size = weights.get("group_size")
         block = weights.get("block_structure")
         if isinstance(block, str):
             block = block.split("x")
         yield WeightScheme(
-            targets=tuple(str(target) for target in group.get("targets") or ()),
+            targets=targets,
             bits=bits,
             is_symmetric=bool(weights.get("symmetric", True)),
             group_size=int(size) if size and int(size) > 0 else None,

@@ -20,6 +20,7 @@ from services.stage.executors.checkpoints.numbers import FLOATS, SMALL_FLOATS, B
 TYPES = ("nf4", "fp4")
 MXFP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 STATE_BYTES_CAP = 1 << 16  # largest JSON of a matrix's state
+MAXIMUM_RUN = 4096  # largest run with one scale, as in bitsandbytes
 
 
 class _State(msgspec.Struct):
@@ -54,7 +55,12 @@ class BitsAndBytes4Matrix(QuantizedMatrix):
         state = self._state
         self.shape = tuple(state.shape)
         items = math.prod(self.shape)
-        if not self.shape or min(self.shape) < 1 or -(-items // 2) != codes.byte_count or state.blocksize < 1:
+        if (
+            not self.shape
+            or min(self.shape) < 1
+            or -(-items // 2) != codes.byte_count
+            or not 1 <= state.blocksize <= MAXIMUM_RUN
+        ):
             raise self._damage(
                 f"{state_key} says shape {list(self.shape)} in runs of {state.blocksize}, but {codes.byte_count} bytes "
                 "of codes are stored"
@@ -66,8 +72,8 @@ class BitsAndBytes4Matrix(QuantizedMatrix):
         self._entry(f"{key}.quant_map", FLOATS)
         self._check(f"{key}.quant_map", (16,))
         if self._is_nested:
-            if state.nested_blocksize < 1:
-                raise self._damage(f"{state_key} does not say nested_blocksize")
+            if not 1 <= state.nested_blocksize <= MAXIMUM_RUN:
+                raise self._damage(f"{state_key} says runs of {state.nested_blocksize} scales")
             self._entry(f"{key}.nested_absmax", FLOATS)
             self._check(f"{key}.nested_absmax", (-(-runs // state.nested_blocksize),))
             self._entry(f"{key}.nested_quant_map", FLOATS)

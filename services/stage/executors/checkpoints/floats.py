@@ -43,8 +43,8 @@ class SmallFloatMatrix(QuantizedMatrix):
         self.shape = entry.shape
         self._dtype = entry.dtype
         self._scale_key = scale_key
-        if len(self.shape) < 2:
-            raise self._damage(f"{key} has shape {list(self.shape)}")
+        if len(self.shape) < 2 or min(self.shape) < 1:
+            raise self._damage(f"{key} has shape {list(self.shape)}, which is no matrix")
         self._block = self.shape[-2:]
         if scale_key is not None:
             self._entry(scale_key, SCALES)
@@ -59,7 +59,7 @@ class SmallFloatMatrix(QuantizedMatrix):
                 return rows, columns
             if shape == (rows,):
                 return 1, columns
-        if shape[:-2] == self.shape[:-2]:
+        if len(shape) == len(self.shape) and shape[:-2] == self.shape[:-2] and min(shape) > 0:
             if block and shape[-2:] == (-(-rows // block[0]), -(-columns // block[1])):
                 return tuple(block)
             if shape[-2:] == (rows, 1):
@@ -74,9 +74,7 @@ class SmallFloatMatrix(QuantizedMatrix):
         """Scales [matrices, block rows, block columns]."""
         if self._scale_key is None:
             return np.ones((1, 1, 1), np.float32)
-        entry = self._found(self._scale_key)
-        dtype = "F8_E8M0" if entry.dtype == "U8" else entry.dtype
-        scales = to_float32(self._whole(self._scale_key), dtype)
+        scales = self._floats(self._scale_key)
         rows, columns = self.shape[-2:]
         return scales.reshape(-1, -(-rows // self._block[0]), -(-columns // self._block[1]))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from noodle.errors import ModelNotFound, UnsupportedModel
 from noodle.model.ggml_types import GGML_TYPES
-from noodle.model.quantization import CURE, Quantization, WeightScheme, matrix_name
+from noodle.model.quantization import CURE, PACKED_BITS, Quantization, WeightScheme, matrix_name
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, nothing_to_fetch
 from services.stage.executors.checkpoints.codebooks import TYPES, BitsAndBytes4Matrix, Mxfp4Matrix
@@ -233,6 +233,8 @@ class QuantizedFolder:
         if self._files.entry(f"{name}_packed").dtype in ("U8", "I8"):
             return Mxfp4Matrix(self._stored, name, f"{name}_packed", f"{name}_scale")
         scheme = self._scheme(module)
+        if scheme.bits not in PACKED_BITS:
+            raise UnsupportedModel(f"{name} is packed in {scheme.bits} bits, which noodle does not read.", cure=CURE)
         return PackedMatrix(self._stored, name, scheme.bits, scheme.group_size)
 
     def _has(self, key: str) -> bool:

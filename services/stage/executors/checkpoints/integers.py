@@ -71,14 +71,17 @@ class IntegerMatrix(QuantizedMatrix):
 
     def rows(self, first: int, count: int) -> Floats:
         values = self._integers(first, count).astype(np.float32)
-        return self._by_group(np.multiply, values, self._rows_of(self.groups.scales, first, count))
+        with np.errstate(over="ignore"):  # of scales near float32's end, for which the values are infinite
+            return self._by_group(np.multiply, values, self._rows_of(self.groups.scales, first, count))
 
     def blocks(self, first: int, count: int) -> Bytes:
         if self.storage.type_name not in RANGES:
             return super().blocks(first, count)
         scales = self._rows_of(self.groups.scales, first, count)
-        of_blocks = np.repeat(scales, self.groups.size // BLOCK_ITEMS, axis=1)[:, : self.shape[1] // BLOCK_ITEMS]
-        return integer_blocks(self.storage.type_name, self._integers(first, count), of_blocks)
+        count_of_blocks = self.shape[1] // BLOCK_ITEMS
+        of_blocks = np.repeat(scales, self.groups.size // BLOCK_ITEMS, axis=1)[:, :count_of_blocks]
+        of_rows = np.broadcast_to(of_blocks, (count, count_of_blocks))
+        return integer_blocks(self.storage.type_name, self._integers(first, count), of_rows)
 
     def _range(self) -> tuple[int, int]:
         """Bounds of codes minus zero points."""
@@ -122,6 +125,11 @@ class IntegerMatrix(QuantizedMatrix):
         operation(items, values, out=items)
         return items
 
+    def _check_matrix(self, key: str) -> None:
+        shape = self._found(key).shape
+        if len(shape) != 2 or min(shape) < 1:
+            raise self._damage(f"{key} has shape {list(shape)}, which is no matrix")
+
     def _words(self, key: str) -> npt.NDArray[np.int32]:
         return self._whole(key).view("<i4").reshape(self._found(key).shape)
 
@@ -149,12 +157,11 @@ class GptqMatrix(IntegerMatrix):
         self._zero_offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
         per_word = WORD_BITS // self.bits
         packed = self._entry(f"{self._module}.qweight", {"I32"})
-        if len(packed.shape) != 2:
-            raise self._damage(f"{self._module}.qweight has shape {list(packed.shape)}")
+        self._check_matrix(f"{self._module}.qweight")
         columns, rows = packed.shape[0] * per_word, packed.shape[1]
         self.shape = (rows, columns)
         asked = int(settings.get("group_size", -1))
-        self._size = columns if asked <= 0 else asked
+        self._size = columns if asked <= 0 else min(asked, columns)
         groups = -(-columns // self._size)
         self._entry(f"{self._module}.scales", FLOATS)
         self._check(f"{self._module}.scales", (groups, rows))
@@ -190,12 +197,11 @@ class AwqMatrix(IntegerMatrix):
         super().__init__(files, key, "AWQ 4 bit")
         self._module = key.removesuffix(".weight")
         packed = self._entry(f"{self._module}.qweight", {"I32"})
-        if len(packed.shape) != 2:
-            raise self._damage(f"{self._module}.qweight has shape {list(packed.shape)}")
+        self._check_matrix(f"{self._module}.qweight")
         columns, rows = packed.shape[0], packed.shape[1] * 8
         self.shape = (rows, columns)
         asked = int(settings.get("group_size", -1))
-        self._size = columns if asked <= 0 else asked
+        self._size = columns if asked <= 0 else min(asked, columns)
         groups = -(-columns // self._size)
         self._entry(f"{self._module}.scales", FLOATS)
         self._check(f"{self._module}.scales", (groups, rows))
@@ -242,8 +248,7 @@ class PackedMatrix(IntegerMatrix):
         self._entry(f"{key}_scale", FLOATS)
         self._entry(f"{key}_shape", {"I64", "I32"})
         self._check(f"{key}_shape", (2,))
-        if len(packed.shape) != 2:
-            raise self._damage(f"{key}_packed has shape {list(packed.shape)}")
+        self._check_matrix(f"{key}_packed")
         scales = self._found(f"{key}_scale").shape
         grouped = len(scales) == 2 and scales[1] > 1
         columns = scales[1] * group_size if grouped and group_size else packed.shape[1] * WORD_BITS // bits
@@ -290,8 +295,7 @@ class Int8Matrix(IntegerMatrix):
     def __init__(self, files: TensorBytes, key: str, group_size: int | None) -> None:
         super().__init__(files, key, "compressed-tensors int8")
         self.shape = self._entry(key, {"I8"}).shape
-        if len(self.shape) != 2:
-            raise self._damage(f"{key} has shape {list(self.shape)}")
+        self._check_matrix(key)
         self._entry(f"{key}_scale", FLOATS)
         self._groups_count = _group_count(self, f"{key}_scale", group_size)
         self._size = self.shape[1] if self._groups_count == 1 else int(group_size or self.shape[1])
@@ -319,8 +323,7 @@ class BitsAndBytesInt8Matrix(Int8Matrix):
     def __init__(self, files: TensorBytes, key: str) -> None:
         IntegerMatrix.__init__(self, files, key, "bitsandbytes int8")
         self.shape = self._entry(key, {"I8"}).shape
-        if len(self.shape) != 2:
-            raise self._damage(f"{key} has shape {list(self.shape)}")
+        self._check_matrix(key)
         self._largest = f"{key.removesuffix('.weight')}.SCB"
         self._entry(self._largest, FLOATS)
         self._check(self._largest, (self.shape[0],))

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from noodle.errors import ModelNotFound
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.checkpoints.numbers import Bytes, Floats, to_float32
@@ -95,9 +97,12 @@ class QuantizedMatrix(ABC):
         return self._files.read(key, 0, self._found(key).byte_count)
 
     def _floats(self, key: str) -> Floats:
-        """A whole tensor of floats in its shape."""
+        """A whole tensor of floats in its shape; bytes are powers of two."""
         entry = self._found(key)
-        return to_float32(self._whole(key), entry.dtype).reshape(entry.shape)
+        values = to_float32(self._whole(key), "F8_E8M0" if entry.dtype == "U8" else entry.dtype)
+        if not np.all(np.isfinite(values)):
+            raise self._damage(f"{key} holds numbers that are not finite")
+        return values.reshape(entry.shape)
 
     def _found(self, key: str) -> TensorEntry:
         """A tensor that `_entry` has found."""

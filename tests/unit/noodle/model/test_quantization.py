@@ -116,6 +116,8 @@ def test_what_is_left_out_is_said() -> None:
         ("fp8", "config.json does not say as an object"),
         ({"quant_method": "gptq", "bits": 3}, "by GPTQ to 3 bits"),
         ({"quant_method": "gptq"}, "settings are malformed"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": "x"}, "settings are malformed"),
+        ({**COMPRESSED, "config_groups": {"g": {**group()["group_0"], "targets": ["re:("]}}}, "settings are malformed"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "layout 'marlin'"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": {r".*down.*": {"bits": 8}}}, "other settings for some modules"),
         ({"quant_method": "awq", "bits": 3}, "by AWQ to 3 bits"),

@@ -145,7 +145,30 @@ def gptq(**changed: torch.Tensor) -> Tensors:
     return {key: value for key, value in {**tensors, **changed}.items() if value.numel()}
 
 
+def int8(scale: torch.Tensor) -> Tensors:
+    return {"m.weight": torch.arange(-128, 128).to(torch.int8).reshape(4, 64), "m.weight_scale": scale}
+
+
+def test_one_scale_of_the_whole_matrix_is_in_every_block(tmp_path: Path) -> None:
+    tensors = int8(torch.tensor([0.5]))
+    groups = {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "strategy": "tensor"}}}
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+    files = folder_of(tmp_path, tensors, **config)
+    entry = files.find("m.weight")
+    assert entry is not None
+    assert entry.dtype == "Q8_0"
+    data = np.empty(entry.byte_count, np.uint8)
+    files.read("m.weight", data.data, 0)
+    values = dequantize(data.reshape(4, -1), GGMLQuantizationType.Q8_0)
+    np.testing.assert_array_equal(values, tensors["m.weight"].numpy() * np.float32(0.5))
+
+
 NONE = torch.empty(0)
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "mixed-precision",
+    "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 3, "strategy": "channel"}}},
+}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 BROKEN: list[tuple[dict[str, Any], Tensors, str]] = [
@@ -156,7 +179,12 @@ BROKEN: list[tuple[dict[str, Any], Tensors, str]] = [
     (GPTQ, gptq(**{"m.qweight": torch.zeros(8, 16)}), "m.qweight is stored as F32 instead of I32"),
     (GPTQ, gptq(**{"m.g_idx": torch.full((64,), 2, dtype=torch.int32)}), "m.g_idx names groups outside 0 to 1"),
     (GPTQ, gptq(**{"m.g_idx": torch.zeros(63, dtype=torch.int32)}), r"m.g_idx has shape \[63\]"),
+    (GPTQ, gptq(**{"m.scales": torch.full((2, 16), torch.inf)}), "m.scales holds numbers that are not finite"),
+    (GPTQ, gptq(**{"m.qweight": torch.zeros(128, dtype=torch.int32)}), "which is no matrix"),
+    (INT8, {"m.weight_packed": torch.zeros(4, 3, dtype=torch.int32)}, "packed in 3 bits"),
+    (INT8, int8(torch.full((4, 1), torch.nan)), "not finite"),
     (FP8, {"m.weight": codes(128, 128)}, "m.weight_scale_inv is missing"),
+    (FP8, {"m.weight": codes(128, 128), "m.weight_scale_inv": torch.ones(2)}, "does not fit"),
     (FP8, {"m.weight": codes(128, 128), "m.weight_scale_inv": torch.ones(2, 1)}, "does not fit"),
     (
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
