@@ -68,6 +68,8 @@ class ChatTemplate:
                 raise self._refused(refusal.reason)
         try:
             return self._render(messages, add_generation_prompt)
+        except TemplateUnusable as error:
+            raise self._refused(str(error)) from error
         except RenderRefused as error:
             raise self._refused(f"it refuses these messages: {error}") from error
 

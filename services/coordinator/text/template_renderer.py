@@ -34,6 +34,7 @@ PLACE_SECONDS = 5.0  # waiting for one of the processes
 END_SECONDS = 5.0  # from SIGKILL until the kernel has ended a process
 RETRY_SECONDS = 2  # Retry-After
 READ_BYTES = 1 << 20
+FOREIGN_SIGNALS = (signal.SIGKILL, signal.SIGTERM)  # of persons and of the system, not of a template
 
 
 class RenderRefused(Exception):
@@ -45,7 +46,11 @@ class TemplateUnusable(RenderRefused):
 
 
 class _Died(Exception):
-    """A process ended without an answer."""
+    """A process ended without an answer, by none of its bounds; `status` as subprocess has it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"signal {-status}" if status < 0 else f"exit status {status}")
+        self.status = status
 
 
 class TemplateRenderer:
@@ -67,6 +72,11 @@ class TemplateRenderer:
             try:
                 return self._render_once(request)
             except _Died as died:
+                if -died.status in FOREIGN_SIGNALS:
+                    raise NotReady(
+                        f"The process that renders chat templates was ended twice ({died}).",
+                        retry_after_seconds=RETRY_SECONDS,
+                    ) from died
                 raise TemplateUnusable(f"it ended its process twice ({died})") from died
 
     def _render_once(self, request: bytes) -> str:
@@ -165,7 +175,7 @@ class _Process:
             return TemplateUnusable(f"it takes more than {RENDER_CPU_SECONDS:g} s of processor time")
         if status == OUT_OF_MEMORY_STATUS:
             return TemplateUnusable(f"it takes more than {MAXIMUM_MEMORY_BYTES >> 20} MiB of memory")
-        return _Died(f"signal {-status}" if status < 0 else f"exit status {status}")
+        return _Died(status)
 
 
 def _end_all(places: queue.LifoQueue[_Process | None]) -> None:

@@ -196,7 +196,8 @@ def test_a_process_that_was_killed_while_idle_is_replaced() -> None:
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-def test_a_process_that_is_killed_while_it_renders_is_replaced_once() -> None:
+@pytest.mark.parametrize(("signal_number", "error"), [(signal.SIGKILL, NotReady), (signal.SIGSEGV, TemplateUnusable)])
+def test_a_process_that_is_killed_while_it_renders_is_replaced_once(signal_number: int, error: type[Exception]) -> None:
     renderer = TemplateRenderer(ENDLESS)
     with ThreadPoolExecutor(1) as threads:
         render = threads.submit(renderer.render, variables(CONVERSATIONS[0]))
@@ -205,9 +206,9 @@ def test_a_process_that_is_killed_while_it_renders_is_replaced_once() -> None:
             time.sleep(0.4)
             for worker in workers():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    worker.kill()
+                    worker.send_signal(signal_number)
                     killed += 1
-        with pytest.raises(TemplateUnusable, match="signal 9"):
+        with pytest.raises(error, match=f"signal {signal_number}"):
             render.result()
     assert killed == 2
     assert not workers()
