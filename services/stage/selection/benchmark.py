@@ -124,9 +124,7 @@ def _measure(
     def decode_of(timer: SliceTimer, sessions: int, *, sampled: bool = False) -> Callable[[], float]:
         return partial(timer.step_seconds, sessions, 1, first_position=CONTEXT_TOKENS, sampled=sampled)
 
-    progress(0.0, "measuring how large a layer is")
-    one_layer_bytes = load(start, start + 1).weight_bytes
-    progress(0.1, f"measuring {1 + further} of the model's layers")
+    progress(0.0, f"measuring {1 + further} of the model's layers")
     timers = [timer_of(layer_count - 1, layer_count)]  # the last layer, with the head
     if further:
         timers.append(timer_of(start, start + 1 + further))
@@ -143,15 +141,12 @@ def _measure(
         max(sampled - without[0], 0.0)
         for sampled, without in zip(medians["with head"], (medians["decode"], medians["batched"]), strict=True)
     )
-    # a slice with the last layer has the head too
-    tells = further and start + 1 + further < layer_count
     return LayerSeconds(
         decode_layer_seconds=seconds_per_layer(medians["decode"], further),
         prefill_layer_seconds_per_token=seconds_per_layer(medians["prefill"], further) / CONTEXT_TOKENS,
         head_decode_seconds=head,
         batched_layer_seconds=seconds_per_layer(medians["batched"], further) / BATCHED_SESSIONS,
         batched_head_seconds=batched_head / BATCHED_SESSIONS,
-        layer_weight_bytes=(timers[-1].slice.weight_bytes - one_layer_bytes) / further if tells else 0.0,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,6 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
         )
         counts = (_first_of(read, LAYER_COUNT_KEYS), _first_of(read, CONTEXT_KEYS))
         seconds = measure_machine(model, *counts, key=key, cache_dir=config.cache_dir, progress=progress)
-        seconds = replace(seconds, layer_weight_bytes=0.0)
     return MachineReport(
         stage_id=config.stage_id,
         machine=config.machine,

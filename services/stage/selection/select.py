@@ -51,7 +51,7 @@ def choose_executor(options: ExecutorOptions, ggml_hindrance: str, *, only_ggml:
         if ggml_hindrance:
             named = "NOODLE_EXECUTOR=ggml" if options.executor == "ggml" else f"NOODLE_WEIGHTS={options.weights}"
             raise ConfigurationError(f"{only_ggml or named}, but {ggml_hindrance}")
-        return "ggml", "configured"
+        return "ggml", "configured" if options.asks_for_ggml else only_ggml
     if options.asks_for_transformers:
         if not has_transformers():
             is_named = options.executor == "transformers"

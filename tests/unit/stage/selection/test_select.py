@@ -26,6 +26,14 @@ def test_ggml_computes_the_files_own_weights_without_being_asked():
     assert candidate_of("ggml", ExecutorOptions(), "float32") == Candidate("ggml", "stored", "f16", "float32")
 
 
+def test_the_reason_is_a_file_or_device_that_ggml_alone_computes_and_configured_only_where_it_is():
+    assert choose_executor(ExecutorOptions(), "", only_ggml="m.gguf is a GGUF file") == (
+        "ggml",
+        "m.gguf is a GGUF file",
+    )
+    assert choose_executor(ExecutorOptions(executor="ggml"), "", only_ggml="m") == ("ggml", "configured")
+
+
 def test_exact_holds_weights_and_rows_in_float32():
     exact = ExecutorOptions(quality="exact")
     assert candidate_of("ggml", exact, "float32") == Candidate("ggml", "f32", "f32", "float32")
