@@ -46,6 +46,8 @@ PHI_ROTARY = {"rope_type": "default", "rope_theta": 1e4}
 # config attributes of a family, as its published models have them
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "bitnet": {"tie_word_embeddings": True, "hidden_act": "silu"},
+    "deepseek_v2": {"qk_nope_head_dim": 256},
+    "deepseek_v3": {"qk_nope_head_dim": 256},
     "gpt2": {"n_embd": 256},
     "gemma2": {"query_pre_attn_scalar": 64},
     "gemma3_text": {"query_pre_attn_scalar": 64},

@@ -6,6 +6,7 @@ values that the file's blocks hold.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -25,9 +26,10 @@ Floats = npt.NDArray[np.float32]
 # llama.cpp's quantize keeps routers as they are, and what is no matrix
 GGUF_PLAIN = re.compile(r"ffn_gate_inp|_norm\.|\.bias$|position_embd|exp_probs_b|attn_sinks|rope_freqs|ffn_act_")
 FOLDER_PLAIN = re.compile(
-    r"router|correction_bias|gate\.(wg\.)?weight$|shared_expert_gate|norm|\.bias$|\.wpe\.|sinks|layernorm"
+    r"router|correction_bias|gate\.(wg\.)?weight$|shared_expert_gate|norm|[._]bias$|\.wpe\.|sinks|layernorm"
 )
-TRANSPOSED = re.compile(r"^transformer\.h\..*\.c_(attn|proj|fc)\.weight$")  # stored [in, out] by GPT-2
+# stored [in, out] by GPT-2 and gpt_oss
+TRANSPOSED = re.compile(r"^transformer\.h\..*\.c_(attn|proj|fc)\.weight$|mlp\.experts\.(gate_up|down)_proj$")
 GATES = re.compile(r"mlp\.gate\.|moe\.gate\.|block_sparse_moe\.gate\.")
 
 
@@ -57,13 +59,28 @@ def rounded_folder(source: Path, target: Path, kind: str) -> Path:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.gguf"))
     path = target / "model.safetensors"
     tensors = load_file(path)
+    config = json.loads((source / "config.json").read_text("utf-8"))
     for key, values in tensors.items():
         if values.ndim > 1 and not FOLDER_PLAIN.search(key) and not GATES.search(key):
-            rows = values.T if TRANSPOSED.search(key) else values
-            rounded = dequantize(_blocks(rows, kind), GGMLQuantizationType[kind]).reshape(rows.shape)
-            tensors[key] = np.ascontiguousarray(rounded.T if TRANSPOSED.search(key) else rounded, np.float32)
+            rounded = _rounded(values.swapaxes(-1, -2) if TRANSPOSED.search(key) else values, kind)
+            if config["model_type"].startswith("deepseek") and key.endswith("kv_b_proj.weight"):
+                rounded = _rounded_by_head(values, kind, config)
+            rounded = rounded.swapaxes(-1, -2) if TRANSPOSED.search(key) else rounded
+            tensors[key] = np.ascontiguousarray(rounded, np.float32)
     save_file(tensors, path, {"format": "pt"})
     return target
+
+
+def _rounded(values: Floats, kind: str) -> Floats:
+    return dequantize(_blocks(values, kind), GGMLQuantizationType[kind]).reshape(values.shape)
+
+
+def _rounded_by_head(values: Floats, kind: str, config: dict[str, Any]) -> Floats:
+    """The matrix of K and V of latent attention: the converter splits it by head and transposes K's part."""
+    plain = config["qk_nope_head_dim"]
+    heads = values.reshape(config["num_attention_heads"], -1, values.shape[-1])
+    key = _rounded(heads[:, :plain].swapaxes(1, 2), kind).swapaxes(1, 2)
+    return np.concatenate([key, _rounded(heads[:, plain:], kind)], axis=1).reshape(values.shape)
 
 
 def _blocks(values: Floats, kind: str) -> npt.NDArray[np.uint8]:
