@@ -13,7 +13,6 @@ from noodle import __version__
 from noodle.cluster.measuring import MachineProfile, ProfileLine, ProfileQuestion
 from noodle.config.environment import command_config, process_environment
 from noodle.errors import NoodleError
-from noodle.installation import require_transformers
 from services.cli.bench.plots import draw_profile
 from services.cli.bench.profile_report import ProfileConditions, ProfileReport, headline, print_report, remarks
 from services.cli.client.progress import Progress, open_progress
@@ -37,7 +36,6 @@ def profile(options: argparse.Namespace) -> int:
     if wants_stored(options, ("quick", "output")):
         return print_stored(options, target, "profile", ProfileReport, print_report)
     folder = output_folder(options.output)
-    require_transformers("Measuring")
     conditions = ProfileConditions(
         noodle_version=__version__,
         is_quick=bool(options.quick),

@@ -75,7 +75,7 @@ def print_report(report: ProfileReport) -> None:
     print(
         f"{report.model or profile.model_type} on {report.machine}, {report.made_at}: {profile.layer_count} layers of "
         f"{profile.model_type}, hidden size {profile.hidden_size}, vocabulary {profile.vocab_size}; "
-        f"{profile.cores} cores, torch {profile.torch_version}, transformers {profile.transformers_version}."
+        f"{profile.cores} cores, {profile.executor_version}."
     )
     for device in profile.devices:
         _print_device(device, profile.layer_count)

@@ -104,6 +104,9 @@ class ModelSlice(Protocol):
     def fill_rows_with_noise(self, session_id: str, tokens: int) -> None:
         """Give a session that holds rows `tokens` of them without computing, to time steps far into a context."""
 
+    def set_threads(self, threads: int) -> None:
+        """Compute the next steps with this many threads of the CPU; cards ignore it."""
+
     def synchronize(self) -> None:
         """Wait until the device has computed all steps so far."""
 

@@ -87,7 +87,7 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
             threads=threads,
             noodle_version=__version__,
         )
-        counts = (_first_of(read, LAYER_COUNT_KEYS), _first_of(read, CONTEXT_KEYS))
+        counts = (first_of(read, LAYER_COUNT_KEYS), first_of(read, CONTEXT_KEYS))
         seconds = measure_machine(model, *counts, key=key, cache_dir=config.cache_dir, progress=progress)
     return MachineReport(
         stage_id=config.stage_id,
@@ -121,7 +121,7 @@ def _by_ggml(
 ) -> tuple[LayerSeconds, int, dict[str, FormatSeconds]]:
     """Seconds of a layer in a format of weights, from the model's header; threads; and seconds in other formats."""
     read = read_config(model)
-    matrices = model_weights(read, held_tensors(read, read_tensor_entries(model)), _first_of(read, LAYER_COUNT_KEYS))
+    matrices = model_weights(read, held_tensors(read, read_tensor_entries(model)), first_of(read, LAYER_COUNT_KEYS))
     compared = COMPARED_FORMATS if config.quality == STORED else ()
     others = [name for name in compared if name != weights and matrices.fits(name)]
     by_format = {name: matrices.in_format(name) for name in (weights, *others)}
@@ -147,7 +147,7 @@ def _by_ggml(
     return seconds[weights], speed.threads, other_formats
 
 
-def _first_of(config: dict[str, Any], keys: tuple[str, ...]) -> int:
+def first_of(config: dict[str, Any], keys: tuple[str, ...]) -> int:
     return next((int(config[key]) for key in keys if config.get(key)), 1)
 
 

@@ -12,12 +12,21 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from noodle.cluster.measuring import MachineProfile, ProcessError, ProfileLine, ProfileProgress, ProfileQuestion
 from noodle.errors import ConfigurationError, NoodleError
-from noodle.model.files import model_digest
+from noodle.installation import has_transformers
+from noodle.model.files import model_digest, read_config
+from services.stage.executors.candidate import Candidate
+from services.stage.executors.load import ggml_hindrance, version_of
+from services.stage.selection.benchmark import one_at_a_time
+from services.stage.selection.device import choose_device, choose_dtype
+from services.stage.selection.report import CONTEXT_KEYS, LAYER_COUNT_KEYS, first_of
+from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
+from services.stage.tools.profile_device import FULL, QUICK, DeviceProfiler, thread_counts
 from services.stage.tools.reference import write_line
 
 MeasureProgress = Callable[[float, str], None]
@@ -40,39 +49,32 @@ def main() -> int:
 def profile_machine(question: ProfileQuestion, progress: MeasureProgress) -> MachineProfile:
     """Measure every requested device while no stage measures; `progress` receives the share done and a description.
 
-    Raises ConfigurationError without torch, or for a device or dtype that this machine does not support.
+    Layers are computed as a stage computes them by default. Raises NoodleError for a device or dtype that this machine
+    does not support, or if nothing that is installed here computes the model.
     """
-    progress(0.0, "starting torch")
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ConfigurationError(
-            "Measuring needs torch and transformers, which are not installed here.",
-            cure="Run `noodle profile` where a stage is installed (`make setup`, or noodle's extra `stage`).",
-        ) from error
-    from services.stage.executors.transformers.runtime import read_model_config
-    from services.stage.selection.benchmark import one_at_a_time
-    from services.stage.tools.profile_device import FULL, QUICK, DeviceProfiler, thread_counts
-
+    progress(0.0, "choosing what computes")
     folder, cache_dir = Path(question.folder), Path(question.cache_dir)
-    config = read_model_config(folder)
+    config = read_config(folder)
+    layer_count, context_length = (first_of(config, keys) for keys in (LAYER_COUNT_KEYS, CONTEXT_KEYS))
     cores = len(os.sched_getaffinity(0))
     notes: list[str] = []
     start_seconds = time.monotonic()
     with one_at_a_time(cache_dir, progress):
-        devices = devices_of(question.device, notes)
+        ggml_only = folder.is_file() or not has_transformers()
+        devices = devices_of(question.device, notes, ggml_only=ggml_only)
         extent = QUICK if question.is_quick else FULL
         profiles = []
         for index, device in enumerate(devices):
+            candidate, reason = way_of(folder, config, device, question.dtype)
             profiler = DeviceProfiler(
                 folder=folder,
                 device=device,
-                dtype=question.dtype,
+                candidate=candidate,
+                reason=reason,
                 extent=extent,
                 step_tokens=question.step_tokens,
-                layer_count=int(config.num_hidden_layers),
-                context_length=int(config.max_position_embeddings),
+                layer_count=layer_count,
+                context_length=context_length,
                 budget_seconds=extent.measuring_seconds / len(devices),
                 progress=partial(_report_device, progress, index, len(devices)),
                 notes=notes,
@@ -81,13 +83,12 @@ def profile_machine(question: ProfileQuestion, progress: MeasureProgress) -> Mac
             profiles.append(profiler.measure(thread_counts(most) if device == "cpu" else (most,)))
     return MachineProfile(
         model_digest=model_digest(folder),
-        model_type=str(config.model_type),
-        layer_count=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
-        vocab_size=int(config.vocab_size),
-        context_length=int(config.max_position_embeddings),
-        torch_version=str(torch.__version__),
-        transformers_version=str(transformers.__version__),
+        model_type=str(config.get("model_type") or ""),
+        layer_count=layer_count,
+        hidden_size=first_of(config, ("hidden_size", "n_embd")),
+        vocab_size=first_of(config, ("vocab_size",)),
+        context_length=context_length,
+        executor_version=" and ".join(sorted({version_of(profile.dtype.split()[0]) for profile in profiles})),
         cores=cores,
         seconds=time.monotonic() - start_seconds,
         devices=tuple(profiles),
@@ -99,19 +100,22 @@ def _report_device(progress: MeasureProgress, index: int, count: int, done: floa
     progress((index + done) / count, text)
 
 
-def devices_of(wanted: str, notes: list[str]) -> list[str]:
-    """The devices to measure, a card that this torch can use first; what is left out is noted."""
-    from services.stage.selection.device import TORCH_DEVICES, choose_device
+def way_of(model: Path, config: dict[str, Any], device: str, dtype: str) -> tuple[Candidate, str]:
+    """How a stage computes this model on a device by default, with the reason; a named dtype is transformers'."""
+    options = ExecutorOptions(dtype=dtype)
+    hindrance = "" if options.asks_for_transformers else ggml_hindrance(config, device)
+    only_ggml = f"{model.name} is a GGUF file" if model.is_file() else ""
+    executor, reason = choose_executor(options, hindrance, only_ggml=only_ggml)
+    chosen = choose_dtype(dtype, device).value if executor == "transformers" else "float32"
+    return candidate_of(executor, options, chosen), reason
 
-    if wanted not in ("auto", *TORCH_DEVICES):
-        notes.append(
-            f"NOODLE_DEVICE={wanted} is not measured: ggml alone computes there, and this measures transformers."
-        )
-        return ["cpu"]
+
+def devices_of(wanted: str, notes: list[str], *, ggml_only: bool = False) -> list[str]:
+    """The devices to measure, a card that can compute here first; what is left out is noted."""
     if wanted != "auto":
-        return [choose_device(wanted, ggml_only=False, has_torch=True).value]
+        return [choose_device(wanted, ggml_only=ggml_only, has_torch=not ggml_only).value]
     try:
-        chosen = choose_device("auto", ggml_only=False, has_torch=True).value
+        chosen = choose_device("auto", ggml_only=ggml_only, has_torch=not ggml_only).value
     except ConfigurationError as error:
         notes.append(f"The card is not measured: {error}")
         return ["cpu"]

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-
 from noodle.cluster.measuring import DecodePoint, DeviceProfile, PartPoint, PrefillPoint, ThreadsProfile
 from noodle.errors import GenerationFailed
-from services.stage.executors.transformers.loading import load_slice
+from services.stage.executors.candidate import Candidate
+from services.stage.executors.load import load_by
 from services.stage.selection.benchmark import FURTHER_LAYERS, MINIMUM_ROUNDS, SliceTimer, seconds_per_layer
-from services.stage.selection.device import choose_dtype, device_name, free_memory
+from services.stage.selection.device import device_name, free_memory
 
 KEY_KV_TOKENS, KEY_CHUNK_TOKENS = 128, 128  # of one session, timed first with every number of threads
 POINT_SECONDS = 0.5  # of rounds for a point beyond the minimum
@@ -77,7 +76,8 @@ class DeviceProfiler:
 
     folder: Path
     device: str
-    dtype: str
+    candidate: Candidate
+    reason: str
     extent: Extent
     step_tokens: int
     layer_count: int
@@ -85,13 +85,13 @@ class DeviceProfiler:
     budget_seconds: float  # without loading
     progress: Callable[[float, str], None]
     notes: list[str]
+    _threads: int = 1  # the most that are measured
     _measured: dict[int, _Measured] = field(default_factory=lambda: defaultdict(_Measured))
 
     def measure(self, thread_counts: Sequence[int]) -> DeviceProfile:
         """Time layers, embedding and head with each number of threads; raises NoodleError if they cannot be loaded."""
-        chosen = choose_dtype(self.dtype, self.device)
-        self.dtype = chosen.value
-        memory = free_memory(self.device, "transformers")
+        self._threads = max(thread_counts)
+        memory = free_memory(self.device, self.candidate.executor)
         layer_bytes, kv_bytes = self._measure_layers(tuple(thread_counts), memory.free_bytes)
         tokens = [count for count in self.extent.part_tokens if count <= min(self.context_length, self.step_tokens)]
         self._measure_part("embedding", thread_counts, tokens)
@@ -99,8 +99,8 @@ class DeviceProfiler:
         return DeviceProfile(
             device=self.device,
             device_name=device_name(self.device, "transformers"),
-            dtype=chosen.value,
-            dtype_reason=chosen.reason,
+            dtype=str(self.candidate),
+            dtype_reason=self.reason,
             free_bytes=memory.free_bytes,
             free_source=memory.source,
             layer_bytes=layer_bytes,
@@ -127,7 +127,8 @@ class DeviceProfiler:
                 timer.fill_rows(max(self.extent.sessions), max(kv_tokens))
 
         def measure(point: Point) -> None:
-            torch.set_num_threads(point.threads)
+            for timer in timers:
+                timer.slice.set_threads(point.threads)
             tokens, position = (1, point.length) if point.kind == "decode" else (point.length, 0)
 
             def one_round() -> tuple[float, ...]:
@@ -165,7 +166,7 @@ class DeviceProfiler:
 
         def measure(point: tuple[int, int]) -> None:
             threads, count = point
-            torch.set_num_threads(threads)
+            timer.slice.set_threads(threads)
             (seconds,), rounds = repeated(
                 lambda: (seconds_of(count, True) - seconds_of(count, False),), self.extent.maximum_rounds
             )
@@ -209,8 +210,15 @@ class DeviceProfiler:
         )
 
     def _timer(self, start: int, end: int) -> SliceTimer:
-        loaded = load_slice(
-            self.folder, start, end, device=self.device, dtype=self.dtype, context_length=self.context_length
+        loaded = load_by(
+            self.candidate,
+            self.folder,
+            start,
+            end,
+            device=self.device,
+            threads=self._threads,
+            context_length=self.context_length,
+            cache_dir=None,
         )
         return SliceTimer(loaded, device=self.device, reserve_tokens=1)
 

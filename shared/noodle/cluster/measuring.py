@@ -198,7 +198,7 @@ class DeviceProfile(Struct, frozen=True):
 
     device: str
     device_name: str
-    dtype: str
+    dtype: str  # executor and weights
     dtype_reason: str
     free_bytes: int  # before loading
     free_source: str
@@ -216,8 +216,7 @@ class MachineProfile(Struct, frozen=True):
     hidden_size: int
     vocab_size: int
     context_length: int
-    torch_version: str
-    transformers_version: str
+    executor_version: str
     cores: int
     seconds: float  # of the measurement
     devices: tuple[DeviceProfile, ...]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from noodle.errors import WireError
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
-from services.stage.executors.ggml.backend import GgmlDevice
+from services.stage.executors.ggml.backend import GgmlDevice, load_ggml
 from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SpanRows
 from services.stage.executors.ggml.kernels import write_expert_zero
 from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
@@ -139,6 +139,9 @@ class GgmlSlice(KvCache[GgmlRows]):
         graph.inputs[...] = self._last_hidden[rows]
         graph.memory.compute()
         return graph.logits.copy()
+
+    def set_threads(self, threads: int) -> None:
+        load_ggml().set_threads(self._device.backend, threads)
 
     def synchronize(self) -> None:
         """Return at once: ggml's steps are complete when `forward` returns."""

@@ -97,6 +97,9 @@ class TransformersSlice(KvCache[SessionRows]):
                 self._computed.output = None
         return np.asarray(logits.float().cpu().numpy(), np.float32)
 
+    def set_threads(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+
     def synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

@@ -57,7 +57,9 @@ def profile_report(device_count=1, empty=False):
         )
 
     device = DeviceProfile("cpu", "a processor", "float32", "", 1 << 33, "", 1 << 20, 1536, tuple(map(threads, (2, 1))))
-    profile = MachineProfile("d", "llama", 30, 576, 49152, 8192, "2", "5", 2, 60.0, (device,) * device_count, ("x.",))
+    profile = MachineProfile(
+        "d", "llama", 30, 576, 49152, 8192, "ggml-python 0.0.45", 2, 60.0, (device,) * device_count, ("x.",)
+    )
     conditions = ProfileConditions("0.1.0", False, 512, 1.5, True)
     return ProfileReport(**HEAD, conditions=conditions, profile=profile, remarks=remarks(conditions, profile))
 

@@ -1,12 +1,14 @@
 """The measurements of `noodle profile` on a tiny model: which steps are timed, how often, and what is left out."""
 
 import dataclasses
+import importlib.util
 import types
 
 import pytest
 import torch
 
 from noodle.errors import ConfigurationError, GenerationFailed
+from services.stage.executors.candidate import Candidate
 from services.stage.executors.transformers import runtime
 from services.stage.executors.transformers.loading import load_slice
 from services.stage.selection import benchmark, device
@@ -27,6 +29,8 @@ from tests.support.models.tiny_model import make_tiny_model
 
 EXTENT = dataclasses.replace(QUICK, sessions=(1, 3), kv_tokens=(8, 64), chunk_tokens=(4, 16), maximum_rounds=3)
 CONTEXT = 256
+TRANSFORMERS = Candidate("transformers", "f32", "f32", "float32")
+GGML = Candidate("ggml", "stored", "f16", "float32")
 PARTS = ("layers", "embedding", "head")
 
 
@@ -43,11 +47,22 @@ def small(monkeypatch):
     torch.set_num_threads(before)
 
 
-def profiler(folder, notes, *, extent=EXTENT, layers=6, context=CONTEXT, budget_seconds=60.0, progress=lambda *_: None):
+def profiler(
+    folder,
+    notes,
+    *,
+    candidate=TRANSFORMERS,
+    extent=EXTENT,
+    layers=6,
+    context=CONTEXT,
+    budget_seconds=60.0,
+    progress=lambda *_: None,
+):
     return DeviceProfiler(
         folder=folder,
         device="cpu",
-        dtype="auto",
+        candidate=candidate,
+        reason="it computes this model",
         extent=extent,
         step_tokens=512,
         layer_count=layers,
@@ -72,9 +87,19 @@ def test_layers_embedding_and_head_are_measured_with_each_number_of_threads(fold
         assert [point.tokens for point in each.embedding] == [1, 64]
         assert [point.tokens for point in each.head] == [1, 3]
         assert all(point.seconds >= 0 for point in (*each.embedding, *each.head))
-    assert device.dtype == "float32"
+    assert device.dtype == "transformers f32"
     assert device.layer_bytes > 0
     assert device.kv_bytes_per_token > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ggml") is None, reason="ggml is not installed (make ggml)")
+def test_ggml_is_measured_in_the_types_of_the_file(folder):
+    notes = []
+    device = profiler(folder, notes, candidate=GGML).measure((2, 1))
+    assert notes == []
+    assert device.dtype == "ggml stored"
+    assert [len(each.decode) for each in device.threads] == [4, 4]
+    assert all(point.layer_seconds > 0 for each in device.threads for point in (*each.decode, *each.prefill))
 
 
 def test_when_the_time_is_over_what_is_left_out_is_said(folder):
