@@ -121,3 +121,49 @@ def test_quantised_files_give_the_logits_of_transformers_with_the_values_of_thei
     # activations are rounded to 8 bits before they meet quantised weights
     got = SlicePipeline(path, CUTS, executor="ggml", weights="stored").run(sessions, STEPS)
     assert typical_difference(got, expected) < QUANTISED_BOUND
+
+
+ORIGINAL_LENGTH = 32
+FACTORS = {name: [1.0 + step * pair for pair in range(32)] for name, step in (("short", 0.01), ("long", 0.1))}
+ROTARY = {
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "longrope": {"factor": 4.0, "short_factor": FACTORS["short"], "long_factor": FACTORS["long"]},
+}
+GEMMA_ROTARY = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+}
+
+
+@pytest.mark.family
+@pytest.mark.parametrize(
+    ("model_type", "scaling"),
+    [("llama", "linear"), ("llama", "llama3"), ("llama", "yarn"), ("qwen3", "yarn"), ("phi3", "longrope")],
+)
+def test_rotary_scaling_in_a_file_is_that_of_the_folder_it_was_made_of(model_type, scaling, tmp_path):
+    parameters = {"rope_type": scaling, "rope_theta": 1e4, **ROTARY[scaling]}
+    if scaling != "linear":
+        parameters["original_max_position_embeddings"] = ORIGINAL_LENGTH
+    overrides = {"max_position_embeddings": 4 * ORIGINAL_LENGTH, "rope_parameters": parameters}
+    if model_type == "phi3":
+        overrides |= {"original_max_position_embeddings": ORIGINAL_LENGTH, "sliding_window": None}
+    folder = make_gguf_model(tmp_path / "model", model_type, **overrides)
+    path = convert_model(folder, tmp_path / "model.gguf")
+    sessions = random_sessions((60, 9, 14), VOCAB_SIZE)
+    for context_length in (ORIGINAL_LENGTH, 4 * ORIGINAL_LENGTH):
+        got, expected = (
+            SlicePipeline(model, CUTS, executor=executor, context_length=context_length).run(sessions, STEPS)
+            for model, executor in ((path, "ggml"), (folder, "transformers"))
+        )
+        assert relative_difference(got, expected) < BOUND
+
+
+@pytest.mark.family
+def test_layers_with_a_window_have_their_own_rotary_base(tmp_path):
+    folder = make_gguf_model(tmp_path / "model", "gemma3_text", rope_parameters=GEMMA_ROTARY)
+    path = convert_model(folder, tmp_path / "model.gguf")
+    sessions = random_sessions(LENGTHS, VOCAB_SIZE)
+    got = SlicePipeline(path, CUTS, executor="ggml").run(sessions, STEPS)
+    assert relative_difference(got, unsplit_logits(folder, sessions)) < BOUND
