@@ -181,14 +181,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 # families whose larger models divide q·k by other than the head's size: layers -> that size, from hidden size and heads
 QUERY_SCALARS: Mapping[str, int] = {"gemma2": 46, "gemma3_text": 62}
+# why known architectures are not in the table
+REASONS: Mapping[str, str] = {
+    "bitnet-b1.58": "its matrices have a type of a fork, and no public converter writes another",
+    "llama4": "its layers attend within chunks of tokens, which no layer here does",
+}
 
 
 def gguf_config(file: GgufFile) -> dict[str, Any]:
     """Return the config.json of a file's model; raises UnsupportedModel naming the file and the key."""
     architecture = ARCHITECTURES.get(file.architecture)
     if architecture is None:
+        why = f": {REASONS[file.architecture]}" if file.architecture in REASONS else ""
         raise UnsupportedModel(
-            f"{file.path} is of architecture {file.architecture!r}, which noodle does not compute.",
+            f"{file.path} is of architecture {file.architecture!r}, which noodle does not compute{why}.",
             cure=f"Choose a model of one of these: {', '.join(sorted(ARCHITECTURES))}.",
         )
     return _Reader(file, architecture).config()
@@ -245,6 +251,8 @@ class _Reader:
             value = self._value(key)
             if value is not None:
                 config[name] = value
+        if row.keys is GRANITE_KEYS:
+            config.setdefault("attention_multiplier", head_dim**-0.5)
         for key, name in row.by_layer.items():
             config[name] = self._by_layer(key, layers)
         if row.latent:

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests.support.converter.converter import convert
-from tests.support.models.tiny_model import make_tiny_model
+from tests.support.models.tiny_model import LAYER_COUNT, make_tiny_model
 
 VOCAB_SIZE = 300  # all of them in the tokenizer: some converters leave further rows out
 # K-quants have blocks of 256 values
@@ -27,7 +27,8 @@ SHAPE: dict[str, Any] = {
 GGUF_FAMILIES = (
     "apertus", "arcee", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "ernie4_5_moe",
     "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite",
-    "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "minicpm3", "ministral3",
+    "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "llama", "minicpm", "minicpm3",
+    "ministral3",
     "mistral", "mixtral", "nemotron", "olmo2", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
@@ -79,6 +80,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 BITNET_NAMES = {"self_attn.attn_sub_norm": "self_attn.inner_attn_ln", "mlp.ffn_sub_norm": "mlp.ffn_layernorm"}
+MINICPM = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 128}
+MINICPM_NOTE = "as-minicpm"  # a file beside config.json that says so
 BITNET_SIZE = 0.0625
 
 
@@ -86,6 +89,8 @@ def make_gguf_model(folder: Path, model_type: str, **overrides: Any) -> Path:
     """Save a tiny model of a family, with norms and biases that differ from one another."""
     from tests.support.models.tiny_model import tiny_config
 
+    if model_type == "minicpm":
+        return _make_minicpm(folder)
     known = set(type(tiny_config(model_type))().to_dict())
     shape = {name: value for name, value in SHAPE.items() if name in known}
     settings = {**shape, **OF_FAMILY.get(model_type, {}), **overrides}
@@ -100,10 +105,16 @@ def make_gguf_model(folder: Path, model_type: str, **overrides: Any) -> Path:
 
 def convert_model(folder: Path, target: Path, kind: str = "f32") -> Path:
     """Convert a folder of `make_gguf_model`, with the names that its family's published models have."""
-    if json.loads((folder / "config.json").read_text("utf-8"))["model_type"] != "bitnet":
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    is_minicpm = (folder / MINICPM_NOTE).exists()
+    if config["model_type"] != "bitnet" and not is_minicpm:
         return convert(folder, target, kind)
     with tempfile.TemporaryDirectory(prefix="noodle-published-") as work:
         published = shutil.copytree(folder, Path(work) / "model")
+        if is_minicpm:
+            named = {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], **MINICPM}
+            (published / "config.json").write_text(json.dumps({**config, **named}), "utf-8")
+            return convert(published, target, kind)
         path = published / "model.safetensors"
         tensors = load_file(path)
         for key in list(tensors):
@@ -112,6 +123,19 @@ def convert_model(folder: Path, target: Path, kind: str = "f32") -> Path:
                     tensors[key.replace(name, other)] = tensors.pop(key)
         save_file(tensors, path, {"format": "pt"})
         return convert(published, target, kind)
+
+
+def _make_minicpm(folder: Path) -> Path:
+    """A Granite whose factors are those of MiniCPM, which transformers has no class of; both compute the same."""
+    factors = {
+        "embedding_multiplier": MINICPM["scale_emb"],
+        "residual_multiplier": MINICPM["scale_depth"] / LAYER_COUNT**0.5,
+        "attention_multiplier": SHAPE["head_dim"] ** -0.5,
+        "logits_scaling": SHAPE["hidden_size"] / MINICPM["dim_model_base"],
+    }
+    make_gguf_model(folder, "granite", **factors)
+    (folder / MINICPM_NOTE).touch()
+    return folder
 
 
 def _make_binary(folder: Path) -> None:
