@@ -7,8 +7,9 @@ import pytest
 from gguf import GGUFWriter
 
 from noodle.errors import UnsupportedModel
+from noodle.model.configs.architectures import ARCHITECTURES
 from noodle.model.gguf import read_gguf
-from noodle.model.gguf_config import ARCHITECTURES, gguf_config
+from noodle.model.gguf_config import gguf_config
 
 HIDDEN, HEADS, LAYERS, VOCABULARY = 64, 4, 3, 50
 KEYS = {
