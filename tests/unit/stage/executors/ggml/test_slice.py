@@ -76,6 +76,17 @@ def test_kv_rows_take_the_bytes_of_their_type(kv_dtype, bound, folder):
     assert pipeline.slices[0].kv_bytes_per_token == 6 * 2 * 2 * 64 * item_bytes
 
 
+@pytest.mark.parametrize(("kv_dtype", "bound"), [("f32", 1e-4), ("f16", 2e-3), ("q8_0", 3e-2)])
+def test_latent_attention_keeps_one_vector_of_a_token_for_all_heads(kv_dtype, bound, tmp_path):
+    folder = make_tiny_model(tmp_path, "minicpm3", weight_scale=0.05, kv_lora_rank=64)
+    sessions = random_sessions((90, 9, 70))
+    steps = [[(0, 70)], [(0, 5), (1, 8)], [(1, 1), (0, 14), (2, 67)], [(2, 3), (0, 1)]]
+    pipeline = SlicePipeline(folder, (0, 2, 6), executor="ggml", kv_dtype=kv_dtype)
+    assert relative_difference(pipeline.run(sessions, steps), unsplit_logits(folder, sessions)) < bound
+    item_bytes = {"f32": 4, "f16": 2, "q8_0": 34 / 32}[kv_dtype]
+    assert pipeline.slices[1].kv_bytes_per_token == 4 * (64 + 32) * item_bytes
+
+
 @pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
 def test_long_chunks_and_windows_are_the_same_as_in_transformers(model_type, tmp_path):
     """Chunks of 64 tokens and more are attended to by another path of ggml's, rows over 512 by a third."""
