@@ -16,9 +16,9 @@ from typing import Any
 import msgspec
 
 from noodle.errors import ModelNotFound, UnsupportedModel
-from noodle.model.gguf import LFS_MAGIC, read_gguf
+from noodle.model.gguf import LFS_CURE, LFS_MAGIC, read_gguf
 from noodle.model.gguf_config import gguf_config
-from noodle.model.tensor_entry import TensorEntry
+from noodle.model.tensor_entry import TensorEntry, first_overlap
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,13 +57,21 @@ def read_config(model: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > CONFIG_BYTES_CAP:
             raise UnsupportedModel(f"{path} is larger than {CONFIG_BYTES_CAP} bytes.", cure="Fetch the model again.")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        content = path.read_bytes()
     except OSError as error:
         raise ModelNotFound(
             f"{path} cannot be read ({error.strerror}).", cure="Name a folder with config.json and *.safetensors."
         ) from error
-    except msgspec.DecodeError as error:
-        raise UnsupportedModel(f"{path} is not a JSON object ({error}).", cure="Fetch the model again.") from error
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _not_json(path, content, f"not a JSON object ({error})") from error
+
+
+def _not_json(path: Path, content: bytes, what: str) -> UnsupportedModel:
+    if content.startswith(LFS_MAGIC):
+        return UnsupportedModel(f"{path} is a Git LFS pointer, not the file itself.", cure=LFS_CURE)
+    return UnsupportedModel(f"{path} is {what}.", cure="Fetch the model again.")
 
 
 def names_a_path(model: str) -> bool:
@@ -77,9 +85,13 @@ def read_index(folder: Path) -> dict[str, str] | None:
     if not index.is_file():
         return None
     try:
-        weight_map = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except msgspec.DecodeError as error:
-        raise UnsupportedModel(f"{index} is not a weight index ({error}).", cure="Fetch the model again.") from error
+        content = index.read_bytes()
+    except OSError as error:
+        raise ModelNotFound(f"{index} cannot be read ({error.strerror}).", cure="Let this user read it.") from error
+    try:
+        weight_map = msgspec.json.decode(content, type=_Index).weight_map
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _not_json(index, content, f"not a weight index ({error})") from error
     outside = sorted(
         name for name in weight_map.values() if Path(name).name != name or not name.endswith(".safetensors")
     )
@@ -190,9 +202,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             file_bytes = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if start == LFS_MAGIC[:8]:
-                raise UnsupportedModel(
-                    f"{path} is a Git LFS pointer, not the file itself.", cure="Run `git lfs pull` in its folder."
-                )
+                raise UnsupportedModel(f"{path} is a Git LFS pointer, not the file itself.", cure=LFS_CURE)
             header_bytes = int.from_bytes(start, "little")
             if file_bytes < 8 or header_bytes > min(HEADER_BYTES_CAP, file_bytes - 8):
                 raise _broken(path, "its header is longer than the file")
@@ -203,7 +213,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raw = msgspec.json.decode(encoded, type=dict[str, msgspec.Raw])
         raw.pop("__metadata__", None)
         header = {name: msgspec.json.decode(value, type=_HeaderEntry) for name, value in raw.items()}
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise _broken(path, f"its header is malformed ({error})") from error
     data_start = 8 + header_bytes
     entries: dict[str, TensorEntry] = {}
@@ -216,6 +226,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if first < 0 or data_start + end > file_bytes:
             raise _broken(path, f"{name} lies beyond the end of the file")
         entries[name] = TensorEntry(path, item.dtype, tuple(item.shape), data_start + first, end - first)
+    if overlapping := first_overlap(entries):
+        raise _broken(path, "tensors {} and {} overlap".format(*overlapping))
     return entries
 
 

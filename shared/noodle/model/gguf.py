@@ -6,7 +6,6 @@ Every count and size is checked against the file's length before anything is all
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 import re
@@ -18,10 +17,11 @@ from typing import Any, BinaryIO
 
 from noodle.errors import ModelNotFound, UnsupportedModel
 from noodle.model.ggml_types import GGML_TYPE_BY_NUMBER
-from noodle.model.tensor_entry import TensorEntry
+from noodle.model.tensor_entry import TensorEntry, first_overlap
 
 MAGIC = b"GGUF"
 LFS_MAGIC = b"version https://git-lfs"
+LFS_CURE = "Run `git lfs pull` in its folder."
 VERSIONS = (2, 3)  # the same layout; 1 has shorter counts and is written by no program of the last years
 READ_BYTES = 1 << 20  # first read of a header; each further one doubles
 MAXIMUM_HEADER_BYTES = 512 << 20  # header of one file
@@ -216,9 +216,7 @@ class _HeaderReader:
         start = self._file.read(len(LFS_MAGIC))
         self._file.seek(0)
         if start.startswith(LFS_MAGIC):
-            raise UnsupportedModel(
-                f"{self._path} is a Git LFS pointer, not the file itself.", cure="Run `git lfs pull` in its folder."
-            )
+            raise UnsupportedModel(f"{self._path} is a Git LFS pointer, not the file itself.", cure=LFS_CURE)
         if not start.startswith(MAGIC):
             raise UnsupportedModel(
                 f"{self._path} is not a GGUF file.", cure="Name a .gguf file, a folder with safetensors, or a hub id."
@@ -255,10 +253,8 @@ class _HeaderReader:
             if name in entries:
                 raise self._broken(f"it holds the tensor {name} twice")
             entries[name] = TensorEntry(self._path, entry.dtype, entry.shape, first, entry.byte_count)
-        in_order = sorted(entries.items(), key=lambda item: item[1].first_byte)
-        for (name, entry), (other, following) in itertools.pairwise(in_order):
-            if entry.first_byte + entry.byte_count > following.first_byte:
-                raise self._broken(f"tensors {name} and {other} overlap")
+        if overlapping := first_overlap(entries):
+            raise self._broken("tensors {} and {} overlap".format(*overlapping))
         return GgufHeader(metadata, entries, data_start if entries else self._at)
 
     def _tensor(self) -> tuple[str, TensorEntry]:

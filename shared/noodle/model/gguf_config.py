@@ -7,6 +7,7 @@ would change the text.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ HINTS = frozenset({
     "rope.scaling.yarn_ext_factor", "expert_shared_feed_forward_length", "expert_shared_count",
     "leading_dense_block_count", "interleave_moe_layer_step",
 })  # fmt: skip
+LAYER_NAME = re.compile(r"blk\.(\d{1,9})\.")
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 
 
@@ -83,7 +85,7 @@ class _Reader:
         layers = self._integer("block_count", minimum=extra + 1, maximum=MAXIMUM_LAYERS) - extra
         hidden = self._integer("embedding_length", maximum=MAXIMUM_SIZE)
         vocab_size = self._vocabulary(hidden)
-        self._check_layers(layers)
+        self._check_layers(layers, extra)
         heads = self._integer("attention.head_count", maximum=MAXIMUM_SIZE)
         kv_heads = self._integer("attention.head_count_kv", default=heads, maximum=MAXIMUM_SIZE)
         if heads % kv_heads:
@@ -163,10 +165,14 @@ class _Reader:
             raise self._refused("embedding_length", f"is {hidden}, but its token embeddings have {length} items")
         return rows
 
-    def _check_layers(self, layers: int) -> None:
-        last = f"blk.{layers - 1}."
-        if not any(name.startswith(last) for name in self._file.entries):
-            raise self._refused("block_count", f"is {layers}, but there is no tensor of layer {layers - 1}")
+    def _check_layers(self, layers: int, extra: int) -> None:
+        """Each layer has tensors, and none lies after the last one: a wrong count would compute with some left out."""
+        numbers = {int(match[1]) for name in self._file.entries if (match := LAYER_NAME.match(name))}
+        missing = next((number for number in range(layers) if number not in numbers), None)
+        if missing is not None:
+            raise self._refused("block_count", f"is {layers + extra}, but there is no tensor of layer {missing}")
+        if max(numbers) >= layers + extra:
+            raise self._refused("block_count", f"is {layers + extra}, but there are tensors of layer {max(numbers)}")
 
     def _head_dim(self, hidden: int, heads: int) -> int:
         given = self._integer("attention.key_length", default=0, minimum=0, maximum=MAXIMUM_SIZE)

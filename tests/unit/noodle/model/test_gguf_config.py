@@ -121,6 +121,7 @@ def test_windows_follow_the_pattern_of_the_architecture_or_of_the_file(tmp_path)
         ({"block_count": 10**9}, "block_count"),
         ({"block_count": 0}, "block_count"),
         ({"block_count": LAYERS + 1}, "no tensor of layer 3"),
+        ({"block_count": LAYERS - 1}, "there are tensors of layer 2"),
         ({"attention.head_count": 0}, "head_count"),
         ({"attention.head_count": 6}, "does not divide 64"),
         ({"attention.head_count": [4, 4, 2]}, "from layer to layer"),
