@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from noodle.errors import InvalidRequest, ModelNotFound, NoodleError
+from noodle.model.gguf import LFS_CURE, LFS_MAGIC
 from services.coordinator.text.template_renderer import RenderRefused, TemplateRenderer, TemplateUnusable
 
 DEFAULT_TEMPLATE = "default"
@@ -155,9 +156,12 @@ def read_chat_template(
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return ChatTemplate(path.read_text(encoding="utf-8"), path, special_tokens)
+            template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelNotFound(f"{path} cannot be read: {error}.", cure="Download the model again.") from error
+        if template.startswith(LFS_MAGIC.decode()):
+            raise ModelNotFound(f"{path} is a Git LFS pointer, not the file itself.", cure=LFS_CURE)
+        return ChatTemplate(template, path, special_tokens)
     source = settings.get("chat_template")
     if isinstance(source, list):
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}

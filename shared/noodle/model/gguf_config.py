@@ -50,6 +50,7 @@ HINTS = frozenset({
     "rope.scaling.yarn_ext_factor", "expert_shared_feed_forward_length", "expert_shared_count",
     "leading_dense_block_count", "interleave_moe_layer_step",
 })  # fmt: skip
+ROUTER = ".ffn_gate_inp.weight"
 LAYER_NAME = re.compile(r"blk\.(\d{1,9})\.")
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 
@@ -95,6 +96,8 @@ class _Reader:
         model_type = row.moe_model_type if experts else row.model_type
         if not model_type:
             raise self._refused("expert_count", f"is {experts}, and noodle knows no such model with experts")
+        if experts and not any(name.endswith(ROUTER) for name in self._file.entries):
+            raise self._refused("expert_count", f"is {experts}, but no layer has a router (*{ROUTER})")
         config: dict[str, Any] = {
             "model_type": model_type,
             "num_hidden_layers": layers,

@@ -13,6 +13,7 @@ import numpy as np
 from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
 from noodle.model.files import model_digest, read_config
 from noodle.model.formats import STORED, WEIGHTS
+from noodle.model.gguf import read_gguf
 from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.ggml.backend import CPU, GgmlDevice, ggml_build, load_ggml
 from services.stage.executors.ggml.graph import GgmlCalls
@@ -20,7 +21,7 @@ from services.stage.executors.ggml.kernels import dot_counts, flash_attention_ke
 from services.stage.executors.ggml.layers.operations import INTERLEAVED, NEOX, SliceTensors
 from services.stage.executors.ggml.shape import ModelShape, shape_of
 from services.stage.executors.ggml.slice import GgmlSlice
-from services.stage.executors.ggml.tensor_map import ACTIVATION_VALUES, TensorMap, as_in_gguf
+from services.stage.executors.ggml.tensor_map import ACTIVATION_VALUES, TensorMap, as_in_gguf, refuse_unread
 from services.stage.executors.ggml.weights import (
     GgmlTensors,
     TensorLayout,
@@ -89,6 +90,8 @@ def load_ggml_slice(
     in_files = replace(shape, family=as_in_gguf(shape.family)) if files.is_gguf else shape
     wanted = TensorMap(in_files, files.shape_of, str(model)).of_slice(start_layer, end_layer)
     names = [name for tensors in wanted.values() for tensor in tensors for name in tensor.sources]
+    if files.is_gguf:
+        refuse_unread(model, read_gguf(model).entries.keys(), names, range(start_layer, end_layer))
     files.prepare(names)
     kernels = packed_weights(ggml) if device.is_host else None
     # tied embeddings are read more often as the head

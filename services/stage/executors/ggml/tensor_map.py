@@ -7,10 +7,11 @@ with `.weight` or `.bias`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from noodle.errors import ModelNotFound
+from noodle.errors import ModelNotFound, UnsupportedModel
 from services.stage.executors.ggml.families import ExpertFamily, GgmlFamily
 from services.stage.executors.ggml.shape import LatentShape, ModelShape
 
@@ -60,6 +61,8 @@ GGUF_EXPERTS: Mapping[str, str] = {
     "shared_router": "ffn_gate_inp_shexp",
 }
 GGUF_CORRECTION = "exp_probs_b.bias"
+# tensors of a GGUF file's layers that repeat others, or what its header says
+GGUF_REPETITIONS = ("attn_rot_embd", "attn_rope_freqs", "rope_freqs", "attn_kv_b", "attn_k_b", "attn_v_b")
 
 
 def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
@@ -83,6 +86,17 @@ def as_in_gguf(family: GgmlFamily) -> GgmlFamily:
 
 def _experts_in_gguf(family: ExpertFamily) -> ExpertFamily:
     return replace(family, modules=GGUF_EXPERTS, alternating=False, correction=family.correction and GGUF_CORRECTION)
+
+
+def refuse_unread(model: Path, names: Collection[str], read: Collection[str], layers: range) -> None:
+    """Raise UnsupportedModel for a tensor of a GGUF file's layers that its family does not read: it has an effect."""
+    prefixes = tuple(f"blk.{number}." for number in layers)
+    for name in sorted(set(names).difference(read)):
+        if name.startswith(prefixes) and name.split(".")[2] not in GGUF_REPETITIONS:
+            raise UnsupportedModel(
+                f"{model} holds the tensor {name}, which noodle does not compute with in such a model.",
+                cure="Choose another file of this model, or its safetensors with NOODLE_EXECUTOR=transformers.",
+            )
 
 
 @dataclass(frozen=True, slots=True)

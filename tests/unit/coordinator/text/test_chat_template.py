@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from noodle.errors import InvalidRequest
-from services.coordinator.text.chat_template import ChatTemplate
+from noodle.errors import InvalidRequest, ModelNotFound
+from services.coordinator.text.chat_template import ChatTemplate, read_chat_template
 from tests.support.models.llama_cpp_source import llama_cpp_models
 from tests.support.sampling import sampled
 
@@ -130,3 +130,11 @@ def test_a_template_that_cannot_be_used_is_named_when_it_is_opened_and_not_tried
 def test_bytes_of_a_file_that_are_no_utf_8_do_not_stop_it() -> None:
     source = b"\xff{{ messages[-1].content }}".decode("utf-8", "surrogateescape")
     assert ChatTemplate(source, PATH, {}).render([USER]) == "\ufffdHello, 你好"
+
+
+def test_a_git_lfs_pointer_in_place_of_a_template_is_said(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+    )
+    with pytest.raises(ModelNotFound, match=r"chat_template\.jinja is a Git LFS pointer"):
+        read_chat_template(tmp_path, {}, {})

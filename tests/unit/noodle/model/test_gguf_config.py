@@ -67,7 +67,7 @@ def test_the_keys_have_the_names_of_config_json(tmp_path):
 
 
 def test_a_llama_with_experts_is_mixtral_and_one_with_windows_is_mistral(tmp_path):
-    config = config_of(tmp_path, {"expert_count": 8, "expert_used_count": 2})
+    config = config_of(tmp_path, {"expert_count": 8, "expert_used_count": 2}, tensors=["blk.0.ffn_gate_inp.weight"])
     assert config["model_type"] == "mixtral"
     assert (config["num_local_experts"], config["num_experts_per_tok"]) == (8, 2)
     config = config_of(tmp_path, {"attention.sliding_window": 100})
@@ -122,6 +122,7 @@ def test_windows_follow_the_pattern_of_the_architecture_or_of_the_file(tmp_path)
         ({"block_count": 0}, "block_count"),
         ({"block_count": LAYERS + 1}, "no tensor of layer 3"),
         ({"block_count": LAYERS - 1}, "there are tensors of layer 2"),
+        ({"expert_count": 8, "expert_used_count": 2}, "no layer has a router"),
         ({"attention.head_count": 0}, "head_count"),
         ({"attention.head_count": 6}, "does not divide 64"),
         ({"attention.head_count": [4, 4, 2]}, "from layer to layer"),

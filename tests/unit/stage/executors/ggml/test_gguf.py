@@ -201,6 +201,14 @@ def test_files_that_contradict_themselves_are_refused(tmp_path):
         load(path)
 
 
+def test_a_tensor_that_the_family_does_not_read_is_refused_by_the_stage_that_holds_its_layer(tmp_path):
+    more = {"blk.1.attn_sinks.weight": np.ones(4, np.float32), "rope_freqs.weight": np.ones(8, np.float32)}
+    path = write_tiny_gguf(tmp_path / "model.gguf", TinyLlama(more_tensors=more))
+    with pytest.raises(UnsupportedModel, match=r"model\.gguf holds the tensor blk\.1\.attn_sinks\.weight"):
+        load(path)
+    load_by_ggml(path, 2, 3, weights="stored", context_length=128, threads=1)
+
+
 def test_a_type_that_the_device_does_not_multiply_by_is_named_with_its_tensor(tmp_path, monkeypatch):
     path = write_tiny_gguf(tmp_path / "tiny.gguf", TinyLlama(dtype=GGMLQuantizationType.Q4_1))
     monkeypatch.setattr(GgmlDevice, "multiplies", lambda self, number: number != 3)
