@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,8 @@ def _split_by_layer(
 
     Finds the layers without knowing the family's names: their list is the shortest prefix (`model.layers`, `h`) that
     the numbers 0 to `layer_count` - 1 follow; experts lie deeper. Higher numbers are layers that only training used
-    (multi-token prediction); no stage loads them, so they are not counted.
+    (multi-token prediction), which hold other tensors; no stage loads them, so they are not counted. Raises
+    UnsupportedModel for a higher number whose tensors are those of an ordinary layer.
     """
     layers: dict[tuple[str, ...], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in entries:
@@ -130,9 +131,24 @@ def _split_by_layer(
             cure=BROKEN_CURE,
         )
     chosen = layers[prefixes[0]]
+    ordinary = {_names_below(prefixes[0], chosen[number]) for number in wanted}
+    more = [
+        number for number in chosen if number not in wanted and _names_below(prefixes[0], chosen[number]) in ordinary
+    ]
+    if more:
+        raise UnsupportedModel(
+            f"{_config_of(model)} says {layer_count} layers, but the weights hold layer {min(more)} too, which is like "
+            "the others.",
+            cure=BROKEN_CURE,
+        )
     layer_bytes = tuple(sum(entries[name].byte_count for name in chosen[number]) for number in range(layer_count))
     inside = {name for names in chosen.values() for name in names}
     return layer_bytes, {name: entry for name, entry in entries.items() if name not in inside}
+
+
+def _names_below(prefix: tuple[str, ...], names: Iterable[str]) -> frozenset[tuple[str, ...]]:
+    """Names of one layer's tensors without its prefix and number."""
+    return frozenset(tuple(name.split(".")[len(prefix) + 1 :]) for name in names)
 
 
 def _ends(others: Mapping[str, TensorEntry], model: Path) -> tuple[int, int]:

@@ -11,6 +11,10 @@ from noodle.errors import GenerationFailed
 from noodle.wire.messages import TokenLogprob, TokenScore
 
 Float32s = npt.NDArray[np.float32]
+NOT_FINITE_CURE = (
+    "The model's file may be damaged: fetch it again. If it is whole, it overflows in 16 bits: set "
+    "NOODLE_QUALITY=exact, or NOODLE_DTYPE=float32 where transformers computes."
+)
 
 
 def log_normalizer(logits: Float32s) -> tuple[np.float32, float]:
@@ -42,7 +46,7 @@ def score(logits: Float32s, token_ids: Sequence[int], top: int) -> list[TokenSco
     if not np.isfinite(logits).all():
         raise GenerationFailed(
             "the logits of a prompt's tokens are not finite numbers.",
-            cure="The model overflows in this dtype: set NOODLE_DTYPE=float32 on the stages.",
+            cure=NOT_FINITE_CURE,
         )
     scores = []
     for row, token_id in zip(logits, token_ids, strict=True):

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from noodle.errors import GenerationFailed
 from noodle.wire.messages import SamplingParameters
-from services.stage.worker.logprobs import Float32s, log_normalizer
+from services.stage.worker.logprobs import NOT_FINITE_CURE, Float32s, log_normalizer
 
 SMALLEST_TEMPERATURE = 1e-30  # float32 cannot divide by less; at this one only exact ties are left to chance
 SORTED_CANDIDATES = 512  # at most this many are sorted; more are split at their mean first
@@ -29,7 +29,7 @@ def sample(
     if not (np.isfinite(largest) and np.isfinite(logits.min())):
         raise GenerationFailed(
             f"the logits of position {position} are not finite numbers (NaN or infinite).",
-            cure="The model overflows in this dtype: set NOODLE_DTYPE=float32 on the stages.",
+            cure=NOT_FINITE_CURE,
         )
     if parameters.temperature == 0:
         token_id = int(logits.argmax())

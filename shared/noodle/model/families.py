@@ -53,7 +53,7 @@ def check_supported(config: Mapping[str, Any]) -> None:
             )
         if rotary_type not in ROTARY_TYPES:
             raise UnsupportedModel(
-                f"noodle does not run this model's rotary scaling {rotary_type!r}.",
+                f"this model's rotary scaling is {rotary_type!r}, which noodle does not run.",
                 cure=f"Choose a model with one of: {', '.join(sorted(ROTARY_TYPES))}.",
             )
 

@@ -117,6 +117,7 @@ def test_absurd_numbers_are_refused_by_name(tmp_path: Path, field: str, value: A
         ({"model_type": None}, "model_type"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
         ({"num_hidden_layers": 3}, "says 3 layers, but the weights hold at most 2"),
+        ({"num_hidden_layers": 1}, "says 1 layers, but the weights hold layer 1 too"),
         ({"head_dim": 0}, "head_dim"),
     ],
 )
