@@ -31,7 +31,8 @@ def start_loop(name: str, target: Callable[[], None], service_name: str) -> None
         try:
             target()
         except BaseException as error:
-            log.exception("the %s thread died", name)
+            # what a person can mend is told in the line that ends the process
+            log.error("the %s thread died", name, exc_info=not isinstance(error, NoodleError))
             end_process(service_name, error)
 
     threading.Thread(target=run, name=name, daemon=True).start()

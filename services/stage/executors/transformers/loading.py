@@ -14,7 +14,7 @@ import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from noodle.errors import ModelNotFound, PlanDoesNotFit
+from noodle.errors import ModelNotFound, PlanDoesNotFit, UnsupportedModel
 from noodle.model.formats import FORMAT_BY_DTYPE
 from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.checkpoints.folder import QuantizedFolder
@@ -62,8 +62,7 @@ def load_slice(
         )
     counter = ReadCounter(progress)
     model_class = cut_class(config, start_layer, end_layer)
-    with torch.device("meta"):
-        described = model_class(type(config).from_dict(config.to_dict()))
+    described = _described(model_class, config, folder)
     in_layers = re.compile(rf"^((?:.+\.)?{re.escape(layer_list_name(described))}\.)(\d+)(\..+)$")
     lazy = partial(LazyTensor, files, counter=counter, dtype=getattr(torch, dtype))
     state = _state_of_slice(described, in_layers, files, lazy, range(start_layer, end_layer))
@@ -155,6 +154,19 @@ def _names_in_model(model: Any, known: set[str]) -> Callable[[str], str]:
         return str(renamed)
 
     return name_in_model
+
+
+def _described(model_class: Any, config: Any, folder: Path) -> Any:
+    """The model of a config without weights; raises UnsupportedModel for values that its code does not know."""
+    try:
+        with torch.device("meta"):
+            return model_class(type(config).from_dict(config.to_dict()))
+    except Exception as error:  # each model's code raises its own
+        raise UnsupportedModel(
+            f"transformers cannot build the model that {folder / 'config.json'} describes "
+            f"({type(error).__name__}: {error}).",
+            cure="Fetch the model again. If it is complete, it needs a newer noodle.",
+        ) from error
 
 
 def _check_loading(

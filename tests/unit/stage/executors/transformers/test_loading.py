@@ -180,6 +180,14 @@ def test_a_config_that_is_none_is_refused(config, tmp_path):
         load(folder, 0, 6)
 
 
+def test_a_config_with_a_value_that_transformers_does_not_know_is_refused_by_file_and_value(tmp_path):
+    make_tiny_model(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "sideways"}))
+    with pytest.raises(UnsupportedModel, match=r"config\.json describes .*sideways"):
+        load(tmp_path, 0, 2)
+
+
 def test_an_index_that_names_what_its_files_lack_is_refused(tmp_path):
     folder = make_tiny_model(tmp_path, "llama", max_shard_size="60KB")
     index_path = folder / "model.safetensors.index.json"
