@@ -29,7 +29,17 @@ from services.cli.client.target import Target, find_target
 from services.cli.local.conversation import Conversation
 from services.cli.local.preparation import find_model
 from services.cli.local.processes import Signals, python_module
-from services.cli.verify.bounds import BOUNDS, SAME_BOUNDS, Bound, Verdict, format_of, judge, loosest, reference_dtype
+from services.cli.verify.bounds import (
+    BOUNDS,
+    SAME_BOUNDS,
+    Bound,
+    Verdict,
+    advice,
+    format_of,
+    judge,
+    loosest,
+    reference_dtype,
+)
 from services.cli.verify.prompts import PROMPTS
 
 CONCURRENT_REQUESTS = 4  # so that batches of sessions of different lengths are verified too
@@ -215,5 +225,7 @@ def _print(comparison: Comparison, verdict: Verdict, prompts: Sequence[str]) -> 
     )
     for reason in verdict.broken:
         print(f"broken: {reason}.")
-    if not verdict.broken:
+    if verdict.broken:
+        print(advice(verdict))
+    else:
         print("The split changes nothing beyond rounding.")
