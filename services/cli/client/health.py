@@ -28,6 +28,11 @@ class Health:
         return [str(warning) for warning in warnings] if isinstance(warnings, list) else []
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the model answers messages; True if the coordinator does not say."""
+        return self.answer.get("has_chat_template") is not False
+
+    @property
     def stages(self) -> list[dict[str, Any]]:
         return [stage for stage in self.answer.get("stages") or [] if isinstance(stage, dict)]
 

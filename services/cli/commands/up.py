@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from noodle.config.environment import command_config, process_environment
 from noodle.config.settings import CommandConfig
 from noodle.errors import Conflict, NotWritable, StartError
+from services.cli.client.health import Health
 from services.cli.client.progress import Progress, open_progress
 from services.cli.client.reports import counted
 from services.cli.client.run_record import RunPhase, RunRecord, identify, read_record, running
@@ -124,7 +126,7 @@ class Up:
         health = start.wait_until_ready(self._specs, self._token, self._record)
         self._phase = "running"
         self._record()
-        for line in self._welcome(str(health.answer.get("model") or self._model.name)):
+        for line in self._welcome(health):
             self.progress.log(line)
         for warning in health.warnings:
             self.progress.log(f"Note: {warning}")
@@ -213,19 +215,28 @@ class Up:
             )
         )
 
-    def _welcome(self, served_name: str) -> list[str]:
+    def _welcome(self, health: Health) -> list[str]:
+        """The lines for a cluster that has just become ready; each example in them works as it is printed."""
         url = self.spec.coordinator_url
+        name = self._model.name if self._model else ""
+        served_name = str(health.answer.get("model") or name)
         key = ' -H "Authorization: Bearer $NOODLE_API_KEY"' if self.spec.config.api_key else ""
-        question = [{"role": "user", "content": "Why is the sky blue?"}]
-        body = json.dumps({"model": served_name, "messages": question, "max_tokens": 60})
+        body: dict[str, object] = {"model": served_name}
+        if health.has_chat_template:
+            route, example = "/v1/chat/completions", 'noodle generate "Why is the sky blue?"'
+            body["messages"] = [{"role": "user", "content": "Why is the sky blue?"}]
+        else:
+            route, example = "/v1/completions", 'noodle generate --raw "The sky is blue because"'
+            body["prompt"] = "The sky is blue because"
+        data = shlex.quote(json.dumps(body | {"max_tokens": 60}, ensure_ascii=False))
         stages = counted(self.spec.stage_count, "stage")
         return [
-            f"noodle is ready: {self._model.name if self._model else served_name} on {stages}.",
+            f"noodle is ready: {name or served_name} on {stages}.",
             f"  OpenAI API  {url}/v1",
             f"  health      {url}/health",
             f"  logs        {self.folder.logs_dir}",
-            '  try         noodle generate "Why is the sky blue?"',
-            f"  or          curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+            f"  try         {example}",
+            f"  or          curl {url}{route}{key} -H 'Content-Type: application/json' -d {data}",
         ]
 
 

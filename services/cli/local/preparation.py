@@ -23,9 +23,10 @@ ROW = "model"
 
 
 class StoreLine(Struct, frozen=True):
-    """One line of the model store's output: progress, an error, or the path and name of the model."""
+    """One line of the model store's output: progress, a note, an error, or the path and name of the model."""
 
     progress: StoreProgress | None = None
+    note: str = ""
     error: ProcessError | None = None
     path: str = ""
     name: str = ""
@@ -91,6 +92,8 @@ def _follow(store: Conversation, progress: Progress) -> PreparedModel:
         line = store.receive(StoreLine)
         if line.path:
             return PreparedModel(Path(line.path), line.name)
+        if line.note:
+            progress.log(line.note)
         if (done := line.progress) is None:
             continue
         text, fraction = f"{done.activity}: {done.detail}", None

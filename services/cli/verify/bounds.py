@@ -43,7 +43,7 @@ SAME_BOUNDS = {**BOUNDS, "stored": Bound(0.75, 0.94)}
 REFERENCE_DTYPES = ("float32", "float16", "bfloat16")
 TOKENS_PER_TIE = 1000  # tokens of which one may differ by a tie
 CHANCE = 0.999  # a format at its bound holds with this probability, however few tokens are compared
-MANY_TOKENS = 500  # from which chance moves the bound by less than four percent of the tokens
+ENOUGH_TOKENS = 500  # of fewer the advice is to compare more, because chance still moves the bound much
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def allowed_differences(tokens: int, agreement: float) -> int:
 
 def advice(verdict: Verdict) -> str:
     """What a person does about a broken bound."""
-    if verdict.tokens < MANY_TOKENS:
+    if verdict.tokens < ENOUGH_TOKENS:
         return "Run `noodle verify` without --prompts and --new-tokens: more tokens show more surely what is wrong."
     if verdict.dtype == "float32":
         return "A stage computes wrongly: stop it (`noodle status` lists them), or let it compute by NOODLE_DEVICE=cpu."

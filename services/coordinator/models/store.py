@@ -1,7 +1,8 @@
 """Find the model that NOODLE_MODEL names: a GGUF file or a folder of safetensors, fetched if it is not here.
 
 Nothing of it is converted. As a process (`python -m services.coordinator.models.store --model M --cache-dir D --json`)
-it prints one JSON line for each progress report and a last one with the path, or with the error and its cure.
+it prints one JSON line for each progress report, one for a note about the choice of a file, and a last one with the
+path, or with the error and its cure.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -26,6 +28,8 @@ from services.coordinator.models.default_model import DEFAULT_GGUF_SHA256, DEFAU
 from services.coordinator.models.hub import fetch_from_hub, is_hub_id
 from services.coordinator.models.locks import CACHE_VARIABLE, locked
 from services.coordinator.models.progress import ReportProgress
+
+CHOICES_LOG = "noodle.model.local"  # says which of several files is served
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
     def report(progress: StoreProgress) -> None:
         output({"progress": msgspec.to_builtins(progress)}, progress.text())
 
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            output({"note": record.getMessage()}, record.getMessage())
+
+    choices = logging.getLogger(CHOICES_LOG)
+    choices.setLevel(logging.INFO)
+    choices.addHandler(Notes())
     try:
         prepared = prepare_model(options.model, options.cache_dir, report)
     except NoodleError as error:

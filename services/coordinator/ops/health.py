@@ -33,6 +33,7 @@ class Health(Struct):
     plan: int | UnsetType | None = UNSET
     plan_reason: str | UnsetType | None = UNSET
     context_length: int | UnsetType | None = UNSET
+    has_chat_template: bool | UnsetType | None = UNSET
     warnings: list[str] | UnsetType = UNSET
     leads: bool | UnsetType = UNSET
     kept_kv_tokens: int | UnsetType = UNSET
@@ -130,6 +131,7 @@ def health_of(coordinator: Coordinator) -> Health:
         plan=view.plan.version if view.plan else None,
         plan_reason=view.plan.reason if view.plan else None,
         context_length=loop.plan.context_length if loop.plan else None,
+        has_chat_template=coordinator.loaded.tokenizer.has_chat_template if coordinator.loaded else None,
         warnings=[*warnings_of(view), *(coordinator.loaded.tokenizer.chat_notes if coordinator.loaded else ())],
         leads=leads,
         kept_kv_tokens=coordinator.loop.kept_rows,

@@ -82,6 +82,11 @@ class Tokenizer:
         return self._chat_template.render(messages, add_generation_prompt)
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the model answers messages; without a template it only continues a prompt."""
+        return self._chat_template is not None
+
+    @property
     def chat_notes(self) -> Sequence[str]:
         """What trying the chat template showed, a sentence each."""
         return self._chat_template.notes if self._chat_template else ()

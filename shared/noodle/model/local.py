@@ -85,7 +85,8 @@ def _chosen_file(folder: Path, files: list[Path]) -> Path:
     rank = {name: place for place, name in enumerate(PREFERRED_FORMATS)}
     chosen = min(models, key=lambda path: (rank.get(formats[path], len(rank)), path.stat().st_size))
     if len(models) > 1:
-        log.info("%s holds %d files of this model: %s is served", folder, len(models), chosen.name)
+        others = ", ".join(path.name for path in models if path != chosen)
+        log.info("%s holds %d files of this model: %s is served, not %s", folder, len(models), chosen.name, others)
     return chosen
 
 

@@ -1,6 +1,8 @@
 """What `noodle up` does when it cannot write its record."""
 
+import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 from noodle.config.environment import command_config
 from noodle.errors import StartError
+from services.cli.client.health import Health
 from services.cli.client.progress import LineProgress
 from services.cli.commands.up import Up
 from services.cli.local.cluster import resolve
@@ -87,3 +90,21 @@ def test_a_file_that_cannot_be_written_whole_is_not_there_and_names_path_reason_
 
 def _no_space(*_arguments: object, **_options: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def test_the_example_of_a_model_with_a_chat_template_is_a_chat_with_readable_letters(up: Up) -> None:
+    lines = up._welcome(Health("ready", answer={"model": "Müllers Modell", "has_chat_template": True}))
+    (curl,) = [line for line in lines if "curl" in line]
+    assert "/v1/chat/completions" in curl
+    assert "Müllers Modell" in curl
+    assert json.loads(shlex.split(curl)[-1])["messages"][0]["role"] == "user"
+    assert not any("--raw" in line for line in lines)
+
+
+def test_the_examples_of_a_model_without_a_chat_template_continue_a_prompt(up: Up) -> None:
+    lines = up._welcome(Health("ready", answer={"model": "o'base", "has_chat_template": False}))
+    (curl,) = [line for line in lines if "curl" in line]
+    assert "/v1/completions" in curl
+    body = json.loads(shlex.split(curl)[-1])
+    assert body == {"model": "o'base", "prompt": "The sky is blue because", "max_tokens": 60}
+    assert any("noodle generate --raw" in line for line in lines)

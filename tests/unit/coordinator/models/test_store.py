@@ -119,7 +119,7 @@ def test_of_a_folder_with_several_formats_of_one_model_one_is_chosen_and_named(
     with caplog.at_level("INFO"):
         prepared = prepare_model(str(folder), tmp_path, silent)
     assert prepared.path == folder / "model-Q4_K_M.gguf"
-    assert "model-Q4_K_M.gguf is served" in caplog.text
+    assert "model-Q4_K_M.gguf is served, not model-Q8_0.gguf, model-f16.gguf" in caplog.text
     shutil.copy(tiny_gguf, folder / "other-Q4_0.gguf")
     with pytest.raises(UnsupportedModel, match="several models") as caught:
         prepare_model(str(folder), tmp_path, silent)
@@ -213,6 +213,15 @@ def run_as_a_process(*arguments: str) -> tuple[int, list[dict[str, object]]]:
 def test_as_a_process_it_ends_with_the_path(tiny_gguf: Path, tmp_path: Path) -> None:
     status, lines = run_as_a_process("--model", str(tiny_gguf), "--cache-dir", str(tmp_path / "cache"))
     assert (status, lines) == (0, [{"path": str(tiny_gguf), "name": "tiny.v1"}])
+
+
+def test_as_a_process_it_names_the_chosen_file_and_the_others(tiny_gguf: Path, tmp_path: Path) -> None:
+    for name in ("model-Q8_0.gguf", "model-Q4_K_M.gguf"):
+        shutil.copy(tiny_gguf, tmp_path / name)
+    tiny_gguf.unlink()
+    status, (note, last) = run_as_a_process("--model", str(tmp_path), "--cache-dir", str(tmp_path / "cache"))
+    assert (status, last["path"]) == (0, str(tmp_path / "model-Q4_K_M.gguf"))
+    assert "model-Q4_K_M.gguf is served, not model-Q8_0.gguf" in str(note["note"])
 
 
 def test_as_a_process_an_error_is_a_line_with_its_cure(tmp_path: Path) -> None:

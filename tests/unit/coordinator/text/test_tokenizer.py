@@ -61,6 +61,7 @@ def assert_like_transformers(folder: Path) -> None:
         token_id for token_id, token in reference.added_tokens_decoder.items() if token.special
     }
     assert reference.eos_token_id in ours.eos_token_ids
+    assert ours.has_chat_template is bool(reference.chat_template)
     if not reference.chat_template:
         return
     for messages in CONVERSATIONS:
