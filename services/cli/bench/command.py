@@ -207,6 +207,8 @@ def _stages(health: Health) -> tuple[report.StageConditions, ...]:
             device=str(stage.get("device", "")),
             device_name=str(stage.get("device_name", "")),
             threads=int(stage.get("threads", 0)),
+            executor=str(stage.get("executor") or ""),
+            weights=str(stage.get("weights") or ""),
         )
         for stage in health.stages
         if stage.get("layers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ SESSION_COLOURS = ("#1f6fb2", "#2a9d6f", "#e0a100", "#c8371c")
 PANEL_WIDTH_INCHES, PANEL_HEIGHT_INCHES = 4.6, 3.7
 DOTS_PER_INCH = 120
 BUSY = "\nThis machine was not idle before the start: unreliable"
+DRAWING = "Drawing the plot. The first one on a machine takes up to a minute: matplotlib lists the fonts."
 NOT_INSTALLED = "No plot: matplotlib is not installed here. Install it, or noodle's extra `plots`."
 
 
@@ -49,7 +51,7 @@ def draw_bench(report: BenchReport, path: Path) -> str:
         (waits, "Between two tokens of a stream", "ms"),
     ):
         _label(axes, title, "concurrent streams", unit, [result.streams for result in report.results])
-    stages = " + ".join(f"{stage.layers} layers {stage.dtype}" for stage in conditions.stages)
+    stages = " + ".join(f"{stage.layers} layers {stage.number_format}" for stage in conditions.stages)
     title = f"{report.model}, cluster of {stages}; measured on {report.machine}, {report.made_at[:10]}"
     figure.suptitle(title + (BUSY if was_busy(conditions.load_average, conditions.cores) else ""))
     return _save(figure, path)
@@ -122,7 +124,8 @@ def _draw_threads(device: DeviceProfile, axes: Axes) -> None:
 
 
 def _figure(rows: int) -> tuple[Figure, list[list[Axes]]]:
-    """Return an empty figure of three columns that needs no display."""
+    """Return an empty figure of three columns that needs no display; says so before, for the first one takes long."""
+    print(DRAWING, file=sys.stderr)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

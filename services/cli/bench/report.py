@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from noodle.cluster.measuring import ControlReady
 from noodle.cluster.reports import ReportHead
+from noodle.model.formats import DTYPE_BY_FORMAT
 from services.cli.client.reports import counted, print_table
 
 BUSY_SHARE = 0.25  # of the cores busy with other work before the start; above it, a remark says so
@@ -110,6 +111,15 @@ class StageConditions(Struct, frozen=True):
     device: str = ""  # empty if the stage does not report it; so are the two below
     device_name: str = ""
     threads: int = 0
+    executor: str = ""  # empty in reports of earlier versions; so is the next one
+    weights: str = ""
+
+    @property
+    def number_format(self) -> str:
+        """Of the weights: ggml's name of it where that is no dtype, such as `stored`; else the dtype."""
+        if self.executor != "ggml":
+            return self.dtype
+        return DTYPE_BY_FORMAT.get(self.weights, self.weights)
 
 
 class BenchConditions(Struct, frozen=True):
@@ -191,7 +201,7 @@ def remarks(conditions: BenchConditions, streams: Sequence[int], machine: str, m
 
 
 def _of_dtypes(stages: Sequence[StageConditions], control: ControlReady | None) -> list[str]:
-    dtypes = sorted({stage.dtype for stage in stages})
+    dtypes = sorted({stage.number_format for stage in stages})
     if len(dtypes) > 1:
         computes = f", the control in {control.dtype}" if control else ""
         return [f"Unequal number formats: the stages compute in {' and '.join(dtypes)}{computes}."]
@@ -252,7 +262,8 @@ def computing_lines(conditions: BenchConditions) -> list[str]:
     for stage in conditions.stages:
         device = f"{stage.device} ({stage.device_name}), " if stage.device else ""
         threads = f", {counted(stage.threads, 'thread')}" if stage.threads else ""
-        lines.append(f"stage {stage.stage_id}: {stage.machine}, {stage.layers} layers, {device}{stage.dtype}{threads}")
+        computes = f"{stage.executor} {stage.number_format}".strip()
+        lines.append(f"stage {stage.stage_id}: {stage.machine}, {stage.layers} layers, {device}{computes}{threads}")
     if (control := conditions.control) is not None:
         lines.append(
             f"control: unsplit, transformers {control.transformers_version} generate(), {control.device} "

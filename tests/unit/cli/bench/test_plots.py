@@ -71,9 +71,10 @@ def png_size(path):
 
 
 @pytest.mark.parametrize("report", [bench_report(), bench_report(control=False), bench_report(waits=False)])
-def test_a_bench_is_drawn(report, tmp_path):
+def test_a_bench_is_drawn_and_announced(report, tmp_path, capsys):
     path = tmp_path / "bench.png"
     assert plots.draw_bench(report, path) == f"Plot: {path}"
+    assert capsys.readouterr().err == plots.DRAWING + "\n"
     assert min(png_size(path)) > 300
 
 

@@ -13,6 +13,7 @@ from services.cli.bench.report import (
     Ratio,
     StageConditions,
     StreamsResult,
+    computing_lines,
     headline,
     remarks,
 )
@@ -20,16 +21,16 @@ from services.cli.bench.report import (
 HERE, THERE = "laptop", "desktop"
 
 
-def stage(stage_id=0, machine=HERE, dtype="float32", device="cpu", threads=1):
-    return StageConditions(stage_id, machine, 15, dtype, device, "a processor", threads)
+def stage(stage_id=0, machine=HERE, dtype="float32", device="cpu", threads=1, executor="", weights=""):
+    return StageConditions(stage_id, machine, 15, dtype, device, "a processor", threads, executor, weights)
 
 
 def control(dtype="float32", device="cpu", threads=2):
     return ControlReady(device, "a processor", dtype, threads, 2, 1, "2.14.1", "5")
 
 
-def remarks_on(stages, with_control=None, streams=(1,), cores=2, load=0.0, control_model="m"):
-    conditions = BenchConditions(
+def conditions_of(stages, with_control=None, cores=2, load=0.0, control_model="m"):
+    return BenchConditions(
         noodle_version="0.1.0",
         coordinator_version="0.1.0",
         url="http://127.0.0.1:8080",
@@ -47,6 +48,10 @@ def remarks_on(stages, with_control=None, streams=(1,), cores=2, load=0.0, contr
         load_average=load,
         control=with_control,
     )
+
+
+def remarks_on(stages, with_control=None, streams=(1,), cores=2, load=0.0, control_model="m"):
+    conditions = conditions_of(stages, with_control, cores, load, control_model)
     return " ".join(remarks(conditions, streams, HERE, "m"))
 
 
@@ -59,6 +64,24 @@ def test_unequal_number_formats_are_reported():
     assert "float16 and float32, the control in float32" in remarks_on([stage(0, dtype="float16"), stage(1)], control())
     text = remarks_on([stage(0, dtype="bfloat16"), stage(1, dtype="bfloat16")], control())
     assert "the cluster computes in bfloat16, the control in float32" in text
+
+
+def test_weights_in_a_format_of_ggml_are_named_as_such_and_are_unequal_to_the_control():
+    stored = stage(executor="ggml", weights="stored")
+    assert "the cluster computes in stored, the control in float32" in remarks_on([stored], control())
+    assert "number formats" not in remarks_on([stage(executor="ggml", weights="f32")], control())
+
+
+def test_a_stage_is_shown_with_what_computes_in_it():
+    shown = [
+        stage(executor="ggml", weights="stored"),
+        stage(executor="ggml", weights="f32"),
+        stage(executor="transformers", weights="bf16", dtype="bfloat16", threads=2),
+        stage(),
+    ]
+    ends = ["ggml stored, 1 thread", "ggml float32, 1 thread", "transformers bfloat16, 2 threads", "float32, 1 thread"]
+    lines = computing_lines(conditions_of(shown))
+    assert lines == [f"stage 0: {HERE}, 15 layers, cpu (a processor), {end}" for end in ends]
 
 
 def test_unequal_threads_machines_and_devices_are_reported():
