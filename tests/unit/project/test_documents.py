@@ -10,6 +10,7 @@ from docs.generate import DOCUMENTS as DOCUMENTS_FROM_CODE
 from noodle import __version__
 from noodle.config.settings import VARIABLES
 from noodle.model.families import FAMILIES
+from noodle.model.local import PREFERRED_FORMATS
 from services.cli.main import command_parser
 
 ROOT = Path(__file__).parents[3]
@@ -108,6 +109,11 @@ def test_the_families_are_counted_right_and_those_that_are_named_exist(document)
 
 def test_the_readme_fits_on_a_few_screens():
     assert len(text_of(README).splitlines()) <= 135
+
+
+def test_the_guide_names_the_formats_of_a_folder_in_the_order_in_which_they_are_taken() -> None:
+    words = " ".join(text_of(ROOT / "docs" / "operating.md").split())
+    assert f"is taken: {', '.join(PREFERRED_FORMATS)};" in words
 
 
 def test_the_changelog_knows_this_version_and_has_a_place_for_the_next():
