@@ -116,7 +116,7 @@ class StageConditions(Struct, frozen=True):
 
     @property
     def number_format(self) -> str:
-        """Of the weights: ggml's name of it where that is no dtype, such as `stored`; else the dtype."""
+        """The format of the weights: ggml's name where it is no dtype, such as `stored`; else the dtype."""
         if self.executor != "ggml":
             return self.dtype
         return DTYPE_BY_FORMAT.get(self.weights, self.weights)
