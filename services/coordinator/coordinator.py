@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from noodle.cluster.measuring import StoreProgress
 from noodle.cluster.plan import MachineReport, Plan
+from noodle.cluster.transfer import TransferClock
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import CoordinatorConfig
 from noodle.errors import NotFound, NotReady, QueueUnavailable, StartError, TooManyRequests
@@ -92,6 +93,7 @@ class Coordinator:
         self._knows_records = threading.Event()  # of the coordinator that led before; no 404 until then
         self.loaded: LoadedModel | None = None
         self.detail = "the tokenizer to load"
+        self._clock = TransferClock()
         self.failure = ""
 
     def load(self) -> None:
@@ -258,4 +260,4 @@ class Coordinator:
         )
 
     def _note_progress(self, progress: StoreProgress) -> None:
-        self.detail = progress.text()
+        self.detail = progress.text(self._clock)

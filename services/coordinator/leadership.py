@@ -208,5 +208,7 @@ def progress_of(view: ClusterView, up: bool) -> float:
 
 
 def _stage_in_words(state: StageState) -> str:
-    progress = f" ({state.progress:.0%})" if state.phase in ("loading", "measuring") else ""
-    return f"stage {state.stage_id} on {state.machine}: {state.phase} {state.detail}{progress}"
+    # what a stage does meanwhile is a whole phrase, with the bytes and the time left
+    says_all = state.detail and state.phase in ("measuring", "waiting", "loading")
+    words = state.detail if says_all else f"{state.phase} {state.detail}".strip()
+    return f"stage {state.stage_id} on {state.machine}: {words}"

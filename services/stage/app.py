@@ -49,7 +49,7 @@ def create_app(config: StageConfig, stage: Stage, lifecycle: Lifecycle, registry
                 "stage_id": config.stage_id,
                 "machine": config.machine,
                 "detail": state.detail,
-                "progress": state.progress,
+                "progress": state.progress or None,  # a stage that waits has none
                 "state": state,
                 "chain": stage.chain.links(),
             }

@@ -15,12 +15,14 @@ from typing import Any
 from msgspec.structs import replace
 
 from noodle.cluster.plan import MachineReport, Plan, StageState
+from noodle.cluster.transfer import TransferClock
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import StageConfig
 from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
 from noodle.model.files import names_a_path
 from noodle.model.local import find_local_model
 from noodle.model.weight_cache import WeightCache
+from services.stage.executors.base import ReadProgress
 from services.stage.loading import load_role, return_freed_memory
 from services.stage.selection.report import build_machine_report
 from services.stage.stage import Stage
@@ -56,9 +58,10 @@ class Lifecycle:
             if self._refusal:
                 state = replace(state, phase="failed", ready_version=0)
             hindrance = self._refusal or self._silence or (self._weights.waits_for if self._weights else "")
+            if hindrance:
+                state = replace(state, detail=hindrance, progress=0.0)
             return replace(
                 state,
-                detail=hindrance or state.detail,
                 kv_bytes_held=self._stage.kv_bytes_held(),
                 sessions=self._stage.worker.session_count,
                 outbox_bytes=self._stage.outbox.held_bytes,
@@ -122,7 +125,7 @@ class Lifecycle:
         return_freed_memory()
         self._update(
             phase="waiting",
-            detail="for a plan",
+            detail="waiting for a plan",
             device=report.device,
             device_name=report.device_name,
             threads=report.threads,
@@ -250,7 +253,7 @@ class Lifecycle:
         index = plan.index_of(self._config.stage_id)
         if index is None:
             self._stage.become(plan.version, None)
-            self._update(phase="waiting", detail=f"plan {plan.version} gives this stage no layers")
+            self._update(phase="waiting", detail=f"waiting: plan {plan.version} gives this stage no layers")
             return
         if self._report is None or plan.model_digest != self._report.model_digest:
             self._stage.become(plan.version, None)
@@ -258,7 +261,7 @@ class Lifecycle:
             return
         mine = plan.stages[index]
         layers = f"layers {mine.start_layer} to {mine.end_layer - 1}"
-        self._update(phase="loading", detail=layers)
+        self._update(phase="loading", detail=f"loading {layers}")
         try:
             role = load_role(
                 self._stage,
@@ -266,7 +269,7 @@ class Lifecycle:
                 plan,
                 index,
                 folder,
-                progress=lambda done: self._update(progress=done),
+                progress=self._transfer(f"loading {layers}"),
                 fetch=partial(self._fetch, layers),
             )
         except NoodleError as error:
@@ -312,13 +315,19 @@ class Lifecycle:
         if self._weights is None:
             return
 
-        def progress(done_bytes: int, total_bytes: int) -> None:
-            done = f"{done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB"
-            self._update(detail=f"{layers}, fetching {done}", progress=done_bytes / max(1, total_bytes))
-
-        self._weights.ensure(keys, progress)
+        self._weights.ensure(keys, self._transfer(f"fetching {layers}"))
         log.info("%d bytes of weights fetched since the start", self._weights.fetched_bytes)
-        self._update(detail=layers)
+        self._update(detail=f"loading {layers}")
+
+    def _transfer(self, what: str) -> ReadProgress:
+        """Return what publishes the bytes, the rate and the time left of one transfer."""
+        clock = TransferClock()
+
+        def publish(done_bytes: int, total_bytes: int) -> None:
+            text = clock.text(done_bytes, total_bytes)
+            self._update(detail=f"{what}, {text}", progress=done_bytes / max(1, total_bytes))
+
+        return publish
 
     def _update(self, **changes: Any) -> None:
         """Change fields of the state; `progress` falls to 0, and `ready_version` with the phase, unless given."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 from noodle.cluster.plan import MINIMUM_SESSION_TOKENS, MachineReport, Plan
 from noodle.config.settings import StageConfig
 from noodle.errors import PlanDoesNotFit
 from noodle.model.formats import FORMAT_BY_DTYPE
-from services.stage.executors.base import Fetch
+from services.stage.executors.base import Fetch, ReadProgress
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.load import load_by
 from services.stage.selection.device import free_memory
@@ -31,7 +30,7 @@ def load_role(
     index: int,
     folder: Path,
     *,
-    progress: Callable[[float], None],
+    progress: ReadProgress,
     fetch: Fetch,
 ) -> Role:
     """Load the layers of the plan's stage `index`; the old ones are dropped first when both do not fit."""
@@ -49,7 +48,7 @@ def load_role(
         threads=report.threads,
         context_length=plan.context_length,
         cache_dir=config.cache_dir,
-        progress=lambda done, total: progress(done / max(total, 1)),
+        progress=progress,
         fetch=fetch,
     )
     stages_here = sum(other.machine == mine.machine for other in plan.stages)

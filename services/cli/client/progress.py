@@ -17,7 +17,7 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-LINE_INTERVAL_SECONDS = 1.0  # between two lines of progress without a terminal
+LINE_INTERVAL_SECONDS = 5.0  # between two lines of progress without a terminal: two in 10 seconds
 REDRAW_INTERVAL_SECONDS = 0.1  # between two drawings of the bars
 
 
@@ -99,7 +99,7 @@ class TerminalProgress(Progress):
 
 
 class LineProgress(Progress):
-    """Plain lines for a log or a pipe: all rows in one line when they changed, at most once a second."""
+    """Plain lines for a log or a pipe: all rows in one line when they changed, at most every LINE_INTERVAL_SECONDS."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -108,7 +108,7 @@ class LineProgress(Progress):
         self._printed_seconds = float("-inf")
 
     def show(self, key: str, text: str, fraction: float | None = None) -> None:
-        self._rows[key] = text if fraction is None else f"{text} {fraction:.0%}"
+        self._rows[key] = text if fraction is None else f"{text} ({fraction:.0%})"
         line = "; ".join(self._rows.values())
         now = time.monotonic()
         if line != self._printed and now - self._printed_seconds >= LINE_INTERVAL_SECONDS:

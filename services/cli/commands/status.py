@@ -90,7 +90,15 @@ def _print(seen: dict[str, Any]) -> None:
     if seen["pid"]:
         print(f"`noodle up` is {seen['phase']}, pid {seen['pid']}.")
     if seen["services"]:
-        print_table(TITLES, list(map(_cells, seen["services"])), right=("pid", "port", "restarts", "memory"))
+        # the first line has said what the coordinator waits for
+        rows = [row | {"detail": ""} if row["detail"] == seen["detail"] else row for row in seen["services"]]
+        print_table(TITLES, list(map(_cells, rows)), right=("pid", "port", "restarts", "memory"))
+
+
+def _state_text(state: str, detail: str) -> str:
+    if not detail or state == "ready":
+        return state
+    return detail if detail.startswith(state) else f"{state}: {detail}"
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -100,7 +108,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["name"],
         _text(row.get("pid")),
         _text(row.get("port")),
-        row["state"] + (f": {row['detail']}" if row["detail"] and row["state"] != "ready" else ""),
+        _state_text(row["state"], row["detail"]),
         _text(row.get("restarts")),
         _text(row.get("machine")),
         f"{layers[0]} to {layers[1] - 1}" if layers else "",

@@ -10,6 +10,7 @@ from typing import IO
 from msgspec import Struct
 
 from noodle.cluster.measuring import ProcessError, StoreProgress
+from noodle.cluster.transfer import TransferClock
 from noodle.config.settings import CommandConfig
 from noodle.errors import StartError
 from services.cli.client.progress import Progress
@@ -66,7 +67,7 @@ def prepare_model(
             errors=errors,
             grace_seconds=STOP_SECONDS,
         )
-        progress.show(ROW, f"{model}: looking")
+        progress.show(ROW, f"looking for the model {model}")
         try:
             with store:
                 return _follow(store, progress)
@@ -88,6 +89,7 @@ def find_model(
 
 
 def _follow(store: Conversation, progress: Progress) -> PreparedModel:
+    clock = TransferClock()
     while True:
         line = store.receive(StoreLine)
         if line.path:
@@ -96,8 +98,5 @@ def _follow(store: Conversation, progress: Progress) -> PreparedModel:
             progress.log(line.note)
         if (done := line.progress) is None:
             continue
-        text, fraction = f"{done.activity}: {done.detail}", None
-        if done.bytes_total:
-            text += f", {done.bytes_done / 1e6:.0f} of {done.bytes_total / 1e6:.0f} MB"
-            fraction = min(1.0, done.bytes_done / done.bytes_total)
-        progress.show(ROW, text, fraction)
+        fraction = min(1.0, done.bytes_done / done.bytes_total) if done.bytes_total else None
+        progress.show(ROW, done.text(clock), fraction)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from noodle.errors import StartError
@@ -16,7 +16,7 @@ HEALTH_INTERVAL_SECONDS = 0.25  # between two looks at /health while the service
 STALLED_SECONDS = 600.0  # without any change, after which the start is given up
 DEATHS_BEFORE_READY = 4  # of one service, after which the start is given up
 START_REFUSED_EXIT_CODE = 3  # of a service that cannot start as configured; its last line says why
-QUEUE = "valkey"
+QUEUE, PLANNER, COORDINATOR = "valkey", "planner", "coordinator"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Start:
                     if health != last_seen.get(spec.name):
                         last_seen[spec.name] = health
                         changed_seconds = time.monotonic()
-                    if spec.name == "coordinator" and health.status == "ready":
+                    if spec.name == COORDINATOR and health.status == "ready":
                         return health
-                    self._show(spec.name, health)
+                self._show(last_seen)
                 if time.monotonic() - changed_seconds > STALLED_SECONDS:
                     states = "; ".join(f"{name}: {health.text()}" for name, health in last_seen.items())
                     raise StartError(f"Nothing has changed for {STALLED_SECONDS:.0f} seconds ({states}).")
@@ -72,13 +72,28 @@ class Start:
             for spec in specs:
                 self.progress.finish(spec.name)
 
-    def _show(self, name: str, health: Health) -> None:
-        if health.status == "silent":
-            self.progress.show(name, f"{name}: starting")
-        elif health.status == "ready":
+    def _show(self, seen: Mapping[str, Health]) -> None:
+        shown = shown_services(seen)
+        for name in seen.keys() - shown:
             self.progress.finish(name)
-        else:
-            self.progress.show(name, f"{name}: {health.text()}", health.progress)
+        for name in shown:
+            health, text = seen[name], seen[name].text()
+            is_starting = health.status == "silent"
+            # the coordinator's share is the whole start's, and it is shown last: only what it waits for says something
+            fraction = None if is_starting or name == COORDINATOR else health.progress
+            self.progress.show(name, f"{name}: {'starting' if is_starting else text}", fraction)
+
+
+def shown_services(seen: Mapping[str, Health]) -> list[str]:
+    """Return the services whose row says what no other one says.
+
+    The planner waits for the stages, and the coordinator for both: each is shown once those before it do nothing.
+    """
+    late = {name: health for name, health in seen.items() if health.status != "ready"}
+    stages = [name for name in late if name not in (PLANNER, COORDINATOR)]
+    if any(late[name].status != "waiting" for name in stages):
+        return stages
+    return stages + [name for name in (PLANNER, COORDINATOR) if name in late][:1]
 
 
 def log_death(end: Ended, log: Callable[[str], None]) -> None:

@@ -314,7 +314,7 @@ class EngineLoop:
         self._pending = None
         self._close_pipeline()
         self.state = admission.LoopState(
-            activate.plan, False, f"connecting to the stages of plan {activate.plan.version}"
+            activate.plan, False, f"connections to the stages of plan {activate.plan.version}"
         )
         self._scheduler.limits = activate.limits
         self._scheduler.coordinator_epoch = activate.coordinator_epoch

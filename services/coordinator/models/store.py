@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from noodle.cluster.measuring import StoreProgress
+from noodle.cluster.transfer import TransferClock
 from noodle.errors import ModelNotFound, NoodleError
 from noodle.folders import writing
 from noodle.model.files import read_config
@@ -114,11 +115,13 @@ def main(arguments: list[str] | None = None) -> int:
     # so that `finally` ends pip and removes what is incomplete when an operator stops this process
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
 
+    clock = TransferClock()
+
     def output(value: dict[str, object], text: str) -> None:
         print(json.dumps(value) if options.json else text, flush=True)
 
     def report(progress: StoreProgress) -> None:
-        output({"progress": msgspec.to_builtins(progress)}, progress.text())
+        output({"progress": msgspec.to_builtins(progress)}, progress.text(clock))
 
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -123,7 +123,7 @@ def health_of(coordinator: Coordinator) -> Health:
         service="coordinator",
         status="ready" if is_up else "failed" if failure else "starting",
         version=__version__,
-        detail=failure or (waits[0] if waits else "ready"),
+        detail=failure or ("waiting for " + "; ".join(waits) if waits else "ready"),
         progress=progress_of(view, is_up),
         waiting_for=waits,
         model=coordinator.loaded.served.names[0] if coordinator.loaded else None,

@@ -124,11 +124,11 @@ def _measure(
     def decode_of(timer: SliceTimer, sessions: int, *, sampled: bool = False) -> Callable[[], float]:
         return partial(timer.step_seconds, sessions, 1, first_position=CONTEXT_TOKENS, sampled=sampled)
 
-    progress(0.0, f"measuring {1 + further} of the model's layers")
+    progress(0.0, f"measuring the speed of {1 + further} layers, to divide the model")
     timers = [timer_of(layer_count - 1, layer_count)]  # the last layer, with the head
     if further:
         timers.append(timer_of(start, start + 1 + further))
-    progress(0.3, "measuring layers and head")
+    progress(0.3, "measuring the speed of layers and head, to divide the model")
     medians = _median_seconds(
         {
             "decode": [decode_of(timer, 1) for timer in timers],

@@ -65,7 +65,7 @@ def machine_speed(
             if known is None and lacking and meter.is_cpu:
                 threads, products[lacking[0]] = _fastest_threads(meter, lacking[0], threads)
             for index, name in enumerate(lacking):
-                progress(index / len(lacking), f"measuring the machine: products with {name}")
+                progress(index / len(lacking), f"measuring this machine's speed with {name}, to divide the model")
                 if name not in products:
                     products[name] = meter.product_seconds(name)
             known = known or meter.others(threads, {})

@@ -40,7 +40,7 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
 
     Raises ConfigurationError if nothing that is installed here computes the model as requested.
     """
-    progress(0.0, "choosing what computes")
+    progress(0.0, "choosing what computes the layers here")
     threads = config.threads or len(os.sched_getaffinity(0))
     options = ExecutorOptions(config.executor, config.weights, config.quality, config.dtype)
     if options.is_exact:

@@ -9,6 +9,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from noodle.cluster.transfer import TransferClock
+
 
 class ProcessError(Struct, frozen=True):
     """Why a process cannot do its work; it ends after this line."""
@@ -25,12 +27,10 @@ class StoreProgress(Struct, frozen=True):
     bytes_done: int = 0
     bytes_total: int = 0
 
-    def text(self) -> str:
-        """One line for a terminal."""
-        if not self.bytes_total:
-            return f"{self.activity}: {self.detail}"
-        percent = 100 * self.bytes_done // self.bytes_total
-        return f"{self.activity}: {self.detail}, {percent} % of {self.bytes_total / 1e6:.0f} MB"
+    def text(self, clock: TransferClock) -> str:
+        """One line for a terminal, with the rate and the time left by a clock that saw the earlier ones."""
+        done = f", {clock.text(self.bytes_done, self.bytes_total)}" if self.bytes_total else ""
+        return f"{self.activity}: {self.detail}{done}"
 
 
 class ControlQuestion(Struct, frozen=True):

@@ -275,7 +275,7 @@ class WeightCache:
                             f"Another process has held {self.folder} for {LOCK_TIMEOUT_SECONDS:.0f} seconds.",
                             cure="Find a stage that hangs, and stop it.",
                         ) from error
-                    self.waits_for = "another stage of this machine to fetch its weights"
+                    self.waits_for = "waiting for another stage of this machine to fetch its weights"
                     self._stopping.wait(LOCK_POLL_SECONDS)
             self.waits_for = ""
             yield

@@ -214,7 +214,7 @@ def test_progress_of_the_start_is_shown_as_lines_without_a_terminal(runs: UpRuns
     runs.order("coordinator.health", json.dumps({"status": "starting", "detail": "waiting for stage 0"}))
     runs.order("stage-0.health", json.dumps(loading))
     runs.start()
-    wait_for(lambda: "stage-0: loading layers 0 to 14 40%" in runs.output(), "a line of progress")
+    wait_for(lambda: "stage-0: loading layers 0 to 14 (40%)" in runs.output(), "a line of progress")
     assert "fake-model" not in runs.output()
     (runs.orders / "coordinator.health").unlink()
     wait_for(lambda: "noodle is ready: fake-model" in runs.output(), "the end of the start")

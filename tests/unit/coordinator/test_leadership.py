@@ -32,8 +32,15 @@ def test_pending_conditions_are_listed_in_the_order_in_which_they_must_happen():
     unplanned = a_view(plan=None, planner=PlannerState("waiting", "1 of 2"), stages={0: state(0, "measuring")})
     assert waits(unplanned)[0] == "the plan: 1 of 2"
     assert "measuring" in waits(unplanned)[1]
-    loading = a_view(stages={0: state(0, "ready", ready_version=4), 1: state(1, "loading", progress=0.5)})
-    assert waits(loading) == ["stage 1 on vm: loading  (50%)"]
+    loading = a_view(
+        stages={
+            0: state(0, "ready", ready_version=4),
+            1: state(1, "loading", detail="loading layers 2 to 3, 1 of 2 MB"),
+        }
+    )
+    assert waits(loading) == ["stage 1 on vm: loading layers 2 to 3, 1 of 2 MB"]
+    older = {0: state(0, "ready", ready_version=4), 1: state(1, "ready", ready_version=3, detail="layers 2 to 3")}
+    assert waits(a_view(stages=older)) == ["stage 1 on vm: ready layers 2 to 3"]
     assert waits(a_view(stages={0: state(0, "ready", ready_version=4)})) == ["stage 1 on vm to answer"]
     ready = {index: state(index, "ready", ready_version=4) for index in range(2)}
     assert waits(a_view(stages=ready)) == ["connecting"]

@@ -15,15 +15,15 @@ class Clock:
         monkeypatch.setattr(progress_module.time, "monotonic", lambda: self.now_seconds)
 
 
-def test_without_a_terminal_progress_is_at_most_a_line_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_progress_is_at_most_two_lines_in_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     stream = io.StringIO()
     lines = LineProgress(stream)
     for percent in range(100):
         lines.show("a", "loading", percent / 100)
         clock.now_seconds += 0.25
-    assert stream.getvalue().splitlines()[:3] == ["loading 0%", "loading 4%", "loading 8%"]
-    assert len(stream.getvalue().splitlines()) == 25
+    assert stream.getvalue().splitlines()[:3] == ["loading (0%)", "loading (20%)", "loading (40%)"]
+    assert len(stream.getvalue().splitlines()) == 5  # in 25 seconds
 
 
 def test_all_rows_stand_in_one_line_and_one_that_is_done_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,16 +31,16 @@ def test_all_rows_stand_in_one_line_and_one_that_is_done_goes(monkeypatch: pytes
     stream = io.StringIO()
     lines = LineProgress(stream)
     lines.show("a", "a: loading", 0.5)
-    clock.now_seconds += 2
+    clock.now_seconds += 6
     lines.show("b", "b: starting")
     lines.finish("a")
-    clock.now_seconds += 2
+    clock.now_seconds += 6
     lines.show("b", "b: loading", 0.1)
     lines.finish("b")
     assert stream.getvalue().splitlines() == [
-        "a: loading 50%",
-        "a: loading 50%; b: starting",
-        "b: loading 10%",
+        "a: loading (50%)",
+        "a: loading (50%); b: starting",
+        "b: loading (10%)",
     ]
 
 
@@ -50,7 +50,7 @@ def test_what_did_not_change_is_not_printed_again(monkeypatch: pytest.MonkeyPatc
     lines = LineProgress(stream)
     for _ in range(5):
         lines.show("a", "waiting")
-        clock.now_seconds += 2
+        clock.now_seconds += 6
     assert stream.getvalue() == "waiting\n"
 
 
