@@ -70,7 +70,7 @@ def prepare_model() -> None:
         signal.pause()
     lines = orders / "model.lines"
     progress = {"activity": "convert", "detail": "writing", "bytes_done": 5, "bytes_total": 10}
-    default = [{"progress": progress}, {"folder": "/models/fake", "name": "fake-model"}]
+    default = [{"progress": progress}, {"path": "/models/fake", "name": "fake-model"}]
     said = lines.read_text() if lines.exists() else "".join(json.dumps(line) + "\n" for line in default)
     sys.stdout.write(said)
     sys.stdout.flush()
