@@ -91,7 +91,7 @@ def _print(seen: dict[str, Any]) -> None:
         print(f"`noodle up` is {seen['phase']}, pid {seen['pid']}.")
     if seen["services"]:
         # the first line has said what the coordinator waits for
-        rows = [row | {"detail": ""} if row["detail"] == seen["detail"] else row for row in seen["services"]]
+        rows = [row | {"detail": ""} if row["name"] == "coordinator" else row for row in seen["services"]]
         print_table(TITLES, list(map(_cells, rows)), right=("pid", "port", "restarts", "memory"))
 
 
