@@ -16,7 +16,7 @@ SEPARATOR = "\n__ggml_vocab_test__\n"
 
 def read_published(path: Path) -> GgufFile:
     """Read a published vocabulary; `read_gguf` refuses it, because it holds no tensors."""
-    return made_file(gguf._read_part(path).metadata, path)
+    return made_file(gguf.read_part(path).metadata, path)
 
 
 def expected_ids(path: Path) -> list[tuple[str, list[int]]]:
