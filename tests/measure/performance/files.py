@@ -72,7 +72,7 @@ def noodle_seconds(path: Path, state: Path, cache: Path) -> tuple[float, list[li
         taken = time.monotonic() - began
         rows = []
         for index, state_now in enumerate(cluster.stage_states()):
-            private, mapped = pss_bytes(cluster.service_pid(f"stage-{index}"))
+            private, mapped = pss_bytes(cluster.worker_pid(f"stage-{index}"))
             kv = state_now["kv_bytes_held"]
             rows.append([index, *(f"{each / 1e6:.0f}" for each in (state_now["weight_bytes"], kv, private, mapped))])
         return taken, rows
