@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from noodle.errors import GgmlUnavailable, UnsupportedModel
+from noodle.errors import GgmlUnavailable
 from noodle.installation import require_transformers
 from services.stage.executors.base import Fetch, ModelSlice, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.ggml.backend import ggml_build, ggml_version, load_ggml
 from services.stage.executors.ggml.families import ggml_lacks
+from services.stage.executors.transformers.gguf_families import only_ggml_computes
+
+__all__ = ["build_of", "ggml_device", "ggml_hindrance", "load_by", "only_ggml_computes", "version_of"]
 
 
 def load_by(
@@ -45,11 +48,6 @@ def load_by(
             cache_dir=cache_dir,
         )
     require_transformers("Computing by transformers")
-    if folder.is_file():
-        raise UnsupportedModel(
-            f"{folder} is a GGUF file, which ggml alone computes, and this stage is to compute by transformers.",
-            cure="Leave NOODLE_EXECUTOR and NOODLE_DTYPE at auto, or use the model's safetensors.",
-        )
     from services.stage.executors.transformers.loading import load_slice
 
     return load_slice(

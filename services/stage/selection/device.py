@@ -62,6 +62,14 @@ def ggml_has(device: str) -> bool:
     return True
 
 
+def is_for_ggml(model: Path, only_ggml: str) -> bool:
+    """Whether ggml computes this file unless transformers is asked for: a GGUF file, if ggml is installed here.
+
+    `only_ggml` says that transformers does not compute it; empty if it does.
+    """
+    return bool(only_ggml) or (model.is_file() and ggml_has("cpu"))
+
+
 def choose_dtype(wanted: str, device: str) -> Choice:
     """float32, float16 or bfloat16 for "auto" or one of these; on a card bfloat16 only if it is native there."""
     if device == "cuda":

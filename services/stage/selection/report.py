@@ -21,9 +21,16 @@ from noodle.model.formats import STORED
 from noodle.model.quantization import held_tensors
 from noodle.web.connectivity import Target, try_service
 from services.stage.executors.ggml.backend import flags_digest, keep_float32_on_cards
-from services.stage.executors.load import build_of, ggml_device, ggml_hindrance, version_of
+from services.stage.executors.load import build_of, ggml_device, ggml_hindrance, only_ggml_computes, version_of
 from services.stage.selection.benchmark import MeasurementKey, MeasureProgress, measure_machine
-from services.stage.selection.device import TORCH_DEVICES, choose_device, choose_dtype, device_name, free_memory
+from services.stage.selection.device import (
+    TORCH_DEVICES,
+    choose_device,
+    choose_dtype,
+    device_name,
+    free_memory,
+    is_for_ggml,
+)
 from services.stage.selection.layer_costs import LayerSeconds, layer_seconds, model_weights
 from services.stage.selection.machine_speed import machine_speed
 from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
@@ -46,15 +53,16 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
     if options.is_exact:
         keep_float32_on_cards()
     has_torch = has_transformers()
-    ggml_only = options.asks_for_ggml or not has_torch or model.is_file()
-    device = choose_device(config.device, ggml_only=ggml_only, has_torch=has_torch)
     read = read_config(model)
+    only_ggml = only_ggml_computes(model, read)
+    file_for_ggml = bool(only_ggml) or (not options.asks_for_transformers and is_for_ggml(model, only_ggml))
+    ggml_only = options.asks_for_ggml or not has_torch or file_for_ggml
+    device = choose_device(config.device, ggml_only=ggml_only, has_torch=has_torch)
     hindrance = ""
     if not options.asks_for_transformers:
         hindrance = ggml_hindrance(read, device.value, is_asked_for=ggml_only)
-    only_ggml = "" if device.value in TORCH_DEVICES else f"NOODLE_DEVICE={device.value}"
-    if model.is_file():
-        only_ggml = f"{model.name} is a GGUF file"
+    if not only_ggml and device.value not in TORCH_DEVICES:
+        only_ggml = f"NOODLE_DEVICE={device.value}"
     executor, why = choose_executor(options, hindrance, only_ggml=only_ggml)
     dtype = choose_dtype(config.dtype, device.value).value if executor == "transformers" else "float32"
     candidate = candidate_of(executor, options, dtype)

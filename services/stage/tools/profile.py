@@ -21,9 +21,9 @@ from noodle.errors import ConfigurationError, NoodleError
 from noodle.installation import has_transformers
 from noodle.model.files import model_digest, read_config
 from services.stage.executors.candidate import Candidate
-from services.stage.executors.load import ggml_hindrance, version_of
+from services.stage.executors.load import ggml_hindrance, only_ggml_computes, version_of
 from services.stage.selection.benchmark import one_at_a_time
-from services.stage.selection.device import choose_device, choose_dtype
+from services.stage.selection.device import choose_device, choose_dtype, is_for_ggml
 from services.stage.selection.report import CONTEXT_KEYS, LAYER_COUNT_KEYS, first_of
 from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
 from services.stage.tools.profile_device import FULL, QUICK, DeviceProfiler, thread_counts
@@ -60,7 +60,7 @@ def profile_machine(question: ProfileQuestion, progress: MeasureProgress) -> Mac
     notes: list[str] = []
     start_seconds = time.monotonic()
     with one_at_a_time(cache_dir, progress):
-        ggml_only = folder.is_file() or not has_transformers()
+        ggml_only = not has_transformers() or is_for_ggml(folder, only_ggml_computes(folder, config))
         devices = devices_of(question.device, notes, ggml_only=ggml_only)
         extent = QUICK if question.is_quick else FULL
         profiles = []
@@ -104,8 +104,7 @@ def way_of(model: Path, config: dict[str, Any], device: str, dtype: str) -> tupl
     """How a stage computes this model on a device by default, with the reason; a named dtype is transformers'."""
     options = ExecutorOptions(dtype=dtype)
     hindrance = "" if options.asks_for_transformers else ggml_hindrance(config, device)
-    only_ggml = f"{model.name} is a GGUF file" if model.is_file() else ""
-    executor, reason = choose_executor(options, hindrance, only_ggml=only_ggml)
+    executor, reason = choose_executor(options, hindrance, only_ggml=only_ggml_computes(model, config))
     chosen = choose_dtype(dtype, device).value if executor == "transformers" else "float32"
     return candidate_of(executor, options, chosen), reason
 

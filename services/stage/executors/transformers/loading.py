@@ -21,14 +21,18 @@ from services.stage.executors.checkpoints.folder import QuantizedFolder
 from services.stage.executors.safetensors import SafetensorsFolder
 from services.stage.executors.tensor_files import open_folder
 from services.stage.executors.transformers import attention
+from services.stage.executors.transformers.gguf_files import GgufCheckpoint, GgufTensor
 from services.stage.executors.transformers.linear import choose_gemm_layouts
 from services.stage.executors.transformers.model_cut import cut_class, layer_list_name
-from services.stage.executors.transformers.rotary import fix_rotary
+from services.stage.executors.transformers.rotary import divide_frequencies, fix_rotary
 from services.stage.executors.transformers.runtime import read_model_config
 from services.stage.executors.transformers.slice import TransformersSlice
 from services.stage.executors.transformers.weight_files import LazyTensor
 
 log = logging.getLogger(__name__)
+
+AnyFiles = SafetensorsFolder | QuantizedFolder | GgufCheckpoint
+Tensor = LazyTensor | GgufTensor
 
 
 def load_slice(
@@ -42,18 +46,21 @@ def load_slice(
     progress: ReadProgress = ignore_progress,
     fetch: Fetch = nothing_to_fetch,
 ) -> TransformersSlice:
-    """Load layers [start_layer, end_layer) of the model in `folder`, with embeddings and head at the model's ends.
+    """Load layers [start_layer, end_layer) of `folder`, or of a GGUF file, with embeddings and head at the ends.
 
     `dtype` is float32, float16 or bfloat16. Only the slice's tensors are read; the slice's `bytes_read` counts them.
     Several threads call `progress`; `fetch` is called before the first tensor is read.
     Raises ModelNotFound, UnsupportedModel, or PlanDoesNotFit for layers that the model does not have.
     """
-    config = read_model_config(folder)
-    files = open_folder(folder, as_float32=True, fetch=fetch)
-    attention.register()
     # progress bars and warnings would garble noodle's log; what matters of them is an error here
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if folder.is_file():
+        files: AnyFiles = GgufCheckpoint(folder, fetch)
+    else:
+        files = open_folder(folder, as_float32=True, fetch=fetch)
+    config = files.config() if isinstance(files, GgufCheckpoint) else read_model_config(folder)
+    attention.register()
     layer_count = int(config.num_hidden_layers)
     if not 0 <= start_layer < end_layer <= layer_count:
         raise PlanDoesNotFit(
@@ -64,7 +71,13 @@ def load_slice(
     model_class = cut_class(config, start_layer, end_layer)
     described = _described(model_class, config, folder)
     in_layers = re.compile(rf"^((?:.+\.)?{re.escape(layer_list_name(described))}\.)(\d+)(\..+)$")
-    lazy = partial(LazyTensor, files, counter=counter, dtype=getattr(torch, dtype))
+    if isinstance(files, GgufCheckpoint):
+        wanted = {*described.state_dict(), *described.tied_keys_of_whole_model.values()}
+        layers = range(start_layer, end_layer)
+        files.name_tensors([_renumbered(in_layers, name, start_layer) for name in wanted], layers)
+        lazy: Callable[[str], Tensor] = partial(files.tensor, counter=counter, dtype=getattr(torch, dtype))
+    else:
+        lazy = partial(LazyTensor, files, counter=counter, dtype=getattr(torch, dtype))
     state = _state_of_slice(described, in_layers, files, lazy, range(start_layer, end_layer))
     counter.total_bytes = sum(tensor.nbytes for tensor in state.values())
     fetch([name for tensor in state.values() for name in tensor.stored_names])
@@ -81,6 +94,8 @@ def load_slice(
         )
         _check_loading(loading, in_layers, start_layer, config.model_type, folder)
         fix_rotary(model, context_length)
+        if isinstance(files, GgufCheckpoint) and files.rotary_factors is not None:
+            divide_frequencies(model, files.rotary_factors)
         model.requires_grad_(False).to(device)
         choose_gemm_layouts(model)
     except torch.OutOfMemoryError as error:
@@ -112,10 +127,10 @@ def load_slice(
 def _state_of_slice(
     model: Any,
     in_layers: re.Pattern[str],
-    files: SafetensorsFolder | QuantizedFolder,
-    lazy: Callable[[str], LazyTensor],
+    files: AnyFiles,
+    lazy: Callable[[str], Tensor],
     layers: range,
-) -> dict[str, LazyTensor]:
+) -> dict[str, Tensor]:
     """The tensors of a cut model by their keys in it; files that it does not need are not opened.
 
     Layers are renumbered from 0; all other renaming is transformers'.
@@ -123,14 +138,14 @@ def _state_of_slice(
     wanted = set(model.state_dict())
     tied = model.tied_keys_of_whole_model
     name_in_model = _names_in_model(model, wanted | set(tied.values()))
-    state: dict[str, LazyTensor] = {}
+    state: dict[str, Tensor] = {}
     for key in files.names():
         match = in_layers.match(key)
         if match is None:
             if name_in_model(key) in wanted:
                 state[key] = lazy(key)
         elif int(match[2]) in layers:
-            state[f"{match[1]}{int(match[2]) - layers.start}{match[3]}"] = lazy(key)
+            state[_renumbered(in_layers, key, -layers.start)] = lazy(key)
     if layers.start > 0:
         # the last stage of a model with tied embeddings reads them as its head
         present = {name_in_model(key) for key in state}
@@ -140,6 +155,11 @@ def _state_of_slice(
             if head is not None:
                 state[head] = lazy(key)
     return state
+
+
+def _renumbered(in_layers: re.Pattern[str], name: str, by: int) -> str:
+    """The name with its layer's number, if it has one, changed by `by`."""
+    return in_layers.sub(lambda match: f"{match[1]}{int(match[2]) + by}{match[3]}", name)
 
 
 def _names_in_model(model: Any, known: set[str]) -> Callable[[str], str]:
@@ -163,8 +183,7 @@ def _described(model_class: Any, config: Any, folder: Path) -> Any:
             return model_class(type(config).from_dict(config.to_dict()))
     except Exception as error:  # each model's code raises its own
         raise UnsupportedModel(
-            f"transformers cannot build the model that {folder / 'config.json'} describes "
-            f"({type(error).__name__}: {error}).",
+            f"transformers cannot build the model that {folder} describes ({type(error).__name__}: {error}).",
             cure="Fetch the model again. If it is complete, it needs a newer noodle.",
         ) from error
 
@@ -181,7 +200,7 @@ def _check_loading(
     }
     for problem, keys in problems.items():
         if keys:
-            first = in_layers.sub(lambda match: f"{match[1]}{int(match[2]) + start_layer}{match[3]}", min(keys))
+            first = _renumbered(in_layers, min(keys), start_layer)
             raise ModelNotFound(
                 f"the weights in {folder} are not those of its {model_type} config: they {problem} {len(keys)} of this "
                 f"slice's tensors, as {first}.",

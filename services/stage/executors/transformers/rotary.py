@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -29,6 +31,14 @@ def fix_rotary(model: torch.nn.Module, context_length: int) -> None:
             module.rope_type = {  # type: ignore[assignment]
                 name: _FIXED if kind == "longrope" else kind for name, kind in rope_type.items()
             }
+
+
+def divide_frequencies(model: torch.nn.Module, factors: npt.NDArray[np.float32]) -> None:
+    """Divide the frequency of each rotating pair by its factor: a GGUF file holds these instead of llama3's numbers."""
+    for module in model.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if frequencies is not None:
+            frequencies.div_(torch.from_numpy(factors))
 
 
 def _fix(module: Any, layer_type: str | None, context_length: int) -> None:
