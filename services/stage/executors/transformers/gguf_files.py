@@ -42,7 +42,7 @@ class GgufCheckpoint:
         self._file = read_gguf(path)
         self._family = GGUF_FAMILIES[self._file.architecture]
         self._stored: dict[str, str] = {}  # transformers' names -> the file's
-        rotary = config["rope_parameters"]
+        rotary = config.get("rope_parameters") or {}
         tensors = {key: value for key, value in rotary.items() if isinstance(value, str)}
         tensors = {key: name for key, name in tensors.items() if name in self._file.entries}
         fetch(list(tensors.values()))
@@ -54,21 +54,23 @@ class GgufCheckpoint:
         config["rope_parameters"] = rotary | {key: values.tolist() for key, values in factors.items()}
 
     def config(self) -> Any:
-        """transformers' config object, with what tensors say that config.json says elsewhere."""
+        """transformers' config object, with what tensors say that config.json says elsewhere.
+
+        Raises UnsupportedModel for values that transformers refuses.
+        """
         entries = self._file.entries
-        has = {name: f"blk.0.{name}.bias" in entries for name in ("attn_q", "attn_output", "ffn_up")}
         values = {key: value for key, value in self._config.items() if key != "rope_interleave"}
-        return AutoConfig.for_model(
-            **values,
-            intermediate_size=self._entry("blk.0.ffn_down.weight").shape[-1],
-            attention_bias=has["attn_q"],
-            attention_out_bias=has["attn_output"],
-            mlp_bias=has["ffn_up"],
-            # the defaults of some families lie outside small vocabularies, and no stage uses them
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
+        values["intermediate_size"] = self._entry("blk.0.ffn_down.weight").shape[-1]
+        # the defaults of some families lie outside small vocabularies, and no stage uses them
+        values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        biases = {"attention_bias": "attn_q", "attention_out_bias": "attn_output", "mlp_bias": "ffn_up"}
+        values |= {key: f"blk.0.{name}.bias" in entries for key, name in biases.items()}
+        try:
+            return AutoConfig.for_model(**values)
+        except Exception as error:  # each config's checks raise their own
+            raise UnsupportedModel(
+                f"transformers refuses the config of {self._path} ({type(error).__name__}: {error}).", cure=OTHER_CURE
+            ) from error
 
     def name_tensors(self, names: Iterable[str], layers: range) -> None:
         """Find tensors by transformers' names; raises UnsupportedModel if these layers hold one without such a name."""

@@ -112,6 +112,8 @@ def _remove_foreign_modules(model: Any, start_layer: int, end_layer: int) -> Non
             each.layer_types = list(each.layer_types)[start_layer:end_layer]
     learned_positions = LEARNED_POSITIONS.get(config.model_type, "")
     if start_layer > 0:
+        if hasattr(base, "embedding_multiplier"):  # Granite's models scale whatever they are given
+            base.embedding_multiplier = 1.0
         for name in before:
             if name == learned_positions:
                 setattr(base, name, _NoPositions(torch.get_default_dtype()))

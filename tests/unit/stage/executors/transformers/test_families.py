@@ -37,6 +37,14 @@ def test_two_and_three_slices_give_the_logits_of_the_unsplit_model(model_type, c
     assert relative_difference(got, unsplit_logits(folder, sessions)) < BOUND
 
 
+@pytest.mark.parametrize("model_type", ["granite", "granitemoe", "granitemoeshared"])
+def test_embeddings_are_scaled_on_the_first_slice_alone(model_type, tmp_path):
+    folder = make_tiny_model(tmp_path, model_type, embedding_multiplier=3.0, logits_scaling=6.0)
+    sessions = random_sessions(LENGTHS)
+    got = SlicePipeline(folder, (0, 2, 6)).run(sessions, STEPS)
+    assert relative_difference(got, unsplit_logits(folder, sessions)) < BOUND
+
+
 ORIGINAL_LENGTH = 32
 LONG_FACTORS = [1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]  # one for each pair of the head's 16 dimensions
 SHORT_FACTORS = [1.0, 1.0, 1.1, 1.1, 1.2, 1.2, 1.3, 1.3]

@@ -106,7 +106,7 @@ def test_a_tensor_that_the_model_has_no_place_for_is_refused_by_name(tmp_path: P
         load_slice(path, 0, 3, device="cpu", dtype="float32", context_length=64)
 
 
-def test_every_architecture_that_noodle_reads_is_computed_or_refused_before_torch_is_needed(tmp_path: Path) -> None:
+def test_which_files_transformers_computes_is_said_by_their_headers(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "model.gguf", TinyLlama())
     assert only_ggml_computes(path, read_config(path)) == ""
     assert only_ggml_computes(tmp_path, {"model_type": "mixtral"}) == ""
