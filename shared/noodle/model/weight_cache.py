@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ RETRY_LAST_SECONDS = 2.0  # longest wait before a retry
 LOCK_TIMEOUT_SECONDS = 3600.0  # longest wait for another stage of this machine that fetches the same model
 LOCK_POLL_SECONDS = 0.2  # between two attempts to take the lock
 PIECE_BYTES = 1 << 20  # bytes of one read
+FETCHES_AT_ONCE = 2  # so that the link is in use while a tensor's digest is computed
 NOTE_BYTES = 16 << 20  # most bytes that an interrupted fetch repeats
 COMPANION_BYTES_CAP = 64 << 20  # largest companion file; a header may be twice as large
 MAXIMUM_REFUSAL_BYTES = 64 << 10  # largest body of a refusal
@@ -69,6 +71,7 @@ class WeightCache:
         self.manifest: WeightManifest  # that `prepare` fetched
         self.fetched_bytes = 0  # of tensors, by this process
         self.waits_for = ""  # what it waits for now, for /health
+        self._lock = threading.Lock()  # of the record of what was fetched, which several threads write
 
     @property
     def folder(self) -> Path:
@@ -111,30 +114,45 @@ class WeightCache:
                 cure="Run the same noodle version on every machine.",
             )
         wanted = sorted((by_name[name] for name in set(names)), key=lambda tensor: (tensor.file, tensor.first_byte))
-        total_bytes, done_bytes = sum(tensor.byte_count for tensor in wanted), 0
+        done_bytes: dict[str, int] = {}
+        total_bytes = sum(tensor.byte_count for tensor in wanted)
 
-        def tell(more_bytes: int) -> None:
-            progress(done_bytes + more_bytes, total_bytes)
+        def ensure_one(tensor: TensorRange, fetched: Fetched) -> None:
+            def tell(done: int) -> None:
+                with self._lock:
+                    done_bytes[tensor.name] = done
+                    progress(sum(done_bytes.values()), total_bytes)
+
+            if tensor.name in fetched.whole and not self._is_right(tensor, fetched):
+                log.warning("%s in %s is damaged, fetching it again", tensor.name, self.folder / tensor.file)
+                with self._lock:
+                    fetched.whole.discard(tensor.name)
+            if tensor.name not in fetched.whole:
+                self._fetch_tensor(tensor, fetched, tell)
+            tell(tensor.byte_count)
 
         with writing(self.folder, "NOODLE_CACHE_DIR"), self._locked():
             fetched = self._fetched()
-            for tensor in wanted:
-                if tensor.name in fetched.whole and not self._is_right(tensor, fetched):
-                    log.warning("%s in %s is damaged, fetching it again", tensor.name, self.folder / tensor.file)
-                    fetched.whole.discard(tensor.name)
-                if tensor.name not in fetched.whole:
-                    self._fetch_tensor(tensor, fetched, tell)
-                done_bytes += tensor.byte_count
-                tell(0)
+            with ThreadPoolExecutor(FETCHES_AT_ONCE, "fetch") as threads:
+                pending = [threads.submit(ensure_one, tensor, fetched) for tensor in wanted]
+                try:
+                    for one in pending:
+                        one.result()
+                except BaseException:
+                    threads.shutdown(wait=False, cancel_futures=True)
+                    raise
 
     def _fetch_tensor(self, tensor: TensorRange, fetched: Fetched, progress: Callable[[int], None]) -> None:
         for is_last_try in (False, True):
             self._retried(lambda: self._fetch_rest(tensor, fetched, progress))
-            fetched.begun.pop(tensor.name, None)
-            if not tensor.sha256:
-                fetched.digests[tensor.name] = self._digest(tensor)
-            if is_right := self._is_right(tensor, fetched):
-                fetched.whole.add(tensor.name)
+            digest = self._digest(tensor)
+            is_right = digest == (tensor.sha256 or digest)
+            with self._lock:
+                fetched.begun.pop(tensor.name, None)
+                if not tensor.sha256:
+                    fetched.digests[tensor.name] = digest
+                if is_right:
+                    fetched.whole.add(tensor.name)
             self._note(fetched)
             if is_right:
                 return
@@ -159,8 +177,9 @@ class WeightCache:
                 for piece in self._range(tensor.file, first, tensor.first_byte + tensor.byte_count):
                     file.write(piece)
                     done += len(piece)
-                    self.fetched_bytes += len(piece)
-                    fetched.begun[tensor.name] = done
+                    with self._lock:
+                        self.fetched_bytes += len(piece)
+                        fetched.begun[tensor.name] = done
                     progress(done)
                     if done - noted >= NOTE_BYTES:
                         file.flush()
@@ -257,7 +276,8 @@ class WeightCache:
             return Fetched()
 
     def _note(self, fetched: Fetched) -> None:
-        write_atomically(self.folder / FETCHED_NAME, msgspec.json.encode(fetched))
+        with self._lock:
+            write_atomically(self.folder / FETCHED_NAME, msgspec.json.encode(fetched))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
