@@ -23,7 +23,7 @@ from services.stage.executors.base import Fetch, ReadCounter
 from services.stage.executors.safetensors import read_into
 from services.stage.executors.transformers.gguf_families import GGUF_FAMILIES, only_ggml_computes
 
-PIECE_ITEMS = 1 << 20  # values that are made of blocks at once
+PIECE_ITEMS = 1 << 22  # values that are made of blocks at once
 SMALL_ITEMS = 1 << 18  # transformers keeps some small tensors in float32 whatever the dtype of the others
 REPETITIONS = ("attn_rot_embd", "attn_rope_freqs", "rope_freqs")  # in a layer, of what the header says
 OTHER_CURE = "Build ggml (make ggml), which computes more of these files, or use the model's safetensors."

@@ -182,8 +182,9 @@ def _described(model_class: Any, config: Any, folder: Path) -> Any:
         with torch.device("meta"):
             return model_class(type(config).from_dict(config.to_dict()))
     except Exception as error:  # each model's code raises its own
+        described_in = folder if folder.is_file() else folder / "config.json"
         raise UnsupportedModel(
-            f"transformers cannot build the model that {folder} describes ({type(error).__name__}: {error}).",
+            f"transformers cannot build the model that {described_in} describes ({type(error).__name__}: {error}).",
             cure="Fetch the model again. If it is complete, it needs a newer noodle.",
         ) from error
 
