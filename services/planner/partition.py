@@ -230,7 +230,7 @@ def _does_not_fit(
             f"({USABLE_SHARE:.0%} of the free memory of {len(problem.memories)} machines): {each}{short} bytes short."
         )
         cure = (
-            "Close other programs, add a stage on another machine, choose a smaller NOODLE_DTYPE, "
+            "Close other programs, add a stage on another machine, choose a smaller format (NOODLE_WEIGHTS), "
             "or a smaller NOODLE_CONTEXT_LENGTH."
         )
     return MemoryShort(what, cure=cure)

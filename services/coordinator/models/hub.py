@@ -50,7 +50,9 @@ HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^:]*))?
 
 
 def is_hub_id(model: str) -> bool:
-    return HUB_ID.fullmatch(model) is not None
+    """Whether a name has the form of a hub id; `folder/model.gguf` is a path, even if there is no such file."""
+    match = HUB_ID.fullmatch(model)
+    return match is not None and not match["repository"].lower().endswith((".gguf", ".safetensors"))
 
 
 def fetch_from_hub(model: str, cache_dir: Path, progress: ReportProgress, *, is_whole: bool = True) -> Path:

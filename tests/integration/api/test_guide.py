@@ -177,7 +177,7 @@ def test_the_plan_command_prints_a_line_a_machine_and_the_cures(cluster, tmp_pat
     done = cluster.noodle("plan", "--nodes", "-", stdin='[{"node_id": "a", "device_type": "cpu", "ram_gb": 0.0005}]')
     assert done.returncode == 1
     assert "bytes short" in done.stdout
-    assert "NOODLE_DTYPE" in done.stdout
+    assert "NOODLE_WEIGHTS" in done.stdout
     for text in ("{", "5", '[{"node_id": "a"}]'):
         done = cluster.noodle("plan", "--nodes", "-", stdin=text)
         assert (done.returncode, done.stdout) == (1, "")

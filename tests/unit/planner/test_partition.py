@@ -168,7 +168,7 @@ def test_kv_rows_need_room_beside_the_weights() -> None:
 def test_too_little_memory_is_refused_with_the_missing_bytes() -> None:
     with pytest.raises(PlanDoesNotFit, match=r" 310 bytes short") as caught:
         cut(a_shape(), [a_machine(0, free_bytes=usable(1000))])
-    assert "NOODLE_DTYPE" in caught.value.cure
+    assert "NOODLE_WEIGHTS" in caught.value.cure
 
 
 def test_stages_of_one_machine_share_its_memory() -> None:

@@ -386,7 +386,7 @@ class TensorMap:
     def _mismatch(self, reason: str) -> ModelNotFound:
         return ModelNotFound(
             f"the weights in {self._folder} are not those of its config: {reason}.",
-            cure="Fetch the folder again, and check that config and weights belong to the same model.",
+            cure="Fetch the model again, and check that config and weights belong to the same model.",
         )
 
 
