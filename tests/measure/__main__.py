@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from tests.measure.correctness import costs, equality, kills, schemathesis, vocabularies
-from tests.measure.endurance import load, memory, pressure, soak
+from tests.measure.endurance import load, memory, pressure, slow_link, soak
 from tests.measure.performance import (
     checkouts,
     containers,
@@ -48,7 +48,12 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "costs": costs.measure,
     "containers": containers.measure,
 }
-ONLY_NAMED = {"peers": peers.measure, "files": files.measure, "checkout": checkouts.measure}
+ONLY_NAMED = {
+    "peers": peers.measure,
+    "files": files.measure,
+    "checkout": checkouts.measure,
+    "slow-link": slow_link.measure,
+}
 
 
 def main() -> int:

@@ -24,6 +24,9 @@ class Relay:
         self.port = 0
         self.delay_seconds = 0.0  # of each piece, in each direction
         self.cut_after_bytes: int | None = None  # from the target, of each connection from now on
+        self.bytes_per_second = 0.0  # from the target, of all connections together; 0 is no limit
+        self.passed_bytes = 0  # from the target
+        self._free_at = 0.0  # when the link has sent what it took
         self.connections = 0
 
     def __enter__(self) -> Relay:
@@ -98,9 +101,20 @@ class Relay:
                 self._ways |= {near, far}
             for source, sink, limit in ((near, far, None), (far, near, self.cut_after_bytes)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=self._pass, args=(source, sink, limit), daemon=True).start()
+                named = {"is_from_target": source is far}
+                threading.Thread(target=self._pass, args=(source, sink, limit), kwargs=named, daemon=True).start()
 
-    def _pass(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+    def _take_turn(self, byte_count: int) -> None:
+        """Wait as long as a link of this rate needs for the bytes that it took before."""
+        with self._lock:
+            self.passed_bytes += byte_count
+            now = time.monotonic()
+            begin = max(now, self._free_at)
+            self._free_at = begin + (byte_count / self.bytes_per_second if self.bytes_per_second else 0.0)
+        if begin > now:
+            time.sleep(begin - now)
+
+    def _pass(self, source: socket.socket, sink: socket.socket, limit: int | None, *, is_from_target: bool) -> None:
         passed = 0
         try:
             while piece := source.recv(PIECE_BYTES):
@@ -110,6 +124,8 @@ class Relay:
                     sink.sendall(piece[: limit - passed])
                     break
                 passed += len(piece)
+                if is_from_target:
+                    self._take_turn(len(piece))
                 sink.sendall(piece)
             else:
                 sink.shutdown(socket.SHUT_WR)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.support.network.relay import Relay
 from tests.support.processes.cluster import EXACT, Services, free_ports, wait_until
 from tests.support.processes.stage_rig import READY_SECONDS, running_valkey, started
 
@@ -30,8 +31,19 @@ class TwoMachines(Services):
 
 
 @contextlib.contextmanager
-def two_machines(folder: Path, model: Path) -> Iterator[TwoMachines]:
-    """Run both machines, ready; stop them at the end."""
+def two_machines(
+    folder: Path,
+    model: Path,
+    *,
+    link: Callable[[int], contextlib.AbstractContextManager[Relay]] | None = None,
+    is_ready: bool = True,
+    **variables: str,
+) -> Iterator[TwoMachines]:
+    """Run both machines, ready unless the caller waits itself; stop them at the end.
+
+    With a `link`, which makes a relay to a port, machine B has no model and its own cache, and reaches the coordinator
+    through that relay.
+    """
     folder.mkdir()
     machines = TwoMachines(folder)
     with contextlib.ExitStack() as stack:
@@ -50,6 +62,7 @@ def two_machines(folder: Path, model: Path) -> Iterator[TwoMachines]:
             "NOODLE_PLANNER_URL": f"http://127.0.0.1:{machines.planner_port}",
             "NOODLE_THREADS": "1",
             **EXACT,
+            **variables,
         }
         own: list[tuple[str, dict[str, str]]] = [
             ("planner", {"NOODLE_MACHINE": "machine-a"}),
@@ -59,11 +72,16 @@ def two_machines(folder: Path, model: Path) -> Iterator[TwoMachines]:
             machine = ("machine-a", "machine-b")[stage_id]
             bind = f"127.0.0.1:{port}"
             options = {"NOODLE_MACHINE": machine, "NOODLE_STAGE_ID": str(stage_id), "NOODLE_STAGE_BIND": bind}
+            if link is not None and machine == "machine-b":
+                relay = stack.enter_context(link(machines.port))
+                options |= {"NOODLE_MODEL": "", "NOODLE_COORDINATOR_URL": relay.url}
+                options |= {"NOODLE_CACHE_DIR": str(folder / "cache-b")}
             own.append(("stage", options))
-        for name, variables in own:
-            log_path = folder / f"{name}-{variables.get('NOODLE_STAGE_ID', '')}.log"
-            process = started(f"services.{name}", common | variables, log_path)
+        for name, options in own:
+            log_path = folder / f"{name}-{options.get('NOODLE_STAGE_ID', '')}.log"
+            process = started(f"services.{name}", common | options, log_path)
             stack.callback(process.wait, STOP_SECONDS)
             stack.callback(process.terminate)
-        wait_until(machines.is_ready, READY_SECONDS, "the coordinator is ready")
+        if is_ready:
+            wait_until(machines.is_ready, READY_SECONDS, "the coordinator is ready")
         yield machines

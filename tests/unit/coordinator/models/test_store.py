@@ -69,7 +69,18 @@ def test_a_missing_shard_is_refused_by_name(model_folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["no-such-model", "./no/such/folder", "folder/model.gguf", "/no/such/folder", "a/b/c", "../x", "Ünï/cödé", "org/", "/name"]
+    "name",
+    [
+        "no-such-model",
+        "./no/such/folder",
+        "folder/model.gguf",
+        "/no/such/folder",
+        "a/b/c",
+        "../x",
+        "Ünï/cödé",
+        "org/",
+        "/name",
+    ],
 )
 def test_an_unknown_name_is_refused_with_the_possible_forms(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as caught:
