@@ -104,7 +104,7 @@ def test_profile_measures_layers_embedding_and_head_and_keeps_it(cluster: Cluste
     assert next(tmp_path.glob("noodle-profile-*.png")).read_bytes().startswith(b"\x89PNG")
     assert report["profile"]["layer_count"] == 6
     device = report["profile"]["devices"][0]
-    assert (device["device"], device["dtype"]) == ("cpu", "float32")
+    assert (device["device"], device["dtype"]) == ("cpu", "ggml stored")
     assert device["free_bytes"] > 1e6
     threads = device["threads"][0]
     assert {(point["sessions"], point["kv_tokens"]) for point in threads["decode"]} == {(1, 128), (4, 128)}
