@@ -50,13 +50,13 @@ class Pair:
         """Return the bytes of the tensors for these layers, from the coordinator's manifest."""
         _, manifest = request(self.a.port, "GET", "/weights", token=self.a.token)
         tensors = {tensor["name"]: tensor["byte_count"] for tensor in manifest["tensors"]}
-        layers = {f"model.layers.{layer}." for layer in range(start, end)}
-        last = max(int(name.split(".")[2]) for name in tensors if ".layers." in name)
+        layers = {f"blk.{layer}." for layer in range(start, end)}
+        last = max(int(name.split(".")[1]) for name in tensors if name.startswith("blk."))
         names = {name for name in tensors if any(name.startswith(prefix) for prefix in layers)}
         if start == 0:
-            names.add("model.embed_tokens.weight")
+            names.add("token_embd.weight")
         if end == last + 1:  # the head is tied to the embedding
-            names |= {"model.norm.weight", "model.embed_tokens.weight"}
+            names |= {"output_norm.weight", "token_embd.weight"}
         return sum(tensors[name] for name in names)
 
 
