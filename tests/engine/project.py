@@ -138,9 +138,9 @@ class Project:
         return [int(token["id"]) for token in answer["details"]["tokens"]]
 
     def fetched_bytes(self, service: str) -> int:
-        """Return the bytes of weights that a stage has fetched, from the newest line of its log."""
+        """Return the bytes of weights that a stage has fetched, from the newest line of its log; 0 without one."""
         said = re.findall(r"(\d+) bytes of weights fetched since the start", self.logs(service))
-        return int(said[-1])
+        return int(said[-1]) if said else 0
 
     def left_behind(self) -> list[str]:
         """Return what the engine still has of this project."""

@@ -59,7 +59,7 @@ def test_b_has_fetched_its_own_tensors_and_no_other_byte_and_nothing_when_it_sta
     print(f"B fetched {pair.b.fetched_bytes('stage-1')} bytes for layers {start} to {end - 1}")
     pair.b.up(options=("--force-recreate",))
     pair.a.wait_ready()
-    wait_until(lambda: "bytes of weights fetched" in pair.b.logs("stage-1"), 120, "B has loaded again")
+    wait_until(lambda: pair.b.health(pair.stage_1_port)["status"] == "ready", 120, "B has loaded again")
     assert pair.b.fetched_bytes("stage-1") == 0
 
 
