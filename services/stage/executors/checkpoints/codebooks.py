@@ -144,5 +144,7 @@ class Mxfp4Matrix(QuantizedMatrix):
         items = values[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(-1, BLOCK_ITEMS)
         return (items * SMALL_FLOATS["F8_E8M0"][scales][:, None]).reshape(count, self.shape[-1])
 
-    def blocks(self, first: int, count: int) -> Bytes:
+    def encoded(self, first: int, count: int, type_name: str) -> Bytes:
+        if type_name != "MXFP4":
+            return super().encoded(first, count, type_name)
         return mxfp4_blocks(*self._read(first, count))

@@ -26,7 +26,7 @@ from services.stage.executors.checkpoints.integers import (
     PackedMatrix,
 )
 from services.stage.executors.checkpoints.matrix import QuantizedMatrix
-from services.stage.executors.checkpoints.numbers import Bytes, Floats, to_float16
+from services.stage.executors.checkpoints.numbers import Bytes
 from services.stage.executors.safetensors import SafetensorsFolder, read_into
 
 # tensors of quantized modules that only say how activations or KV rows were rounded
@@ -146,9 +146,7 @@ class QuantizedFolder:
         step = max(1, PIECE_ITEMS // matrix.shape[-1])
         for begin in range(first, first + count, step):
             rows = min(step, first + count - begin)
-            data = (
-                matrix.blocks(begin, rows) if kind.block_items > 1 else _as_bytes(matrix.rows(begin, rows), kind.name)
-            )
+            data = matrix.encoded(begin, rows, kind.name)
             at = (begin - first) * row_bytes - skipped
             target[max(0, at) : at + len(data)] = data[max(0, -at) : len(target) - at]
         self._note_read(matrix, count)
@@ -247,11 +245,3 @@ class QuantizedFolder:
             f"{module} is quantized, but no group in config.json's quantization_config names it.",
             cure="Fetch the model again, and check that its config.json belongs to its weights.",
         )
-
-
-def _as_bytes(values: Floats, type_name: str) -> Bytes:
-    if type_name == "F16":
-        return to_float16(values)
-    if type_name == "BF16":
-        return (values.view(np.uint32) >> 16).astype("<u2").reshape(-1).view(np.uint8)
-    return values.astype("<f4", copy=False).reshape(-1).view(np.uint8)

@@ -74,14 +74,14 @@ class IntegerMatrix(QuantizedMatrix):
         with np.errstate(over="ignore"):  # of scales near float32's end, for which the values are infinite
             return self._by_group(np.multiply, values, self._rows_of(self.groups.scales, first, count))
 
-    def blocks(self, first: int, count: int) -> Bytes:
-        if self.storage.type_name not in RANGES:
-            return super().blocks(first, count)
+    def encoded(self, first: int, count: int, type_name: str) -> Bytes:
+        if type_name not in RANGES:
+            return super().encoded(first, count, type_name)
         scales = self._rows_of(self.groups.scales, first, count)
         count_of_blocks = self.shape[1] // BLOCK_ITEMS
         of_blocks = np.repeat(scales, self.groups.size // BLOCK_ITEMS, axis=1)[:, :count_of_blocks]
         of_rows = np.broadcast_to(of_blocks, (count, count_of_blocks))
-        return integer_blocks(self.storage.type_name, self._integers(first, count), of_rows)
+        return integer_blocks(type_name, self._integers(first, count), of_rows)
 
     def _range(self) -> tuple[int, int]:
         """Bounds of codes minus zero points."""
@@ -143,7 +143,40 @@ class IntegerMatrix(QuantizedMatrix):
         return stored.astype(np.intp)
 
 
-class GptqMatrix(IntegerMatrix):
+class InputFirstMatrix(IntegerMatrix):
+    """What GPTQ and AWQ share: codes in words of `qweight`, whose first axis is that of the inputs.
+
+    `scales` are [groups, rows], `qzeros` are packed along the rows: [groups, rows / codes of a word].
+    """
+
+    def __init__(self, files: TensorBytes, key: str, label: str) -> None:
+        super().__init__(files, key, label)
+        self._module = key.removesuffix(".weight")
+
+    def _packed_shape(self) -> tuple[int, int]:
+        """Find `qweight`; returns its shape in words."""
+        key = f"{self._module}.qweight"
+        packed = self._entry(key, {"I32"})
+        self._check_matrix(key)
+        return packed.shape[0], packed.shape[1]
+
+    def _find_groups(self, rows: int, columns: int, settings: Mapping[str, Any]) -> None:
+        """Set the matrix's shape and its groups' size; find scales and zero points of that shape."""
+        self.shape = (rows, columns)
+        asked = int(settings.get("group_size", -1))
+        self._size = columns if asked <= 0 else min(asked, columns)
+        groups = -(-columns // self._size)
+        self._entry(f"{self._module}.scales", FLOATS)
+        self._check(f"{self._module}.scales", (groups, rows))
+        self._entry(f"{self._module}.qzeros", {"I32"})
+        self._check(f"{self._module}.qzeros", (groups, -(-rows * self.bits // WORD_BITS)))
+
+    @cached_property
+    def _packed(self) -> npt.NDArray[np.int32]:
+        return self._words(f"{self._module}.qweight")
+
+
+class GptqMatrix(InputFirstMatrix):
     """GPTQ: `qweight` [columns * bits / 32, rows], `qzeros` [groups, rows * bits / 32], `scales` [groups, rows].
 
     Group `g_idx`[column] has (code - zero) * scale; without `g_idx`, groups are neighbouring columns. In checkpoint
@@ -153,27 +186,13 @@ class GptqMatrix(IntegerMatrix):
     def __init__(self, files: TensorBytes, key: str, settings: Mapping[str, Any]) -> None:
         self.bits = int(settings["bits"])
         super().__init__(files, key, f"GPTQ {self.bits} bit")
-        self._module = key.removesuffix(".weight")
         self._zero_offset = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
-        per_word = WORD_BITS // self.bits
-        packed = self._entry(f"{self._module}.qweight", {"I32"})
-        self._check_matrix(f"{self._module}.qweight")
-        columns, rows = packed.shape[0] * per_word, packed.shape[1]
-        self.shape = (rows, columns)
-        asked = int(settings.get("group_size", -1))
-        self._size = columns if asked <= 0 else min(asked, columns)
-        groups = -(-columns // self._size)
-        self._entry(f"{self._module}.scales", FLOATS)
-        self._check(f"{self._module}.scales", (groups, rows))
-        self._entry(f"{self._module}.qzeros", {"I32"})
-        self._check(f"{self._module}.qzeros", (groups, -(-rows // per_word)))
+        words, rows = self._packed_shape()
+        columns = words * WORD_BITS // self.bits
+        self._find_groups(rows, columns, settings)
         if files.find(f"{self._module}.g_idx") is not None:
             self._entry(f"{self._module}.g_idx", {"I32", "I64"})
             self._check(f"{self._module}.g_idx", (columns,))
-
-    @cached_property
-    def _packed(self) -> npt.NDArray[np.int32]:
-        return self._words(f"{self._module}.qweight")
 
     def _groups(self) -> Groups:
         scales = np.ascontiguousarray(self._floats(f"{self._module}.scales").T)
@@ -187,7 +206,7 @@ class GptqMatrix(IntegerMatrix):
         return unpack_words(self._packed[:, first : first + count].T, self.bits)
 
 
-class AwqMatrix(IntegerMatrix):
+class AwqMatrix(InputFirstMatrix):
     """AWQ in its `gemm` layout: `qweight` [columns, rows / 8], `qzeros` [groups, rows / 8], `scales` [groups, rows].
 
     The n-th nibble of a word belongs to row 8 * word + AWQ_ORDER[n].
@@ -195,22 +214,8 @@ class AwqMatrix(IntegerMatrix):
 
     def __init__(self, files: TensorBytes, key: str, settings: Mapping[str, Any]) -> None:
         super().__init__(files, key, "AWQ 4 bit")
-        self._module = key.removesuffix(".weight")
-        packed = self._entry(f"{self._module}.qweight", {"I32"})
-        self._check_matrix(f"{self._module}.qweight")
-        columns, rows = packed.shape[0], packed.shape[1] * 8
-        self.shape = (rows, columns)
-        asked = int(settings.get("group_size", -1))
-        self._size = columns if asked <= 0 else min(asked, columns)
-        groups = -(-columns // self._size)
-        self._entry(f"{self._module}.scales", FLOATS)
-        self._check(f"{self._module}.scales", (groups, rows))
-        self._entry(f"{self._module}.qzeros", {"I32"})
-        self._check(f"{self._module}.qzeros", (groups, rows // 8))
-
-    @cached_property
-    def _packed(self) -> npt.NDArray[np.int32]:
-        return self._words(f"{self._module}.qweight")
+        columns, words = self._packed_shape()
+        self._find_groups(words * 8, columns, settings)
 
     def _groups(self) -> Groups:
         scales = np.ascontiguousarray(self._floats(f"{self._module}.scales").T)

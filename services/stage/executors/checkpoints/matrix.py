@@ -11,7 +11,7 @@ import numpy as np
 
 from noodle.errors import ModelNotFound
 from noodle.model.tensor_entry import TensorEntry
-from services.stage.executors.checkpoints.numbers import Bytes, Floats, to_float32
+from services.stage.executors.checkpoints.numbers import Bytes, Floats, to_float16, to_float32
 
 
 class TensorBytes(Protocol):
@@ -72,9 +72,14 @@ class QuantizedMatrix(ABC):
     def rows(self, first: int, count: int) -> Floats:
         """Values [count, row length] from row `first` on."""
 
-    def blocks(self, first: int, count: int) -> Bytes:
-        """The same rows as blocks of `storage.type_name`, if that is a type of blocks and exact."""
-        raise NotImplementedError(f"{self.label} has no blocks of {self.storage.type_name}")
+    def encoded(self, first: int, count: int, type_name: str) -> Bytes:
+        """The same rows as ggml stores them in a type: floats, or the blocks of `storage`."""
+        values = self.rows(first, count)
+        if type_name == "F16":
+            return to_float16(values)
+        if type_name == "BF16":
+            return (values.view(np.uint32) >> 16).astype("<u2").reshape(-1).view(np.uint8)
+        return values.astype("<f4", copy=False).reshape(-1).view(np.uint8)
 
     def release(self) -> None:
         """Forget codes and scales that were read; they are read again when they are needed."""

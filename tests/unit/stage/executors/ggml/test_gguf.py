@@ -135,21 +135,6 @@ MODULE_KEYS = {
 }
 
 
-MODULE_KEYS = {
-    "attention_norm": "input_layernorm",
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "query_norm": "self_attn.q_norm",
-    "key_norm": "self_attn.k_norm",
-    "output": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-
-
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("kinds", [{}, {"value": "F16", "up": "F16"}, {"query": "F16", "gate": "F16"}])
 def test_parts_of_different_types_are_computed_apart_with_their_biases_and_norms(architecture, kinds, tmp_path):
