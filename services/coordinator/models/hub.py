@@ -23,7 +23,7 @@ from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, StartError, UnsupportedModel
 from noodle.folders import DISK_ERRORS, not_writable, write_atomically
 from noodle.model.files import INDEX_NAME
-from noodle.model.gguf import part_paths, read_part
+from noodle.model.gguf import part_paths, read_gguf
 from services.coordinator.models.hub_download import HubFile, begin_with, bytes_here, download
 from services.coordinator.models.hub_gguf import choose_gguf
 from services.coordinator.models.hub_headers import fetch_headers
@@ -129,9 +129,10 @@ def _hub_files(info: ModelInfo, names: tuple[str, ...]) -> list[HubFile]:
 
 def _fetch_gguf(files: list[HubFile], headers: Path, folder: Path, progress: ReportProgress) -> Path:
     """Download the parts of a GGUF file, each of which may be there already; returns the first."""
-    paths = [folder / header.name for header in part_paths(headers)]
-    for header, path in zip(part_paths(headers), paths, strict=True):
-        begin_with(path, header, read_part(header).byte_count)
+    header = read_gguf(headers)
+    paths = [folder / part.name for part in header.parts]
+    for part, path, header_bytes in zip(header.parts, paths, header.header_bytes, strict=True):
+        begin_with(path, part, header_bytes)
     total_bytes, before_bytes = sum(file.byte_count for file in files), 0
     _require_room(files[0].name, folder, total_bytes - sum(map(bytes_here, paths)))
     report = at_intervals(progress)

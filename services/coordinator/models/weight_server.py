@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +17,15 @@ from flask import Flask, Response, request
 
 from noodle.errors import Conflict, InvalidRequest, NotFound, NotReady
 from noodle.folders import write_atomically
-from noodle.model.files import INDEX_NAME, digest_of_range, model_digest, pieces_of, read_tensor_entries
-from noodle.model.gguf import read_gguf, read_part
+from noodle.model.files import INDEX_NAME, digest_of_range, model_digest, pieces_of, read_tensor_entries, weight_files
+from noodle.model.gguf import read_gguf
+from noodle.model.tensor_entry import TensorEntry
 from noodle.model.weight_manifest import MANIFEST_PATH, CompanionFile, TensorRange, WeightFile, WeightManifest
 from noodle.threads import start_loop
 from noodle.web.service import json_response, require_token
 from services.coordinator.models.hub_download import HubFile
 from services.coordinator.models.hub_headers import read_source
-from services.coordinator.models.hub_tensors import describe_tensors, pass_on
+from services.coordinator.models.hub_tensors import pass_on
 
 log = logging.getLogger(__name__)
 
@@ -90,68 +91,98 @@ class WeightStore:
             )
         return path
 
-    def pieces_of(self, name: str, first: int, end: int) -> Iterator[bytes]:
-        """The bytes [first, end) of a file, passed on from the hub if they are not here."""
-        path = self.path_of(name)
+    def pieces_of(self, name: str, path: Path, first: int, end: int) -> Iterator[bytes]:
+        """The bytes [first, end) of a file that `path_of` found, passed on from the hub if they are not here."""
         hub_file = self._hub_files.get(name)
-        if hub_file is None or end <= read_part(path).byte_count:
+        if hub_file is None or end <= next(file.header_bytes for file in self.manifest().files if file.name == name):
             return pieces_of(path, first, end - first)
         return pass_on(hub_file, first, end)
 
     def _prepare(self, model: Path, model_name: str) -> None:
-        self._files, stamps = served_files(model), _stamps(model)
-        self._stamps = stamps
+        files, digest = served_files(model), model_digest(model)
+        stamps = {name: _stamp(path) for name, path in files.items()}
+        self._files, self._stamps = files, stamps
+        make = partial(make_manifest, model, model_name=model_name, digest=digest, files=files)
         if (hub_files := read_source(model)) is not None:
-            self._hub_files = dict(zip(self._files, hub_files, strict=True))
-            self._manifest = describe_tensors(model, list(self._files), model_name)
-            self._is_ready.set()
-            return
-        manifest = cached_manifest(self._cache_dir, model)
-        if manifest is None:
-            manifest = make_manifest(model, model_name, self._set_progress)
-            path = self._cache_dir / DIGESTS_FOLDER / f"{manifest.model_digest}.json"
+            self._hub_files = dict(zip(files, hub_files, strict=True))
+            manifest = make(digest_of=lambda _entry: "")  # the hub has digests of whole files alone
+        elif (found := self._cached_manifest(digest, stamps)) is not None:
+            manifest = msgspec.structs.replace(found, model_name=model_name)
+        else:
+            manifest = make(digest_of=self._digest_with_progress(model))
+            path = self._cache_path(digest)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, msgspec.json.encode(_CachedManifest(stamps, manifest)))
             except OSError as error:
                 log.warning("digests are not cached, the next start computes them again: %s", error)
-        self._manifest = msgspec.structs.replace(manifest, model_name=model_name)
+        self._manifest = manifest
         self._is_ready.set()
 
-    def _set_progress(self, progress: float) -> None:
-        self._progress = progress
+    def _cached_manifest(self, digest: str, stamps: dict[str, tuple[int, int]]) -> WeightManifest | None:
+        """The manifest from an earlier start, if no file has changed since."""
+        try:
+            cached = msgspec.json.decode(self._cache_path(digest).read_bytes(), type=_CachedManifest)
+        except (OSError, msgspec.MsgspecError):  # absent or damaged: it can be made again
+            return None
+        return cached.manifest if cached.stamps == stamps else None
+
+    def _cache_path(self, digest: str) -> Path:
+        return self._cache_dir / DIGESTS_FOLDER / f"{digest}.json"
+
+    def _digest_with_progress(self, model: Path) -> Callable[[TensorEntry], str]:
+        total_bytes = max(1, sum(entry.byte_count for entry in read_tensor_entries(model).values()))
+        done_bytes = 0
+
+        def digest_of(entry: TensorEntry) -> str:
+            nonlocal done_bytes
+            digest = digest_of_range(entry.file, entry.first_byte, entry.byte_count)
+            done_bytes += entry.byte_count
+            self._progress = done_bytes / total_bytes
+            return digest
+
+        return digest_of
 
 
-def make_manifest(model: Path, model_name: str, progress: Callable[[float], None]) -> WeightManifest:
-    """Read every byte of a model once; raises ModelNotFound or UnsupportedModel if it is incomplete."""
+def make_manifest(
+    model: Path, *, model_name: str, digest: str, files: Mapping[str, Path], digest_of: Callable[[TensorEntry], str]
+) -> WeightManifest:
+    """Describe a model's tensors and `files`; raises ModelNotFound or UnsupportedModel if it is incomplete."""
     entries = read_tensor_entries(model)
-    files = served_files(model)
     name_of = {path: name for name, path in files.items()}
-    total_bytes = sum(entry.byte_count for entry in entries.values())
-    done_bytes = 0
-    tensors: list[TensorRange] = []
     # in disk order, so that each file is read once from start to end
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].first_byte)):
-        digest = digest_of_range(entry.file, entry.first_byte, entry.byte_count)
-        tensors.append(TensorRange(name, name_of[entry.file], entry.first_byte, entry.byte_count, digest))
-        done_bytes += entry.byte_count
-        progress(done_bytes / max(1, total_bytes))
-    companions = [
-        CompanionFile(name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
-        for name, path in files.items()
-        if name in COMPANION_NAMES
-    ]
+    in_order = sorted(entries.items(), key=lambda item: (item[1].file, item[1].first_byte))
     is_gguf = model.is_file()
     return WeightManifest(
         model_name=model_name,
-        model_digest=model_digest(model),
-        companions=companions,
-        files=_gguf_parts(model)
-        if is_gguf
-        else [_safetensors(files[name]) for name in files if name not in COMPANION_NAMES],
-        tensors=tensors,
+        model_digest=digest,
+        companions=[
+            CompanionFile(name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+            for name, path in files.items()
+            if name in COMPANION_NAMES
+        ],
+        files=[
+            WeightFile(name, path.stat().st_size, header_bytes, digest_of_range(path, 0, header_bytes))
+            for name, path, header_bytes in _headers(model, files)
+        ],
+        tensors=[
+            TensorRange(name, name_of[entry.file], entry.first_byte, entry.byte_count, digest_of(entry))
+            for name, entry in in_order
+        ],
         gguf=next(iter(files)) if is_gguf else None,
     )
+
+
+def _headers(model: Path, files: Mapping[str, Path]) -> Iterator[tuple[str, Path, int]]:
+    """Yield name, path and header bytes of each file with tensors."""
+    if model.is_file():
+        for (name, path), header_bytes in zip(files.items(), read_gguf(model).header_bytes, strict=True):
+            yield name, path, header_bytes
+        return
+    for name, path in files.items():
+        if name not in COMPANION_NAMES:
+            with path.open("rb") as file:
+                yield name, path, 8 + int.from_bytes(file.read(8), "little")
 
 
 def served_files(model: Path) -> dict[str, Path]:
@@ -160,19 +191,8 @@ def served_files(model: Path) -> dict[str, Path]:
         parts = read_gguf(model).parts
         names = [f"model-{number:05}-of-{len(parts):05}.gguf" for number in range(1, len(parts) + 1)]
         return dict(zip(names if len(parts) > 1 else ["model.gguf"], parts, strict=True))
-    weights = sorted({entry.file for entry in read_tensor_entries(model).values()})
     companions = [model / name for name in COMPANION_NAMES if (model / name).is_file()]
-    return {path.name: path for path in (*companions, *weights)}
-
-
-def cached_manifest(cache_dir: Path, model: Path) -> WeightManifest | None:
-    """The manifest from an earlier start, if no file has changed since."""
-    path = cache_dir / DIGESTS_FOLDER / f"{model_digest(model)}.json"
-    try:
-        cached = msgspec.json.decode(path.read_bytes(), type=_CachedManifest)
-    except (OSError, msgspec.MsgspecError):  # absent or damaged: it can be made again
-        return None
-    return cached.manifest if cached.stamps == _stamps(model) else None
+    return {path.name: path for path in (*companions, *weight_files(model))}
 
 
 def install_weight_routes(app: Flask, store: WeightStore, cluster_token: str) -> None:
@@ -189,7 +209,7 @@ def install_weight_routes(app: Flask, store: WeightStore, cluster_token: str) ->
         path = store.path_of(name)
         byte_count = path.stat().st_size
         first, end = _requested_range(byte_count)
-        response = Response(store.pieces_of(name, first, end), 206, mimetype="application/octet-stream")
+        response = Response(store.pieces_of(name, path, first, end), 206, mimetype="application/octet-stream")
         response.headers["Content-Range"] = f"bytes {first}-{end - 1}/{byte_count}"
         response.headers["Content-Length"] = str(end - first)
         return response
@@ -203,24 +223,6 @@ def _requested_range(byte_count: int) -> tuple[int, int]:
     if span is None:
         raise InvalidRequest(f"The range is outside the file's {byte_count} bytes.", param="Range")
     return span[0], span[1]
-
-
-def _gguf_parts(model: Path) -> list[WeightFile]:
-    files = zip(served_files(model).items(), read_gguf(model).header_bytes, strict=True)
-    return [
-        WeightFile(name, path.stat().st_size, header_bytes, digest_of_range(path, 0, header_bytes))
-        for (name, path), header_bytes in files
-    ]
-
-
-def _safetensors(path: Path) -> WeightFile:
-    with path.open("rb") as file:
-        header_bytes = 8 + int.from_bytes(file.read(8), "little")
-    return WeightFile(path.name, path.stat().st_size, header_bytes, digest_of_range(path, 0, header_bytes))
-
-
-def _stamps(model: Path) -> dict[str, tuple[int, int]]:
-    return {name: _stamp(path) for name, path in served_files(model).items()}
 
 
 def _stamp(path: Path) -> tuple[int, int]:

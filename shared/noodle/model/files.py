@@ -28,9 +28,6 @@ HEADER_BYTES_CAP = 100 << 20  # largest safetensors header, as in safetensors
 CONFIG_BYTES_CAP = 16 << 20  # largest config.json
 SAMPLED_TENSORS = 256  # tensors that a model digest samples, also for 20,000 tensors of experts on a slow disk
 TENSOR_SAMPLE_BYTES = 1024  # bytes of each sampled tensor
-WHOLE_DIGEST_BYTES = 16 << 20  # largest file that is digested whole
-FILE_SAMPLES = 64  # samples of a larger file
-FILE_SAMPLE_BYTES = 64 << 10  # bytes of each sample of a file
 # of the program that saved the folder, not of the model
 IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version")
 DTYPE_BITS = {
@@ -178,20 +175,6 @@ def digest_of_range(path: Path, first_byte: int, byte_count: int) -> str:
     digest = hashlib.sha256()
     for piece in pieces_of(path, first_byte, byte_count):
         digest.update(piece)
-    return digest.hexdigest()
-
-
-def sampled_digest(path: Path) -> str:
-    """Return the sha256 of a file's size and content: whole up to 16 MB, else 64 samples of 64 kB spread over it."""
-    byte_count = path.stat().st_size
-    digest = hashlib.sha256(str(byte_count).encode())
-    with path.open("rb") as file:
-        if byte_count <= WHOLE_DIGEST_BYTES:
-            digest.update(file.read())
-            return digest.hexdigest()
-        for number in range(FILE_SAMPLES):
-            file.seek(number * (byte_count - FILE_SAMPLE_BYTES) // (FILE_SAMPLES - 1))
-            digest.update(file.read(FILE_SAMPLE_BYTES))
     return digest.hexdigest()
 
 

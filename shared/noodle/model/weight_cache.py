@@ -115,13 +115,15 @@ class WeightCache:
             )
         wanted = sorted((by_name[name] for name in set(names)), key=lambda tensor: (tensor.file, tensor.first_byte))
         done_bytes: dict[str, int] = {}
-        total_bytes = sum(tensor.byte_count for tensor in wanted)
+        all_done_bytes, total_bytes = 0, sum(tensor.byte_count for tensor in wanted)
 
         def ensure_one(tensor: TensorRange, fetched: Fetched) -> None:
             def tell(done: int) -> None:
+                nonlocal all_done_bytes
                 with self._lock:
+                    all_done_bytes += done - done_bytes.get(tensor.name, 0)
                     done_bytes[tensor.name] = done
-                    progress(sum(done_bytes.values()), total_bytes)
+                    progress(all_done_bytes, total_bytes)
 
             if tensor.name in fetched.whole and not self._is_right(tensor, fetched):
                 log.warning("%s in %s is damaged, fetching it again", tensor.name, self.folder / tensor.file)

@@ -14,9 +14,9 @@ from tokenizers import Regex, pre_tokenizers
 from tokenizers.models import BPE
 
 from noodle.errors import UnsupportedModel
+from services.coordinator.text.token_texts import WORD_MARK
 from services.coordinator.text.vocabulary.pre_tokenizers import PreTokenizer
 
-WORD_MARK = "\u2581"  # ▁, how vocabularies that are not byte-level write a space
 CURE = "Fetch the file again, or another GGUF file of this model."
 LINES = re.compile(r"[^\n]+|\n+")
 

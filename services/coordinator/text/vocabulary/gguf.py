@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from noodle.model.gguf import GgufFile
-from services.coordinator.text.token_texts import WORD_MARK, byte_of_character
+from services.coordinator.text.token_texts import BYTE_TOKEN, WORD_MARK, byte_of_character
 from services.coordinator.text.vocabulary.base import Piece
 from services.coordinator.text.vocabulary.byte_pairs import RankedMerging, read_merges
 from services.coordinator.text.vocabulary.gguf_tokens import (
     BYTE,
-    BYTE_TOKEN,
     CONTROL,
     CURE,
     NAMED_TOKENS,

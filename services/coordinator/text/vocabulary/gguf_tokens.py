@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from noodle.errors import UnsupportedModel
 from noodle.model.gguf import GgufFile
+from services.coordinator.text.token_texts import BYTE_TOKEN
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 EMBEDDING = "token_embd.weight"
 PREFIX = "tokenizer.ggml."
 CURE = "Use another GGUF file of this model, or its safetensors."

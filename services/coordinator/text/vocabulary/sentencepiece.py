@@ -8,7 +8,8 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-WORD_MARK = "\u2581"  # ▁, how these vocabularies write a space
+from services.coordinator.text.token_texts import WORD_MARK
+
 WORDS_KEPT = 16_384  # words whose ids are kept
 LONGEST_WORD_KEPT = 32  # characters
 WORD = re.compile(f"{WORD_MARK}*[^{WORD_MARK}]+|{WORD_MARK}+")
