@@ -61,7 +61,7 @@ class SafetensorsFolder:
     def read(self, key: str, buffer: memoryview, offset: int) -> None:
         read_into(self.entry(key), buffer, offset)
 
-    def description(self, _keys: Collection[str], /) -> str:
+    def description(self, _keys: Collection[str], /, *, held_in: str = "") -> str:  # noqa: ARG002
         return ""
 
     def entry(self, key: str) -> TensorEntry:

@@ -9,9 +9,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from noodle.errors import ModelNotFound
 from noodle.model.files import read_config
-from noodle.model.gguf import is_gguf, read_gguf
+from noodle.model.gguf import read_gguf
 from noodle.model.quantization import read_quantization
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, nothing_to_fetch
@@ -39,8 +38,11 @@ class TensorFiles(Protocol):
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with a tensor's bytes from `offset` on."""
 
-    def description(self, names: Collection[str], /) -> str:
-        """What was read in another form than the files', for people; empty if nothing was."""
+    def description(self, names: Collection[str], /, *, held_in: str = "") -> str:
+        """What was read in another form than the files', for people; empty if nothing was.
+
+        `held_in` names the type in which all of them are held, if that is not the one in which they are read.
+        """
 
 
 class GgufTensors:
@@ -67,7 +69,7 @@ class GgufTensors:
     def read(self, name: str, buffer: memoryview, offset: int) -> None:
         read_into(self._entries[name], buffer, offset)
 
-    def description(self, _names: Collection[str], /) -> str:
+    def description(self, _names: Collection[str], /, *, held_in: str = "") -> str:  # noqa: ARG002
         return ""
 
 
@@ -76,10 +78,8 @@ def open_tensor_files(model: Path, *, is_exact: bool = False, fetch: Fetch = not
 
     `is_exact` reads a quantized checkpoint without rounding. `fetch` brings what the types of its tensors depend on.
     """
-    if is_gguf(model):
-        return GgufTensors(model)
     if model.is_file():
-        raise ModelNotFound(f"{model} is not a GGUF file.", cure="Name a .gguf file or a folder with safetensors.")
+        return GgufTensors(model)
     return open_folder(model, is_exact=is_exact, fetch=fetch)
 
 

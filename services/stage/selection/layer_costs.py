@@ -106,12 +106,15 @@ class LayerSeconds:
 
 
 def model_weights(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], layer_count: int) -> ModelWeights:
-    """Sort the matrices of a model, as ggml holds them, into those of layers, of experts and of the head."""
+    """Sort the matrices of a model, as ggml holds them, into those of layers, of experts and of the head.
+
+    `config` is a completed one.
+    """
     layers: dict[str, float] = defaultdict(float)
     experts: dict[str, float] = defaultdict(float)
     heads: dict[str, float] = defaultdict(float)
     embeddings: dict[str, float] = defaultdict(float)
-    vocab_size, hidden_size = int(config.get("vocab_size") or 1), _first(config, "hidden_size", "n_embd", "d_model")
+    vocab_size, hidden_size = int(config["vocab_size"]), int(config["hidden_size"])
     for name, entry in entries.items():
         if len(entry.shape) < 2:
             continue
@@ -129,15 +132,15 @@ def model_weights(config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
             heads[held] += byte_count
         elif vocab_size in entry.shape:
             embeddings[held] += byte_count
-    query_heads = _first(config, "num_attention_heads", "n_head")
-    expert_count = _first(config, "num_local_experts", "num_experts", "n_routed_experts")
+    query_heads = int(config["num_attention_heads"])
+    expert_count, chosen_count = (int(config.get(f"num_{name}") or 1) for name in ("local_experts", "experts_per_tok"))
     return ModelWeights(
         layer_bytes=dict(layers),
         expert_bytes=dict(experts),
         head_bytes=dict(heads or embeddings),
-        expert_share=min(1.0, _first(config, "num_experts_per_tok", "moe_k") / expert_count),
+        expert_share=min(1.0, chosen_count / expert_count),
         hidden_size=hidden_size,
-        query_items=query_heads * int(config.get("head_dim") or -(-hidden_size // query_heads)),
+        query_items=query_heads * int(config["head_dim"]),
         vocab_size=vocab_size,
     )
 
@@ -192,8 +195,3 @@ def _product_seconds(byte_counts: Mapping[str, float], speed: MachineSpeed, inde
 
 def _item_bytes(name: str) -> float:
     return GGML_TYPES[name].block_bytes / GGML_TYPES[name].block_items
-
-
-def _first(config: Mapping[str, Any], *keys: str) -> int:
-    """The first of these numbers that the config sets; 1 if it sets none."""
-    return next((int(config[key]) for key in keys if config.get(key)), 1)

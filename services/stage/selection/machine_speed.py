@@ -111,12 +111,8 @@ class SpeedMeter:
         return self._device.is_host
 
     def multiplies_by(self, type_name: str) -> bool:
-        """Whether ggml has kernels for weights of this type, as far as it can be asked."""
-        ggml, number = self._library.module, GGML_TYPES[type_name].number
-        if number >= ggml.GGML_TYPE_COUNT:
-            return False
-        traits = ggml.ggml_type_traits_cpu.from_address(self._ggml.ggml_get_type_traits_cpu(number))
-        return bool(traits.vec_dot)
+        """Whether this device multiplies by weights of this type."""
+        return self._device.multiplies(GGML_TYPES[type_name].number)
 
     def set_threads(self, threads: int) -> None:
         self._library.set_threads(self._device.backend, threads)

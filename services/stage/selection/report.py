@@ -16,6 +16,7 @@ from noodle import __version__
 from noodle.cluster.plan import FormatSeconds, MachineReport
 from noodle.config.settings import StageConfig
 from noodle.installation import has_transformers
+from noodle.model.configs.completed import completed_config
 from noodle.model.files import model_digest, read_config, read_tensor_entries
 from noodle.model.formats import STORED
 from noodle.model.quantization import held_tensors
@@ -78,6 +79,7 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
         seconds, threads, other_formats = _by_ggml(
             config,
             model,
+            read,
             candidate.weights,
             device=device.value,
             device_name=name,
@@ -120,6 +122,7 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
 def _by_ggml(
     config: StageConfig,
     model: Path,
+    read: dict[str, Any],
     weights: str,
     *,
     device: str,
@@ -128,8 +131,9 @@ def _by_ggml(
     progress: MeasureProgress,
 ) -> tuple[LayerSeconds, int, dict[str, FormatSeconds]]:
     """Seconds of a layer in a format of weights, from the model's header; threads; and seconds in other formats."""
-    read = read_config(model)
-    matrices = model_weights(read, held_tensors(read, read_tensor_entries(model)), first_of(read, LAYER_COUNT_KEYS))
+    completed = completed_config(read)  # each family has its own names and defaults of the same numbers
+    tensors = held_tensors(read, read_tensor_entries(model))
+    matrices = model_weights(completed, tensors, completed["num_hidden_layers"])
     compared = COMPARED_FORMATS if config.quality == STORED else ()
     others = [name for name in compared if name != weights and matrices.fits(name)]
     by_format = {name: matrices.in_format(name) for name in (weights, *others)}

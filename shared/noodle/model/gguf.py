@@ -10,7 +10,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,13 +84,14 @@ class GgufFile:
         return value.count if isinstance(value, GgufArray) else len(value) if isinstance(value, list) else None
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF file does, whatever its name."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
+def first_unread(names: Collection[str], read: Collection[str], layers: range, repetitions: Collection[str]) -> str:
+    """The first tensor of these layers that is not among those read; empty if there is none but `repetitions`.
+
+    Repetitions are parts of names after the layer's number: tensors that repeat others, or what the header says.
+    """
+    prefixes = tuple(f"blk.{number}." for number in layers)
+    unread = (name for name in sorted(set(names).difference(read)) if name.startswith(prefixes))
+    return next((name for name in unread if name.split(".")[2] not in repetitions), "")
 
 
 def part_paths(path: Path) -> tuple[Path, ...]:

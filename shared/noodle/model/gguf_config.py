@@ -50,6 +50,7 @@ HINTS = frozenset({
     "rope.scaling.yarn_ext_factor", "expert_shared_feed_forward_length", "expert_shared_count",
     "leading_dense_block_count", "interleave_moe_layer_step",
 })  # fmt: skip
+FACTOR_KEYS = ("factors", "long_factor", "short_factor")  # of rope_parameters
 ROUTER = ".ffn_gate_inp.weight"
 LAYER_NAME = re.compile(r"blk\.(\d{1,9})\.")
 ORIGINAL_LENGTH = "original_max_position_embeddings"
@@ -65,6 +66,12 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
             cure=f"Choose a model of one of these: {', '.join(sorted(ARCHITECTURES))}.",
         )
     return _Reader(file, architecture).config()
+
+
+def factor_tensors(config: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the tensors that hold factors of rotary frequencies, which stand in `rope_parameters` in their place."""
+    rotary = config.get("rope_parameters") or {}
+    return {key: value for key, value in rotary.items() if key in FACTOR_KEYS and isinstance(value, str)}
 
 
 def _magnitude(factor: float, by: float = 1.0) -> float:

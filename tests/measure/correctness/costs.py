@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+from noodle.model.configs.completed import completed_config
 from noodle.model.files import read_config, read_tensor_entries
 from noodle.model.local import served_name
 from noodle.model.quantization import held_tensors
@@ -52,7 +53,7 @@ def measure(asked: str = "") -> Section:
 
 def compare(model: Path, weights: str) -> list[str]:
     """Return one row of the table."""
-    config = read_config(model)
+    config = completed_config(read_config(model))
     layer_count = int(config["num_hidden_layers"])
     tensors = held_tensors(config, read_tensor_entries(model))
     matrices = model_weights(config, tensors, layer_count).in_format(weights)

@@ -30,25 +30,21 @@ class SmallFloatMatrix(QuantizedMatrix):
     """Codes [rows, columns] of E4M3 or E5M2 and their scales: one, one for each row, or one for each block.
 
     Blocks have `block` rows and columns, of which the last may be cut off by the matrix's end; without it they divide
-    the matrix evenly. `scale_key` is None for values without a scale.
+    the matrix evenly.
     """
 
     held = ("_scales",)
 
-    def __init__(
-        self, files: TensorBytes, key: str, scale_key: str | None, block: Sequence[int] | None, label: str = "FP8"
-    ) -> None:
-        super().__init__(files, key, label)
+    def __init__(self, files: TensorBytes, key: str, scale_key: str, block: Sequence[int] | None) -> None:
+        super().__init__(files, key, "FP8")
         entry = self._entry(key, CODES)
         self.shape = entry.shape
         self._dtype = entry.dtype
         self._scale_key = scale_key
         if len(self.shape) < 2 or min(self.shape) < 1:
             raise self._damage(f"{key} has shape {list(self.shape)}, which is no matrix")
-        self._block = self.shape[-2:]
-        if scale_key is not None:
-            self._entry(scale_key, SCALES)
-            self._block = self._block_of(scale_key, block)
+        self._entry(scale_key, SCALES)
+        self._block = self._block_of(scale_key, block)
 
     def _block_of(self, scale_key: str, block: Sequence[int] | None) -> tuple[int, ...]:
         rows, columns = self.shape[-2:]
@@ -72,8 +68,6 @@ class SmallFloatMatrix(QuantizedMatrix):
     @cached_property
     def _scales(self) -> Floats:
         """Scales [matrices, block rows, block columns]."""
-        if self._scale_key is None:
-            return np.ones((1, 1, 1), np.float32)
         scales = self._floats(self._scale_key)
         rows, columns = self.shape[-2:]
         return scales.reshape(-1, -(-rows // self._block[0]), -(-columns // self._block[1]))

@@ -83,12 +83,13 @@ class IntegerMatrix(QuantizedMatrix):
         of_rows = np.broadcast_to(of_blocks, (count, count_of_blocks))
         return integer_blocks(type_name, self._integers(first, count), of_rows)
 
+    @cached_property
     def _range(self) -> tuple[int, int]:
         """Bounds of codes minus zero points."""
         return -int(self.groups.zeros.max()), (1 << self.bits) - 1 - int(self.groups.zeros.min())
 
     def _storage(self) -> Storage:
-        (least, most), scales = self._range(), self.groups.scales
+        (least, most), scales = self._range, self.groups.scales
         is_in_order = self.groups.of_column is None and self.shape[1] % BLOCK_ITEMS == 0
         if is_in_order and (name := exact_type(scales, least, most, self.groups.size)):
             return Storage(name, is_exact=True)
@@ -102,7 +103,7 @@ class IntegerMatrix(QuantizedMatrix):
 
     def _integers(self, first: int, count: int) -> Integers:
         codes, zeros = self._codes(first, count), self._rows_of(self.groups.zeros, first, count)
-        least, most = self._range()
+        least, most = self._range
         if least < -128 or most > 127:
             return self._by_group(np.subtract, codes.astype(np.int16), zeros)
         # bytes wrap around to the right difference

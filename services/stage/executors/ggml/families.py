@@ -68,7 +68,6 @@ class ExpertFamily:
     alternating: bool = False
     steepness: str = ""  # of the gate's activation, and the limit that gate and up are clamped to
     limit: str = ""
-    scales_input: bool = False  # the shares are factors of an expert's input, not of its output
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from noodle.errors import ConfigurationError, PlanDoesNotFit, UnsupportedModel
 from noodle.model.files import model_digest, read_config
 from noodle.model.formats import STORED, WEIGHTS
 from noodle.model.gguf import read_gguf
+from noodle.model.gguf_config import factor_tensors
 from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.ggml.backend import CPU, GgmlDevice, ggml_build, load_ggml
 from services.stage.executors.ggml.graph import GgmlCalls
@@ -33,7 +34,6 @@ from services.stage.executors.tensor_files import open_tensor_files
 
 log = logging.getLogger(__name__)
 
-FACTOR_KEYS = ("factors", "long_factor", "short_factor")  # of rope_parameters
 KV_TYPE_NUMBERS = {"f32": 0, "f16": 1, "q8_0": 8}
 
 
@@ -104,7 +104,7 @@ def load_ggml_slice(
             packed_names.add((block_name, layout.name))
 
     blocks = maker.blocks(wanted, weights, fetch, finish)
-    weights_note = files.description(names)
+    weights_note = files.description(names, held_in="" if weights == STORED else weights)
     if weights_note:
         log.info("layers %d to %d of %s: %s", start_layer, end_layer - 1, model.name, weights_note)
     blocks["rotary"] = _rotary_block(shape, start_layer, end_layer)
@@ -157,15 +157,12 @@ def _row_bytes(ggml: GgmlCalls, shape: ModelShape, kv_dtype: str) -> int:
 
 def _with_factors(config: dict[str, Any], maker: WeightMaker, fetch: Fetch) -> dict[str, Any]:
     """The config with the factors of rotary frequencies that a GGUF file holds as tensors, where it names these."""
-    rotary = config.get("rope_parameters")
-    if not isinstance(rotary, dict):
-        return config
-    named = {key: rotary[key] for key in FACTOR_KEYS if isinstance(rotary.get(key), str)}
+    named = factor_tensors(config)
     if not named:
         return config
     fetch(list(named.values()))
     factors = {key: [float(value) for value in maker.values(name).reshape(-1)] for key, name in named.items()}
-    return {**config, "rope_parameters": {**rotary, **factors}}
+    return {**config, "rope_parameters": {**config["rope_parameters"], **factors}}
 
 
 def _kept_folder(cache_dir: Path | None, model: Path, weights: str, version: str) -> Path | None:

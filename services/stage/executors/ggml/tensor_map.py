@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noodle.errors import ModelNotFound, UnsupportedModel
+from noodle.model.gguf import first_unread
 from services.stage.executors.ggml.families import ExpertFamily, GgmlFamily
 from services.stage.executors.ggml.shape import LatentShape, ModelShape
 
@@ -90,13 +91,11 @@ def _experts_in_gguf(family: ExpertFamily) -> ExpertFamily:
 
 def refuse_unread(model: Path, names: Collection[str], read: Collection[str], layers: range) -> None:
     """Raise UnsupportedModel for a tensor of a GGUF file's layers that its family does not read: it has an effect."""
-    prefixes = tuple(f"blk.{number}." for number in layers)
-    for name in sorted(set(names).difference(read)):
-        if name.startswith(prefixes) and name.split(".")[2] not in GGUF_REPETITIONS:
-            raise UnsupportedModel(
-                f"{model} holds the tensor {name}, which noodle does not compute with in such a model.",
-                cure="Choose another file of this model, or its safetensors with NOODLE_EXECUTOR=transformers.",
-            )
+    if name := first_unread(names, read, layers, GGUF_REPETITIONS):
+        raise UnsupportedModel(
+            f"{model} holds the tensor {name}, which noodle does not compute with in such a model.",
+            cure="Choose another file of this model, or its safetensors with NOODLE_EXECUTOR=transformers.",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformers import AutoConfig
 from noodle.errors import ModelNotFound, UnsupportedModel
 from noodle.model.files import read_config
 from noodle.model.ggml_types import GGML_TYPES
-from noodle.model.gguf import read_gguf
+from noodle.model.gguf import first_unread, read_gguf
+from noodle.model.gguf_config import factor_tensors
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.executors.base import Fetch, ReadCounter
 from services.stage.executors.safetensors import read_into
@@ -43,8 +45,7 @@ class GgufCheckpoint:
         self._family = GGUF_FAMILIES[self._file.architecture]
         self._stored: dict[str, str] = {}  # transformers' names -> the file's
         rotary = config.get("rope_parameters") or {}
-        tensors = {key: value for key, value in rotary.items() if isinstance(value, str)}
-        tensors = {key: name for key, name in tensors.items() if name in self._file.entries}
+        tensors = {key: name for key, name in factor_tensors(config).items() if name in self._file.entries}
         fetch(list(tensors.values()))
         factors = {key: values_of(self._file.entries[name]) for key, name in tensors.items()}
         # what llama3's parameters lead to; the file does not hold the parameters, which transformers asks for
@@ -80,14 +81,11 @@ class GgufCheckpoint:
             stored = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
             if stored in self._file.entries:
                 self._stored[name] = stored
-        named = set(self._stored.values())
-        prefixes = tuple(f"blk.{number}." for number in layers)
-        for stored in sorted(self._file.entries.keys() - named):
-            if stored.startswith(prefixes) and stored.split(".")[2] not in REPETITIONS:
-                raise UnsupportedModel(
-                    f"{self._path} holds the tensor {stored}, and transformers computes such a model without it.",
-                    cure=OTHER_CURE,
-                )
+        if unread := first_unread(self._file.entries, self._stored.values(), layers, REPETITIONS):
+            raise UnsupportedModel(
+                f"{self._path} holds the tensor {unread}, and transformers computes such a model without it.",
+                cure=OTHER_CURE,
+            )
 
     def names(self) -> list[str]:
         """transformers' names of the tensors that were found."""
@@ -134,7 +132,12 @@ class GgufTensor:
         self._dtype = dtype if math.prod(entry.shape) > SMALL_ITEMS else torch.float32
         self.shape = list(entry.shape)
         self.nbytes = entry.byte_count
-        _check_type(stored_name, entry)
+        if not _is_read(entry.dtype):
+            raise UnsupportedModel(
+                f"tensor {stored_name} of {entry.file} is stored as {entry.dtype}, which transformers' executor does "
+                "not read.",
+                cure=OTHER_CURE,
+            )
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if index is not Ellipsis:
@@ -173,16 +176,14 @@ def values_of(entry: TensorEntry, first_row: int = 0, row_count: int | None = No
     return values if row_count is not None else values.reshape(entry.shape)
 
 
-def _check_type(name: str, entry: TensorEntry) -> None:
-    """Raise UnsupportedModel for a type whose blocks the package does not read."""
-    kind = GGML_TYPES[entry.dtype]
+@functools.cache
+def _is_read(dtype: str) -> bool:
+    """Whether the gguf package reads blocks of a type, which it tells by its error alone."""
     try:
-        _dequantized(np.zeros((1, kind.block_bytes), np.uint8), entry.dtype)
-    except (KeyError, NotImplementedError) as error:
-        raise UnsupportedModel(
-            f"tensor {name} of {entry.file} is stored as {entry.dtype}, which transformers' executor does not read.",
-            cure=OTHER_CURE,
-        ) from error
+        _dequantized(np.zeros((1, GGML_TYPES[dtype].block_bytes), np.uint8), dtype)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _dequantized(rows: npt.NDArray[np.uint8], dtype: str) -> Values:

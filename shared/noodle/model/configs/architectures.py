@@ -15,13 +15,13 @@ LATENT_KEYS = {
     "attention.key_length_mla": "qk_head_dim",
     "attention.value_length_mla": "v_head_dim",
 }
-DEEPSEEK_KEYS = {
+ROUTER_KEYS = {
     "expert_weights_norm": "norm_topk_prob",
     "expert_weights_scale": "routed_scaling_factor",
     "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
-    "rope.scaling.yarn_log_multiplier": "yarn_multiplier",
 }
+DEEPSEEK_KEYS = {**ROUTER_KEYS, "rope.scaling.yarn_log_multiplier": "yarn_multiplier"}
 GRANITE_KEYS = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
@@ -88,12 +88,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glm4moe": Architecture(
         "glm4_moe",
         moe_model_type="glm4_moe",
-        keys={
-            "expert_weights_norm": "norm_topk_prob",
-            "expert_weights_scale": "routed_scaling_factor",
-            "expert_group_count": "n_group",
-            "expert_group_used_count": "topk_group",
-        },
+        keys=ROUTER_KEYS,
         gatings=(SIGMOID_GATING,),
     ),
     "gemma2": Architecture(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from noodle.model.configs.completed import completed_config
 from noodle.model.quantization import held_tensors
 from noodle.model.tensor_entry import TensorEntry
 from services.stage.selection.layer_costs import (
@@ -78,7 +79,7 @@ def test_sampling_attention_and_small_operations_are_added():
 
 @pytest.mark.parametrize("name", ["blk.{}.ffn_up_exps.weight", "model.layers.{}.mlp.experts.0.up_proj.weight"])
 def test_of_experts_only_those_that_a_token_chooses_are_read(name):
-    config = {**CONFIG, "num_experts": 8, "num_experts_per_tok": 2}
+    config = {**CONFIG, "num_local_experts": 8, "num_experts_per_tok": 2}
     entries = two_layers(**{name.format(number): entry("Q4_K", 8, 256, 256) for number in (0, 1)})
     found = layer_seconds(model_weights(config, entries, 2), speed())
     dense = layer_seconds(model_weights(config, two_layers(), 2), speed())
@@ -88,6 +89,19 @@ def test_of_experts_only_those_that_a_token_chooses_are_read(name):
     chunk = found.prefill_layer_seconds_per_token - dense.prefill_layer_seconds_per_token
     assert chunk == pytest.approx(experts * 2.0 * 32 / 4 / 128)
     assert found.layer_weight_bytes - dense.layer_weight_bytes == pytest.approx(experts)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "spelled"),
+    [
+        ("ernie4_5_moe", {"moe_num_experts": 64, "moe_k": 8}),
+        ("hunyuan_v1_moe", {"num_experts": 64, "moe_topk": 8}),
+        ("qwen3_moe", {"num_experts": 64, "num_experts_per_tok": 8}),
+    ],
+)
+def test_the_share_of_experts_is_known_however_a_family_spells_it(model_type, spelled):
+    config = completed_config({**CONFIG, "model_type": model_type, "num_hidden_layers": 2, **spelled})
+    assert model_weights(config, two_layers(), 2).expert_share == 8 / 64
 
 
 def test_another_format_is_counted_by_its_own_bytes_and_speed():

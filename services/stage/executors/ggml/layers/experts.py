@@ -23,14 +23,11 @@ class Experts:
         tokens = int(self._operations.ggml.ggml_tensor.from_address(tensor).ne[1])
         chosen, shares = self._choose(tensor, weights, tokens)
         each = self._call("reshape_3d", tensor, shape.hidden_size, 1, tokens)
-        if self._family.scales_input:
-            each = self._call("repeat_4d", each, shape.hidden_size, shape.experts_per_token, tokens, 1)
-            each = self._call("mul", each, shares)
         names = ("gate_up",) if "expert_gate_up.weight" in weights else ("gate", "up")
         products = [self._product(each, chosen, weights, name) for name in names]
         inner = self._clamped(*products) if shape.gate_limit else self._operations.gated(*products)
         results = self._product(inner, chosen, weights, "down")
-        total = self._sum(results if self._family.scales_input else self._call("mul", results, shares), tokens)
+        total = self._sum(self._call("mul", results, shares), tokens)
         if "shared_down.weight" not in weights:
             return total
         shared = self._operations.feed_forward(tensor, weights, "shared_")
