@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -15,10 +16,10 @@ from noodle.cluster.plan import MachineReport, ModelShape, Plan, PlannerState, S
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.addresses import host_of, why_only_local
 from noodle.config.settings import PlannerConfig
-from noodle.errors import ConfigurationError, ModelNotFound, NoodleError, QueueUnavailable
+from noodle.errors import ConfigurationError, NoodleError, QueueUnavailable
 from noodle.model.families import check_supported
-from noodle.model.files import names_a_path, read_config
-from noodle.model.local import find_local_model
+from noodle.model.files import read_config
+from noodle.model.local import local_model
 from noodle.model.weight_cache import WeightCache
 from services.planner.membership import Membership, MembershipTracker
 from services.planner.model_shape import read_model_shape
@@ -52,21 +53,17 @@ class Planning:
     @property
     def has_model(self) -> bool:
         """Whether the model is on this machine; otherwise its headers come from the coordinator."""
-        if self._config.model and Path(self._config.model).exists():
-            return True
-        if names_a_path(self._config.model):
-            raise ModelNotFound(
-                f"The planner finds no model {self._config.model!r}.",
-                cure="Correct NOODLE_MODEL, or unset it to get the model's shape from NOODLE_COORDINATOR_URL.",
-            )
-        return False
+        return self._local_model is not None
+
+    @cached_property
+    def _local_model(self) -> Path | None:
+        return local_model(self._config.model, "The planner")
 
     def read_shape(self) -> None:
         """Read the model's shape; raises StartError if noodle does not run the model."""
         config = self._config
-        if self.has_model:
-            model = find_local_model(Path(config.model))
-        else:
+        model = self._local_model
+        if model is None:
             self.state = PlannerState("starting", f"asking {config.coordinator_url} for the model's shape")
             self._weights = WeightCache(
                 config.cache_dir, config.coordinator_url, config.cluster_token, self.stopping, "the planner's machine"

@@ -18,9 +18,8 @@ from noodle.cluster.plan import MachineReport, Plan, StageState
 from noodle.cluster.transfer import TransferClock
 from noodle.cluster.valkey import WorkQueue
 from noodle.config.settings import StageConfig
-from noodle.errors import Conflict, ModelNotFound, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
-from noodle.model.files import names_a_path
-from noodle.model.local import find_local_model
+from noodle.errors import Conflict, NoodleError, NotReady, QueueUnavailable, RequestTimedOut
+from noodle.model.local import local_model
 from noodle.model.weight_cache import WeightCache
 from services.stage.executors.base import ReadProgress
 from services.stage.loading import load_role, return_freed_memory
@@ -298,13 +297,9 @@ class Lifecycle:
     def _find_model(self) -> Path:
         """The model here, or files into which only the needed tensors are fetched from the coordinator."""
         config = self._config
-        if config.model and (path := Path(config.model)).exists():
-            return find_local_model(path)
-        if names_a_path(config.model):
-            raise ModelNotFound(
-                f"Stage {config.stage_id} on {config.machine} finds no model {config.model!r}.",
-                cure="Correct NOODLE_MODEL, or leave it out: then the weights come from NOODLE_COORDINATOR_URL.",
-            )
+        found = local_model(config.model, f"Stage {config.stage_id} on {config.machine}")
+        if found is not None:
+            return found
         self._update(phase="starting", detail=f"asking {config.coordinator_url} for the model")
         self._weights = WeightCache(
             config.cache_dir, config.coordinator_url, config.cluster_token, self.stopping, config.machine

@@ -8,9 +8,8 @@ from pathlib import PurePosixPath
 
 from noodle.errors import ModelNotFound, UnsupportedModel
 from noodle.model.gguf import PART_NAME
-from noodle.model.local import FORMAT_IN_NAME, PREFERRED_FORMATS, PROJECTOR_PREFIX
+from noodle.model.local import NO_MODEL_PREFIXES, format_rank
 
-NO_MODEL_PREFIXES = (PROJECTOR_PREFIX, "imatrix")  # of files that lie beside a model's
 SHOWN_NAMES = 30  # of a repository's files in an error
 DYNAMIC_PREFIX = "UD-"  # of a format's name: another choice of types under the same name
 
@@ -82,14 +81,8 @@ def _of_format(models: Collection[str], wanted: str) -> set[str]:
 
 def _preferred(models: Collection[str]) -> set[str]:
     """The files of the most preferred format that there is."""
-    rank = {name: place for place, name in enumerate(PREFERRED_FORMATS)}
-
-    def place_of(name: str) -> int:
-        match = FORMAT_IN_NAME.search(_stem(name))
-        return rank.get(match[2].upper(), len(rank)) if match and not match[1] else len(rank)
-
-    best = min(map(place_of, models))
-    return {name for name in models if place_of(name) == best}
+    rank_of = {name: format_rank(_stem(name)) for name in models}
+    return {name for name, rank in rank_of.items() if rank == min(rank_of.values())}
 
 
 def _shown(names: Collection[str]) -> str:

@@ -22,19 +22,13 @@ from noodle.model.formats import STORED
 from noodle.model.quantization import held_tensors
 from noodle.web.connectivity import Target, try_service
 from services.stage.executors.ggml.backend import flags_digest, keep_float32_on_cards
-from services.stage.executors.load import build_of, ggml_device, ggml_hindrance, only_ggml_computes, version_of
+from services.stage.executors.load import build_of, ggml_device, version_of
 from services.stage.selection.benchmark import MeasurementKey, MeasureProgress, measure_machine
-from services.stage.selection.device import (
-    TORCH_DEVICES,
-    choose_device,
-    choose_dtype,
-    device_name,
-    free_memory,
-    is_for_ggml,
-)
+from services.stage.selection.device import choose_device, device_name, free_memory
 from services.stage.selection.layer_costs import LayerSeconds, layer_seconds, model_weights
 from services.stage.selection.machine_speed import machine_speed
-from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
+from services.stage.selection.select import ExecutorOptions
+from services.stage.selection.way import leaves_out_transformers, way_on
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +49,10 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
         keep_float32_on_cards()
     has_torch = has_transformers()
     read = read_config(model)
-    only_ggml = only_ggml_computes(model, read)
-    file_for_ggml = bool(only_ggml) or (not options.asks_for_transformers and is_for_ggml(model, only_ggml))
-    ggml_only = options.asks_for_ggml or not has_torch or file_for_ggml
+    ggml_only = leaves_out_transformers(model, read, options, has_torch=has_torch)
     device = choose_device(config.device, ggml_only=ggml_only, has_torch=has_torch)
-    hindrance = ""
-    if not options.asks_for_transformers:
-        hindrance = ggml_hindrance(read, device.value, is_asked_for=ggml_only)
-    if not only_ggml and device.value not in TORCH_DEVICES:
-        only_ggml = f"NOODLE_DEVICE={device.value}"
-    executor, why = choose_executor(options, hindrance, only_ggml=only_ggml)
-    dtype = choose_dtype(config.dtype, device.value).value if executor == "transformers" else "float32"
-    candidate = candidate_of(executor, options, dtype)
+    candidate, why = way_on(device.value, model, read, options, ggml_only=ggml_only)
+    executor = candidate.executor
     log.info("computing on %s (%s) by %s (%s), %d threads", device.value, device.reason, candidate, why, threads)
     if executor == "transformers":
         from services.stage.executors.transformers.runtime import set_threads

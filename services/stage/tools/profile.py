@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -20,12 +19,12 @@ from noodle.cluster.measuring import MachineProfile, ProcessError, ProfileLine, 
 from noodle.errors import ConfigurationError, NoodleError
 from noodle.installation import has_transformers
 from noodle.model.files import model_digest, read_config
-from services.stage.executors.candidate import Candidate
-from services.stage.executors.load import ggml_hindrance, only_ggml_computes, version_of
+from services.stage.executors.load import version_of
 from services.stage.selection.benchmark import one_at_a_time
-from services.stage.selection.device import choose_device, choose_dtype, is_for_ggml
+from services.stage.selection.device import choose_device
 from services.stage.selection.report import CONTEXT_KEYS, LAYER_COUNT_KEYS, first_of
-from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
+from services.stage.selection.select import ExecutorOptions
+from services.stage.selection.way import leaves_out_transformers, way_on
 from services.stage.tools.profile_device import FULL, QUICK, DeviceProfiler, thread_counts
 from services.stage.tools.reference import write_line
 
@@ -60,12 +59,13 @@ def profile_machine(question: ProfileQuestion, progress: MeasureProgress) -> Mac
     notes: list[str] = []
     start_seconds = time.monotonic()
     with one_at_a_time(cache_dir, progress):
-        ggml_only = not has_transformers() or is_for_ggml(folder, only_ggml_computes(folder, config))
+        options = ExecutorOptions(dtype=question.dtype)  # a named dtype is transformers'
+        ggml_only = leaves_out_transformers(folder, config, options, has_torch=has_transformers())
         devices = devices_of(question.device, notes, ggml_only=ggml_only)
         extent = QUICK if question.is_quick else FULL
         profiles = []
         for index, device in enumerate(devices):
-            candidate, reason = way_of(folder, config, device, question.dtype)
+            candidate, reason = way_on(device, folder, config, options, ggml_only=ggml_only)
             profiler = DeviceProfiler(
                 folder=folder,
                 device=device,
@@ -98,15 +98,6 @@ def profile_machine(question: ProfileQuestion, progress: MeasureProgress) -> Mac
 
 def _report_device(progress: MeasureProgress, index: int, count: int, done: float, text: str) -> None:
     progress((index + done) / count, text)
-
-
-def way_of(model: Path, config: dict[str, Any], device: str, dtype: str) -> tuple[Candidate, str]:
-    """How a stage computes this model on a device by default, with the reason; a named dtype is transformers'."""
-    options = ExecutorOptions(dtype=dtype)
-    hindrance = "" if options.asks_for_transformers else ggml_hindrance(config, device)
-    executor, reason = choose_executor(options, hindrance, only_ggml=only_ggml_computes(model, config))
-    chosen = choose_dtype(dtype, device).value if executor == "transformers" else "float32"
-    return candidate_of(executor, options, chosen), reason
 
 
 def devices_of(wanted: str, notes: list[str], *, ggml_only: bool = False) -> list[str]:

@@ -98,7 +98,7 @@ class DeviceProfiler:
         self._measure_part("head", thread_counts, self.extent.sessions)
         return DeviceProfile(
             device=self.device,
-            device_name=device_name(self.device, "transformers"),
+            device_name=device_name(self.device, self.candidate.executor),
             dtype=str(self.candidate),
             dtype_reason=self.reason,
             free_bytes=memory.free_bytes,

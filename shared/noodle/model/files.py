@@ -89,9 +89,8 @@ def read_index(folder: Path) -> dict[str, str] | None:
         weight_map = msgspec.json.decode(content, type=_Index).weight_map
     except (msgspec.DecodeError, RecursionError) as error:
         raise _not_json(index, content, f"not a weight index ({error})") from error
-    outside = sorted(
-        name for name in weight_map.values() if Path(name).name != name or not name.endswith(".safetensors")
-    )
+    names = set(weight_map.values())  # a few, each of thousands of tensors
+    outside = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
     if outside:
         raise UnsupportedModel(
             f"{index} names {outside[0]!r}, which is not a safetensors file beside it.",
@@ -111,7 +110,10 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 def missing_weight_files(folder: Path) -> tuple[str, ...]:
     """Return the names of missing weight files; `*.safetensors` when there are none at all."""
-    files = weight_files(folder)
+    return _missing(weight_files(folder))
+
+
+def _missing(files: tuple[Path, ...]) -> tuple[str, ...]:
     return tuple(path.name for path in files if not path.is_file()) if files else ("*.safetensors",)
 
 
@@ -119,15 +121,14 @@ def read_tensor_entries(model: Path) -> Mapping[str, TensorEntry]:
     """Return every tensor by its name in the files; raises ModelNotFound or UnsupportedModel."""
     if model.is_file():
         return read_gguf(model).entries
-    folder = model
-    missing = missing_weight_files(folder)
-    if missing:
+    folder, files = model, weight_files(model)
+    if missing := _missing(files):
         raise ModelNotFound(
             f"{folder} lacks {len(missing)} of its weight files, the first is {missing[0]}.",
             cure="Fetch the model's *.safetensors files again.",
         )
     entries: dict[str, TensorEntry] = {}
-    for path in weight_files(folder):
+    for path in files:
         for name, entry in read_header(path).items():
             if name in entries:
                 raise UnsupportedModel(

@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 
 from noodle.errors import ModelNotFound, UnsupportedModel
-from noodle.model.files import missing_weight_files
+from noodle.model.files import missing_weight_files, names_a_path
 from noodle.model.gguf import PART_NAME, read_gguf
 
 log = logging.getLogger(__name__)
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-PROJECTOR_PREFIX = "mmproj"  # the files of a vision encoder, beside those of its language model
+# of files that lie beside a model's: its vision encoder, and what its blocks were chosen by
+NO_MODEL_PREFIXES = ("mmproj", "imatrix")
 # of several files of one model in a folder, the first of these that is there is served
 PREFERRED_FORMATS = ("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_1", "Q4_0", "Q8_0")
 FORMAT_IN_NAME = re.compile(r"[-_.](UD-)?(I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4\w*|BF16|F16|F32)$", re.IGNORECASE)
@@ -30,6 +31,21 @@ def served_name(path: Path) -> str:
     if path.parent.name == "snapshots":  # .../models--org--name/snapshots/revision
         return path.parent.parent.name.rpartition("--")[2]
     return path.name
+
+
+def local_model(model: str, whose: str) -> Path | None:
+    """The model that NOODLE_MODEL names on this machine; None if it comes from the coordinator.
+
+    Raises ModelNotFound for a path where nothing is; `whose` stands in its message: "The planner".
+    """
+    if model and Path(model).exists():
+        return find_local_model(Path(model))
+    if names_a_path(model):
+        raise ModelNotFound(
+            f"{whose} finds no model {model!r}.",
+            cure="Correct NOODLE_MODEL, or unset it: then the model comes from NOODLE_COORDINATOR_URL.",
+        )
+    return None
 
 
 def find_local_model(path: Path) -> Path:
@@ -64,26 +80,29 @@ def _names_in(folder: Path) -> list[str]:
         ) from error
 
 
+def format_rank(stem: str) -> int:
+    """The place of a file's format among PREFERRED_FORMATS, after all of them for any other.
+
+    UD- before it means another choice of types under the same name.
+    """
+    match = FORMAT_IN_NAME.search(stem)
+    name = match[2].upper() if match and not match[1] else ""
+    return PREFERRED_FORMATS.index(name) if name in PREFERRED_FORMATS else len(PREFERRED_FORMATS)
+
+
 def _chosen_file(folder: Path, files: list[Path]) -> Path:
     """The file to serve of a folder with GGUF files: projectors and later parts are left out."""
     parts = {path: PART_NAME.fullmatch(path.name) for path in files}
     firsts = [path for path, match in parts.items() if match is None or match["number"] == "00001"]
-    models = [path for path in firsts if not path.name.lower().startswith(PROJECTOR_PREFIX)]
+    models = [path for path in firsts if not path.name.lower().startswith(NO_MODEL_PREFIXES)]
     if not models:
-        what = "only later parts of a split model" if not firsts else "only projectors"
+        what = "only later parts of a split model" if not firsts else "only projectors or importance matrices"
         raise ModelNotFound(f"{folder} holds {what} ({files[0].name}).", cure="Put the model's own .gguf file there.")
-    formats: dict[Path, str] = {}
-    stems: set[str] = set()
-    for path in models:
-        match = FORMAT_IN_NAME.search(served_name(path))
-        formats[path] = match[2].upper() if match else ""
-        stems.add(served_name(path)[: match.start() if match else None].lower())
-    if len(stems) > 1:
+    if len({FORMAT_IN_NAME.sub("", served_name(path)).lower() for path in models}) > 1:
         raise UnsupportedModel(
             f"{folder} holds several models: {', '.join(path.name for path in models)}.", cure="Name one of the files."
         )
-    rank = {name: place for place, name in enumerate(PREFERRED_FORMATS)}
-    chosen = min(models, key=lambda path: (rank.get(formats[path], len(rank)), path.stat().st_size))
+    chosen = min(models, key=lambda path: (format_rank(served_name(path)), path.stat().st_size))
     if len(models) > 1:
         others = ", ".join(path.name for path in models if path != chosen)
         log.info("%s holds %d files of this model: %s is served, not %s", folder, len(models), chosen.name, others)

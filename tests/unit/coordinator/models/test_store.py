@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from noodle.cluster.measuring import StoreProgress
 from noodle.errors import ModelNotFound, NotWritable, UnsupportedModel
 from services.coordinator.models import store
+from services.coordinator.models.hub_gguf import choose_gguf
 from services.coordinator.models.store import prepare_model
 from tests.support.models.real_model import cache_dir, real_model_file
 from tests.support.models.tiny_gguf import TinyLlama, tiny_weights, write_tiny_gguf
@@ -135,6 +136,16 @@ def test_of_a_folder_with_several_formats_of_one_model_one_is_chosen_and_named(
     with pytest.raises(UnsupportedModel, match="several models") as caught:
         prepare_model(str(folder), tmp_path, silent)
     assert "mmproj" not in caught.value.message
+
+
+def test_a_folder_gives_the_file_that_a_repository_with_the_same_files_gives(tiny_gguf: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    names = ("model-UD-Q4_K_M.gguf", "model-Q4_K_S.gguf", "imatrix.gguf", "mmproj-model-f16.gguf")
+    for name in names:
+        shutil.copy(tiny_gguf, folder / name)
+    assert prepare_model(str(folder), tmp_path, silent).path.name == "model-Q4_K_S.gguf"
+    assert choose_gguf(names, "", "org/name") == ("model-Q4_K_S.gguf",)
 
 
 def test_a_folder_with_projectors_or_later_parts_alone_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
