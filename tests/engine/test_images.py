@@ -74,7 +74,7 @@ def test_a_stage_has_noodles_own_kernels_as_far_as_this_processor_runs_them():
     code = (
         "from services.stage.executors.ggml.graph import GgmlCalls; "
         "from services.stage.executors.ggml.backend import load_ggml; "
-        "from services.stage.executors.ggml.kernels import packed_weights; "
+        "from services.stage.executors.ggml.kernels.products import packed_weights; "
         "found = packed_weights(GgmlCalls(load_ggml().module)); "
         "print(sorted(found.instructions) if found else [])"
     )

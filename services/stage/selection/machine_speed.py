@@ -20,7 +20,8 @@ from noodle.model.ggml_types import GGML_TYPES
 from noodle.wire.messages import SamplingParameters
 from services.stage.executors.ggml.backend import GgmlDevice, GgmlLibrary, load_ggml
 from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory
-from services.stage.executors.ggml.kernels import flash_attention_kernel, packed_weights
+from services.stage.executors.ggml.kernels.attention import flash_attention_kernel
+from services.stage.executors.ggml.kernels.products import packed_weights
 from services.stage.executors.ggml.weights import GgmlTensors, TensorLayout, WeightBlock, own_memory
 from services.stage.selection.benchmark import FILE_NAME, MeasureProgress, keep, one_at_a_time, read_kept
 from services.stage.selection.layer_costs import ROW_COUNTS, MachineSpeed

@@ -11,7 +11,7 @@ import numpy as np
 
 from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml
 from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory
-from services.stage.executors.ggml.kernels import PackedWeights, packed_weights
+from services.stage.executors.ggml.kernels.products import PackedWeights, packed_weights
 from services.stage.executors.ggml.weights import TYPE_NUMBERS, TensorLayout, WeightBlock, own_memory
 from tests.measure.report import Section, spread
 

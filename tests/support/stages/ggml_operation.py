@@ -10,7 +10,7 @@ import pytest
 
 from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml, processor_flags
 from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory
-from services.stage.executors.ggml.kernels import LIBRARY_NAME
+from services.stage.executors.ggml.kernels.library import LIBRARY_NAME
 from services.stage.executors.ggml.weights import TYPE_NUMBERS
 from tests.support.stages.executors import need_ggml
 

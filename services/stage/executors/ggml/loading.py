@@ -16,9 +16,10 @@ from noodle.model.formats import STORED, WEIGHTS
 from noodle.model.gguf import read_gguf
 from noodle.model.gguf_config import factor_tensors
 from services.stage.executors.base import Fetch, ReadCounter, ReadProgress, ignore_progress, nothing_to_fetch
-from services.stage.executors.ggml.backend import CPU, GgmlDevice, ggml_build, load_ggml
+from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml
 from services.stage.executors.ggml.graph import GgmlCalls
-from services.stage.executors.ggml.kernels import dot_counts, flash_attention_kernel, packed_weights
+from services.stage.executors.ggml.kernels.attention import flash_attention_kernel
+from services.stage.executors.ggml.kernels.products import packed_weights
 from services.stage.executors.ggml.layers.operations import INTERLEAVED, NEOX, SliceTensors
 from services.stage.executors.ggml.shape import ModelShape, shape_of
 from services.stage.executors.ggml.slice import GgmlSlice
@@ -126,11 +127,6 @@ def load_ggml_slice(
         packed=packed,
         attention=flash_attention_kernel(ggml, shape.head_dim, key_type) if own_attention else None,
     )
-    if device.is_host:
-        matrices = [*(tensor for layer in tensors.layers for tensor in layer.values()), *tensors.head.values()]
-        kept = None if cache_dir is None else cache_dir / "ggml" / f"row-counts-{ggml_build()}-{threads}-threads.json"
-        counts = dot_counts(device, [tensor for tensor in matrices if tensor not in packed], kept)
-        tensors = replace(tensors, dot_counts=counts)
     return GgmlSlice(
         device,
         loaded,

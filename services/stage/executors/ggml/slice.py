@@ -19,7 +19,6 @@ from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
 from services.stage.executors.ggml.backend import GgmlDevice, load_ggml
 from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SpanRows
-from services.stage.executors.ggml.kernels import write_expert_zero
 from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
 from services.stage.executors.ggml.layers.graph import LayerGraph
 from services.stage.executors.ggml.layers.operations import LAYER_TENSORS, SPAN_TENSORS, SliceTensors
@@ -203,7 +202,6 @@ class GgmlSlice(KvCache[GgmlRows]):
         ggml.ggml_build_forward_expand(memory.graph, positions)
         ggml.ggml_build_forward_expand(memory.graph, output)
         memory.allocate()
-        write_expert_zero(memory, build.expert_zero, tokens)
         windows = shape.windows[self.start_layer : self.end_layer]
         sizes, dtype = ((tokens,), "<i4") if from_tokens else ((tokens, self.hidden_size), "<f4")
         return _StepGraph(
@@ -224,7 +222,6 @@ class GgmlSlice(KvCache[GgmlRows]):
         ggml.ggml_set_output(logits)
         ggml.ggml_build_forward_expand(memory.graph, logits)
         memory.allocate()
-        write_expert_zero(memory, build.expert_zero, row_count)
         return _HeadGraph(
             memory,
             memory.input(inputs, (row_count, self.hidden_size), "<f4"),

@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from services.stage.executors.ggml.graph import GraphMemory
-from services.stage.executors.ggml.kernels import (
-    DotCounts,
-    FlashAttentionKernel,
-    PackedWeights,
-    new_expert_zero,
-    product_by_dots,
-)
+from services.stage.executors.ggml.kernels.attention import FlashAttentionKernel
+from services.stage.executors.ggml.kernels.products import PackedWeights
 from services.stage.executors.ggml.shape import ModelShape
 
 ITEM_BYTES = 4  # of activations
@@ -42,7 +37,6 @@ class SliceTensors:
     row_bytes: int  # of a token's K in one layer
     activation_values: tuple[tuple[float, ...], ...]  # by layer; empty if the activation has none
     exact: bool  # float32 throughout: ggml's GELU table, which is float16, is not used
-    dot_counts: DotCounts = field(default_factory=dict)
     kernels: PackedWeights | None = None
     packed: frozenset[int] = frozenset()  # the matrices that these kernels multiply by
     attention: FlashAttentionKernel | None = None  # for several tokens
@@ -58,7 +52,6 @@ class Operations:
         self.shape = shape
         self.tensors = tensors
         self.activation_values: tuple[float, ...] = ()  # of the layer that is being added
-        self.expert_zero = 0  # for products by dots; written once the graph is allocated
         self._tiles: dict[tuple[int, str], int] = {}  # rows in the kernels' layout, by their tensor and kind
 
     def call(self, name: str, *arguments: Any) -> int:
@@ -80,18 +73,13 @@ class Operations:
 
     def product(self, weight: int, rows: int) -> int:
         """Like ggml's mul_mat of a weight and rows [features, count], by the fastest way."""
-        ggml, kernels = self.ggml, self.tensors.kernels
+        kernels = self.tensors.kernels
         if kernels is not None and weight in self.tensors.packed:
             key = (rows, kernels.tiles_of(weight))
             if key not in self._tiles:
                 self._tiles[key] = kernels.tiles(self.context, *key)
             return kernels.product(self.context, weight, self._tiles[key])
-        count = int(ggml.ggml_tensor.from_address(rows).ne[1])
-        kind = int(ggml.ggml_tensor.from_address(weight).type)
-        if count not in self.tensors.dot_counts.get(kind, ()):
-            return self.call("mul_mat", weight, rows)
-        self.expert_zero = self.expert_zero or new_expert_zero(self.memory, count)
-        return product_by_dots(ggml, self.context, weight, rows, self.expert_zero)
+        return self.call("mul_mat", weight, rows)
 
     def norm(self, tensor: int, weights: dict[str, int], name: str, epsilon: float = 0.0) -> int:
         """Apply a norm of the layer, if the layer has it; `epsilon` replaces the model's."""

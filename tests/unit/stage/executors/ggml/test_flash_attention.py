@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from services.stage.executors.ggml.kernels import flash_attention_kernel
+from services.stage.executors.ggml.kernels.attention import flash_attention_kernel
 from services.stage.executors.ggml.weights import TYPE_NUMBERS
 from tests.support.sampling import sampled
 from tests.support.stages.ggml_operation import Graph, ggml_calls, needed, stored_as
@@ -150,5 +150,5 @@ def test_what_the_kernel_can_not_take_is_left_to_ggml(dimensions, kind, ggml, in
 
 
 def test_without_noodles_own_library_ggml_attends(ggml, monkeypatch):
-    monkeypatch.setattr("services.stage.executors.ggml.kernels.own_library", lambda: None)
+    monkeypatch.setattr("services.stage.executors.ggml.kernels.library.own_library", lambda: None)
     assert flash_attention_kernel(ggml, 64, TYPE_NUMBERS["f16"]) is None

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from services.stage.executors.ggml.backend import processor_flags
-from services.stage.executors.ggml.kernels import GROUP_ROWS, packed_weights
+from services.stage.executors.ggml.kernels.products import GROUP_ROWS, packed_weights
 from services.stage.executors.ggml.weights import TYPE_NUMBERS, TensorLayout, WeightBlock
 from tests.support.sampling import sampled
 from tests.support.stages.ggml_operation import Graph, ggml_calls, needed, stored_as
@@ -172,12 +172,12 @@ def test_what_ggml_itself_multiplies_by_or_takes_rows_of_stays_as_it_is(name, gg
 
 
 def test_without_noodles_own_library_all_is_left_to_ggml(ggml, monkeypatch):
-    monkeypatch.setattr("services.stage.executors.ggml.kernels.own_library", lambda: None)
+    monkeypatch.setattr("services.stage.executors.ggml.kernels.library.own_library", lambda: None)
     assert packed_weights(ggml) is None
 
 
 def test_a_library_from_before_these_kernels_leaves_all_to_ggml_and_says_so(ggml, monkeypatch, caplog):
-    monkeypatch.setattr("services.stage.executors.ggml.kernels.own_library", lambda: object())
+    monkeypatch.setattr("services.stage.executors.ggml.kernels.library.own_library", lambda: object())
     assert packed_weights(ggml) is None
     assert "make setup" in caplog.text
 

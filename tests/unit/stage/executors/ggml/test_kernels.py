@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from services.stage.executors.ggml.kernels import LIBRARY_NAME, own_library
+from services.stage.executors.ggml.kernels.library import LIBRARY_NAME, own_library
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from noodle.errors import ConfigurationError, ModelNotFound, PlanDoesNotFit, UnsupportedModel, WireError
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, Span
-from services.stage.executors.ggml import kernels, loading, slice
+from services.stage.executors.ggml import slice
 from services.stage.executors.kept_weights import HEADER_BYTES, MAGIC
 from services.stage.executors.transformers.loading import load_slice
 from tests.support.models.tiny_model import make_tiny_model
@@ -95,39 +95,6 @@ def test_long_chunks_and_windows_are_the_same_as_in_transformers(model_type, tmp
     steps = [[(0, 150)], [(0, 70), (1, 130)], [(0, 1), (1, 69)], [(0, 400)], *[[(0, 1)]] * 18, [(0, 1), (1, 1)]]
     got = SlicePipeline(folder, (0, 3, 6), executor="ggml", context_length=1024).run(sessions, steps)
     assert relative_difference(got, unsplit_logits(folder, sessions)) < 1e-4
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "gemma2"])
-def test_few_rows_by_dot_products_are_the_same_as_by_tiles(model_type, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "packed_weights", lambda _: None)
-    monkeypatch.setattr(loading, "dot_counts", lambda *_: {0: frozenset(range(2, 9))})
-    folder = make_tiny_model(tmp_path, model_type)
-    sessions = random_sessions(LENGTHS)
-    got = SlicePipeline(folder, (0, 2, 6), executor="ggml").run(sessions, STEPS)
-    assert relative_difference(got, unsplit_logits(folder, sessions)) < 1e-5
-
-
-def test_for_every_type_of_large_weights_it_is_measured_which_way_is_faster(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "packed_weights", lambda _: None)
-    folder = make_tiny_model(tmp_path, "llama", hidden_size=512, intermediate_size=1024)
-    for weights, kind in {"f32": 0, "f16": 1, "q8_0": 8}.items():
-        found = load(folder, weights=weights)._tensors.dot_counts
-        assert set(found) == {kind}
-        assert found[kind] <= set(range(2, 9))
-
-
-def test_what_was_measured_of_a_type_is_kept_for_later_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "packed_weights", lambda _: None)
-    folder = make_tiny_model(tmp_path / "model", "llama", hidden_size=512, intermediate_size=1024)
-    measured = []
-    monkeypatch.setattr(kernels, "_dots_are_faster", lambda _device, _weights, count: measured.append(count) or True)
-    for _ in range(2):
-        found = load(folder, weights="f16", cache_dir=tmp_path / "cache")._tensors.dot_counts
-        assert found == {1: frozenset(range(2, 9))}
-    assert measured == [8]
-    next((tmp_path / "cache" / "ggml").glob("row-counts-*.json")).write_bytes(b"damaged")
-    assert load(folder, weights="f16", cache_dir=tmp_path / "cache")._tensors.dot_counts == found
-    assert measured == [8, 8]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

@@ -1,0 +1,1 @@
+"""noodle's own C kernels (`executors/kernels/`) as operations of ggml's graphs."""

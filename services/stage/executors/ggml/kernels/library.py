@@ -1,0 +1,58 @@
+"""noodle's own C kernels as a library, and which instructions of theirs this processor has.
+
+The library is built beside ggml's if a compiler is installed. Without it, or on a processor that lacks the
+instructions, ggml's own kernels compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from noodle.errors import GgmlUnavailable
+from services.stage.executors.ggml.backend import folder_of_libraries
+from services.stage.executors.ggml.graph import CustomOperations, GgmlCalls
+
+log = logging.getLogger(__name__)
+
+LIBRARY_NAME = "libnoodle.so"
+# names of instructions, and the library's question for each (noodle_has_*); later ones are faster
+FLOATS = {"avx2": "avx2", "avx512": "avx512_floats"}
+
+
+def own_library() -> ctypes.CDLL | None:
+    """noodle's library; None if it was not built or cannot be loaded."""
+    try:
+        path = folder_of_libraries() / LIBRARY_NAME
+    except GgmlUnavailable:
+        return None
+    return _loaded(path) if path.is_file() else None
+
+
+@functools.cache
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning("noodle's kernels %s cannot be loaded, ggml's kernels compute instead: %s", path, error)
+        return None
+
+
+def own_operations(ggml: GgmlCalls) -> CustomOperations | None:
+    """Operations by noodle's library; None if it was not built, or by an older noodle."""
+    library = own_library()
+    if library is None:
+        return None
+    if not hasattr(library, "noodle_has_avx2"):
+        log.warning("noodle's kernels are older than this noodle, ggml's compute instead; `make setup` builds them")
+        return None
+    return CustomOperations(ggml, library)
+
+
+def fastest(operations: CustomOperations, instructions: Mapping[str, str], only: str | None) -> str:
+    """The fastest instructions that this processor has; empty if it has none."""
+    names = [name for name, question in instructions.items() if only in (None, name) and operations.supports(question)]
+    return names[-1] if names else ""
