@@ -26,6 +26,8 @@ MEMORY_CURE = (
     "(NOODLE_STEP_TOKENS)."
 )
 EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
+WORK_BYTES = 16  # of `struct work`
+OPERATION_BYTES = 256  # of an operation's own memory at most: less than a tensor takes, and graphs have room for more
 F32 = 0  # ggml's GGML_TYPE_F32
 
 _FUNCTION: Any = type(ctypes.pythonapi.Py_IncRef).__mro__[1]  # base class of all libraries' functions
@@ -74,13 +76,31 @@ class CustomOperations:
         sizes: Sequence[int],
         sources: Sequence[int],
         kind: int = F32,
+        fields: ctypes.Structure | None = None,
         parameters: int = 0,
     ) -> int:
-        """Add a tensor of type `kind` that `noodle_{name}` computes; `parameters` is an address that it receives."""
+        """Add a tensor of type `kind` that `noodle_{name}` computes.
+
+        The function receives memory that lives as long as the graph: a `struct work` of its own (kernels/work.h),
+        followed by a copy of `fields`. With `parameters`, it receives this address instead.
+        """
         tensors = (ctypes.c_void_p * len(sources))(*sources)
         function = self._function(name)
-        options = (ctypes.addressof(tensors), len(sources), function, EVERY_THREAD, parameters or None)
+        given = parameters or self._own_memory(context, fields)
+        options = (ctypes.addressof(tensors), len(sources), function, EVERY_THREAD, given)
         return int(self.ggml.ggml_custom_4d(context, kind, *(*sizes, 1, 1, 1)[:4], *options))
+
+    def _own_memory(self, context: Any, fields: ctypes.Structure | None) -> int:
+        """Address of zeroed work and a copy of `fields`, in the graph's memory."""
+        field_bytes = ctypes.sizeof(fields) if fields is not None else 0
+        byte_count = WORK_BYTES + field_bytes
+        if byte_count > OPERATION_BYTES:
+            raise ValueError(f"the fields of an operation take {field_bytes} bytes; {OPERATION_BYTES - WORK_BYTES} fit")
+        address = int(self.ggml.ggml_new_buffer(context, byte_count))
+        ctypes.memset(address, 0, WORK_BYTES)
+        if fields is not None:
+            ctypes.memmove(address + WORK_BYTES, ctypes.addressof(fields), field_bytes)
+        return address
 
     def supports(self, instructions: str) -> bool:
         """Ask the library whether this processor has the instructions of some kernels (noodle_has_*)."""

@@ -1,0 +1,42 @@
+/* Parts of an operation, claimed by threads: a slow thread, or one that the system has stopped, takes fewer of them.
+ *
+ * The `given` of every operation that CustomOperations.add makes without an address begins with a `struct work` of its own.
+ *
+ *   struct claims claims = claims_of(given, threads);
+ *   for (int64_t part; (part = claim_next(&claims, count)) < count;) ...
+ *
+ * Every thread runs this loop once, to its end: the last one to leave resets the work, so the graph can be computed again.
+ * A lone thread touches no shared memory. Which thread computes a part must not change its result.
+ */
+
+#pragma once
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+struct work {
+    _Atomic int64_t next, finished; /* parts claimed, threads that have left; both 0 between computations */
+};
+
+/* one thread's view */
+struct claims {
+    struct work *work;
+    int64_t next; /* of a lone thread */
+    int threads;
+};
+
+static inline __attribute__((always_inline)) struct claims claims_of(void *given, int threads) {
+    return (struct claims){(struct work *)given, 0, threads};
+}
+
+/* The next of parts 0 to count - 1. A result of at least `count` means that this thread has left, and must not ask again. */
+static inline __attribute__((always_inline)) int64_t claim_next(struct claims *claims, int64_t count) {
+    if (claims->threads == 1) return claims->next++;
+    struct work *work = claims->work;
+    const int64_t part = atomic_fetch_add_explicit(&work->next, 1, memory_order_relaxed);
+    if (part >= count && atomic_fetch_add_explicit(&work->finished, 1, memory_order_acq_rel) == claims->threads - 1) {
+        atomic_store_explicit(&work->next, 0, memory_order_relaxed); /* the graph's barrier publishes these */
+        atomic_store_explicit(&work->finished, 0, memory_order_relaxed);
+    }
+    return part;
+}
