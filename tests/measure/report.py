@@ -12,16 +12,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TRANSFORMERS, GGML = "transformers", "ggml"  # measurements of tokens compute in float32
+CPUINFO = Path("/proc/cpuinfo")
+# of x86, then of arm64
+TOLD_FLAGS = (
+    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
 PATH = Path(__file__).parents[2] / "docs" / "measurements.md"
 
 
 @dataclass
 class Section:
-    """One measurement: name, heading and lines."""
+    """One measurement: name, heading and lines; a partial one is printed and not written."""
 
     name: str
     title: str
     lines: list[str] = field(default_factory=list)
+    is_partial: bool = False
 
     def say(self, text: str = "") -> None:
         """Add a line and print it."""
@@ -39,6 +45,9 @@ class Section:
 
     def write(self) -> None:
         """Write the section into the document in place of its older version."""
+        if self.is_partial:
+            print(f"Only a part was measured: {PATH.name} keeps its section.", flush=True)
+            return
         when = datetime.datetime.now(datetime.UTC).date().isoformat()
         conditions = f"{when}, {machine()}, `python -m tests.measure {self.name}`"
         text = "\n".join([f"## {self.title}", "", conditions, "", *self.lines]).rstrip() + "\n"
@@ -64,13 +73,21 @@ def title_of(title: str, executor: str) -> str:
 
 
 def machine() -> str:
-    """Return cores and processor, as conditions of a figure."""
+    """Return cores, processor and its flags, as conditions of a figure."""
     cpu = platform.processor() or "unknown processor"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+    for line in CPUINFO.read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    return f"{len(os.sched_getaffinity(0))} cores of {cpu}"
+    count = len(os.sched_getaffinity(0))
+    return ", ".join([f"{count} core{'s' * (count != 1)} of {cpu}", *filter(None, [" ".join(processor_flags())])])
+
+
+def processor_flags() -> list[str]:
+    """Return the processor's flags that choose kernels, as /proc/cpuinfo names them."""
+    lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return [flag for flag in TOLD_FLAGS if flag in flags]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
