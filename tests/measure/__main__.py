@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from tests.measure.correctness import costs, equality, kills, schemathesis, vocabularies
 from tests.measure.endurance import load, memory, pressure, slow_link, soak
 from tests.measure.kernels import products
+from tests.measure.peers import files, model
 from tests.measure.performance import (
     checkouts,
     containers,
     engine,
-    files,
-    peers,
     sampling,
     side_by_side,
     speed,
@@ -52,7 +51,7 @@ MEASUREMENTS: dict[str, Callable[..., Section]] = {
     "containers": containers.measure,
 }
 ONLY_NAMED = {
-    "peers": peers.measure,
+    "peers": model.measure,
     "files": files.measure,
     "checkout": checkouts.measure,
     "slow-link": slow_link.measure,

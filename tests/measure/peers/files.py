@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.measure.performance.peers import background
+from tests.measure.peers.llama_cpp import background
 from tests.measure.report import Section, spread
 from tests.support.processes.cluster import Cluster, free_ports, request, wait_until
 
