@@ -8,7 +8,7 @@ RUNTIME_STAMP := $(VENV)/.noodle-runtime
 DEV_STAMP := $(VENV)/.noodle-dev
 GGML_STAMP := $(VENV)/.noodle-ggml
 TRANSFORMERS_STAMP := $(VENV)/.noodle-transformers
-KERNELS := $(wildcard services/stage/executors/kernels/*.c)
+KERNELS := $(wildcard services/stage/executors/kernels/*.c services/stage/executors/kernels/*/*.c)
 KERNELS_STAMP := $(VENV)/.noodle-kernels
 # switches of ggml's own build, with semicolons between; another device than the CPU is one more, as -DGGML_VULKAN=ON.
 # RPC is for tests: a device whose memory is not this machine's, as a card's is not
@@ -118,7 +118,7 @@ $(TRANSFORMERS_STAMP): requirements-transformers.lock $(RUNTIME_STAMP)
 	@touch $@
 
 # noodle's own kernels stand beside ggml's. They are compiled for several kinds of processors, and asked which this one is.
-$(KERNELS_STAMP): $(KERNELS) $(wildcard services/stage/executors/kernels/*.h) $(GGML_STAMP)
+$(KERNELS_STAMP): $(KERNELS) $(wildcard services/stage/executors/kernels/*.h services/stage/executors/kernels/*/*.h) $(GGML_STAMP)
 	@for folder in $(VENV)/lib/python3*/site-packages/ggml/lib; do \
 		if [ -d "$$folder" ]; then \
 			$${CC:-cc} -O3 -shared -fPIC -pthread -o "$$folder/libnoodle.so" $(KERNELS) || \

@@ -76,11 +76,11 @@ def test_a_stage_has_noodles_own_kernels_as_far_as_this_processor_runs_them():
         "from services.stage.executors.ggml.backend import load_ggml; "
         "from services.stage.executors.ggml.kernels.products import packed_weights; "
         "found = packed_weights(GgmlCalls(load_ggml().module)); "
-        "print(sorted(found.instructions) if found else [])"
+        "print(found and found.instructions)"
     )
     done = in_image(STAGE, "python", "-P", "-c", code)
-    has_vnni = "avx512_vnni" in (processor_flags() or ())
-    assert ("q8_0" in done.stdout) == has_vnni, done.stderr
+    expected = "avx512" if "avx512_vnni" in (processor_flags() or ()) else "avx2"
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_a_processor_without_avx2_is_named_with_the_cure_and_nothing_dies(tmp_path):

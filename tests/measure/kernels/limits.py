@@ -12,7 +12,7 @@ import numpy.typing as npt
 READ_BYTES = 512  # read at once
 STEPS = 1_000_000  # of the multiplying loop: one to four milliseconds
 # by the type of the weights, whose numbers are multiplied; others are multiplied in 8 bits
-MULTIPLIED = {"f32": "f32", "f16": "f32", "bf16": "bf16"}
+MULTIPLIED = {"F32": "f32", "F16": "f32", "BF16": "bf16"}
 
 
 class Limits:
@@ -31,7 +31,8 @@ class Limits:
 
     def products_per_second(self, kind: str) -> float:
         """Multiply and add numbers as weights of a type need it."""
-        multiply = self.function(f"multiply_{MULTIPLIED.get(kind, 'int8')}")
+        multiplied = "f32" if kind == "BF16" and self._instructions == "avx2" else MULTIPLIED.get(kind, "int8")
+        multiply = self.function(f"multiply_{multiplied}")
         begin = time.process_time()
         count = multiply(STEPS)
         return float(count / (time.process_time() - begin))

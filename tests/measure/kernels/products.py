@@ -19,7 +19,7 @@ from noodle.model.ggml_types import GGML_TYPES
 from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml
 from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory
 from services.stage.executors.ggml.kernels.library import own_library
-from services.stage.executors.ggml.kernels.products import PackedWeights, packed_weights
+from services.stage.executors.ggml.kernels.products import BLOCK_TYPES, FLOAT_TYPES, PackedWeights, packed_weights
 from services.stage.executors.ggml.weights import TensorLayout, WeightBlock, own_memory
 from tests.measure.kernels.limits import Limits
 from tests.measure.report import Section, spread
@@ -63,7 +63,7 @@ def measure(*, instructions: str = "", only: str = "", rows: str = "", rounds: s
     kernels = packed_weights(ggml, only=instructions or None)
     if kernels is None or own is None:
         raise SystemExit("This processor runs none of these kernels of noodle, or they were not built (make setup).")
-    used = statistics.mode(kernels.instructions.values())
+    used = kernels.instructions
     section = Section(f"kernels --instructions {used}", f"noodle's kernels beside ggml's, {used.upper()}")
     section.is_partial = bool(only or rows) or int(rounds) < ROUNDS
     section.say(
@@ -74,7 +74,7 @@ def measure(*, instructions: str = "", only: str = "", rows: str = "", rounds: s
         "all of them and of noodle's shares of both loops' speed; a GMAC is 10^9 multiplications and additions."
     )
     bench = KernelBench(GgmlDevice(ggml, CPU, library.backend(1)), kernels, Limits(own, used), int(rounds))
-    kinds = [name for name in kernels.instructions if not only or name.lower() in only.lower().split(",")]
+    kinds = [name for name in FLOAT_TYPES + BLOCK_TYPES if not only or name.lower() in only.lower().split(",")]
     counts = [int(each) for each in rows.split(",")] if rows else ROWS
     heads = ["weights", "rows", "ggml, ms", "noodle, ms", "times as fast", "GB/s", "of reading", "GMAC/s",
              "of multiplying"]  # fmt: skip
@@ -161,14 +161,15 @@ def drawn(device: GgmlDevice, kernels: PackedWeights, kind: str) -> Weights:
     for layout in layouts:
         for block in (plain, packed):
             block.bytes_of(layout).reshape(layout.sizes[1] // DRAWN_ROWS, -1)[...] = quantized[layout.sizes[0]]
-    kernels.pack({"0": packed}, also_embedding=False)
+    for layout in layouts:
+        kernels.pack(layout, packed)
     return Weights(kind, plain, packed)
 
 
 def quantize(device: GgmlDevice, kind: str, numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     """Return numbers in the type's blocks."""
     type_, values = GGML_TYPES[kind.upper()], numbers.astype(np.float32)
-    if kind == "f32":
+    if kind == "F32":
         return values.reshape(-1).view(np.uint8)
     blocks = np.empty(type_.byte_count(values.size), np.uint8)
     addresses = (values.ctypes.data, blocks.ctypes.data)

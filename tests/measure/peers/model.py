@@ -218,7 +218,7 @@ def instructions_of(checkout: Path | None) -> str:
         "from services.stage.executors.ggml.graph import GgmlCalls\n"
         "from services.stage.executors.ggml.kernels.products import packed_weights\n"
         "found = packed_weights(GgmlCalls(load_ggml().module))\n"
-        "print(found.instructions['q8_0'] if found else 'ggml')\n"
+        "print(found.instructions if found else 'ggml')\n"
     )
     python = checkout / ".venv" / "bin" / "python" if checkout else sys.executable
     done = subprocess.run([python, "-c", program], cwd=checkout, capture_output=True, text=True, check=True)

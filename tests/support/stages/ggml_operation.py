@@ -8,10 +8,11 @@ import os
 import numpy as np
 import pytest
 
+from noodle.model.ggml_types import GGML_TYPES
 from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml, processor_flags
 from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory
 from services.stage.executors.ggml.kernels.library import LIBRARY_NAME
-from services.stage.executors.ggml.weights import TYPE_NUMBERS
+from services.stage.executors.ggml.weights import quantize
 from tests.support.stages.executors import need_ggml
 
 
@@ -27,7 +28,9 @@ class Graph:
         """Return a tensor over existing bytes; `strides` are those of its second and third axis."""
         ggml, memory = self.ggml, self.memory
         all_sizes = (ctypes.c_int64 * len(sizes))(*sizes)
-        tensor = memory.outside(ggml.ggml_new_tensor(memory.context, TYPE_NUMBERS[kind], len(sizes), all_sizes))
+        tensor = memory.outside(
+            ggml.ggml_new_tensor(memory.context, GGML_TYPES[kind.upper()].number, len(sizes), all_sizes)
+        )
         at = memory.word(tensor)
         memory.words[at + memory.at_data] = stored.ctypes.data
         for axis, stride in enumerate(strides, 1):
@@ -77,18 +80,15 @@ def needed(make, flags):
 
 def stored_as(ggml, kind, values):
     """Return float32 numbers as ggml stores them in a type, and the float64 values that these bytes represent."""
-    if kind == "f32":
-        stored = meant = values
-    elif kind == "f16":
-        stored = meant = values.astype(np.float16)
-    elif kind == "bf16":
-        stored = (values.view(np.uint32) >> 16).astype(np.uint16)
-        meant = (stored.astype(np.uint32) << 16).view(np.float32)
+    kind = GGML_TYPES[kind.upper()]
+    stored = np.zeros(kind.byte_count(values.size), np.uint8)
+    quantize(ggml, kind.number, np.ascontiguousarray(values), stored)
+    meant = np.empty(values.shape, np.float32)
+    traits = ggml.ggml_type_traits.from_address(ggml.ggml_get_type_traits(kind.number))
+    to_float = ctypes.cast(traits.to_float, ctypes.c_void_p).value
+    if to_float:
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(to_float)
+        function(stored.ctypes.data, meant.ctypes.data, values.size)
     else:
-        flat, length = np.ascontiguousarray(values), values.shape[-1]
-        stored = np.empty((values.size // 32, 34), np.uint8)
-        count, number = values.size // length, TYPE_NUMBERS["q8_0"]
-        ggml.ggml_quantize_chunk(number, flat.ctypes.data, stored.ctypes.data, 0, count, length, None)
-        scales = stored[:, :2].copy().view(np.float16).astype(np.float64)
-        meant = (stored[:, 2:].view(np.int8) * scales).reshape(values.shape)
-    return stored.reshape(-1).view(np.uint8).copy(), meant.astype(np.float64)
+        meant[...] = values
+    return stored, meant.astype(np.float64)

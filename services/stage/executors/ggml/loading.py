@@ -101,7 +101,7 @@ def load_ggml_slice(
 
     def finish(block_name: str, layout: TensorLayout, block: WeightBlock) -> None:
         if kernels is not None and kernels.is_packed(block_name, layout, also_embedding=also_embedding):
-            kernels.pack_matrix(layout, block)
+            kernels.pack(layout, block)
             packed_names.add((block_name, layout.name))
 
     blocks = maker.blocks(wanted, weights, fetch, finish)

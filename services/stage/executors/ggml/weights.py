@@ -39,6 +39,7 @@ TYPE_NUMBERS = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "q4_K": 12, "bf16": 30
 # the type of a matrix whose row length is not a multiple of a type's blocks
 FALLBACK_TYPES = {"q4_K": "q8_0", "q4_0": "f16", "q8_0": "f16"}
 ALIGNMENT = 64
+GROUP_ROWS = 16  # of a matrix that lie side by side in the layout of noodle's kernels
 PIECE_ITEMS = 1 << 20  # converted at once, which avoids a float32 copy of a large matrix
 READ_BYTES = 16 << 20  # read at once
 # the parts of a joined matrix, kept apart if their types differ
@@ -57,6 +58,7 @@ class TensorLayout:
     sizes: tuple[int, ...]
     offset: int
     byte_count: int
+    is_matrix: bool = True  # not the weights of a norm, which may have two axes too
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def layout_of(
     for tensor in tensors:
         number = type_of(tensor)
         byte_count = int(ggml.ggml_row_size(number, tensor.sizes[0])) * tensor.row_count
-        layouts.append(TensorLayout(tensor.name, number, tensor.sizes, offset, byte_count))
-        offset += _aligned(byte_count)
+        layouts.append(TensorLayout(tensor.name, number, tensor.sizes, offset, byte_count, is_matrix=tensor.is_matrix))
+        offset += _room_of(layouts[-1])
     return tuple(layouts)
 
 
@@ -345,7 +347,7 @@ def quantize(ggml: Any, type_number: int, values: npt.NDArray[np.float32], targe
 
 def empty_blocks(layouts: Mapping[str, tuple[TensorLayout, ...]]) -> dict[str, WeightBlock]:
     """Blocks in one piece of memory, which wastes little of its last large page."""
-    sizes = {name: _aligned(layout[-1].offset + layout[-1].byte_count) for name, layout in layouts.items()}
+    sizes = {name: layout[-1].offset + _room_of(layout[-1]) for name, layout in layouts.items()}
     memory = own_memory(sum(sizes.values()))
     blocks: dict[str, WeightBlock] = {}
     begin = 0
@@ -361,6 +363,12 @@ def own_memory(byte_count: int) -> Bytes:
     with contextlib.suppress(OSError):  # a system without large pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8)
+
+
+def _room_of(layout: TensorLayout) -> int:
+    """Bytes of a tensor's place: matrices can be filled up to whole groups of noodle's layout."""
+    rows = layout.sizes[1] if layout.is_matrix and len(layout.sizes) == 2 else 1
+    return _aligned(layout.byte_count // rows * -(-rows // GROUP_ROWS) * GROUP_ROWS if rows > 1 else layout.byte_count)
 
 
 def _aligned(byte_count: int) -> int:

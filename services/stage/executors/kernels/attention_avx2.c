@@ -1,7 +1,7 @@
 /* Attention (attention.h) for AVX2, FMA and F16C. */
 
 #if defined(__x86_64__)
-#include "packed_weights.h"
+#include "tensors.h"
 
 #define WITH __attribute__((target("avx2,fma,f16c")))
 #define NAME(x) x##_avx2

@@ -1,7 +1,7 @@
 /* Attention (attention.h) for AVX512F. */
 
 #if defined(__x86_64__) && !defined(NOODLE_WITHOUT_AVX512)
-#include "packed_weights.h"
+#include "tensors.h"
 
 #define WITH __attribute__((target("avx512f,fma,f16c")))
 #define NAME(x) x##_avx512

@@ -6,7 +6,7 @@ import ctypes
 from typing import Any
 
 from services.stage.executors.ggml.graph import CustomOperations, GgmlCalls
-from services.stage.executors.ggml.kernels.library import FLOATS, fastest, own_operations
+from services.stage.executors.ggml.kernels.library import INSTRUCTIONS, fastest, own_operations
 from services.stage.executors.ggml.weights import TYPE_NUMBERS
 
 MAX_HEAD_DIM = 256
@@ -63,5 +63,5 @@ def flash_attention_kernel(
     if key_type not in HEAD_DIM_MULTIPLES or head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLES[key_type]:
         return None
     operations = own_operations(ggml)
-    instructions = fastest(operations, FLOATS, only) if operations else ""
+    instructions = fastest(operations, INSTRUCTIONS, only) if operations else ""
     return FlashAttentionKernel(operations, instructions) if operations and instructions else None

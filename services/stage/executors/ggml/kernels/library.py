@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 LIBRARY_NAME = "libnoodle.so"
 # names of instructions, and the library's question for each (noodle_has_*); later ones are faster
-FLOATS = {"avx2": "avx2", "avx512": "avx512_floats"}
+INSTRUCTIONS = {"avx2": "avx2", "avx512": "avx512"}
 
 
 def own_library() -> ctypes.CDLL | None:
@@ -46,7 +46,7 @@ def own_operations(ggml: GgmlCalls) -> CustomOperations | None:
     library = own_library()
     if library is None:
         return None
-    if not hasattr(library, "noodle_has_avx2"):
+    if not hasattr(library, "noodle_packed_items"):
         log.warning("noodle's kernels are older than this noodle, ggml's compute instead; `make setup` builds them")
         return None
     return CustomOperations(ggml, library)

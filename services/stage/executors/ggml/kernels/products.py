@@ -3,82 +3,71 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from noodle.model.ggml_types import GGML_TYPE_BY_NUMBER
 from services.stage.executors.ggml.graph import CustomOperations, GgmlCalls
-from services.stage.executors.ggml.kernels.library import FLOATS, fastest, own_operations
-from services.stage.executors.ggml.weights import TYPE_NUMBERS, TensorLayout, WeightBlock
+from services.stage.executors.ggml.kernels.library import INSTRUCTIONS, fastest, own_operations
+from services.stage.executors.ggml.weights import GROUP_ROWS, TensorLayout, WeightBlock
 
-GROUP_ROWS = 16  # weight rows that are interleaved
-BLOCK_ITEMS = 32  # of Q8_0
-UNIT_ITEMS = {"f32": 1, "f16": 1, "bf16": 2, "q8_0": BLOCK_ITEMS}  # elements of a row that stay together
-UNIT_BYTES = {"f32": 4, "f16": 2, "bf16": 4, "q8_0": 0}  # 0 means blocks
-TILES = {"f32": "arrange", "f16": "arrange", "bf16": "arrange_bf16", "q8_0": "quantise"}
-TILE_BLOCK_BYTES = {"avx2": 72, "avx512": 40}  # of Q8_0 activations: elements, scale and correction
-# instructions by the type of the weights, as FLOATS
-INSTRUCTIONS = {
-    "f32": FLOATS,
-    "f16": FLOATS,
-    "bf16": {"avx512": "avx512_bf16"},
-    "q8_0": {"avx2": "avx2", "avx512": "avx512_q8_0"},
-}
-# matrices that ggml's own operations read
-LEFT_TO_GGML = ("positions.weight", "router.weight")
+FLOAT_TYPES = ("F32", "F16", "BF16")
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+BLOCK_ITEMS, ROW_BLOCK_BYTES = 32, 48  # of activations in 8 bits
+# the learned positions, whose rows ggml takes
+LEFT_TO_GGML = ("positions.weight",)
+
+
+class _Taking(ctypes.Structure):
+    """`struct taking` of kernels/products/layout.c, after its work."""
+
+    _fields_ = (("type", ctypes.c_int64), ("to_float", ctypes.c_void_p))
 
 
 class PackedWeights:
-    """GEMM with weights in the layout of kernels/packed_weights.h; `instructions` by the type of the weights."""
+    """Products with weights in the layout of kernels/products/layout.h.
 
-    def __init__(self, operations: CustomOperations, instructions: Mapping[str, str]) -> None:
+    `instructions` are those of all products. With `rounds_to_bf16` the instruction of AVX512_BF16 multiplies by
+    bfloat16 weights, and rounds activations to bfloat16.
+    """
+
+    def __init__(self, operations: CustomOperations, instructions: str, *, rounds_to_bf16: bool) -> None:
         self._ggml, self._operations = operations.ggml, operations
-        self.instructions = dict(instructions)
-        self._type_names = {TYPE_NUMBERS[name]: name for name in instructions}
-
-    def pack(self, blocks: Mapping[str, WeightBlock], *, also_embedding: bool) -> frozenset[tuple[str, str]]:
-        """Pack suitable matrices in place; returns their blocks and names.
-
-        Embeddings are packed only on request: their rows are then read by `take_rows`.
-        """
-        packed = set()
-        for block_name, block in blocks.items():
-            for layout in block.tensors:
-                if self.is_packed(block_name, layout, also_embedding=also_embedding):
-                    self.pack_matrix(layout, block)
-                    packed.add((block_name, layout.name))
-        return frozenset(packed)
+        self.instructions = instructions
+        self.rounds_to_bf16 = rounds_to_bf16
+        self.types = frozenset(FLOAT_TYPES + BLOCK_TYPES)
 
     def is_packed(self, block_name: str, layout: TensorLayout, *, also_embedding: bool) -> bool:
-        """Whether a tensor of a block is one that `pack` packs."""
-        name = self._type_names.get(layout.type_number)
-        if name is None or len(layout.sizes) != 2 or layout.name in LEFT_TO_GGML:
+        """Whether a tensor of a block is to be packed. Embeddings are on request: `take_rows` then takes their rows."""
+        kind = GGML_TYPE_BY_NUMBER[layout.type_number]
+        if not layout.is_matrix or len(layout.sizes) != 2 or layout.name in LEFT_TO_GGML or kind.name not in self.types:
             return False
-        length, outputs = layout.sizes
         is_wanted = also_embedding or block_name != "embedding"
-        return is_wanted and outputs % GROUP_ROWS == 0 and length % UNIT_ITEMS[name] == 0
+        return is_wanted and layout.sizes[0] % self._items(kind.number) == 0
 
     def multiplies(self, weight: int) -> bool:
         """Whether there are kernels for the type of a weight."""
-        return int(self._ggml.ggml_tensor.from_address(weight).type) in self._type_names
+        return self._type_of(weight) in self.types
 
     def tiles_of(self, weight: int) -> str:
         """The kind of tiles that a packed weight is multiplied by."""
         name = self._type_of(weight)
-        return f"{TILES[name]}_{self.instructions[name]}"
+        if name in BLOCK_TYPES:
+            return "quantize"
+        return "arrange_pairs" if name == "BF16" and self.rounds_to_bf16 else "arrange"
 
     def tiles(self, context: Any, rows: int, kind: str) -> int:
         """Rows [features, count] in float32 as tiles, for any number of products."""
         features, count = self._ggml.ggml_tensor.from_address(rows).ne[:2]
-        arrangement, _, instructions = kind.rpartition("_")
         row_bytes = {
             "arrange": 4 * features,
-            "arrange_bf16": 2 * features,
-            "quantise": features // BLOCK_ITEMS * TILE_BLOCK_BYTES[instructions],
-        }[arrangement]
+            "arrange_pairs": 2 * features,
+            "quantize": features // BLOCK_ITEMS * ROW_BLOCK_BYTES,
+        }[kind]
+        name = f"{kind}_{self.instructions}"
         return self._operations.add(
-            context, kind, kind=self._ggml.GGML_TYPE_I8, sizes=(row_bytes, count), sources=(rows,)
+            context, name, kind=self._ggml.GGML_TYPE_I8, sizes=(row_bytes, count), sources=(rows,)
         )
 
     def product(self, context: Any, weight: int, tiles: int) -> int:
@@ -86,38 +75,46 @@ class PackedWeights:
         count = self._ggml.ggml_tensor.from_address(tiles).ne[1]
         outputs = self._ggml.ggml_tensor.from_address(weight).ne[1]
         kind = self._type_of(weight)
-        name = f"multiply_{kind}_{self.instructions[kind]}"
+        kind = "BF16_PAIRS" if kind == "BF16" and self.rounds_to_bf16 else kind
+        name = f"multiply_{kind}_{self.instructions}"
         return self._operations.add(context, name, sizes=(outputs, count), sources=(weight, tiles))
 
     def take_rows(self, context: Any, weight: int, ids: int) -> int:
         """Like ggml's get_rows of a packed weight."""
-        features = self._ggml.ggml_tensor.from_address(weight).ne[0]
-        count = self._ggml.ggml_tensor.from_address(ids).ne[0]
-        name = f"take_rows_{self._type_of(weight)}"
-        return self._operations.add(context, name, sizes=(features, count), sources=(weight, ids))
+        ggml = self._ggml
+        fields = ggml.ggml_tensor.from_address(weight)
+        count = ggml.ggml_tensor.from_address(ids).ne[0]
+        traits = ggml.ggml_type_traits.from_address(ggml.ggml_get_type_traits(fields.type))
+        taking = _Taking(fields.type, ctypes.cast(traits.to_float, ctypes.c_void_p).value)
+        sizes = (fields.ne[0], count)
+        return self._operations.add(context, "take_rows", sizes=sizes, sources=(weight, ids), fields=taking)
 
-    def pack_matrix(self, layout: TensorLayout, block: WeightBlock) -> None:
-        """Pack a matrix in place; several may be packed at once."""
+    def pack(self, layout: TensorLayout, block: WeightBlock) -> None:
+        """Pack a matrix in place, with the rows that fill up its last group; several may be packed at once."""
         length, outputs = layout.sizes
-        memory = block.bytes_of(layout)
-        name = self._type_names[layout.type_number]
-        units = length // UNIT_ITEMS[name] if UNIT_BYTES[name] else length
-        spare = np.empty(GROUP_ROWS * layout.byte_count // outputs, np.uint8)
+        kind = GGML_TYPE_BY_NUMBER[layout.type_number]
+        groups = -(-outputs // GROUP_ROWS)
+        items = self._items(kind.number)
+        spare = np.empty(GROUP_ROWS * kind.byte_count(length), np.uint8)
         self._operations.library.noodle_pack(
-            ctypes.c_void_p(memory.ctypes.data),
+            ctypes.c_void_p(block.memory.ctypes.data + layout.offset),
             ctypes.c_void_p(spare.ctypes.data),
-            *(ctypes.c_int64(number) for number in (outputs, units, UNIT_BYTES[name])),
+            *(ctypes.c_int64(number) for number in (groups * GROUP_ROWS, length // items, kind.number)),
         )
 
+    def _items(self, type_number: int) -> int:
+        """Elements of a row that stay together."""
+        return int(self._operations.library.noodle_packed_items(ctypes.c_int64(type_number)))
+
     def _type_of(self, weight: int) -> str:
-        return self._type_names[int(self._ggml.ggml_tensor.from_address(weight).type)]
+        return GGML_TYPE_BY_NUMBER[int(self._ggml.ggml_tensor.from_address(weight).type)].name
 
 
 def packed_weights(ggml: GgmlCalls, *, only: str | None = None) -> PackedWeights | None:
-    """The GEMM kernels (`only` those with some instructions); None if none was built or runs on this processor."""
+    """The products (`only` those of some instructions); None if none was built or runs on this processor."""
     operations = own_operations(ggml)
-    if operations is None:
+    instructions = fastest(operations, INSTRUCTIONS, only) if operations is not None else ""
+    if operations is None or not instructions:
         return None
-    chosen = {name: fastest(operations, instructions, only) for name, instructions in INSTRUCTIONS.items()}
-    available = {name: instructions for name, instructions in chosen.items() if instructions}
-    return PackedWeights(operations, available) if available else None
+    rounds_to_bf16 = instructions == "avx512" and operations.supports("avx512_bf16")
+    return PackedWeights(operations, instructions, rounds_to_bf16=rounds_to_bf16)

@@ -32,7 +32,7 @@ class Experts:
             return total
         shared = self._operations.feed_forward(tensor, weights, "shared_")
         if "shared_router.weight" in weights:
-            share = self._call("sigmoid", self._call("mul_mat", weights["shared_router.weight"], tensor))
+            share = self._call("sigmoid", self._operations.product(weights["shared_router.weight"], tensor))
             shared = self._call("mul", shared, share)
         return self._call("add", total, shared)
 
@@ -51,7 +51,7 @@ class Experts:
     def _choose(self, tensor: int, weights: dict[str, int], tokens: int) -> tuple[int, int]:
         """Numbers of the chosen experts [chosen, tokens] and their shares [1, chosen, tokens]."""
         family, count = self._family, self._shape.experts_per_token
-        outputs = self._call("mul_mat", weights["router.weight"], tensor)
+        outputs = self._operations.product(weights["router.weight"], tensor)
         if "router.bias" in weights:
             outputs = self._call("add", outputs, weights["router.bias"])
         if family.scores == "sparse_mixer":

@@ -1,0 +1,131 @@
+/* Products of packed block types (layout.h) with rows in 8 bits. Each source file includes this for one instruction set.
+ *
+ * A unit is 32 elements of 16 weight rows. What is stored of it is unpacked once (block_types.h) into 8 vectors of bytes, four
+ * elements of each row, and multiplied by every row of a tile: the dot product of 32 bytes is exact in 32 bits, is scaled in
+ * float32 and added to the output. Units are added in their order, whatever else is computed beside them, so an output has
+ * the same bits alone and in any company.
+ *
+ * The including file defines WITH (the target attribute), NAME(x), LANES (weight rows in a vector), and on vectors: `bytes` of
+ * 4 * LANES bytes, `ints` and `floats` of LANES, and the functions that block_types.h and this file use.
+ */
+
+#include "block_types.h"
+
+#define TILE_ROWS 16 /* of activations that a unit is multiplied by once it is unpacked */
+
+/* Add the product of a unit's LANES rows and a row's 32 elements to `sum`, with the scale of both. */
+#define DOT_AND_ADD(type) \
+    WITH INLINED floats add_unit_##type(floats sum, const struct unit *unit, const struct row_block *row) { \
+        const floats scale = broadcast_float(row->scale); \
+        if (type##_HALVES == 2) { \
+            const ints first = shifted(broadcast_int(row->first_negative_sum), type##_ZERO_SHIFT); \
+            const ints second = \
+                shifted(broadcast_int(row->negative_sum - row->first_negative_sum), type##_ZERO_SHIFT); \
+            sum = fmadd(to_floats(dot(first, unit->weights, row->numbers, 4, type##_LARGEST)), \
+                        multiply(unit->scale[0], scale), sum); \
+            return fmadd(to_floats(dot(second, unit->weights + 4, row->numbers + 16, 4, type##_LARGEST)), \
+                         multiply(unit->scale[1], scale), sum); \
+        } \
+        const ints start = \
+            type##_ZERO_SHIFT ? shifted(broadcast_int(row->negative_sum), type##_ZERO_SHIFT) : broadcast_int(0); \
+        sum = fmadd(to_floats(dot(start, unit->weights, row->numbers, 8, type##_LARGEST)), \
+                    multiply(unit->scale[0], scale), sum); \
+        return type##_HAS_MINIMUM ? fmadd(unit->minimum, broadcast_float(row->scaled_negative_sum), sum) : sum; \
+    }
+
+/* The product of a group and a tile of `rows` rows; `rows` is a constant where that is faster. */
+#define MULTIPLY_TILE(type) \
+    DOT_AND_ADD(type) \
+    WITH INLINED void multiply_tile_##type(const char *group, const struct row_block *tile, int64_t blocks, float *out, \
+                                           size_t out_stride, const int rows) { \
+        floats sums[TILE_ROWS][PARTS]; \
+        for (int row = 0; row < rows; row++) \
+            for (int part = 0; part < PARTS; part++) sums[row][part] = broadcast_float(0.0f); \
+        for (int64_t block = 0; block < blocks; block++, group += GROUP_ROWS * type##_BYTES) { \
+            struct scales_##type scales; \
+            prepare_##type(&scales, group); \
+            for (int outer = 0; outer < type##_ITEMS / BLOCK / type##_INNER; outer++) { \
+                _Pragma("GCC unroll 8") for (int inner = 0; inner < type##_INNER; inner++, tile += rows) { \
+                    _Pragma("GCC unroll 4") for (int part = 0; part < PARTS; part++) { \
+                        struct unit unit; \
+                        unpack_##type(&unit, &scales, group, outer, inner, part); \
+                        for (int row = 0; row < rows; row++) \
+                            sums[row][part] = add_unit_##type(sums[row][part], &unit, tile + row); \
+                    } \
+                } \
+            } \
+        } \
+        for (int row = 0; row < rows; row++) \
+            for (int part = 0; part < PARTS; part++) \
+                store_floats((float *)((char *)out + row * out_stride) + part * LANES, sums[row][part]); \
+    }
+
+#define BLOCK_CASE(type, rows) multiply_tile_##type(group, from, blocks, out, out_stride, rows)
+
+/* noodle_multiply_<type>. dst: float32 [weight rows, rows]; sources: packed weight, tiles */
+#define PRODUCT_OF_BLOCKS(type) \
+    MULTIPLY_TILE(type) \
+    WITH void NAME(noodle_multiply_##type)(void *dst, int thread, int threads, void *work) { \
+        (void)thread; \
+        const void *weight = source_of(dst, 0), *given = source_of(dst, 1); \
+        const int64_t blocks = size_of(weight, 0) / type##_ITEMS, units = size_of(weight, 0) / BLOCK; \
+        const int64_t group_bytes = blocks * GROUP_ROWS * type##_BYTES; \
+        const struct cut cut = cut_of(size_of(dst, 1), TILE_ROWS); \
+        float last[TILE_ROWS * GROUP_ROWS]; \
+        struct shares shares = shares_of( \
+            work, threads, cut, units * (int64_t)sizeof(struct row_block), groups_of(weight)); \
+        for (struct share share; next_share(&shares, &share);) { \
+            for (int64_t number = share.first_group; number < share.end_group; number++) { \
+                const char *group = data_of(weight) + number * group_bytes; \
+                for (int64_t tile = share.first_tile; tile < share.end_tile; tile++) { \
+                    const int64_t begin = begin_of_tile(cut, tile); \
+                    const struct row_block *from = (const struct row_block *)data_of(given) + begin * units; \
+                    const int rows = (int)rows_of_tile(cut, tile); \
+                    struct outputs outputs = outputs_of(dst, begin, number, last); \
+                    float *out = outputs.out; \
+                    const size_t out_stride = outputs.stride; \
+                    if (rows == 1) \
+                        BLOCK_CASE(type, 1); \
+                    else if (rows == 2) \
+                        BLOCK_CASE(type, 2); \
+                    else if (rows == 4) \
+                        BLOCK_CASE(type, 4); \
+                    else \
+                        BLOCK_CASE(type, rows); \
+                    finish(&outputs, rows); \
+                } \
+            } \
+        } \
+    }
+
+PRODUCT_OF_BLOCKS(Q8_0)
+PRODUCT_OF_BLOCKS(Q4_0)
+PRODUCT_OF_BLOCKS(Q4_1)
+PRODUCT_OF_BLOCKS(Q5_0)
+PRODUCT_OF_BLOCKS(Q5_1)
+PRODUCT_OF_BLOCKS(Q4_K)
+PRODUCT_OF_BLOCKS(Q5_K)
+PRODUCT_OF_BLOCKS(Q6_K)
+PRODUCT_OF_BLOCKS(IQ4_NL)
+PRODUCT_OF_BLOCKS(IQ4_XS)
+PRODUCT_OF_BLOCKS(MXFP4)
+
+/* dst: bytes [row_blocks of a row, rows], tiles of row_blocks; source 0: rows of K float32 */
+WITH void NAME(noodle_quantize)(void *dst, int thread, int threads, void *unused) {
+    (void)unused;
+    const void *rows = source_of(dst, 0);
+    const int64_t units = size_of(rows, 0) / BLOCK, first = units * thread / threads, end = units * (thread + 1) / threads;
+    const struct cut cut = cut_of(size_of(rows, 1), TILE_ROWS);
+    for (int64_t tile = 0; tile < cut.tiles; tile++) {
+        const int64_t begin = begin_of_tile(cut, tile), width = rows_of_tile(cut, tile);
+        struct row_block *to = (struct row_block *)data_of(dst) + begin * units;
+        for (int64_t row = 0; row < width; row++) {
+            const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
+            for (int64_t unit = first; unit < end; unit++) {
+                struct row_block *block = to + unit * width + row;
+                quantize_block(block, from + unit * BLOCK);
+                block->scaled_negative_sum = block->scale * (float)block->negative_sum;
+            }
+        }
+    }
+}
