@@ -22,6 +22,7 @@ from services.stage.executors.ggml.kernels.library import own_library
 from services.stage.executors.ggml.kernels.products import BLOCK_TYPES, FLOAT_TYPES, PackedWeights, packed_weights
 from services.stage.executors.ggml.weights import TensorLayout, WeightBlock, own_memory
 from tests.measure.kernels.limits import Limits
+from tests.measure.kernels.repacked import addresses_of, repacked
 from tests.measure.report import Section, spread
 
 SHAPES = ((8192, 3072), (3072, 8192), (3072, 3072))  # outputs and inputs of a 3B model's matrices
@@ -34,11 +35,12 @@ ROUNDS = 7
 
 @dataclass(frozen=True)
 class Weights:
-    """Matrices of one type, first in ggml's layout and then in noodle's."""
+    """Matrices of one type in ggml's layout and in noodle's."""
 
     kind: str
     plain: WeightBlock
     packed: WeightBlock
+    repacked: list[int] | None  # the same by ggml, for the types that it repacks
 
     def layouts(self, count: int) -> tuple[TensorLayout, ...]:
         """Return the matrices that are multiplied by this many rows."""
@@ -49,7 +51,8 @@ class Weights:
 class Rounds:
     """What each round took: seconds of a pass over the weights, and what the loops did meanwhile."""
 
-    theirs: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+    repacked: list[float] = field(default_factory=list)
     ours: list[float] = field(default_factory=list)
     bytes_per_second: list[float] = field(default_factory=list)
     products_per_second: list[float] = field(default_factory=list)
@@ -66,18 +69,20 @@ def measure(*, instructions: str = "", only: str = "", rows: str = "", rounds: s
     used = kernels.instructions
     section = Section(f"kernels --instructions {used}", f"noodle's kernels beside ggml's, {used.upper()}")
     section.is_partial = bool(only or rows) or int(rounds) < ROUNDS
+    shapes = ", ".join(f"{outputs} x {inputs}" for outputs, inputs in SHAPES)
+    compiled = "AVX512" if library.module.ggml_cpu_has_avx512() else "AVX2"
     section.say(
-        f"One core; {', '.join(f'{outputs} x {inputs}' for outputs, inputs in SHAPES)} numbers, the matrices of a 3B "
-        f"model, {READ_BYTES >> 20} MB of them up to {READ_ROWS} rows and one of each beyond; {rounds} rounds in turn "
-        f"of ggml (compiled with {'AVX512' if library.module.ggml_cpu_has_avx512() else 'AVX2'}), noodle, a loop that "
-        "only reads these weights and one that only multiplies and adds in registers. Medians of CPU milliseconds for "
-        "all of them and of noodle's shares of both loops' speed; a GMAC is 10^9 multiplications and additions."
+        f"One core; {shapes} numbers, the matrices of a 3B model, {READ_BYTES >> 20} MB of them up to {READ_ROWS} rows "
+        f"and one of each beyond; {rounds} rounds in turn of ggml (compiled with {compiled}), ggml with its repacked "
+        "layout where the type has one, noodle, a loop that only reads these weights and one that only multiplies and "
+        "adds in registers. Medians of CPU milliseconds for all of them, of ratios to the faster of ggml's two, and of "
+        "noodle's shares of both loops' speed; a GMAC is 10^9 multiplications and additions."
     )
     bench = KernelBench(GgmlDevice(ggml, CPU, library.backend(1)), kernels, Limits(own, used), int(rounds))
     kinds = [name for name in FLOAT_TYPES + BLOCK_TYPES if not only or name.lower() in only.lower().split(",")]
     counts = [int(each) for each in rows.split(",")] if rows else ROWS
-    heads = ["weights", "rows", "ggml, ms", "noodle, ms", "times as fast", "GB/s", "of reading", "GMAC/s",
-             "of multiplying"]  # fmt: skip
+    heads = ["weights", "rows", "ggml, ms", "repacked, ms", "noodle, ms", "times as fast", "GB/s", "of reading",
+             "GMAC/s", "of multiplying"]  # fmt: skip
     print(heads, flush=True)
     section.table(heads, [line for kind in kinds for line in bench.lines(kind, counts)])
     return section
@@ -103,16 +108,20 @@ class KernelBench:
 
     def in_turn(self, weights: Weights, count: int) -> Rounds:
         """Return what all did in each round but the first, which warms up."""
-        plain = products(self.device, None, weights, count)
-        packed = products(self.device, self.kernels, weights, count)
+        graphs = {
+            "plain": products(self.device, None, weights, count),
+            "ours": products(self.device, self.kernels, weights, count),
+        }
+        if weights.repacked:
+            graphs["repacked"] = products(self.device, None, weights, count, is_repacked=True)
         found = Rounds()
         for _ in range(self.rounds + 1):
             found.bytes_per_second.append(self.limits.bytes_per_second(weights.packed.memory))
             found.products_per_second.append(self.limits.products_per_second(weights.kind))
-            found.theirs.append(seconds_of(plain))
-            found.ours.append(seconds_of(packed))
-        plain.close()
-        packed.close()
+            for name, graph in graphs.items():
+                getattr(found, name).append(seconds_of(graph))
+        for graph in graphs.values():
+            graph.close()
         return Rounds(*(each[1:] for each in vars(found).values()))
 
 
@@ -129,6 +138,7 @@ def line_of(weights: Weights, count: int, found: Rounds) -> list[object]:
     byte_count = sum(layout.byte_count for layout in layouts)
     product_count = count * sum(math.prod(layout.sizes) for layout in layouts)
     ours = statistics.median(found.ours)
+    theirs = list(map(min, found.plain, found.repacked)) if found.repacked else found.plain
     of_reading = [byte_count / taken / limit for taken, limit in zip(found.ours, found.bytes_per_second, strict=True)]
     of_multiplying = [
         product_count / taken / limit for taken, limit in zip(found.ours, found.products_per_second, strict=True)
@@ -136,9 +146,10 @@ def line_of(weights: Weights, count: int, found: Rounds) -> list[object]:
     return [
         weights.kind,
         count,
-        f"{statistics.median(found.theirs) * 1e3:.2f}",
+        f"{statistics.median(found.plain) * 1e3:.2f}",
+        f"{statistics.median(found.repacked) * 1e3:.2f}" if found.repacked else "",
         f"{ours * 1e3:.2f}",
-        spread([a / b for a, b in zip(found.theirs, found.ours, strict=True)]),
+        spread([a / b for a, b in zip(theirs, found.ours, strict=True)]),
         f"{byte_count / ours / 1e9:.1f}",
         f"{statistics.median(of_reading):.2f}",
         f"{product_count / ours / 1e9:.0f}",
@@ -163,7 +174,7 @@ def drawn(device: GgmlDevice, kernels: PackedWeights, kind: str) -> Weights:
             block.bytes_of(layout).reshape(layout.sizes[1] // DRAWN_ROWS, -1)[...] = quantized[layout.sizes[0]]
     for layout in layouts:
         kernels.pack(layout, packed)
-    return Weights(kind, plain, packed)
+    return Weights(kind, plain, packed, repacked(device, plain))
 
 
 def quantize(device: GgmlDevice, kind: str, numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
@@ -177,19 +188,20 @@ def quantize(device: GgmlDevice, kind: str, numbers: npt.NDArray[np.float64]) ->
     return blocks
 
 
-def products(device: GgmlDevice, kernels: PackedWeights | None, weights: Weights, count: int) -> GraphMemory:
+def products(
+    device: GgmlDevice, kernels: PackedWeights | None, weights: Weights, count: int, *, is_repacked: bool = False
+) -> GraphMemory:
     """Return a graph that multiplies the same rows with each weight, by ggml's kernels if none are given."""
     ggml, layouts = device.ggml, weights.layouts(count)
-    block = weights.packed if kernels else weights.plain
     graph = GraphMemory(device, 16 + 4 * len(layouts))
+    block = weights.packed if kernels else weights.plain
+    matrices = weights.repacked if is_repacked else addresses_of(graph, layouts, block)
     rows: dict[int, int] = {}
     tiles: dict[tuple[int, str], int] = {}
-    for layout in layouts:
-        inputs, outputs = layout.sizes
+    for weight, layout in zip(matrices or (), layouts, strict=False):
+        inputs = layout.sizes[0]
         if inputs not in rows:
             rows[inputs] = graph.persist(ggml.ggml_new_tensor_2d(graph.context, ggml.GGML_TYPE_F32, inputs, count))
-        weight = graph.outside(ggml.ggml_new_tensor_2d(graph.context, layout.type_number, inputs, outputs))
-        graph.words[graph.word(weight) + graph.at_data] = block.bytes_of(layout).ctypes.data
         if kernels:
             kind = kernels.tiles_of(weight)
             if (inputs, kind) not in tiles:
