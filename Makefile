@@ -121,7 +121,7 @@ $(TRANSFORMERS_STAMP): requirements-transformers.lock $(RUNTIME_STAMP)
 $(KERNELS_STAMP): $(KERNELS) $(wildcard services/stage/executors/kernels/*.h services/stage/executors/kernels/*/*.h) $(GGML_STAMP)
 	@for folder in $(VENV)/lib/python3*/site-packages/ggml/lib; do \
 		if [ -d "$$folder" ]; then \
-			$${CC:-cc} -O3 -shared -fPIC -pthread -o "$$folder/libnoodle.so" $(KERNELS) || \
+			$${CC:-cc} -O3 -ffp-contract=off -shared -fPIC -pthread -o "$$folder/libnoodle.so" $(KERNELS) || \
 				{ echo "noodle's own kernels could not be built: ggml's compute, slower in 8 bits"; exit 0; }; \
 			touch $@; \
 		fi; \

@@ -19,8 +19,12 @@ import numpy.typing as npt
 from noodle.model.ggml_types import GGML_TYPES
 from noodle.wire.messages import SamplingParameters
 from services.stage.executors.ggml.backend import GgmlDevice, GgmlLibrary, load_ggml
-from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory
-from services.stage.executors.ggml.kernels.attention import flash_attention_kernel
+from services.stage.executors.ggml.graph import GgmlCalls, GraphMemory, SpanRows
+from services.stage.executors.ggml.kernels.attention import (
+    FlashAttentionKernel,
+    LayerAttention,
+    flash_attention_kernel,
+)
 from services.stage.executors.ggml.kernels.products import packed_weights
 from services.stage.executors.ggml.weights import GgmlTensors, TensorLayout, WeightBlock, own_memory
 from services.stage.selection.benchmark import FILE_NAME, MeasureProgress, keep, one_at_a_time, read_kept
@@ -103,6 +107,8 @@ class SpeedMeter:
         self._ggml = GgmlCalls(self._library.module)
         self._device = GgmlDevice(self._ggml, device_name, self._library.backend(threads, device_name))
         self._kernels = packed_weights(self._ggml) if self._device.is_host else None
+        kernel = flash_attention_kernel(self._ggml, F16, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+        self._attention_kernel = kernel if self._device.is_host else None
         self._memory = own_memory(READ_BYTES)
         self._memory[:] = FILL
         self._inputs: list[tuple[int, npt.NDArray[Any]]] = []  # of the graph that is being built
@@ -197,14 +203,21 @@ class SpeedMeter:
         return [total]
 
     def _attention(self, count: int, keys: int, memory: GraphMemory) -> list[int]:
+        if self._attention_kernel is not None:
+            return [self._own_attention(self._attention_kernel, count, keys, memory)]
         query = self._input(memory, HEAD_DIM, count, HEADS)
         key, value = (self._input(memory, HEAD_DIM, keys, KV_HEADS, dtype=np.float16) for _ in range(2))
-        own = flash_attention_kernel(self._ggml, HEAD_DIM, F16) if self._device.is_host and count > 1 else None
-        if own is not None:
-            return [own.attend(memory.context, query, key, value, scale=0.1, cap=0.0, window=0)]
         mask = None if count == 1 else self._input(memory, keys, count, value=0.0, dtype=np.float16)
         factors: tuple[Any, ...] = (mask, 0.1, 0.0, 0.0)
         return [int(self._ggml.ggml_flash_attn_ext(memory.context, query, key, value, *factors))]
+
+    def _own_attention(self, kernel: FlashAttentionKernel, count: int, keys: int, memory: GraphMemory) -> int:
+        query, key, value = (self._input(memory, HEAD_DIM, heads, count) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        area_bytes = 2 * HEAD_DIM * KV_HEADS * keys
+        self._spans = kernel.new_spans(1)
+        self._spans.write([SpanRows(int(self._memory.ctypes.data), 0, area_bytes, keys - count, count)])
+        layer = LayerAttention(0, 1, scale=0.1)
+        return kernel.attend(memory.context, self._spans, layer, query=query, key=key, value=value)
 
 
 def _least_seconds(run: Callable[[], object]) -> float:

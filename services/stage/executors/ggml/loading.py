@@ -115,7 +115,14 @@ def load_ggml_slice(
     loaded = GgmlTensors(device, blocks)
     packed = frozenset(loaded.by_block[block][name] for block, name in packed_names)
     key_type = KV_TYPE_NUMBERS[kv_dtype]
-    own_attention = device.is_host and not shape.latent and "sinks" not in shape.family.modules
+    attention = flash_attention_kernel(
+        ggml,
+        key_type,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        value_dim=shape.value_dim,
+    )
     tensors = SliceTensors(
         **_weights(loaded.by_block, shape, start_layer, end_layer),
         pairing=INTERLEAVED if shape.interleaved else NEOX,
@@ -125,7 +132,7 @@ def load_ggml_slice(
         activation_values=activation_values,
         kernels=kernels,
         packed=packed,
-        attention=flash_attention_kernel(ggml, shape.head_dim, key_type) if own_attention else None,
+        attention=attention if device.is_host else None,
     )
     return GgmlSlice(
         device,

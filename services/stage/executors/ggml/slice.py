@@ -18,7 +18,8 @@ from noodle.errors import WireError
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
 from services.stage.executors.ggml.backend import GgmlDevice, load_ggml
-from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SpanRows
+from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SlotTensors, SpanRows
+from services.stage.executors.ggml.kernels.attention import BLOCK_TOKENS, StepSpans
 from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
 from services.stage.executors.ggml.layers.graph import LayerGraph
 from services.stage.executors.ggml.layers.operations import LAYER_TENSORS, SPAN_TENSORS, SliceTensors
@@ -36,13 +37,13 @@ MAXIMUM_GRAPH_BYTES = 256 << 20
 # take megabytes, and building one takes little of such a step's time.
 LARGE_STEP_TOKENS = 32
 
-_GraphKey = tuple[bool, tuple[int, ...]]  # whether from token ids, and the token count of each span
+_GraphKey = tuple[bool, tuple[int, ...]]  # whether from token ids; the token count of each span, or of all of them
 
 
 @dataclass
 class _StepGraph:
     memory: GraphMemory
-    patches: SlotPatches
+    patches: SlotPatches | StepSpans
     inputs: npt.NDArray[Any]  # token ids or hidden states
     positions: npt.NDArray[np.int32]
     output: Floats
@@ -79,7 +80,8 @@ class GgmlSlice(KvCache[GgmlRows]):
 
         def new_rows(reserve_tokens: int) -> GgmlRows:
             if device.is_host:
-                return GgmlRows(reserve_tokens, areas=areas, row_bytes=tensors.row_bytes)
+                blocks = BLOCK_TOKENS if tensors.attention is not None else 1
+                return GgmlRows(reserve_tokens, areas=areas, row_bytes=tensors.row_bytes, block_tokens=blocks)
             return DeviceRows(reserve_tokens, areas=areas, row_bytes=tensors.row_bytes, device=device)
 
         super().__init__(new_rows, kv_bytes_per_token=areas * tensors.row_bytes, reserves_upfront=not device.is_host)
@@ -113,7 +115,8 @@ class GgmlSlice(KvCache[GgmlRows]):
         ]
         if total_tokens <= LARGE_STEP_TOKENS:
             self._drop_large()
-        counts = tuple(span.token_count for span in batch.spans)
+        # noodle's attention reads the spans, which may therefore be others each time that a graph is computed
+        counts = tuple(span.token_count for span in batch.spans) if self._tensors.attention is None else (total_tokens,)
         step = self._graph((inputs.ndim == 1, counts), self._new_step_graph)
         step.inputs[...] = inputs
         begin = 0
@@ -202,15 +205,18 @@ class GgmlSlice(KvCache[GgmlRows]):
         ggml.ggml_build_forward_expand(memory.graph, positions)
         ggml.ggml_build_forward_expand(memory.graph, output)
         memory.allocate()
-        windows = shape.windows[self.start_layer : self.end_layer]
         sizes, dtype = ((tokens,), "<i4") if from_tokens else ((tokens, self.hidden_size), "<f4")
         return _StepGraph(
             memory,
-            SlotPatches(memory, build.slots, windows, row_bytes=tensors.row_bytes, areas=shape.areas),
+            build.spans or self._slot_patches(memory, build.slots),
             memory.input(inputs, sizes, dtype),
             memory.input(positions, (tokens,), "<i4"),
             memory.output(output, (tokens, self.hidden_size), "<f4"),
         )
+
+    def _slot_patches(self, memory: GraphMemory, slots: SlotTensors) -> SlotPatches:
+        windows = self._shape.windows[self.start_layer : self.end_layer]
+        return SlotPatches(memory, slots, windows, row_bytes=self._tensors.row_bytes, areas=self._shape.areas)
 
     def _new_head_graph(self, key: _GraphKey) -> _HeadGraph:
         ggml, row_count = self._ggml, -key[1][0]

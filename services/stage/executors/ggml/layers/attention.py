@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.stage.executors.ggml.graph import MaskSlot, SlotTensors
+from services.stage.executors.ggml.kernels.attention import LayerAttention, StepSpans
 from services.stage.executors.ggml.layers.operations import ITEM_BYTES, Operations
 from services.stage.executors.ggml.shape import LatentShape
 
@@ -29,6 +30,8 @@ class Attention:
         self._positions = positions
         self._counts = counts
         self.slots = SlotTensors()
+        kernel = self._tensors.attention
+        self.spans = kernel.new_spans(sum(counts)) if kernel is not None else None
         self._attended = 0  # shared by all layers: every span's attention is written into its place here
         self._query_scales = 0
         if self._tensors.query_scales:
@@ -36,14 +39,13 @@ class Attention:
             self._query_scales = self._call("reshape_3d", scales, 1, 1, sum(counts))
         self._masks: dict[tuple[int, int], int] = {}  # by span and window
         padding = max(self._attended_rows(count) - count for count in counts)
-        if len(counts) > 1 or padding:
+        if self.spans is None and (len(counts) > 1 or padding):
             # the padding rows of a span are overwritten by the next span
             width = self._shape.heads * self._shape.value_dim
             self._attended = self._memory.persist(self._call("new_tensor_2d", 0, width, sum(counts) + padding))
 
     def attend(self, tensor: int, number: int, weights: dict[str, int]) -> int:
         """Attention of layer `number` of the slice over normed hidden states [hidden_size, tokens]."""
-        slots, width = self.slots, self._shape.heads * self._shape.value_dim
         latent = self._shape.latent
         if latent:
             query, key, value = self._latent_query_key(tensor, number, weights, latent)
@@ -52,6 +54,38 @@ class Attention:
         if self._query_scales:
             scaled = self._call("mul", self._heads(query, self._shape.heads), self._query_scales)
             query = _Rows(scaled, 0, self._shape.heads * self._shape.head_dim * ITEM_BYTES)
+        sinks = weights.get("sinks.weight", 0)
+        if self.spans is not None:
+            joined = self._attend_at_once(self.spans, (query, key, value), number, sinks)
+        else:
+            joined = self._attend_by_span(query, key, value, number, sinks)
+        if latent:
+            joined = self._values_of_latent(joined, weights, latent)
+        joined = self._operations.norm(joined, weights, "attention_inner_norm")
+        return self._operations.linear(joined, weights, "output")
+
+    def _attend_at_once(
+        self, spans: StepSpans, rows: tuple[_Rows, _Rows, _Rows | None], number: int, sinks: int
+    ) -> int:
+        """Attention of all spans by noodle's kernel, which is given them before each step."""
+        shape = self._shape
+        query, key, value = rows
+        layer = LayerAttention(
+            key_area=number * shape.areas,
+            value_area=(number + 1) * shape.areas - 1,
+            scale=shape.attention_scale,
+            cap=shape.attention_cap,
+            window=shape.windows[self._start_layer + number],
+            sinks=sinks,
+        )
+        own_value = None if value is None else self._heads(value, shape.kv_heads)
+        own_query, own_key = self._heads(query, shape.heads), self._heads(key, shape.kv_heads)
+        attended = spans.kernel.attend(self._context, spans, layer, query=own_query, key=own_key, value=own_value)
+        return self._call("reshape_2d", attended, shape.heads * shape.value_dim, sum(self._counts))
+
+    def _attend_by_span(self, query: _Rows, key: _Rows, value: _Rows | None, number: int, sinks: int) -> int:
+        """Attention by ggml, one operation for each span."""
+        slots, width = self.slots, self._shape.heads * self._shape.value_dim
         slots.add_layer()
         begin = attended = 0
         for index, count in enumerate(self._counts):
@@ -62,20 +96,15 @@ class Attention:
             else:
                 self._write_rows(value.from_token(begin), count, slots.value_written[-1], slots.value_target[-1])
             attended = self._attend(query.from_token(begin), number, index, count)
-            if "sinks.weight" in weights:
-                self._ggml.ggml_flash_attn_ext_add_sinks(attended, weights["sinks.weight"])
+            if sinks:
+                self._ggml.ggml_flash_attn_ext_add_sinks(attended, sinks)
             if self._attended:
                 self._memory.place_in(attended, self._attended, begin * width * ITEM_BYTES)
                 self._ggml.ggml_build_forward_expand(self._memory.graph, attended)
             begin += count
         if self._attended:
-            joined = self._view(self._attended, (width, begin), (width * ITEM_BYTES,), 0)
-        else:
-            joined = self._call("reshape_2d", attended, width, begin)
-        if latent:
-            joined = self._values_of_latent(joined, weights, latent)
-        joined = self._operations.norm(joined, weights, "attention_inner_norm")
-        return self._operations.linear(joined, weights, "output")
+            return self._view(self._attended, (width, begin), (width * ITEM_BYTES,), 0)
+        return self._call("reshape_2d", attended, width, begin)
 
     def _latent_query_key(
         self, tensor: int, number: int, weights: dict[str, int], latent: LatentShape
@@ -198,8 +227,6 @@ class Attention:
         own = self._view(query.tensor, sizes, strides, query.offset)
         window = shape.windows[self._start_layer + number]
         scale, cap = shape.attention_scale, shape.attention_cap
-        if count > 1 and self._tensors.attention is not None:
-            return self._tensors.attention.attend(self._context, own, key, value, scale=scale, cap=cap, window=window)
         rows = self._attended_rows(count)
         mask = None
         if count > 1:  # a single token attends to all rows that it is given
@@ -216,8 +243,7 @@ class Attention:
     def _attended_rows(self, count: int) -> int:
         """Number of rows that attention computes for a span of `count` tokens; the rows beyond are discarded."""
         is_tiled = TILED_ROWS <= count < TILE_ROWS and self._tensors.key_type in TILED_TYPES
-        is_tiled = is_tiled and self._memory.device.is_host and self._tensors.attention is None
-        return TILE_ROWS if is_tiled else count
+        return TILE_ROWS if is_tiled and self._memory.device.is_host else count
 
     def _slot(self, data: list[int], counts: list[int], head_dim: int) -> int:
         """K or V of one session in one layer; its address and length are written before each step."""

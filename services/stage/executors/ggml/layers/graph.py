@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.stage.executors.ggml.graph import GraphMemory, SlotTensors
+from services.stage.executors.ggml.kernels.attention import StepSpans
 from services.stage.executors.ggml.layers.attention import Attention
 from services.stage.executors.ggml.layers.experts import Experts
 from services.stage.executors.ggml.layers.operations import Operations, SliceTensors
@@ -20,7 +21,9 @@ class LayerGraph(Operations):
     def __init__(self, memory: GraphMemory, shape: ModelShape, tensors: SliceTensors, start_layer: int) -> None:
         super().__init__(memory, shape, tensors)
         self._start_layer = start_layer
-        self.slots = SlotTensors()  # of the sessions' rows, once `layers` has been called
+        # once `layers` has been called, one of the two tells where the sessions' rows are
+        self.slots = SlotTensors()
+        self.spans: StepSpans | None = None
 
     def embed(self, token_ids: int) -> int:
         """Token embeddings, scaled as the family does."""
@@ -39,11 +42,11 @@ class LayerGraph(Operations):
         return hidden
 
     def layers(self, hidden: int, positions: int, counts: Sequence[int]) -> int:
-        """All layers of the slice, over spans of these token counts."""
+        """All layers of the slice, over spans of these token counts; noodle's attention cuts all tokens itself."""
         shape = self.shape
         attention = Attention(self, self._start_layer, positions, counts)
         experts = Experts(self, shape.family.experts) if shape.family.experts else None
-        self.slots = attention.slots
+        self.slots, self.spans = attention.slots, attention.spans
         for number, weights in enumerate(self.tensors.layers):
             if self.tensors.activation_values:
                 self.activation_values = self.tensors.activation_values[number]

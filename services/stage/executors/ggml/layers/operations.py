@@ -39,7 +39,7 @@ class SliceTensors:
     exact: bool  # float32 throughout: ggml's GELU table, which is float16, is not used
     kernels: PackedWeights | None = None
     packed: frozenset[int] = frozenset()  # the matrices that these kernels multiply by
-    attention: FlashAttentionKernel | None = None  # for several tokens
+    attention: FlashAttentionKernel | None = None  # with rows in its own layout; without it ggml attends
 
 
 class Operations:
