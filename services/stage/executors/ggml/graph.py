@@ -7,7 +7,7 @@ sessions' rows are written into its tensors before each step: building a graph t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,6 @@ MEMORY_CURE = (
     "(NOODLE_STEP_TOKENS)."
 )
 EVERY_THREAD = -1  # ggml's GGML_N_TASKS_MAX
-WORK_BYTES = 16  # of `struct work`
 OPERATION_BYTES = 256  # of an operation's own memory at most: less than a tensor takes, and graphs have room for more
 F32 = 0  # ggml's GGML_TYPE_F32
 
@@ -58,12 +57,23 @@ def _plain(kind: Any) -> Any:
     return ctypes.c_void_p if isinstance(kind, type) and issubclass(kind, _POINTER) else kind
 
 
+class _Operation(ctypes.Structure):
+    """What kernels/pool.h declares; the fields of an operation follow."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("given", ctypes.c_void_p),
+        ("work", ctypes.c_int64 * 2),
+    )
+
+
 class CustomOperations:
     """Functions of noodle's own library as operations of ggml's graphs (GGML_OP_CUSTOM), on the CPU alone."""
 
     def __init__(self, ggml: GgmlCalls, library: ctypes.CDLL) -> None:
         self.ggml, self.library = ggml, library
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[str, int] = {}
+        self._compute_operation = ggml.ggml_custom_op_t(self._function("compute_operation"))
         fields = ggml.ggml_tensor
         offsets = (fields.data.offset, fields.ne.offset, fields.nb.offset, fields.src.offset)
         library.noodle_set_tensor_fields(*(ctypes.c_size_t(offset) for offset in offsets))
@@ -85,21 +95,21 @@ class CustomOperations:
         followed by a copy of `fields`. With `parameters`, it receives this address instead.
         """
         tensors = (ctypes.c_void_p * len(sources))(*sources)
-        function = self._function(name)
-        given = parameters or self._own_memory(context, fields)
-        options = (ctypes.addressof(tensors), len(sources), function, EVERY_THREAD, given)
+        address = self._operation(context, name, fields, parameters)
+        options = (ctypes.addressof(tensors), len(sources), self._compute_operation, EVERY_THREAD, address)
         return int(self.ggml.ggml_custom_4d(context, kind, *(*sizes, 1, 1, 1)[:4], *options))
 
-    def _own_memory(self, context: Any, fields: ctypes.Structure | None) -> int:
-        """Address of zeroed work and a copy of `fields`, in the graph's memory."""
-        field_bytes = ctypes.sizeof(fields) if fields is not None else 0
-        byte_count = WORK_BYTES + field_bytes
-        if byte_count > OPERATION_BYTES:
-            raise ValueError(f"the fields of an operation take {field_bytes} bytes; {OPERATION_BYTES - WORK_BYTES} fit")
-        address = int(self.ggml.ggml_new_buffer(context, byte_count))
-        ctypes.memset(address, 0, WORK_BYTES)
+    def _operation(self, context: Any, name: str, fields: ctypes.Structure | None, parameters: int) -> int:
+        """Address of an operation in the graph's memory."""
+        head_bytes, field_bytes = ctypes.sizeof(_Operation), ctypes.sizeof(fields) if fields is not None else 0
+        if head_bytes + field_bytes > OPERATION_BYTES:
+            raise ValueError(f"the fields of an operation take {field_bytes} bytes; {OPERATION_BYTES - head_bytes} fit")
+        address = int(self.ggml.ggml_new_buffer(context, head_bytes + field_bytes))
+        given = parameters or address + _Operation.work.offset
+        operation = _Operation(self._function(name), given)
+        ctypes.memmove(address, ctypes.addressof(operation), head_bytes)
         if fields is not None:
-            ctypes.memmove(address + WORK_BYTES, ctypes.addressof(fields), field_bytes)
+            ctypes.memmove(address + head_bytes, ctypes.addressof(fields), field_bytes)
         return address
 
     def supports(self, instructions: str) -> bool:
@@ -108,10 +118,11 @@ class CustomOperations:
         supports.restype = ctypes.c_bool
         return bool(supports())
 
-    def _function(self, name: str) -> Any:
+    def _function(self, name: str) -> int:
+        """Address of `noodle_{name}`."""
         if name not in self._functions:
-            address = ctypes.cast(getattr(self.library, f"noodle_{name}"), ctypes.c_void_p).value
-            self._functions[name] = self.ggml.ggml_custom_op_t(address)
+            function = getattr(self.library, f"noodle_{name}")
+            self._functions[name] = ctypes.cast(function, ctypes.c_void_p).value or 0
         return self._functions[name]
 
 
@@ -132,6 +143,8 @@ class GraphMemory:
     def __init__(self, device: GgmlDevice, tensor_count: int) -> None:
         ggml = self.ggml = device.ggml
         self.device = device
+        # multiplications, by ggml's operations and by noodle's
+        self.ggml_work = self.own_work = 0
         self._uploads: _Transfers = []
         self._downloads: _Transfers = []
         fields = ggml.ggml_tensor
@@ -189,10 +202,14 @@ class GraphMemory:
             raise GenerationFailed("no memory for this step.", cure=MEMORY_CURE)
         self.byte_count += ggml.ggml_gallocr_get_buffer_size(self.allocator, 0)
 
-    def compute(self) -> None:
+    def compute(self, compute: Callable[[GraphMemory], int] | None = None) -> None:
+        """Compute the graph by the backend's threads, or by a function that returns ggml's status."""
         for tensor, values in self._uploads:
             self.upload(tensor, values)
-        status = self.ggml.ggml_backend_graph_compute(self.device.backend, self.graph)
+        if compute is not None:
+            status = compute(self)
+        else:
+            status = self.ggml.ggml_backend_graph_compute(self.device.backend, self.graph)
         if status != 0:
             raise GenerationFailed(f"ggml could not compute a step (status {status}).", cure=MEMORY_CURE)
         for tensor, values in self._downloads:

@@ -20,6 +20,7 @@ from services.stage.executors.ggml.backend import CPU, GgmlDevice, load_ggml
 from services.stage.executors.ggml.graph import GgmlCalls
 from services.stage.executors.ggml.kernels.attention import flash_attention_kernel
 from services.stage.executors.ggml.kernels.products import packed_weights
+from services.stage.executors.ggml.kernels.threads import GraphThreads
 from services.stage.executors.ggml.layers.operations import INTERLEAVED, NEOX, SliceTensors
 from services.stage.executors.ggml.shape import ModelShape, shape_of
 from services.stage.executors.ggml.slice import GgmlSlice
@@ -139,6 +140,7 @@ def load_ggml_slice(
         loaded,
         tensors,
         shape,
+        threads=GraphThreads(device, threads),
         start_layer=start_layer,
         end_layer=end_layer,
         bytes_read=counter.bytes_read,

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from noodle.errors import WireError
 from noodle.wire.frames import ActivationTensor
 from services.stage.executors.base import PackedBatch, SliceOutput, Span, checked_hidden_states
-from services.stage.executors.ggml.backend import GgmlDevice, load_ggml
+from services.stage.executors.ggml.backend import GgmlDevice
 from services.stage.executors.ggml.graph import GraphMemory, SlotPatches, SlotTensors, SpanRows
 from services.stage.executors.ggml.kernels.attention import BLOCK_TOKENS, StepSpans
+from services.stage.executors.ggml.kernels.threads import GraphThreads
 from services.stage.executors.ggml.kv_rows import DeviceRows, GgmlRows
 from services.stage.executors.ggml.layers.graph import LayerGraph
 from services.stage.executors.ggml.layers.operations import LAYER_TENSORS, SPAN_TENSORS, SliceTensors
@@ -71,6 +72,7 @@ class GgmlSlice(KvCache[GgmlRows]):
         tensors: SliceTensors,
         shape: ModelShape,
         *,
+        threads: GraphThreads,
         start_layer: int,
         end_layer: int,
         bytes_read: int,
@@ -96,6 +98,7 @@ class GgmlSlice(KvCache[GgmlRows]):
         self.weights_note = weights_note
         self._ggml = device.ggml
         self._device = device
+        self._threads = threads
         self._weights = weights
         self._tensors = tensors
         self._shape = shape
@@ -125,7 +128,7 @@ class GgmlSlice(KvCache[GgmlRows]):
             step.positions[begin:end] = np.arange(place.first_position, place.first_position + place.token_count)
             begin = end
         step.patches.write(spans)
-        step.memory.compute()
+        step.memory.compute(self._threads.compute)
         for each, span in zip(rows, batch.spans, strict=True):
             each.length = max(each.length, span.first_position + span.token_count)
         hidden = step.output.copy()
@@ -139,11 +142,11 @@ class GgmlSlice(KvCache[GgmlRows]):
             return np.empty((0, self.vocab_size), np.float32)
         graph = self._graph((False, (-len(rows),)), self._new_head_graph)  # a span never has fewer than 0 tokens
         graph.inputs[...] = self._last_hidden[rows]
-        graph.memory.compute()
+        graph.memory.compute(self._threads.compute)
         return graph.logits.copy()
 
     def set_threads(self, threads: int) -> None:
-        load_ggml().set_threads(self._device.backend, threads)
+        self._threads.set(threads)
 
     def synchronize(self) -> None:
         """Return at once: ggml's steps are complete when `forward` returns."""

@@ -21,22 +21,32 @@ struct work {
 /* one thread's view */
 struct claims {
     struct work *work;
-    int64_t next; /* of a lone thread */
+    int64_t next, end; /* parts that it has claimed */
     int threads;
 };
 
 static inline __attribute__((always_inline)) struct claims claims_of(void *given, int threads) {
-    return (struct claims){(struct work *)given, 0, threads};
+    return (struct claims){(struct work *)given, 0, threads == 1 ? INT64_MAX : 0, threads};
 }
 
-/* The next of parts 0 to count - 1. A result of at least `count` means that this thread has left, and must not ask again. */
+/* The next of parts 0 to count - 1. A result of at least `count` means that this thread has left, and must not ask again.
+ *
+ * A thread claims many parts at first, which lie side by side in memory, and fewer as fewer are left. */
 static inline __attribute__((always_inline)) int64_t claim_next(struct claims *claims, int64_t count) {
-    if (claims->threads == 1) return claims->next++;
+    if (claims->next < claims->end) return claims->next++;
     struct work *work = claims->work;
-    const int64_t part = atomic_fetch_add_explicit(&work->next, 1, memory_order_relaxed);
-    if (part >= count && atomic_fetch_add_explicit(&work->finished, 1, memory_order_acq_rel) == claims->threads - 1) {
-        atomic_store_explicit(&work->next, 0, memory_order_relaxed); /* the graph's barrier publishes these */
+    int64_t next = atomic_load_explicit(&work->next, memory_order_relaxed);
+    while (next < count) {
+        const int64_t end = next + 1 + (count - next) / (2 * claims->threads);
+        if (!atomic_compare_exchange_weak_explicit(&work->next, &next, end, memory_order_relaxed, memory_order_relaxed))
+            continue;
+        claims->next = next + 1;
+        claims->end = end;
+        return next;
+    }
+    if (atomic_fetch_add_explicit(&work->finished, 1, memory_order_acq_rel) == claims->threads - 1) {
+        atomic_store_explicit(&work->next, 0, memory_order_relaxed); /* the start of the next computation publishes these */
         atomic_store_explicit(&work->finished, 0, memory_order_relaxed);
     }
-    return part;
+    return count;
 }

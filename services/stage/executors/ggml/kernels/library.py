@@ -19,6 +19,7 @@ from services.stage.executors.ggml.graph import CustomOperations, GgmlCalls
 log = logging.getLogger(__name__)
 
 LIBRARY_NAME = "libnoodle.so"
+NEWEST_FUNCTION = "noodle_compute_graph"  # that an older noodle's library lacks
 # names of instructions, and the library's question for each (noodle_has_*); later ones are faster
 INSTRUCTIONS = {"avx2": "avx2", "avx512": "avx512"}
 
@@ -46,7 +47,7 @@ def own_operations(ggml: GgmlCalls) -> CustomOperations | None:
     library = own_library()
     if library is None:
         return None
-    if not hasattr(library, "noodle_packed_items"):
+    if not hasattr(library, NEWEST_FUNCTION):
         log.warning("noodle's kernels are older than this noodle, ggml's compute instead; `make setup` builds them")
         return None
     return CustomOperations(ggml, library)

@@ -17,6 +17,8 @@ from services.stage.executors.ggml.shape import ModelShape
 
 ITEM_BYTES = 4  # of activations
 NEOX, INTERLEAVED = 2, 0  # how the dimensions of a head are paired for rotary positions
+GGML_PRODUCTS = ("mul_mat", "mul_mat_id", "flash_attn_ext")
+KEYS_ASSUMED = 1024  # of attention, when its work is compared with that of products
 # operations of a layer at most, and of each of its spans: a graph's memory is sized before it is built
 LAYER_TENSORS, SPAN_TENSORS = 144, 16
 
@@ -56,7 +58,14 @@ class Operations:
 
     def call(self, name: str, *arguments: Any) -> int:
         """Add ggml's operation of this name."""
-        return int(getattr(self.ggml, f"ggml_{name}")(self.context, *arguments))
+        added = int(getattr(self.ggml, f"ggml_{name}")(self.context, *arguments))
+        if name in GGML_PRODUCTS:
+            length = 2 * KEYS_ASSUMED if name == "flash_attn_ext" else self.sizes(arguments[0])[0]
+            self.memory.ggml_work += length * math.prod(self.sizes(added))
+        return added
+
+    def sizes(self, tensor: int) -> list[int]:
+        return [int(size) for size in self.ggml.ggml_tensor.from_address(tensor).ne]
 
     def view(self, tensor: int, sizes: Sequence[int], strides: Sequence[int], offset: int) -> int:
         """A part of a tensor; `strides` are those of all axes but the first, in bytes."""
@@ -78,7 +87,9 @@ class Operations:
             key = (rows, kernels.tiles_of(weight))
             if key not in self._tiles:
                 self._tiles[key] = kernels.tiles(self.context, *key)
-            return kernels.product(self.context, weight, self._tiles[key])
+            product = kernels.product(self.context, weight, self._tiles[key])
+            self.memory.own_work += self.sizes(weight)[0] * math.prod(self.sizes(product))
+            return product
         return self.call("mul_mat", weight, rows)
 
     def norm(self, tensor: int, weights: dict[str, int], name: str, epsilon: float = 0.0) -> int:
