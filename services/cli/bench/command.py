@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from noodle import __version__
 from noodle.cluster.measuring import ControlReady
+from noodle.config.cores import usable_cores
 from noodle.config.environment import command_config, process_environment
 from noodle.config.settings import CommandConfig
 from noodle.errors import ConfigurationError
@@ -27,7 +28,7 @@ from services.cli.client.reports import output_folder, print_stored, store_repor
 from services.cli.client.target import Target, find_target
 from services.cli.local.conversation import Conversation
 from services.cli.local.preparation import find_model
-from services.cli.local.processes import Signals, python_module, usable_cores
+from services.cli.local.processes import Signals, python_module
 
 WARM_UP_TOKENS = 4  # new tokens of a warm-up, after a whole prompt: memory, threads and connections are in use then
 

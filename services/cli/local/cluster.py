@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from noodle.config.cores import usable_cores
 from noodle.config.environment import read_variables
 from noodle.config.settings import CommandConfig
 from noodle.errors import ConfigurationError, PortInUse
-from services.cli.local.processes import python_module, usable_cores
+from services.cli.local.processes import python_module
 from services.cli.local.run_folder import RunFolder
 from services.cli.local.supervisor import ServiceSpec
 

@@ -208,13 +208,6 @@ class Signals:
         return [file for file in files if file in readable]
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use; taskset and a container's cpuset count."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def proportional_set_bytes(pid: int) -> int:
     """Return a process's memory, shared pages divided among their users; 0 if it cannot be read."""
     try:

@@ -6,7 +6,6 @@ Neither torch nor transformers is imported unless transformers computes.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from noodle import __version__
 from noodle.cluster.plan import FormatSeconds, MachineReport
+from noodle.config.cores import usable_cores
 from noodle.config.settings import StageConfig
 from noodle.installation import has_transformers
 from noodle.model.configs.completed import completed_config
@@ -43,7 +43,7 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
     Raises ConfigurationError if nothing that is installed here computes the model as requested.
     """
     progress(0.0, "choosing what computes the layers here")
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or usable_cores()
     options = ExecutorOptions(config.executor, config.weights, config.quality, config.dtype)
     if options.is_exact:
         keep_float32_on_cards()

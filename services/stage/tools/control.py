@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from noodle.cluster.measuring import ControlLine, ControlQuestion, ControlReady, ControlRun, ControlTimes, ProcessError
+from noodle.config.cores import usable_cores
 from noodle.errors import GenerationFailed, NoodleError
 from services.stage.tools.reference import write_line
 from services.stage.tools.transformers_reference import load_whole_model
@@ -63,7 +64,7 @@ class Control:
             device_name=device_name(self._question.device, "transformers"),
             dtype=self._question.dtype,
             threads=torch.get_num_threads(),
-            cores=len(os.sched_getaffinity(0)),
+            cores=usable_cores(),
             weight_bytes=int(self._model.get_memory_footprint(return_buffers=False)),
             torch_version=str(torch.__version__),
             transformers_version=str(transformers.__version__),

@@ -6,7 +6,6 @@ input and writes ProfileLines to standard output, the last one with the profile 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from noodle.cluster.measuring import MachineProfile, ProcessError, ProfileLine, ProfileProgress, ProfileQuestion
+from noodle.config.cores import usable_cores
 from noodle.errors import ConfigurationError, NoodleError
 from noodle.installation import has_transformers
 from noodle.model.files import model_digest, read_config
@@ -55,7 +55,7 @@ def profile_machine(question: ProfileQuestion, progress: MeasureProgress) -> Mac
     folder, cache_dir = Path(question.folder), Path(question.cache_dir)
     config = read_config(folder)
     layer_count, context_length = (first_of(config, keys) for keys in (LAYER_COUNT_KEYS, CONTEXT_KEYS))
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     notes: list[str] = []
     start_seconds = time.monotonic()
     with one_at_a_time(cache_dir, progress):

@@ -6,7 +6,6 @@ input and writes ReferenceLines to standard output, the last one with the result
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from noodle.cluster.measuring import (
     ReferencePart,
     ReferenceQuestion,
 )
+from noodle.config.cores import usable_cores
 from noodle.errors import NoodleError
 from services.stage.executors.base import ModelSlice, PackedBatch, Span
 from services.stage.executors.candidate import Candidate
@@ -114,7 +114,7 @@ def _load(question: ReferenceQuestion, part: ReferencePart) -> ModelSlice:
         part.start_layer,
         part.end_layer,
         device="cpu",
-        threads=question.threads or len(os.sched_getaffinity(0)),
+        threads=question.threads or usable_cores(),
         context_length=question.context_length,
         cache_dir=Path(question.cache_dir) if question.cache_dir else None,
     )

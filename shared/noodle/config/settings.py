@@ -141,7 +141,7 @@ class ComputeOptions:
         "NOODLE_THREADS",
         "0",
         of.whole(0, 1024),
-        "maximum threads of this stage: all, or half where that is faster; 0: one per core it may use",
+        "maximum threads of this stage: all, or half where that is faster; 0: one per core that its CPU limit allows",
     )
 
 
