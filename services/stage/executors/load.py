@@ -5,15 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from noodle.errors import GgmlUnavailable
+from noodle.errors import ConfigurationError, GgmlUnavailable
 from noodle.installation import require_transformers
 from services.stage.executors.base import Fetch, ModelSlice, ReadProgress, ignore_progress, nothing_to_fetch
 from services.stage.executors.candidate import Candidate
 from services.stage.executors.ggml.backend import ggml_build, ggml_version, load_ggml
 from services.stage.executors.ggml.families import ggml_lacks
+from services.stage.executors.ggml.shape import kv_problem
 from services.stage.executors.transformers.gguf_families import only_ggml_computes
 
-__all__ = ["build_of", "ggml_device", "ggml_hindrance", "load_by", "only_ggml_computes", "version_of"]
+__all__ = [
+    "build_of",
+    "check_kv_format",
+    "ggml_device",
+    "ggml_hindrance",
+    "load_by",
+    "only_ggml_computes",
+    "version_of",
+]
 
 
 def load_by(
@@ -90,6 +99,15 @@ def ggml_hindrance(config: dict[str, Any], device: str, *, is_asked_for: bool = 
     except GgmlUnavailable as error:
         return str(error)
     return ""
+
+
+def check_kv_format(config: dict[str, Any], candidate: Candidate) -> None:
+    """Raise ConfigurationError if the candidate's format of KV rows does not suit this model's heads."""
+    problem = kv_problem(config, candidate.kv_dtype) if candidate.executor == "ggml" else ""
+    if problem:
+        raise ConfigurationError(
+            f"NOODLE_KV is {candidate.kv_dtype}: {problem}", cure="Choose f16, or leave it at auto."
+        )
 
 
 def version_of(executor: str) -> str:

@@ -44,7 +44,7 @@ def build_machine_report(config: StageConfig, boot_id: str, model: Path, *, prog
     """
     progress(0.0, "choosing what computes the layers here")
     threads = config.threads or usable_cores()
-    options = ExecutorOptions(config.executor, config.weights, config.quality, config.dtype)
+    options = ExecutorOptions(config.executor, config.weights, config.quality, config.dtype, config.kv_format)
     if options.is_exact:
         keep_float32_on_cards()
     has_torch = has_transformers()

@@ -12,17 +12,26 @@ from services.stage.executors.candidate import Candidate
 
 @dataclass(frozen=True, slots=True)
 class ExecutorOptions:
-    """NOODLE_EXECUTOR, _WEIGHTS, _QUALITY and _DTYPE, which noodle.config has checked against one another."""
+    """NOODLE_EXECUTOR, _WEIGHTS, _QUALITY, _DTYPE and _KV, which noodle.config has checked against one another."""
 
     executor: str = "auto"
     weights: str = "auto"
     quality: str = STORED
     dtype: str = "auto"
+    kv_format: str = "auto"
 
     @property
     def asks_for_ggml(self) -> bool:
-        """Whether the executor, or weights that only ggml has, is named."""
-        return self.executor == "ggml" or self.weights not in ("auto", STORED, *DTYPE_BY_FORMAT)
+        """Whether the executor, or a format of weights or KV rows that only ggml has, is named."""
+        only_ggml = self.weights not in ("auto", STORED, *DTYPE_BY_FORMAT) or self.kv_format != "auto"
+        return self.executor == "ggml" or only_ggml
+
+    @property
+    def asking_for_ggml(self) -> str:
+        """The setting that asks for ggml, in words."""
+        if self.executor == "ggml":
+            return "NOODLE_EXECUTOR=ggml"
+        return f"NOODLE_KV={self.kv_format}" if self.kv_format != "auto" else f"NOODLE_WEIGHTS={self.weights}"
 
     @property
     def asks_for_transformers(self) -> bool:
@@ -49,8 +58,7 @@ def choose_executor(options: ExecutorOptions, ggml_hindrance: str, *, only_ggml:
         )
     if needs_ggml:
         if ggml_hindrance:
-            named = "NOODLE_EXECUTOR=ggml" if options.executor == "ggml" else f"NOODLE_WEIGHTS={options.weights}"
-            raise ConfigurationError(f"{only_ggml or named}, but {ggml_hindrance}")
+            raise ConfigurationError(f"{only_ggml or options.asking_for_ggml}, but {ggml_hindrance}")
         return "ggml", "configured" if options.asks_for_ggml else only_ggml
     if options.asks_for_transformers:
         if not has_transformers():
@@ -79,4 +87,5 @@ def candidate_of(executor: str, options: ExecutorOptions, transformers_dtype: st
         return Candidate("transformers", name, name, DTYPE_BY_FORMAT[name])
     if options.is_exact:
         return Candidate("ggml", "f32", "f32", "float32")
-    return Candidate("ggml", STORED if options.weights == "auto" else options.weights, "f16", "float32")
+    kv_format = "f16" if options.kv_format == "auto" else options.kv_format
+    return Candidate("ggml", STORED if options.weights == "auto" else options.weights, kv_format, "float32")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from services.stage.executors.candidate import Candidate
-from services.stage.executors.load import ggml_hindrance, only_ggml_computes
+from services.stage.executors.load import check_kv_format, ggml_hindrance, only_ggml_computes
 from services.stage.selection.device import TORCH_DEVICES, choose_dtype, is_for_ggml
 from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
 
@@ -33,4 +33,6 @@ def way_on(
         only_ggml = f"NOODLE_DEVICE={device}"
     executor, reason = choose_executor(options, hindrance, only_ggml=only_ggml)
     dtype = choose_dtype(options.dtype, device).value if executor == "transformers" else "float32"
-    return candidate_of(executor, options, dtype), reason
+    candidate = candidate_of(executor, options, dtype)
+    check_kv_format(config, candidate)
+    return candidate, reason

@@ -63,7 +63,7 @@ def _check_formats(values: Mapping[str, Any]) -> None:
     """Refuse number formats that contradict one another."""
     executor, weights, dtype = (values[f"NOODLE_{name}"] for name in ("EXECUTOR", "WEIGHTS", "DTYPE"))
     if values["NOODLE_QUALITY"] == "exact":
-        for name, exact in (("WEIGHTS", "f32"), ("DTYPE", "float32"), ("HOP_DTYPE", "float32")):
+        for name, exact in (("WEIGHTS", "f32"), ("KV", "f32"), ("DTYPE", "float32"), ("HOP_DTYPE", "float32")):
             if values[f"NOODLE_{name}"] not in ("auto", exact):
                 raise ConfigurationError(
                     f"NOODLE_QUALITY is exact, and NOODLE_{name} is {values[f'NOODLE_{name}']}.",
@@ -73,6 +73,18 @@ def _check_formats(values: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             f"NOODLE_EXECUTOR is transformers, which does not compute with NOODLE_WEIGHTS={weights}.",
             cure=f"Choose one of {', '.join(DTYPE_BY_FORMAT)}, or NOODLE_EXECUTOR=ggml.",
+        )
+    if executor == "transformers" and values["NOODLE_KV"] != "auto":
+        raise ConfigurationError(
+            f"NOODLE_EXECUTOR is transformers, whose KV rows have the dtype it computes in, and NOODLE_KV is "
+            f"{values['NOODLE_KV']}.",
+            cure="Leave NOODLE_KV at auto, or choose NOODLE_EXECUTOR=ggml.",
+        )
+    if dtype != "auto" and values["NOODLE_KV"] != "auto":
+        raise ConfigurationError(
+            f"NOODLE_DTYPE is {dtype}, which is for transformers, and NOODLE_KV is {values['NOODLE_KV']}, which is for "
+            "ggml.",
+            cure="Set one of them and leave the other.",
         )
     if dtype != "auto" and weights not in ("auto", FORMAT_BY_DTYPE[dtype]):
         raise ConfigurationError(

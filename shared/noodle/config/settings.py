@@ -10,7 +10,7 @@ from noodle.config import variables as of
 from noodle.config.addresses import Address
 from noodle.config.api_keys import ApiKey, read_api_keys
 from noodle.config.variables import Variable, variable
-from noodle.model.formats import EXECUTORS, FORMAT_BY_DTYPE, WEIGHTS
+from noodle.model.formats import EXECUTORS, FORMAT_BY_DTYPE, KV_FORMATS, WEIGHTS
 from noodle.wire.frames import ACTIVATION_DTYPES
 
 
@@ -241,6 +241,12 @@ class StageConfig(ComputeOptions, CoordinatorUrl, ModelQuality, StateFolder, Ser
         "auto",
         of.choice("auto", *WEIGHTS),
         "format of this stage's weights; auto: as the file holds them (stored); others are converted while loading",
+    )
+    kv_format: str = variable(
+        "NOODLE_KV",
+        "auto",
+        of.choice("auto", *KV_FORMATS),
+        "number format of this stage's KV rows, where ggml computes; auto: f16, or f32 where quality is exact",
     )
     kv_bytes: int = variable(
         "NOODLE_KV_BYTES", "0", of.whole(0, 1 << 50), "bytes for KV rows on this stage; 0: half of the free memory"

@@ -155,7 +155,7 @@ def _row_bytes(ggml: GgmlCalls, shape: ModelShape, kv_dtype: str) -> int:
         raise UnsupportedModel(
             f"a KV cache in {kv_dtype} needs a head dimension that is a multiple of {ggml.ggml_blck_size(number)}, and "
             f"this model's is {shape.head_dim}.",
-            cure="Choose f16 for its KV cache.",
+            cure="Leave NOODLE_KV at auto, which is f16.",
         )
     return int(ggml.ggml_row_size(number, shape.head_dim)) * shape.kv_heads
 

@@ -22,6 +22,7 @@ from services.stage.executors.ggml.rotary import Rotary, rotary_of
 
 XIELU_NAMES = ("xielu_alpha_n", "xielu_alpha_p", "xielu_beta", "xielu_eps")  # as GGUF files have them, by layer
 EPSILON_NAMES = ("rms_norm_eps", "norm_epsilon", "layer_norm_epsilon", "layer_norm_eps", "norm_eps")
+KV_MULTIPLES = {"f32": 1, "f16": 1, "q8_0": 32}  # of a head's size, by format of KV rows
 NO_EXPERTS = ExpertFamily({})
 
 
@@ -103,6 +104,20 @@ def shape_of(given: Mapping[str, Any], context_length: int) -> ModelShape:
             f"({type(error).__name__}: {error}).",
             cure="Fetch the model again.",
         ) from error
+
+
+def kv_problem(given: Mapping[str, Any], kv_format: str) -> str:
+    """Why the rows of a model cannot be kept in a format of NOODLE_KV; empty if they can."""
+    config = completed_config(given)
+    latent = _latent(config) if GGML_FAMILIES[config["model_type"]].latent else None
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
+    sizes = (latent.rank + latent.rotary_dim, latent.rank) if latent else (head_dim,)
+    wrong = [size for size in sizes if size % KV_MULTIPLES[kv_format]]
+    if not wrong:
+        return ""
+    multiple = KV_MULTIPLES[kv_format]
+    return f"KV rows in {kv_format} need a head size that is a multiple of {multiple}, and this model's is {wrong[0]}."
 
 
 def _shape(config: Mapping[str, Any], family: GgmlFamily, context_length: int) -> ModelShape:

@@ -74,6 +74,17 @@ def test_a_value_that_means_nothing_stops_the_start_and_is_named(name, value):
         read_variables({name: value})
 
 
+@pytest.mark.parametrize(
+    "others", [{"NOODLE_QUALITY": "exact"}, {"NOODLE_EXECUTOR": "transformers"}, {"NOODLE_DTYPE": "bfloat16"}]
+)
+def test_a_format_of_kv_rows_that_another_setting_contradicts_stops_the_start(others):
+    assert stage_config({**TOKEN, "NOODLE_KV": "q8_0"}).kv_format == "q8_0"
+    with pytest.raises(ConfigurationError, match="NOODLE_KV"):
+        read_variables({"NOODLE_KV": "q8_0", **others})
+    with pytest.raises(ConfigurationError, match="NOODLE_KV"):
+        read_variables({"NOODLE_KV": "q4_0"})
+
+
 def test_a_service_without_a_cluster_token_does_not_start():
     for read in (coordinator_config, planner_config, stage_config):
         with pytest.raises(ConfigurationError, match="NOODLE_CLUSTER_TOKEN"):

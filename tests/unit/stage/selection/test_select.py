@@ -4,6 +4,7 @@ import pytest
 
 from noodle.errors import ConfigurationError, TransformersUnavailable
 from services.stage.executors.candidate import Candidate
+from services.stage.executors.load import check_kv_format
 from services.stage.selection import select
 from services.stage.selection.select import ExecutorOptions, candidate_of, choose_executor
 
@@ -45,6 +46,35 @@ def test_a_named_format_is_used_and_rows_stay_in_16_bits(weights):
     options = ExecutorOptions(weights=weights)
     assert choose_executor(options, "")[0] == "ggml"
     assert candidate_of("ggml", options, "float32") == Candidate("ggml", weights, "f16", "float32")
+
+
+@pytest.mark.parametrize("kv_format", ["f16", "q8_0", "f32"])
+def test_a_named_format_of_kv_rows_is_used_and_is_for_ggml_alone(kv_format):
+    options = ExecutorOptions(kv_format=kv_format)
+    assert choose_executor(options, "") == ("ggml", "configured")
+    assert candidate_of("ggml", options, "float32") == Candidate("ggml", "stored", kv_format, "float32")
+    with pytest.raises(ConfigurationError, match=f"NOODLE_KV={kv_format}, but ggml"):
+        choose_executor(options, NO_GGML)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wrong"),
+    [
+        ({"hidden_size": 320}, 80),
+        ({"hidden_size": 256}, 0),
+        ({"hidden_size": 320, "head_dim": 64}, 0),
+        ({"hidden_size": 256, "head_dim": 48}, 48),
+    ],
+)
+def test_rows_in_blocks_are_refused_at_the_start_for_heads_that_are_no_whole_blocks(sizes, wrong):
+    config = {"model_type": "llama", "num_attention_heads": 4, **sizes}
+    check_kv_format(config, Candidate("ggml", "stored", "f16", "float32"))
+    candidate = Candidate("ggml", "stored", "q8_0", "float32")
+    if not wrong:
+        check_kv_format(config, candidate)
+        return
+    with pytest.raises(ConfigurationError, match=f"NOODLE_KV is q8_0.* multiple of 32, and this model's is {wrong}"):
+        check_kv_format(config, candidate)
 
 
 def test_transformers_computes_what_ggml_cannot_and_the_reason_is_said():
