@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
+
+Matrix = npt.NDArray[np.float64]
 
 # Before any chunk is measured, a token of one is assumed to cost this share of a decode step, as it is computed beside
 # others, and twice as much with PRIOR_DOUBLING_ROWS rows to attend to.
@@ -15,6 +18,7 @@ PRIOR_TOKENS = 256  # of the two assumed chunks
 PRIOR_WEIGHT = 0.02  # of each of them; a measured chunk has 1
 FADE = 1 - 1 / 50  # weight of a chunk against the next one
 FIXED_WEIGHT = 0.001  # of the assumption that the fixed part is a decode step
+MOST_FIXED_STEPS = 3.0  # decode steps that the fixed part takes at most
 # Each chunk's work as a multiple of the one before it. With two stages the best is the second one's cost over the first
 # one's: then each chunk is done on the second stage just as the first one hands on the next.
 GROWTH = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.45, 1.7, 2.0)
@@ -27,7 +31,7 @@ class ChunkCosts:
 
     fixed + tokens * (each + per_row * rows), by least squares of the relative errors, with newer chunks weighing more.
     Chunks of one size cannot tell the fixed part from the tokens' own cost: then it is taken for a decode step of one
-    token. Prompts are cut into chunks of different sizes.
+    token, and it is never longer than a few of these. Prompts are cut into chunks of different sizes.
     """
 
     def __init__(self, decode_seconds: float) -> None:
@@ -79,19 +83,28 @@ class ChunkCosts:
             products, sums = self._products.copy(), self._sums.copy()
             products[0, 0] += FIXED_WEIGHT / self._step_seconds**2
             sums[0] += FIXED_WEIGHT / self._step_seconds
-            scale = 1 / np.sqrt(products.diagonal())
-            kept = [0, 1, 2]
-            values = np.zeros(3)
-            while kept:  # a value below 0 becomes 0, and the others are solved again without it
-                part = np.ix_(kept, kept)
-                scaled = products[part] * np.outer(scale[kept], scale[kept])
-                values[:] = 0.0
-                values[kept] = scale[kept] * np.linalg.lstsq(scaled, sums[kept] * scale[kept], rcond=1e-9)[0]
-                if values.min() >= 0:
-                    break
-                kept.remove(int(np.argmin(values / scale)))
+            values = _solved(products, sums, [0, 1, 2])
+            most_fixed = MOST_FIXED_STEPS * self._step_seconds
+            if values[0] > most_fixed:  # chunks of like sizes: tokens' own cost was taken for the fixed part
+                values = _solved(products, sums - products[:, 0] * most_fixed, [1, 2])
+                values[0] = most_fixed
             self._found = (float(values[0]), float(values[1]), float(values[2]))
         return self._found
+
+
+def _solved(products: Matrix, sums: Matrix, kept: list[int]) -> Matrix:
+    """The values of `kept` by their normal equations; the others are 0, and none is below 0."""
+    scale = 1 / np.sqrt(products.diagonal())
+    values = np.zeros(3)
+    while kept:  # a value below 0 becomes 0, and the others are solved again without it
+        part = np.ix_(kept, kept)
+        scaled = products[part] * np.outer(scale[kept], scale[kept])
+        values[:] = 0.0
+        values[kept] = scale[kept] * np.linalg.lstsq(scaled, sums[kept] * scale[kept], rcond=1e-9)[0]
+        if values.min() >= 0:
+            break
+        kept = [each for each in kept if each != int(np.argmin(values / scale))]
+    return values
 
 
 def chunk_shares(

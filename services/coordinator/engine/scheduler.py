@@ -362,7 +362,9 @@ class Scheduler:
         most_decodes = 0
         if decoding:
             steps = costs.micro_batches(decoding)
-            if sum(flight.decodes for flight in self._in_flight.values()) < steps:  # else they gather for a larger step
+            decoding_now = sum(flight.decodes for flight in self._in_flight.values())
+            # Otherwise they gather for a larger step; but never behind another chunk of a prompt.
+            if decoding_now < steps or any(each.wants_prefill for each in self._running.values()):
                 most_decodes = min(budget, math.ceil(decoding / steps))
         counts = choice.token_counts
         for sequence in self.running:

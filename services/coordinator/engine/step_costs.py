@@ -26,7 +26,7 @@ KNOWN_STEPS = 3  # steps from which on a mean is better than the line
 TRIAL_STEPS = 8  # decode steps for which another cut is tried
 TRIAL_INTERVAL_STEPS = 256  # between two trials
 WORTH_CHANGING = 0.97  # another cut must promise this share of the seconds
-DECODE_GAP_SECONDS = 0.25  # how much later a running stream's next token may be for one chunk of another's prompt
+DECODE_GAP_SECONDS = 0.25  # how much later a running stream's next token may be for chunks of another's prompt
 
 
 class LineFit:
@@ -151,12 +151,16 @@ class StepCosts:
     def chunk_tokens(self, first: int, ends: Sequence[int], *, others_decode: bool) -> int:
         """Return how many of a prompt's tokens from `first` on the next step takes, if it is to be cut at `ends`.
 
-        While others decode, a chunk delays them by at most DECODE_GAP_SECONDS on any stage.
+        While others decode, chunks delay each of their tokens by at most DECODE_GAP_SECONDS: as many steps are in
+        flight as there are stages, and a token waits for all of them on the slowest stage. A chunk whose tokens take
+        less than the part of a step that is always the same would not be worth its delay, though.
         """
         tokens = next(end for end in ends if end - first >= SMALLEST_CHUNK_TOKENS or end == ends[-1]) - first
         if not others_decode:
             return tokens
+        gap = DECODE_GAP_SECONDS / len(self._chunks)
         between = min(
-            chunks.tokens_within(first, max(0.0, DECODE_GAP_SECONDS - chunks.fixed_seconds)) for chunks in self._chunks
+            chunks.tokens_within(first, max(gap - chunks.fixed_seconds, chunks.fixed_seconds))
+            for chunks in self._chunks
         )
         return min(tokens, max(SMALLEST_CHUNK_TOKENS, between))

@@ -95,7 +95,7 @@ def long_prompts(section: Section, one: Cluster, two: Cluster) -> None:
     section.say(
         f"Longest gap between tokens of 4 running streams: {max(usual) * 1e3:.0f} ms as usual, "
         f"{max(gaps) * 1e3:.0f} ms while a prompt of {LONG_PROMPT_TOKENS} tokens is prefilled (worst of 3). One of its "
-        f"chunks is cut to take {DECODE_GAP_SECONDS} s on each of the two stages, which the token behind it waits for; "
+        f"chunks is cut to take {DECODE_GAP_SECONDS} s on both stages together, which the token behind it waits for; "
         f"from its sending to its result it took {statistics.mean(chunks) * 1e3:.0f} ms in the mean."
     )
     section.say()

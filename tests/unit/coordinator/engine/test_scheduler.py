@@ -1,11 +1,13 @@
 """How steps are formed, and what becomes of sequences when their results come, are late or are refused."""
 
+import itertools
 import random
 
 import pytest
 
-from noodle.wire.messages import SpanRefusal, SpanResult, TokenScore
+from noodle.wire.messages import SpanRefusal, SpanResult, StageTiming, TokenScore
 from services.coordinator.engine.scheduler import MAXIMUM_REPLAYS, ROOM_RETRY_SECONDS
+from services.coordinator.engine.step_costs import DECODE_GAP_SECONDS
 from tests.support.sequences import a_result, a_scheduler, a_sequence, answer, plan_limits, refusal
 
 END = 2
@@ -63,6 +65,51 @@ def test_decode_does_not_wait_for_a_long_prompt():
     scheduler.waiting.add(a_test_sequence("long", prompt=50))
     flight = scheduler.next_step(0)
     assert [(span.session_id, span.token_count) for span in flight.step.spans] == [("short", 1), ("long", 7)]
+
+
+class SimulatedStages:
+    """Two stages that compute one step at a time; a step of n tokens takes `fixed + per_token * n` seconds."""
+
+    def __init__(self, scheduler, fixed, per_token):
+        self.scheduler, self.fixed, self.per_token = scheduler, fixed, per_token
+        self.now, self.free_at, self.in_flight, self.token_times = 0.0, [0.0, 0.0], [], {}
+
+    def run_until(self, is_over):
+        while not is_over():
+            while (flight := self.scheduler.next_step(self.now)) is not None:
+                seconds = self.fixed + self.per_token * flight.step.shape[0]
+                done = self.now
+                for stage in range(2):
+                    done = self.free_at[stage] = max(done, self.free_at[stage]) + seconds
+                self.in_flight.append((done, seconds, flight))
+            self.now, seconds, flight = self.in_flight.pop(0)
+            result = answer(flight)
+            result.timings.extend(StageTiming(stage, 0.0, seconds, 0.0) for stage in range(2))
+            for sequence, _ in self.scheduler.apply(result)[1]:
+                self.token_times.setdefault(sequence.session_id, []).append(self.now)
+
+    def longest_gap(self, session_id, begin):
+        times = [at for at in self.token_times[session_id] if at >= begin]
+        return max(after - before for before, after in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize("streams", [1, 4, 5])
+@pytest.mark.parametrize(("fixed", "per_token"), [(0.005, 0.0005), (0.01, 0.001), (0.02, 0.002)])
+def test_streams_beside_a_long_prompt_wait_for_one_chunk(streams, fixed, per_token):
+    scheduler = a_scheduler(stages=2, step_tokens=2048, kv_tokens=100_000)
+    scheduler.limits = plan_limits(2, 100_000, decode_seconds=2 * (fixed + per_token))
+    stages = SimulatedStages(scheduler, fixed, per_token)
+    names = [f"stream{number}" for number in range(streams)]
+    for name in names:
+        scheduler.waiting.add(a_test_sequence(name, new=100_000))
+    stages.run_until(lambda: len(stages.token_times.get(names[-1], ())) > 20)
+    for number in range(3):  # the first prompt teaches what chunks cost
+        begin = stages.now
+        scheduler.waiting.add(a_test_sequence(f"long{number}", prompt=2000, new=1))
+        stages.run_until(lambda number=number: f"long{number}" in stages.token_times)
+        scheduler.remove(f"long{number}")
+    gaps = [stages.longest_gap(name, begin) for name in names]
+    assert max(gaps) <= 1.5 * DECODE_GAP_SECONDS  # the first chunk finds steps in flight
 
 
 def test_a_sequence_waits_until_its_kv_rows_are_free():

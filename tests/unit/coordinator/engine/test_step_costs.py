@@ -100,8 +100,19 @@ def test_one_stage_takes_a_prompt_whole_unless_it_delays_others():
     costs = chunk_costs_of((0.01, 0.001, 0))
     assert cut(costs, 500) == [500]
     assert cut(costs, 500, others_decode=True)[0] == pytest.approx((DECODE_GAP_SECONDS - 0.01) / 0.001, rel=0.05)
-    slow = chunk_costs_of((1.0, 0.01, 0))
+    slow = chunk_costs_of((0.3, 0.1, 0))
     assert cut(slow, 500, others_decode=True)[0] == SMALLEST_CHUNK_TOKENS
+
+
+def test_chunks_beside_streams_are_smaller_with_more_stages_as_a_token_waits_for_a_step_on_each():
+    one, two = chunk_costs_of((0.01, 0.001, 0)), chunk_costs_of((0.01, 0.001, 0), (0.01, 0.001, 0))
+    ratio = cut(one, 2000, others_decode=True)[0] / cut(two, 2000, others_decode=True)[0]
+    assert ratio == pytest.approx((DECODE_GAP_SECONDS - 0.01) / (DECODE_GAP_SECONDS / 2 - 0.01), rel=0.05)
+
+
+def test_chunks_beside_streams_are_not_so_small_that_most_of_their_time_is_the_reading_of_weights():
+    costs = chunk_costs_of((1.0, 0.01, 0), (0.2, 0.002, 0))
+    assert cut(costs, 500, others_decode=True)[0] == pytest.approx(100, rel=0.05)
 
 
 def test_timings_of_fewer_stages_than_the_plan_has_teach_nothing():
