@@ -13,6 +13,16 @@
 
 #define TILE_ROWS 16 /* of activations that a unit is multiplied by once it is unpacked */
 
+#define UNIT_BYTES(type) (GROUP_ROWS * type##_BYTES * BLOCK / type##_ITEMS)
+
+#define AHEAD_BYTES 8192
+
+/* Fetch what lies AHEAD_BYTES behind a unit. Processors do this by themselves for a lone row, where memory is read once and in its
+ * order; where bytes are read again for other units, or other memory is read in between, they lose track. */
+INLINED void fetch_ahead(const char *unit, const int bytes) {
+    _Pragma("GCC unroll 9") for (int at = 0; at < bytes; at += 64) __builtin_prefetch(unit + AHEAD_BYTES + at, 0, 1);
+}
+
 /* Add the product of a unit's LANES rows and a row's 32 elements to `sum`, with the scale of both. */
 #define DOT_AND_ADD(type) \
     WITH INLINED floats add_unit_##type(floats sum, const struct unit *unit, const struct row_block *row) { \
@@ -46,6 +56,8 @@
             prepare_##type(&scales, group); \
             for (int outer = 0; outer < type##_ITEMS / BLOCK / type##_INNER; outer++) { \
                 _Pragma("GCC unroll 8") for (int inner = 0; inner < type##_INNER; inner++, tile += rows) { \
+                    if (rows > 1 || type##_READ_AGAIN) \
+                        fetch_ahead(group + (outer * type##_INNER + inner) * UNIT_BYTES(type), UNIT_BYTES(type)); \
                     _Pragma("GCC unroll 4") for (int part = 0; part < PARTS; part++) { \
                         struct unit unit; \
                         unpack_##type(&unit, &scales, group, outer, inner, part); \
@@ -59,8 +71,6 @@
             for (int part = 0; part < PARTS; part++) \
                 store_floats((float *)((char *)out + row * out_stride) + part * LANES, sums[row][part]); \
     }
-
-#define BLOCK_CASE(type, rows) multiply_tile_##type(group, from, blocks, out, out_stride, rows)
 
 /* noodle_multiply_<type>. dst: float32 [weight rows, rows]; sources: packed weight, tiles */
 #define PRODUCT_OF_BLOCKS(type) \
@@ -85,13 +95,9 @@
                     float *out = outputs.out; \
                     const size_t out_stride = outputs.stride; \
                     if (rows == 1) \
-                        BLOCK_CASE(type, 1); \
-                    else if (rows == 2) \
-                        BLOCK_CASE(type, 2); \
-                    else if (rows == 4) \
-                        BLOCK_CASE(type, 4); \
+                        multiply_tile_##type(group, from, blocks, out, out_stride, 1); \
                     else \
-                        BLOCK_CASE(type, rows); \
+                        multiply_tile_##type(group, from, blocks, out, out_stride, rows); \
                     finish(&outputs, rows); \
                 } \
             } \
