@@ -27,7 +27,7 @@ class Experts:
         products = [self._product(each, chosen, weights, name) for name in names]
         inner = self._clamped(*products) if shape.gate_limit else self._operations.gated(*products)
         results = self._product(inner, chosen, weights, "down")
-        total = self._sum(self._call("mul", results, shares), tokens)
+        total = self._sum(results, shares, tokens)
         if "shared_down.weight" not in weights:
             return total
         shared = self._operations.feed_forward(tensor, weights, "shared_")
@@ -38,7 +38,7 @@ class Experts:
 
     def _product(self, rows: int, chosen: int, weights: dict[str, int], name: str) -> int:
         """The products with a matrix of each chosen expert, plus its bias if it has one."""
-        result = self._call("mul_mat_id", weights[f"expert_{name}.weight"], rows, chosen)
+        result = self._operations.expert_product(weights[f"expert_{name}.weight"], rows, chosen)
         bias = weights.get(f"expert_{name}.bias")
         return result if bias is None else self._call("add_id", result, bias, chosen)
 
@@ -62,7 +62,7 @@ class Experts:
         ranking = scores
         if "router_correction" in weights:
             ranking = self._call("add", scores, weights["router_correction"])
-        chosen = self._call("argsort_top_k", self._within_groups(ranking, tokens), count)
+        chosen = self._best(self._within_groups(ranking, tokens), count)
         shares = self._taken(scores, chosen, tokens)
         if family.scores == "chosen_softmax":
             shares = self._call("soft_max", self._call("reshape_2d", shares, count, tokens))
@@ -88,11 +88,11 @@ class Experts:
         size = shape.experts // groups
         grouped = self._call("reshape_3d", ranking, size, groups, tokens)
         best_count = min(self._family.group_best, size)
-        best = self._call("argsort_top_k", self._call("reshape_2d", ranking, size, groups * tokens), best_count)
+        best = self._best(self._call("reshape_2d", ranking, size, groups * tokens), best_count)
         flat = self._call("reshape_3d", ranking, 1, size, groups * tokens)
         best = self._call("reshape_2d", self._call("get_rows", flat, best), best_count, groups * tokens)
         judged = self._call("reshape_2d", self._call("sum_rows", best), groups, tokens)
-        order = self._call("argsort_top_k", judged, chosen_count)
+        order = self._best(judged, chosen_count)
         values = self._call("get_rows", self._call("reshape_3d", judged, 1, groups, tokens), order)
         # the last chosen group's value; groups below it are left out
         least = self._view(values, (1, tokens), (chosen_count * ITEM_BYTES,), (chosen_count - 1) * ITEM_BYTES)
@@ -105,7 +105,7 @@ class Experts:
 
         The second one's share leaves the first one out.
         """
-        chosen = self._call("argsort_top_k", outputs, 2)
+        chosen = self._best(outputs, 2)
         both = self._taken(outputs, chosen, tokens)
         size = self._call("abs", outputs)
         shares: list[int] = []
@@ -126,8 +126,19 @@ class Experts:
         joined = self._call("concat", *shares, 0)
         return chosen, self._call("reshape_3d", joined, 1, 2, tokens)
 
-    def _sum(self, results: int, tokens: int) -> int:
-        """The sum over the chosen experts of [hidden_size, chosen, tokens]."""
+    def _best(self, scores: int, count: int) -> int:
+        """Numbers [count, tokens] of the largest of scores [any, tokens]."""
+        kernels = self._operations.tensors.kernels
+        if kernels is None:
+            return self._call("argsort_top_k", scores, count)
+        return kernels.best_experts(self._operations.context, scores, count)
+
+    def _sum(self, results: int, shares: int, tokens: int) -> int:
+        """The weighted sum over the chosen experts of [hidden_size, chosen, tokens]."""
+        kernels = self._operations.tensors.kernels
+        if kernels is not None:
+            return kernels.sum_of_experts(self._operations.context, results, shares)
+        results = self._call("mul", results, shares)
         count, row_bytes = self._shape.experts_per_token, self._shape.hidden_size * ITEM_BYTES
         sizes, strides = (self._shape.hidden_size, tokens), (row_bytes * count,)
         total = 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from services.stage.executors.ggml.graph import GraphMemory
 from services.stage.executors.ggml.kernels.attention import FlashAttentionKernel
-from services.stage.executors.ggml.kernels.products import PackedWeights
+from services.stage.executors.ggml.kernels.products import PackedWeights, Routes
 from services.stage.executors.ggml.shape import ModelShape
 
 ITEM_BYTES = 4  # of activations
@@ -55,6 +55,7 @@ class Operations:
         self.tensors = tensors
         self.activation_values: tuple[float, ...] = ()  # of the layer that is being added
         self._tiles: dict[tuple[int, str], int] = {}  # rows in the kernels' layout, by their tensor and kind
+        self._routes: dict[int, Routes] = {}  # by the tensor of the experts' ids
 
     def call(self, name: str, *arguments: Any) -> int:
         """Add ggml's operation of this name."""
@@ -91,6 +92,18 @@ class Operations:
             self.memory.own_work += self.sizes(weight)[0] * math.prod(self.sizes(product))
             return product
         return self.call("mul_mat", weight, rows)
+
+    def expert_product(self, weight: int, rows: int, ids: int) -> int:
+        """Like ggml's mul_mat_id of rows [features, 1 or slots, tokens] and ids of experts [slots, tokens]."""
+        kernels = self.tensors.kernels
+        if kernels is None or weight not in self.tensors.packed:
+            return self.call("mul_mat_id", weight, rows, ids)
+        if ids not in self._routes:
+            self._routes[ids] = kernels.routes(self.context, ids, self.shape.experts)
+        routes, key = self._routes[ids], (rows, kernels.tiles_of(weight))
+        if key not in self._tiles:
+            self._tiles[key] = kernels.tiles(self.context, *key, routes)
+        return kernels.product(self.context, weight, self._tiles[key], routes)
 
     def norm(self, tensor: int, weights: dict[str, int], name: str, epsilon: float = 0.0) -> int:
         """Apply a norm of the layer, if the layer has it; `epsilon` replaces the model's."""

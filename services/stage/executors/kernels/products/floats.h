@@ -29,7 +29,7 @@ WITH INLINED floats add_BF16(floats sum, const char *unit, const float *given, i
     return fmadd(as_floats(upper_halves(pairs)), broadcast_float(given[rows]), sum);
 }
 
-#define MOST_GROUPS 4 /* processed at once with a lone row */
+#define MOST_GROUPS 4 /* processed at once with one or two rows */
 
 #define MULTIPLY_FLOATS(type, target) \
     target INLINED void multiply_tile_##type( \
@@ -48,65 +48,41 @@ WITH INLINED floats add_BF16(floats sum, const char *unit, const float *given, i
                 store_floats((float *)((char *)out + row * out_stride) + part * LANES, sums[part * rows + row]); \
     }
 
-#define FLOAT_CASE(type, count, groups) \
-    case count: multiply_tile_##type(group, from, units, out, out_stride, count, groups); break;
+#define FLOAT_CASE(type, count) \
+    case count: multiply_tile_##type(group, tile, units, out, out_stride, count, 1); break;
 
-/* noodle_multiply_<type>. dst: float32 [weight rows, rows]; sources: packed weight, tiles */
 #define PRODUCT_OF_FLOATS(type, target) \
     MULTIPLY_FLOATS(type, target) \
-    target void NAME(noodle_multiply_##type)(void *dst, int thread, int threads, void *given_work) { \
-        const void *weight = source_of(dst, 0), *given = source_of(dst, 1); \
-        const int64_t units = size_of(weight, 0) / type##_UNIT_ITEMS, length = units * type##_UNIT_GIVEN; \
-        const int64_t group_bytes = units * GROUP_ROWS * type##_UNIT_BYTES; \
-        const struct cut cut = cut_of(size_of(dst, 1), FLOAT_TILE_ROWS); \
-        (void)thread; \
-        float last[FLOAT_TILE_ROWS * GROUP_ROWS]; \
-        struct shares shares = \
-            shares_of(given_work, threads, cut, length * sizeof(float), groups_of(weight)); \
-        for (struct share share; next_share(&shares, &share);) { \
-            for (int64_t number = share.first_group; number < share.end_group;) { \
-                const char *group = data_of(weight) + number * group_bytes; \
-                const int64_t after = number + MOST_GROUPS; \
-                const bool is_full = after <= share.end_group && after * GROUP_ROWS <= size_of(weight, 1); \
-                const int64_t groups = is_full && cut.tiles == 1 && cut.rows <= 2 ? MOST_GROUPS : 1; \
-                for (int64_t tile = share.first_tile; tile < share.end_tile; tile++) { \
-                    const int64_t begin = begin_of_tile(cut, tile); \
-                    const float *from = (const float *)data_of(given) + begin * length; \
-                    const int rows = (int)rows_of_tile(cut, tile); \
-                    struct outputs outputs = outputs_of(dst, begin, number, last); \
-                    float *out = outputs.out; \
-                    const size_t out_stride = outputs.stride; \
-                    switch (rows + (groups > 1 ? 16 : 0)) { \
-                        FLOAT_CASE(type, 8, 1) \
-                        FLOAT_CASE(type, 7, 1) \
-                        FLOAT_CASE(type, 6, 1) \
-                        FLOAT_CASE(type, 5, 1) \
-                        FLOAT_CASE(type, 4, 1) \
-                        FLOAT_CASE(type, 3, 1) \
-                        FLOAT_CASE(type, 2, 1) \
-                        FLOAT_CASE(type, 1, 1) \
-                        case 17: multiply_tile_##type(group, from, units, out, out_stride, 1, MOST_GROUPS); break; \
-                        case 18: multiply_tile_##type(group, from, units, out, out_stride, 2, MOST_GROUPS); break; \
-                    } \
-                    finish(&outputs, rows); \
-                } \
-                number += groups; \
-            } \
+    target static void multiply_rows_##type( \
+        const char *group, const void *tile, int64_t length, float *out, size_t out_stride, int rows, int groups) { \
+        const int64_t units = length / type##_UNIT_ITEMS; \
+        switch (rows + (groups > 1 ? 16 : 0)) { \
+            FLOAT_CASE(type, 8) \
+            FLOAT_CASE(type, 7) \
+            FLOAT_CASE(type, 6) \
+            FLOAT_CASE(type, 5) \
+            FLOAT_CASE(type, 4) \
+            FLOAT_CASE(type, 3) \
+            FLOAT_CASE(type, 2) \
+            FLOAT_CASE(type, 1) \
+            case 17: multiply_tile_##type(group, tile, units, out, out_stride, 1, MOST_GROUPS); break; \
+            case 18: multiply_tile_##type(group, tile, units, out, out_stride, 2, MOST_GROUPS); break; \
         } \
-    }
+    } \
+    PRODUCT(type, type##_UNIT_ITEMS, type##_UNIT_BYTES, FLOAT_TILE_ROWS, MOST_GROUPS)
 
-/* dst: tiles of float32; source 0: rows of K float32 */
+/* dst: tiles of float32; sources: rows of K float32, for experts routes */
 WITH void NAME(noodle_arrange)(void *dst, int thread, int threads, void *unused) {
     (void)unused;
-    const void *rows = source_of(dst, 0);
-    const int64_t length = size_of(rows, 0);
-    const struct cut cut = cut_of(size_of(rows, 1), FLOAT_TILE_ROWS);
-    for (int64_t tile = thread; tile < cut.tiles; tile += threads) {
-        const int64_t begin = begin_of_tile(cut, tile), width = rows_of_tile(cut, tile);
-        float *to = (float *)data_of(dst) + begin * length;
-        for (int64_t row = 0; row < width; row++) {
-            const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
-            for (int64_t number = 0; number < length; number++) to[number * width + row] = from[number];
+    const int64_t length = size_of(source_of(dst, 0), 0);
+    struct tiles tiles = tiles_of(dst, FLOAT_TILE_ROWS);
+    int64_t count = 0;
+    for (struct tile tile; next_tile(&tiles, &tile);) {
+        if (count++ % threads != thread) continue;
+        float *to = (float *)data_of(dst) + tile.begin * length;
+        for (int64_t row = 0; row < tile.rows; row++) {
+            const float *from = activations_of(&tiles, tile.begin + row);
+            for (int64_t number = 0; number < length; number++) to[number * tile.rows + row] = from[number];
         }
     }
 }

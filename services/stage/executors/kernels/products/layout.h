@@ -47,61 +47,75 @@ INLINED int64_t begin_of_tile(struct cut cut, int64_t tile) {
 }
 INLINED int64_t rows_of_tile(struct cut cut, int64_t tile) { return cut.rows + (tile < cut.larger); }
 
-/* How a product is shared out to threads: passes over the weight, in each of which some tiles of activations stay in the L2 cache
- * while the weight's groups pass, some groups a share. */
-#define PASS_BYTES (384 << 10) /* of activations */
-#define SHARES_OF_A_THREAD 8   /* so that threads finish together */
-
-struct shares {
-    struct claims claims;
-    int64_t tiles, pass_tiles, groups, share_groups, shares_of_pass, count;
+/* Which rows a matrix multiplies. Dense products have one matrix and all rows in their order; with experts the rows are
+ * (token, slot) pairs in order of the expert that the token chose in that slot. As a tensor: int32 [2 * experts + 2 + pairs],
+ * the used experts' count, their numbers [experts], the first row of each and the end [experts + 1], the pairs. */
+struct routes {
+    const int32_t *experts, *first_rows, *pairs; /* NULL without experts */
+    int64_t used, rows;
 };
-struct share {
-    int64_t first_tile, end_tile, first_group, end_group;
-};
-
-INLINED struct shares shares_of(void *work, int threads, struct cut cut, int64_t row_bytes, int64_t groups) {
-    struct shares shares = {claims_of(work, threads), cut.tiles, 0, groups, groups, 1, 0};
-    const int64_t tile_bytes = (cut.rows + 1) * row_bytes;
-    shares.pass_tiles = tile_bytes < PASS_BYTES ? PASS_BYTES / tile_bytes : 1;
-    if (threads > 1) {
-        shares.share_groups = groups / (threads * SHARES_OF_A_THREAD) + 1;
-        shares.shares_of_pass = (groups + shares.share_groups - 1) / shares.share_groups;
-    }
-    shares.count = (cut.tiles + shares.pass_tiles - 1) / shares.pass_tiles * shares.shares_of_pass;
-    return shares;
+INLINED struct routes routes_of(const void *given, int64_t rows) {
+    if (!given) return (struct routes){NULL, NULL, NULL, 1, rows};
+    const int32_t *numbers = (const int32_t *)data_of(given);
+    const int64_t experts = (size_of(given, 0) - rows) / 2 - 1;
+    return (struct routes){numbers + 1, numbers + 1 + experts, numbers + 2 + 2 * experts, numbers[0], rows};
 }
+INLINED int64_t first_row_of(const struct routes *routes, int64_t route) {
+    return routes->first_rows ? routes->first_rows[route] : route * routes->rows;
+}
+INLINED struct cut cut_of_route(const struct routes *routes, int64_t route, int64_t most_rows) {
+    return cut_of(first_row_of(routes, route + 1) - first_row_of(routes, route), most_rows);
+}
+/* where a row's outputs go, and for experts where its activations are */
+INLINED int64_t place_of(const struct routes *routes, int64_t row) { return routes->pairs ? routes->pairs[row] : row; }
 
-INLINED bool next_share(struct shares *shares, struct share *share) {
-    const int64_t number = claim_next(&shares->claims, shares->count);
-    if (number >= shares->count) return false;
-    const int64_t tile = number / shares->shares_of_pass * shares->pass_tiles;
-    const int64_t group = number % shares->shares_of_pass * shares->share_groups;
-    share->first_tile = tile;
-    share->end_tile = tile + shares->pass_tiles < shares->tiles ? tile + shares->pass_tiles : shares->tiles;
-    share->first_group = group;
-    share->end_group = group + shares->share_groups < shares->groups ? group + shares->share_groups : shares->groups;
+/* The tiles of all routes, which the operations that write tiles walk through. */
+struct tiles {
+    struct routes routes;
+    const void *rows; /* float32 [K, rows], or for experts [K, 1 or slots, tokens] */
+    int64_t most_rows, slots, route, tile;
+    struct cut cut;
+};
+struct tile {
+    int64_t begin, rows;
+};
+INLINED struct tiles tiles_of(const void *dst, int64_t most_rows) {
+    const void *rows = source_of(dst, 0);
+    const struct routes routes = routes_of(source_of(dst, 1), size_of(dst, 1));
+    return (struct tiles){routes, rows, most_rows, size_of(dst, 1) / size_of(rows, 2), -1, 0, {0, 0, 0}};
+}
+INLINED bool next_tile(struct tiles *tiles, struct tile *tile) {
+    while (tiles->tile == tiles->cut.tiles) {
+        if (++tiles->route == tiles->routes.used) return false;
+        tiles->cut = cut_of_route(&tiles->routes, tiles->route, tiles->most_rows);
+        tiles->tile = 0;
+    }
+    tile->begin = first_row_of(&tiles->routes, tiles->route) + begin_of_tile(tiles->cut, tiles->tile);
+    tile->rows = rows_of_tile(tiles->cut, tiles->tile++);
     return true;
 }
+INLINED const float *activations_of(const struct tiles *tiles, int64_t row) {
+    const int64_t place = place_of(&tiles->routes, row), slot = size_of(tiles->rows, 1) > 1 ? place % tiles->slots : 0;
+    return (const float *)(data_of(tiles->rows) + slot * stride_of(tiles->rows, 1) +
+                           place / tiles->slots * stride_of(tiles->rows, 2));
+}
 
-/* Groups of a weight; the last one may be filled up with rows that are not the weight's. */
-INLINED int64_t groups_of(const void *weight) { return (size_of(weight, 1) + GROUP_ROWS - 1) / GROUP_ROWS; }
+/* The product of `groups` groups and a tile of `rows` rows; groups are 1 but for at most 2 rows. */
+typedef void tile_product(
+    const char *group, const void *tile, int64_t length, float *out, size_t out_stride, int rows, int groups);
 
-/* Where the product of a group and a tile goes: to its place, or if the group is not full to `last` first. */
-struct outputs {
-    float *out, *place;
-    size_t stride, place_stride;
-    int64_t columns;
+/* The kernel of a type and an instruction set: elements of a row that stay together and their bytes. */
+struct kernel {
+    tile_product *multiply;
+    int items, bytes, tile_rows, groups;
 };
-INLINED struct outputs outputs_of(const void *dst, int64_t first_row, int64_t group, float *last) {
-    const size_t stride = stride_of(dst, 1);
-    const int64_t left = size_of(dst, 0) - group * GROUP_ROWS;
-    float *place = (float *)(data_of(dst) + first_row * stride) + group * GROUP_ROWS;
-    if (left >= GROUP_ROWS) return (struct outputs){place, place, stride, stride, GROUP_ROWS};
-    return (struct outputs){last, place, GROUP_ROWS * sizeof(float), stride, left};
-}
-INLINED void finish(const struct outputs *outputs, int64_t rows) {
-    if (outputs->out == outputs->place) return;
-    for (int64_t row = 0; row < rows; row++)
-        memcpy((char *)outputs->place + row * outputs->place_stride, outputs->out + row * GROUP_ROWS, outputs->columns * sizeof(float));
-}
+
+/* Operations of every kernel. dst: float32 [weight rows, rows]; sources: packed weight, tiles, for experts routes. */
+__attribute__((visibility("hidden"))) void multiply_by(const struct kernel *kernel, void *dst, int threads, void *work);
+
+#define PRODUCT(type, block_items, block_bytes, most_rows, most_groups) \
+    static const struct kernel kernel_##type = {multiply_rows_##type, block_items, block_bytes, most_rows, most_groups}; \
+    void NAME(noodle_multiply_##type)(void *dst, int thread, int threads, void *work) { \
+        (void)thread; \
+        multiply_by(&kernel_##type, dst, threads, work); \
+    }

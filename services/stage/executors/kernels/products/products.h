@@ -72,37 +72,18 @@ INLINED void fetch_ahead(const char *unit, const int bytes) {
                 store_floats((float *)((char *)out + row * out_stride) + part * LANES, sums[row][part]); \
     }
 
-/* noodle_multiply_<type>. dst: float32 [weight rows, rows]; sources: packed weight, tiles */
 #define PRODUCT_OF_BLOCKS(type) \
     MULTIPLY_TILE(type) \
-    WITH void NAME(noodle_multiply_##type)(void *dst, int thread, int threads, void *work) { \
-        (void)thread; \
-        const void *weight = source_of(dst, 0), *given = source_of(dst, 1); \
-        const int64_t blocks = size_of(weight, 0) / type##_ITEMS, units = size_of(weight, 0) / BLOCK; \
-        const int64_t group_bytes = blocks * GROUP_ROWS * type##_BYTES; \
-        const struct cut cut = cut_of(size_of(dst, 1), TILE_ROWS); \
-        float last[TILE_ROWS * GROUP_ROWS]; \
-        struct shares shares = shares_of( \
-            work, threads, cut, units * (int64_t)sizeof(struct row_block), groups_of(weight)); \
-        for (struct share share; next_share(&shares, &share);) { \
-            for (int64_t number = share.first_group; number < share.end_group; number++) { \
-                const char *group = data_of(weight) + number * group_bytes; \
-                for (int64_t tile = share.first_tile; tile < share.end_tile; tile++) { \
-                    const int64_t begin = begin_of_tile(cut, tile); \
-                    const struct row_block *from = (const struct row_block *)data_of(given) + begin * units; \
-                    const int rows = (int)rows_of_tile(cut, tile); \
-                    struct outputs outputs = outputs_of(dst, begin, number, last); \
-                    float *out = outputs.out; \
-                    const size_t out_stride = outputs.stride; \
-                    if (rows == 1) \
-                        multiply_tile_##type(group, from, blocks, out, out_stride, 1); \
-                    else \
-                        multiply_tile_##type(group, from, blocks, out, out_stride, rows); \
-                    finish(&outputs, rows); \
-                } \
-            } \
-        } \
-    }
+    WITH static void multiply_rows_##type( \
+        const char *group, const void *tile, int64_t length, float *out, size_t out_stride, int rows, int groups) { \
+        const int64_t blocks = length / type##_ITEMS; \
+        (void)groups; \
+        if (rows == 1) \
+            multiply_tile_##type(group, tile, blocks, out, out_stride, 1); \
+        else \
+            multiply_tile_##type(group, tile, blocks, out, out_stride, rows); \
+    } \
+    PRODUCT(type, type##_ITEMS, type##_BYTES, TILE_ROWS, 1)
 
 PRODUCT_OF_BLOCKS(Q8_0)
 PRODUCT_OF_BLOCKS(Q4_0)
@@ -116,19 +97,17 @@ PRODUCT_OF_BLOCKS(IQ4_NL)
 PRODUCT_OF_BLOCKS(IQ4_XS)
 PRODUCT_OF_BLOCKS(MXFP4)
 
-/* dst: bytes [row_blocks of a row, rows], tiles of row_blocks; source 0: rows of K float32 */
+/* dst: bytes [row_blocks of a row, rows], tiles of row_blocks; sources: rows of K float32, for experts routes */
 WITH void NAME(noodle_quantize)(void *dst, int thread, int threads, void *unused) {
     (void)unused;
-    const void *rows = source_of(dst, 0);
-    const int64_t units = size_of(rows, 0) / BLOCK, first = units * thread / threads, end = units * (thread + 1) / threads;
-    const struct cut cut = cut_of(size_of(rows, 1), TILE_ROWS);
-    for (int64_t tile = 0; tile < cut.tiles; tile++) {
-        const int64_t begin = begin_of_tile(cut, tile), width = rows_of_tile(cut, tile);
-        struct row_block *to = (struct row_block *)data_of(dst) + begin * units;
-        for (int64_t row = 0; row < width; row++) {
-            const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
+    const int64_t units = size_of(source_of(dst, 0), 0) / BLOCK, first = units * thread / threads, end = units * (thread + 1) / threads;
+    struct tiles tiles = tiles_of(dst, TILE_ROWS);
+    for (struct tile tile; next_tile(&tiles, &tile);) {
+        struct row_block *to = (struct row_block *)data_of(dst) + tile.begin * units;
+        for (int64_t row = 0; row < tile.rows; row++) {
+            const float *from = activations_of(&tiles, tile.begin + row);
             for (int64_t unit = first; unit < end; unit++) {
-                struct row_block *block = to + unit * width + row;
+                struct row_block *block = to + unit * tile.rows + row;
                 quantize_block(block, from + unit * BLOCK);
                 block->scaled_negative_sum = block->scale * (float)block->negative_sum;
             }

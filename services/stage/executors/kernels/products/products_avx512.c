@@ -100,24 +100,24 @@ WITH_BF16 INLINED floats add_BF16_PAIRS(floats sum, const char *unit, const floa
 }
 PRODUCT_OF_FLOATS(BF16_PAIRS, WITH_BF16)
 
-/* dst: tiles of bfloat16 pairs; source 0: rows of K float32, K even */
+/* dst: tiles of bfloat16 pairs; sources: rows of K float32, K even, for experts routes */
 WITH_BF16 void noodle_arrange_pairs_avx512(void *dst, int thread, int threads, void *unused) {
     (void)unused;
-    const void *rows = source_of(dst, 0);
-    const int64_t length = size_of(rows, 0);
-    const struct cut cut = cut_of(size_of(rows, 1), FLOAT_TILE_ROWS);
-    for (int64_t tile = thread; tile < cut.tiles; tile += threads) {
-        const int64_t begin = begin_of_tile(cut, tile), width = rows_of_tile(cut, tile);
-        char *to = data_of(dst) + begin * length * 2;
-        for (int64_t row = 0; row < width; row++) {
-            const float *from = (const float *)(data_of(rows) + (begin + row) * stride_of(rows, 1));
+    const int64_t length = size_of(source_of(dst, 0), 0);
+    struct tiles tiles = tiles_of(dst, FLOAT_TILE_ROWS);
+    int64_t count = 0;
+    for (struct tile tile; next_tile(&tiles, &tile);) {
+        if (count++ % threads != thread) continue;
+        char *to = data_of(dst) + tile.begin * length * 2;
+        for (int64_t row = 0; row < tile.rows; row++) {
+            const float *from = activations_of(&tiles, tile.begin + row);
             for (int64_t number = 0; number < length; number += 16) {
                 const __mmask16 there = length - number < 16 ? (__mmask16)((1u << (length - number)) - 1) : 0xffff;
                 const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, from + number));
                 char pairs[32];
                 _mm256_storeu_si256((__m256i *)pairs, (__m256i)rounded);
                 for (int64_t pair = 0; pair < 8 && number + 2 * pair < length; pair++)
-                    memcpy(to + ((number / 2 + pair) * width + row) * 4, pairs + 4 * pair, 4);
+                    memcpy(to + ((number / 2 + pair) * tile.rows + row) * 4, pairs + 4 * pair, 4);
             }
         }
     }
