@@ -5,7 +5,8 @@
  *
  * <type>_LARGEST is the largest byte of a weight, or SIGNED where bytes have a sign; a weight is (byte - 2^ZERO_SHIFT) * scale, or
  * byte * scale - minimum, or (without either) byte * scale. Types with HALVES 2 have a scale for each 16 elements.
- * READ_AGAIN: bytes of a block are read for units that are far apart. Formulas: ggml-quants.c, dequantize_row_*.
+ * READ_AGAIN: bytes of a block are read for units that are far apart. LOOPS_OVER_LONE_ROWS: code for one row as a constant, whose
+ * loads the compiler reorders, reads memory more slowly (measured; with AVX512 alone). Formulas: ggml-quants.c, dequantize_row_*.
  */
 
 struct unit {
@@ -42,6 +43,7 @@ WITH INLINED void unpack_nibbles(struct unit *unit, const char *at, int part) {
 #define Q8_0_LARGEST SIGNED
 #define Q8_0_ZERO_SHIFT SIGNED_SHIFT
 #define Q8_0_READ_AGAIN 0
+#define Q8_0_LOOPS_OVER_LONE_ROWS 0
 #define Q8_0_HAS_MINIMUM 0
 NO_SCALES(Q8_0)
 WITH INLINED void unpack_Q8_0(
@@ -58,6 +60,7 @@ WITH INLINED void unpack_Q8_0(
 #define Q4_0_LARGEST 15
 #define Q4_0_ZERO_SHIFT 3
 #define Q4_0_READ_AGAIN 0
+#define Q4_0_LOOPS_OVER_LONE_ROWS 0
 #define Q4_0_HAS_MINIMUM 0
 NO_SCALES(Q4_0)
 WITH INLINED void unpack_Q4_0(
@@ -74,6 +77,7 @@ WITH INLINED void unpack_Q4_0(
 #define Q4_1_LARGEST 15
 #define Q4_1_ZERO_SHIFT 0
 #define Q4_1_READ_AGAIN 0
+#define Q4_1_LOOPS_OVER_LONE_ROWS 0
 #define Q4_1_HAS_MINIMUM 1
 NO_SCALES(Q4_1)
 WITH INLINED void unpack_Q4_1(
@@ -91,6 +95,7 @@ WITH INLINED void unpack_Q4_1(
 #define Q5_0_LARGEST 31
 #define Q5_0_ZERO_SHIFT 4
 #define Q5_0_READ_AGAIN 0
+#define Q5_0_LOOPS_OVER_LONE_ROWS 0
 #define Q5_0_HAS_MINIMUM 0
 NO_SCALES(Q5_0)
 /* the fifth bits of 32 elements are those of an integer for each row */
@@ -114,6 +119,7 @@ WITH INLINED void unpack_Q5_0(
 #define Q5_1_LARGEST 31
 #define Q5_1_ZERO_SHIFT 0
 #define Q5_1_READ_AGAIN 0
+#define Q5_1_LOOPS_OVER_LONE_ROWS 0
 #define Q5_1_HAS_MINIMUM 1
 NO_SCALES(Q5_1)
 WITH INLINED void unpack_Q5_1(
@@ -152,6 +158,7 @@ WITH INLINED void scale_k4(struct unit *unit, const struct scales_k4 *scales, co
 #define Q4_K_LARGEST 15
 #define Q4_K_ZERO_SHIFT 0
 #define Q4_K_READ_AGAIN 0
+#define Q4_K_LOOPS_OVER_LONE_ROWS 1
 #define Q4_K_HAS_MINIMUM 1
 struct scales_Q4_K { struct scales_k4 each; };
 WITH INLINED void prepare_Q4_K(struct scales_Q4_K *scales, const char *group) {
@@ -173,7 +180,8 @@ WITH INLINED void unpack_Q4_K(
 #define Q5_K_HALVES 1
 #define Q5_K_LARGEST 31
 #define Q5_K_ZERO_SHIFT 0
-#define Q5_K_READ_AGAIN 0
+#define Q5_K_READ_AGAIN 1
+#define Q5_K_LOOPS_OVER_LONE_ROWS 1
 #define Q5_K_HAS_MINIMUM 1
 struct scales_Q5_K { struct scales_k4 each; };
 WITH INLINED void prepare_Q5_K(struct scales_Q5_K *scales, const char *group) {
@@ -198,6 +206,7 @@ WITH INLINED void unpack_Q5_K(
 #define Q6_K_LARGEST 63
 #define Q6_K_ZERO_SHIFT 5
 #define Q6_K_READ_AGAIN 1
+#define Q6_K_LOOPS_OVER_LONE_ROWS 0
 #define Q6_K_HAS_MINIMUM 0
 NO_SCALES(Q6_K)
 WITH INLINED void unpack_Q6_K(
@@ -222,6 +231,7 @@ WITH INLINED void unpack_Q6_K(
 #define IQ4_NL_LARGEST SIGNED
 #define IQ4_NL_ZERO_SHIFT SIGNED_SHIFT
 #define IQ4_NL_READ_AGAIN 0
+#define IQ4_NL_LOOPS_OVER_LONE_ROWS 0
 #define IQ4_NL_HAS_MINIMUM 0
 NO_SCALES(IQ4_NL)
 WITH INLINED void unpack_iq4(struct unit *unit, const char *at, int part) {
@@ -242,6 +252,7 @@ WITH INLINED void unpack_IQ4_NL(
 #define IQ4_XS_LARGEST SIGNED
 #define IQ4_XS_ZERO_SHIFT SIGNED_SHIFT
 #define IQ4_XS_READ_AGAIN 0
+#define IQ4_XS_LOOPS_OVER_LONE_ROWS 0
 #define IQ4_XS_HAS_MINIMUM 0
 /* 6-bit scales less 32: the lower four bits of two in a byte, the upper two of all eight in 16 bits */
 struct scales_IQ4_XS {
@@ -273,6 +284,7 @@ WITH INLINED void unpack_IQ4_XS(
 #define MXFP4_LARGEST 31
 #define MXFP4_ZERO_SHIFT 4
 #define MXFP4_READ_AGAIN 0
+#define MXFP4_LOOPS_OVER_LONE_ROWS 0
 #define MXFP4_HAS_MINIMUM 0
 NO_SCALES(MXFP4)
 WITH INLINED void unpack_MXFP4(

@@ -78,7 +78,7 @@ INLINED void fetch_ahead(const char *unit, const int bytes) {
         const char *group, const void *tile, int64_t length, float *out, size_t out_stride, int rows, int groups) { \
         const int64_t blocks = length / type##_ITEMS; \
         (void)groups; \
-        if (rows == 1) \
+        if (rows == 1 && !(LOOPS_OVER_LONE_ROWS && type##_LOOPS_OVER_LONE_ROWS)) \
             multiply_tile_##type(group, tile, blocks, out, out_stride, 1); \
         else \
             multiply_tile_##type(group, tile, blocks, out, out_stride, rows); \

@@ -10,6 +10,7 @@
 #define NAME(x) x##_avx2
 #define LANES 8
 #define FLOAT_TILE_ROWS 6 /* two accumulators a row leave enough of the 16 registers for a product */
+#define LOOPS_OVER_LONE_ROWS 0
 #define SIGNED_SHIFT 0
 
 typedef __m256i bytes, ints;

@@ -10,6 +10,7 @@
 #define NAME(x) x##_avx512
 #define LANES 16
 #define FLOAT_TILE_ROWS 8
+#define LOOPS_OVER_LONE_ROWS 1
 #define SIGNED_SHIFT 7 /* VPDPBUSD takes weights without a sign: 128 is added to those that have one */
 
 typedef __m512i bytes, ints;
