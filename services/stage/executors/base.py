@@ -46,7 +46,11 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class SliceOutput:
-    """`hidden_states` [total_tokens, hidden_size] off the last stage, `logits` [rows, vocab_size] float32 on it."""
+    """`hidden_states` [total_tokens, hidden_size] off the last stage, `logits` [rows, vocab_size] float32 on it.
+
+    The hidden states may lie in the slice's own memory: they are valid until its next `forward` or `close`, and copied
+    by callers that keep them longer. Sending a step returns only when its bytes have left or were copied.
+    """
 
     hidden_states: ActivationTensor | None = None
     logits: npt.NDArray[np.float32] | None = None

@@ -142,7 +142,8 @@ class _Progress:
         self.done_tokens += tokens
         if output.hidden_states is not None:
             is_finite = np.isfinite(decode(output.hidden_states)).all()
-            self.hidden_states.append(output.hidden_states)
+            kept = memoryview(bytes(output.hidden_states.data))  # the slice's next forward overwrites its output
+            self.hidden_states.append(replace(output.hidden_states, data=kept))
         elif output.logits is not None and len(output.logits):
             is_finite = np.isfinite(output.logits[0]).all()
             self.logits = output.logits[0]

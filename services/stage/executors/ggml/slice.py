@@ -5,6 +5,7 @@ One thread at a time computes with a slice. Inputs for which ggml would end the 
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -131,10 +132,11 @@ class GgmlSlice(KvCache[GgmlRows]):
         step.memory.compute(self._threads.compute)
         for each, span in zip(rows, batch.spans, strict=True):
             each.length = max(each.length, span.first_position + span.token_count)
-        hidden = step.output.copy()
         if not self.is_last:
-            return SliceOutput(hidden_states=ActivationTensor("float32", hidden.shape, hidden.data.cast("B")))
-        self._last_hidden = hidden
+            return SliceOutput(
+                hidden_states=ActivationTensor("float32", step.output.shape, self._bytes_of(step.output))
+            )
+        self._last_hidden = step.output.copy()  # the head's graph may take this one's place
         return SliceOutput(logits=self.logits_of(batch.logits_rows))
 
     def logits_of(self, rows: npt.NDArray[np.int64]) -> Floats:
@@ -165,6 +167,12 @@ class GgmlSlice(KvCache[GgmlRows]):
                 )
             return ids.astype(np.int32)
         return decode(checked_hidden_states(self, batch))
+
+    def _bytes_of(self, output: Floats) -> memoryview:
+        """A graph's output, in place; the slice lives as long as somebody holds this."""
+        memory: Any = (ctypes.c_uint8 * output.nbytes).from_address(output.ctypes.data)
+        memory.owner = self
+        return np.frombuffer(memory, np.uint8).data
 
     def _open(self, spans: tuple[Span, ...]) -> list[GgmlRows]:
         """Rows of each span's session; nothing is reserved if one is refused."""

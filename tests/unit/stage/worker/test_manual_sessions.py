@@ -1,8 +1,12 @@
 """Sessions of forwards by hand: positions, room and age."""
 
+import numpy as np
 import pytest
 
 from noodle.errors import Conflict, ContextTooLong, Unprocessable
+from noodle.wire.frames import ActivationTensor
+from services.stage.executors.base import SliceOutput
+from services.stage.manual.forward import _Progress
 from services.stage.worker.manual_sessions import (
     FORWARD_IDLE_SECONDS,
     MAXIMUM_FORWARD_SESSIONS,
@@ -90,3 +94,14 @@ def test_an_idle_session_ends_by_itself_and_a_used_one_does_not():
     assert sessions.end("b") == "forward/b"
     assert sessions.end("never seen") == "forward/never seen"
     assert len(sessions) == 0
+
+
+def test_a_forwards_pieces_are_kept_although_the_slice_computes_the_next_one_into_the_same_memory():
+    numbers = np.zeros((2, 3), np.float32)
+    output = SliceOutput(ActivationTensor("float32", numbers.shape, numbers.data.cast("B")))
+    progress = _Progress(deadline=0.0)
+    for value in (1, 2):
+        numbers[:] = value
+        progress.add(output, 2)
+    found = np.frombuffer(progress.result(4).hidden_states.data, np.float32)
+    assert found.tolist() == [1] * 6 + [2] * 6

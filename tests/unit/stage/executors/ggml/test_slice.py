@@ -1,6 +1,8 @@
 """What is particular about a slice that ggml computes: its graphs, its weights' types and files, what it refuses."""
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -138,7 +140,7 @@ def test_input_embeddings_on_the_first_stage_are_what_their_token_ids_are(model_
     folder = make_tiny_model(tmp_path, model_type, **({"embedding_multiplier": 3.0} if model_type == "granite" else {}))
     ids = [5, 17, 42, 99, 7]
     first = load(folder, 0, 3)
-    by_ids = first.forward(tokens_batch("ids", 0, ids)).hidden_states
+    by_ids = np.frombuffer(first.forward(tokens_batch("ids", 0, ids)).hidden_states.data, "<f4").copy()
     model = load_slice(folder, 0, 3, device="cpu", dtype="float32", context_length=256)._base
     embeddings = model.get_input_embeddings().weight.numpy()[ids]
     if model_type == "gemma2":
@@ -146,7 +148,23 @@ def test_input_embeddings_on_the_first_stage_are_what_their_token_ids_are(model_
     given = ActivationTensor("float32", embeddings.shape, np.ascontiguousarray(embeddings, np.float32).data.cast("B"))
     span = Span("embeddings", 0, len(ids), 32)
     by_embeddings = first.forward(PackedBatch((span,), np.zeros(0, np.int64), hidden_states=given)).hidden_states
-    assert np.allclose(np.frombuffer(by_ids.data, "<f4"), np.frombuffer(by_embeddings.data, "<f4"), atol=1e-5)
+    assert np.allclose(by_ids, np.frombuffer(by_embeddings.data, "<f4"), atol=1e-5)
+
+
+def test_hidden_states_leave_in_the_graphs_memory_until_the_next_step_and_outlive_a_forgotten_slice(folder):
+    first = load(folder, 0, 3)
+    one = first.forward(tokens_batch("a", 0, [5, 17, 42])).hidden_states
+    before = np.frombuffer(one.data, "<f4").copy()
+    other = first.forward(tokens_batch("b", 0, [99, 7, 8])).hidden_states
+    assert np.frombuffer(one.data, np.uint8).ctypes.data == np.frombuffer(other.data, np.uint8).ctypes.data
+    again = first.forward(tokens_batch("a", 0, [5, 17, 42])).hidden_states
+    forgotten = weakref.ref(first)
+    del first, one, other
+    gc.collect()
+    assert np.array_equal(np.frombuffer(again.data, "<f4"), before)
+    del again
+    gc.collect()
+    assert forgotten() is None
 
 
 def test_logits_of_any_rows_of_the_last_step_can_be_asked_for(folder):
