@@ -39,4 +39,17 @@ WITH_F16C INLINED float half_to_float(const char *at) {
     memcpy(&number, at, 2);
     return _cvtsh_ss(number);
 }
+WITH_F16C INLINED unsigned short float_to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+INLINED float half_to_float(const char *at) {
+    __fp16 number;
+    memcpy(&number, at, 2);
+    return number;
+}
+INLINED unsigned short float_to_half(float x) {
+    const __fp16 half = (__fp16)x;
+    unsigned short number;
+    memcpy(&number, &half, 2);
+    return number;
+}
 #endif

@@ -46,8 +46,7 @@ INLINED const char *block_of(
         memcpy(to + (is_key ? d * KEYS + at : at * dimensions + d) * size, &number, size); \
     }
 
-WITH INLINED unsigned short half_of(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-WITH INLINED float same(float x) { return x; }
+INLINED float same(float x) { return x; }
 
 /* Quantize 32 numbers of token `at`, as ggml does. */
 WITH INLINED void write_group(char *to, const float *from, int64_t at, const bool is_key) {
@@ -56,7 +55,7 @@ WITH INLINED void write_group(char *to, const float *from, int64_t at, const boo
         if (most == most && !(fabsf(from[d]) <= most)) most = fabsf(from[d]); /* a NaN stays: the whole group is NaN */
     const vector inverse = broadcast(most != 0.0f ? 127.0f / most : 0.0f);
     for (int d = 0; d < ITEMS; d += LANES) store(whole + d, rounded(multiply(load(from + d), inverse)));
-    const unsigned short scale = half_of(most / 127.0f);
+    const unsigned short scale = float_to_half(most / 127.0f);
     memcpy(to + 2 * at, &scale, 2);
     for (int d = 0; d < ITEMS; d++) {
         const bool is_small = fabsf(whole[d]) <= 127.0f; /* not for infinities, whose scale is infinite */
@@ -69,7 +68,7 @@ WITH INLINED void write_row(char *to, const float *from, int64_t at, int64_t dim
     if (type == F32) {
         WRITE(float, 4, same)
     } else if (type == F16) {
-        WRITE(unsigned short, 2, half_of)
+        WRITE(unsigned short, 2, float_to_half)
     } else {
         for (int64_t d = 0; d < dimensions; d += ITEMS, to += GROUP_BYTES) write_group(to, from + d, at, is_key);
     }

@@ -29,7 +29,7 @@ WITH INLINED floats add_BF16(floats sum, const char *unit, const float *given, i
     return fmadd(as_floats(upper_halves(pairs)), broadcast_float(given[rows]), sum);
 }
 
-#define MOST_GROUPS 4 /* processed at once with one or two rows */
+#define MOST_GROUPS (LANES < 8 ? 2 : 4) /* processed at once with one or two rows */
 
 #define MULTIPLY_FLOATS(type, target) \
     target INLINED void multiply_tile_##type( \
