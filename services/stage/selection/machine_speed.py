@@ -26,6 +26,7 @@ from services.stage.executors.ggml.kernels.attention import (
     flash_attention_kernel,
 )
 from services.stage.executors.ggml.kernels.products import packed_weights
+from services.stage.executors.ggml.kernels.threads import GraphThreads
 from services.stage.executors.ggml.weights import GgmlTensors, TensorLayout, WeightBlock, own_memory
 from services.stage.selection.benchmark import FILE_NAME, MeasureProgress, keep, one_at_a_time, read_kept
 from services.stage.selection.layer_costs import ROW_COUNTS, MachineSpeed
@@ -106,6 +107,7 @@ class SpeedMeter:
         self._library: GgmlLibrary = load_ggml()
         self._ggml = GgmlCalls(self._library.module)
         self._device = GgmlDevice(self._ggml, device_name, self._library.backend(threads, device_name))
+        self._threads = GraphThreads(self._device, threads)
         self._kernels = packed_weights(self._ggml) if self._device.is_host else None
         kernel = flash_attention_kernel(self._ggml, F16, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
         self._attention_kernel = kernel if self._device.is_host else None
@@ -122,7 +124,7 @@ class SpeedMeter:
         return self._device.multiplies(GGML_TYPES[type_name].number)
 
     def set_threads(self, threads: int) -> None:
-        self._library.set_threads(self._device.backend, threads)
+        self._threads.set(threads)
 
     def product_seconds(self, type_name: str) -> tuple[float, ...]:
         """Seconds for each byte of a weight of this type in a product with each of ROW_COUNTS rows."""
@@ -164,7 +166,7 @@ class SpeedMeter:
     def _seconds(self, build: Callable[[GraphMemory], Sequence[int]]) -> float:
         """Seconds of a graph; `build` adds its operations and returns its results."""
         with self._graph(build) as memory:
-            return _least_seconds(memory.compute)
+            return _least_seconds(partial(memory.compute, self._threads.compute))
 
     @contextmanager
     def _graph(self, build: Callable[[GraphMemory], Sequence[int]]) -> Iterator[GraphMemory]:
@@ -191,6 +193,7 @@ class SpeedMeter:
         rows = self._input(memory, FEATURES, count)
         kernels = self._kernels
         if kernels is None or not kernels.multiplies(weights[0]):
+            memory.ggml_work = 1  # all of it: ggml's threads compute
             return [int(self._ggml.ggml_mul_mat(memory.context, weight, rows)) for weight in weights]
         tiles = kernels.tiles(memory.context, rows, kernels.tiles_of(weights[0]))
         return [kernels.product(memory.context, weight, tiles) for weight in weights]
@@ -205,6 +208,7 @@ class SpeedMeter:
     def _attention(self, count: int, keys: int, memory: GraphMemory) -> list[int]:
         if self._attention_kernel is not None:
             return [self._own_attention(self._attention_kernel, count, keys, memory)]
+        memory.ggml_work = 1
         query = self._input(memory, HEAD_DIM, count, HEADS)
         key, value = (self._input(memory, HEAD_DIM, keys, KV_HEADS, dtype=np.float16) for _ in range(2))
         mask = None if count == 1 else self._input(memory, keys, count, value=0.0, dtype=np.float16)

@@ -103,7 +103,9 @@ class Operations:
         routes, key = self._routes[ids], (rows, kernels.tiles_of(weight))
         if key not in self._tiles:
             self._tiles[key] = kernels.tiles(self.context, *key, routes)
-        return kernels.product(self.context, weight, self._tiles[key], routes)
+        product = kernels.product(self.context, weight, self._tiles[key], routes)
+        self.memory.own_work += self.sizes(weight)[0] * math.prod(self.sizes(product))
+        return product
 
     def norm(self, tensor: int, weights: dict[str, int], name: str, epsilon: float = 0.0) -> int:
         """Apply a norm of the layer, if the layer has it; `epsilon` replaces the model's."""
