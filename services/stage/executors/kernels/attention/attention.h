@@ -44,11 +44,13 @@ struct attention {
 struct tile {
     const struct span *span;
     int64_t first_token; /* of the span, in the step */
-    int64_t head, first_row, rows;
+    int64_t head, first_row, rows, group_rows; /* group_rows are processed together, at most ROWS */
     int64_t first_segment, segments;
 };
 
-/* memory of one thread */
+#define DIRECT_GROUPS 2 /* read a block as it is kept; more share a block that is widened first */
+
+/* memory of one thread; each group of rows has its queries in [key_dim][ROWS] */
 struct room {
     float *queries, *keys, *values, *scores, *scales;
     struct state segment, total;
@@ -149,14 +151,14 @@ WITH INLINED void weigh_group(
 }
 
 WITH INLINED void score_any(
-    const struct attention *attention, int64_t type, float *scores, const float *queries, const char *keys,
-    int64_t next_block, int rows, int blocks) {
+    const struct attention *attention, int64_t type, float *scores, int64_t next_scores, const float *queries,
+    const char *keys, int64_t next_block, int rows, int blocks) {
     if (type == F32)
-        NAME(score_f32)(scores, queries, keys, next_block, attention->key_dim, rows, blocks);
+        NAME(score_f32)(scores, next_scores, queries, keys, next_block, attention->key_dim, rows, blocks);
     else if (type == F16)
-        NAME(score_f16)(scores, queries, keys, next_block, attention->key_dim, rows, blocks);
+        NAME(score_f16)(scores, next_scores, queries, keys, next_block, attention->key_dim, rows, blocks);
     else
-        NAME(score_q8_0)(scores, queries, keys, next_block, attention->key_dim, rows, blocks);
+        NAME(score_q8_0)(scores, next_scores, queries, keys, next_block, attention->key_dim, rows, blocks);
 }
 
 /* K of a block in float32 [dimensions][32] */
@@ -226,7 +228,8 @@ WITH static void NAME(attend_segment)(
     const int64_t end = least(last_key / KEYS + 1, (segment + 1) * SEGMENT);
     const int64_t key_bytes = block_bytes(attention->key_dim, type), value_bytes = block_bytes(attention->value_dim, type);
     const int64_t next_block = key_bytes * attention->key_heads, next_values = value_bytes * attention->key_heads;
-    const bool is_direct = tile->rows <= ROWS && !attention->is_latent && attention->value_dim == attention->stride;
+    const int64_t group_rows = tile->group_rows, next_scores = tile->rows * KEYS;
+    const bool is_direct = tile->rows <= DIRECT_GROUPS * ROWS && !attention->is_latent && attention->value_dim == attention->stride;
     for (int64_t row = 0; row < tile->rows; row++) state->most[row] = NOTHING;
     memset(state->weights, 0, tile->rows * KEYS * sizeof(float));
     memset(state->sums, 0, tile->rows * attention->stride * sizeof(float));
@@ -236,12 +239,12 @@ WITH static void NAME(attend_segment)(
         const char *keys =
             block_of(tile->span, attention->fields->key_area, block, tile->head, attention->key_heads, key_bytes);
         if (!is_direct) keys = widened_keys(attention, room->keys, keys);
-        for (int64_t first = 0; first < tile->rows; first += ROWS)
-            score_any(attention, is_direct ? type : F32, room->scores + first * KEYS,
-                      room->queries + first * attention->key_dim, keys, is_direct ? next_block : 0,
-                      (int)least(ROWS, tile->rows - first), (int)blocks);
+        for (int64_t first = 0; first < tile->rows; first += group_rows)
+            score_any(attention, is_direct ? type : F32, room->scores + first * KEYS, next_scores,
+                      room->queries + first / group_rows * ROWS * attention->key_dim, keys, is_direct ? next_block : 0,
+                      (int)least(group_rows, tile->rows - first), (int)blocks);
         for (int64_t number = block; number < block + blocks; number++) {
-            float *scores = room->scores + (number - block) * ROWS * KEYS;
+            float *scores = room->scores + (number - block) * next_scores;
             for (int64_t row = 0; row < tile->rows; row++) {
                 const struct seen seen = seen_of(attention, position_of(attention, tile, row), number);
                 if (seen.begin < seen.end) soften(scores + row * KEYS, attention, state, row, seen);
@@ -253,9 +256,9 @@ WITH static void NAME(attend_segment)(
                 values = turned(attention, room, keys);
             else if (!is_direct)
                 values = widened_values(attention, room, values);
-            for (int64_t first = 0; first < tile->rows; first += ROWS)
+            for (int64_t first = 0; first < tile->rows; first += group_rows)
                 weigh_group(attention, tile, room, is_direct ? type : F32, values, is_direct ? next_values : 0,
-                            scores + first * KEYS, first, (int)least(ROWS, tile->rows - first), number);
+                            scores + first * KEYS, first, (int)least(group_rows, tile->rows - first), number);
         }
     }
     for (int64_t row = 0; row < tile->rows; row++) /* a tree of fixed shape */
@@ -295,7 +298,7 @@ WITH INLINED void load_queries(const struct attention *attention, const struct t
         const int64_t head = tile->head * attention->shared + number % attention->shared;
         const float *from = (const float *)(data_of(attention->query) + head * stride_of(attention->query, 1) +
                                             token * stride_of(attention->query, 2));
-        float *to = room->queries + row / ROWS * ROWS * attention->key_dim + row % ROWS;
+        float *to = room->queries + row / tile->group_rows * ROWS * attention->key_dim + row % tile->group_rows;
         for (int64_t d = 0; d < attention->key_dim; d++) to[d * ROWS] = from[d] * scale;
     }
 }

@@ -27,6 +27,9 @@ WITH INLINED float largest(vector x) {
     return _mm_cvtss_f32(_mm_max_ps(most, _mm_movehdup_ps(most)));
 }
 WITH INLINED vector from_f16(const char *from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+WITH INLINED void to_f16(char *to, vector x) {
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 WITH INLINED vector from_i8(const char *from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 }

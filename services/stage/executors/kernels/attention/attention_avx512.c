@@ -20,6 +20,9 @@ WITH INLINED vector where_below(vector x, vector y, vector then, vector otherwis
 WITH INLINED bool is_any_above(vector x, vector y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ) != 0; }
 WITH INLINED float largest(vector x) { return _mm512_reduce_max_ps(x); }
 WITH INLINED vector from_f16(const char *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+WITH INLINED void to_f16(char *to, vector x) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 WITH INLINED vector from_i8(const char *from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
 }

@@ -36,6 +36,7 @@ INLINED vector where_below(vector x, vector y, vector then, vector otherwise) {
 INLINED bool is_any_above(vector x, vector y) { return vmaxvq_u32(vcgtq_f32(x, y)) != 0; }
 INLINED float largest(vector x) { return vmaxnmvq_f32(x); }
 INLINED vector from_f16(const char *from) { return vcvt_f32_f16(vld1_f16((const float16_t *)from)); }
+INLINED void to_f16(char *to, vector x) { vst1_f16((float16_t *)to, vcvt_f16_f32(x)); }
 INLINED vector from_i8(const char *from) {
     uint32_t four;
     memcpy(&four, from, sizeof four);

@@ -6,7 +6,7 @@
  * The including file defines WITH (the target attribute), NAME(x), OP(x) (the intrinsic for floats), `vector` of LANES floats,
  * ROWS (queries at once, at most 8), KEY_PARTS (vectors of keys at once for several queries), and on vectors: rounded (to
  * integers), power_of_2 (of integers), where_below (a, b, x, y: x where a < b, else y), is_any_above (a, b: a > b in any lane),
- * largest (of a vector), from_f16 and from_i8 (LANES values each).
+ * largest (of a vector), from_f16 and from_i8 (LANES values each) and to_f16.
  */
 
 #define KEYS 32  /* in a block */
@@ -66,11 +66,11 @@ struct state {
     float *sums;    /* [rows][stride] of values times weights */
 };
 
-/* `rows` queries [dimensions][ROWS] times the keys of `blocks` blocks: scores [blocks][ROWS][32]. `next_block` is the distance
- * of blocks in memory, 0 if they lie in the cache. */
+/* `rows` queries [dimensions][ROWS] times the keys of `blocks` blocks: scores [blocks][rows][32], with `next_scores` between
+ * blocks. `next_block` is the distance of blocks in memory, 0 if they lie in the cache. */
 WITH INLINED void score(
-    float *scores, const float *queries, const char *keys, int64_t next_block, int64_t dimensions, const int type,
-    const int rows, const int blocks, const int parts) {
+    float *scores, int64_t next_scores, const float *queries, const char *keys, int64_t next_block, int64_t dimensions,
+    const int type, const int rows, const int blocks, const int parts) {
     for (int first = 0; first < BLOCK_PARTS; first += parts) {
         vector sums[MOST_BLOCKS][ROWS][BLOCK_PARTS];
         EACH(block, blocks)
@@ -113,7 +113,7 @@ WITH INLINED void score(
         EACH(block, blocks)
             EACH(row, rows)
                 EACH(part, parts)
-                    store(scores + (block * ROWS + row) * KEYS + (first + part) * LANES, sums[block][row][part]);
+                    store(scores + block * next_scores + row * KEYS + (first + part) * LANES, sums[block][row][part]);
     }
 }
 
@@ -132,7 +132,7 @@ WITH INLINED void weigh(
                 if (type == F32) __builtin_prefetch(values + next_block + 4 * (key * dimensions + d), 0, 2);
                 if (type == F16 && part % BLOCK_PARTS == 0)
                     __builtin_prefetch(values + next_block + 2 * (key * dimensions + d), 0, 2);
-                if (type == Q8_0 && part % (2 * BLOCK_PARTS) == 0)
+                if (type == Q8_0 && part % BLOCK_PARTS == 0 && key % 2 == 0)
                     __builtin_prefetch(values + next_block + d / ITEMS * GROUP_BYTES + 2 * KEYS + key * ITEMS, 0, 2);
             }
             if (type == F32) {
@@ -160,17 +160,17 @@ WITH INLINED void weigh(
 
 /* As `score`, for any number of rows and blocks. */
 WITH INLINED void score_blocks(
-    float *scores, const float *queries, const char *keys, int64_t next_block, int64_t dimensions, const int type,
-    const int rows, int blocks) {
+    float *scores, int64_t next_scores, const float *queries, const char *keys, int64_t next_block, int64_t dimensions,
+    const int type, const int rows, int blocks) {
     const int parts = rows <= 2 ? BLOCK_PARTS : KEY_PARTS;
     int block = 0;
     for (; block + AT_ONCE(rows) <= blocks; block += AT_ONCE(rows))
-        score(scores + block * ROWS * KEYS, queries, keys + block * next_block, next_block, dimensions, type, rows,
-              AT_ONCE(rows), parts);
+        score(scores + block * next_scores, next_scores, queries, keys + block * next_block, next_block, dimensions, type,
+              rows, AT_ONCE(rows), parts);
     if (AT_ONCE(rows) > 1)
         for (; block < blocks; block++)
-            score(scores + block * ROWS * KEYS, queries, keys + block * next_block, next_block, dimensions, type, rows, 1,
-                  parts);
+            score(scores + block * next_scores, next_scores, queries, keys + block * next_block, next_block, dimensions,
+                  type, rows, 1, parts);
 }
 
 /* As `weigh`, for all outputs. `stride` is a multiple of 32, and values have as many dimensions. */
@@ -186,7 +186,7 @@ WITH INLINED void weigh_rows(
 }
 
 #define SCORE_CASE(type, rows) \
-    case rows: score_blocks(scores, queries, keys, next_block, dimensions, type, rows, blocks); break;
+    case rows: score_blocks(scores, next_scores, queries, keys, next_block, dimensions, type, rows, blocks); break;
 #define WEIGH_CASE(type, rows) \
     case rows: weigh_rows(sums, stride, weights, values, scales, dimensions, next_block, begin, end, type, rows); break;
 #if ROWS == 8
@@ -200,7 +200,8 @@ WITH INLINED void weigh_rows(
 
 #define OF_TYPE(name, type) \
     WITH static void NAME(score_##name)( \
-        float *scores, const float *queries, const char *keys, int64_t next_block, int64_t dimensions, int rows, int blocks) { \
+        float *scores, int64_t next_scores, const float *queries, const char *keys, int64_t next_block, int64_t dimensions, \
+        int rows, int blocks) { \
         switch (rows) { FOR_ROWS(SCORE_CASE, type) } \
     } \
     WITH static void NAME(weigh_##name)( \

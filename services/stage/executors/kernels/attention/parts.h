@@ -101,6 +101,8 @@ WITH INLINED void attend_part(const struct attention *attention, const struct ro
     /* the tiles with the most keys come first */
     tile.first_row = is_split ? 0 : (tiles_of(attention, tile.span) - 1 - number) * attention->tile_rows;
     tile.rows = least(rows - tile.first_row, is_split ? rows : attention->tile_rows);
+    const int64_t groups = (tile.rows + ROWS - 1) / ROWS;
+    tile.group_rows = (tile.rows + groups - 1) / groups;
     tile.first_segment = first_key_of(attention, position_of(attention, &tile, 0)) / (SEGMENT * KEYS);
     tile.segments = position_of(attention, &tile, tile.rows - 1) / (SEGMENT * KEYS) - tile.first_segment + 1;
     load_queries(attention, &tile, room);
@@ -139,7 +141,7 @@ WITH void NAME(noodle_attend)(void *dst, int thread, int threads, void *given) {
     most_rows = (most_rows + ROWS - 1) / ROWS * ROWS;
     const int64_t stride = attention.stride, key_floats = KEYS * attention.key_dim;
     char memory[sizeof(float) * (most_rows * (attention.key_dim + 2 * stride + 2 * KEYS + 3) + key_floats +
-                                 KEYS * stride + MOST_BLOCKS * ROWS * KEYS + stride) + 16 * 64 + 64];
+                                 KEYS * stride + MOST_BLOCKS * DIRECT_GROUPS * ROWS * KEYS + stride) + 16 * 64 + 64];
     float *at = (float *)(((uintptr_t)memory + 63) / 64 * 64);
     struct room room;
     TAKE(room.queries, most_rows * attention.key_dim)
@@ -149,7 +151,7 @@ WITH void NAME(noodle_attend)(void *dst, int thread, int threads, void *given) {
     TAKE(room.total.most, most_rows)
     TAKE(room.total.weights, most_rows)
     TAKE(room.total.sums, most_rows * stride)
-    TAKE(room.scores, most_of(most_rows, MOST_BLOCKS * ROWS) * KEYS)
+    TAKE(room.scores, most_of(most_rows, MOST_BLOCKS * DIRECT_GROUPS * ROWS) * KEYS)
     TAKE(room.keys, key_floats)
     TAKE(room.values, KEYS * stride)
     TAKE(room.scales, stride)

@@ -40,13 +40,18 @@ INLINED const char *block_of(
     return span->address + area * span->area_bytes + (block * heads + head) * bytes;
 }
 
-#define WRITE(type, size, convert) \
-    for (int64_t d = 0; d < dimensions; d++) { \
-        const type number = convert(from[d]); \
-        memcpy(to + (is_key ? d * KEYS + at : at * dimensions + d) * size, &number, size); \
+WITH INLINED void write_halves(unsigned short *to, const float *from, int64_t at, int64_t dimensions, const bool is_key) {
+    int64_t d = 0;
+    for (; d + LANES <= dimensions; d += LANES) {
+        unsigned short halves[LANES];
+        to_f16((char *)halves, load(from + d));
+        if (is_key)
+            for (int lane = 0; lane < LANES; lane++) to[(d + lane) * KEYS + at] = halves[lane];
+        else
+            memcpy(to + at * dimensions + d, halves, sizeof halves);
     }
-
-INLINED float same(float x) { return x; }
+    for (; d < dimensions; d++) to[is_key ? d * KEYS + at : at * dimensions + d] = float_to_half(from[d]);
+}
 
 /* Quantize 32 numbers of token `at`, as ggml does. */
 WITH INLINED void write_group(char *to, const float *from, int64_t at, const bool is_key) {
@@ -66,9 +71,10 @@ WITH INLINED void write_group(char *to, const float *from, int64_t at, const boo
 /* Write the row of token `at` of a block. */
 WITH INLINED void write_row(char *to, const float *from, int64_t at, int64_t dimensions, int64_t type, const bool is_key) {
     if (type == F32) {
-        WRITE(float, 4, same)
+        float *rows = (float *)to;
+        for (int64_t d = 0; d < dimensions; d++) rows[is_key ? d * KEYS + at : at * dimensions + d] = from[d];
     } else if (type == F16) {
-        WRITE(unsigned short, 2, float_to_half)
+        write_halves((unsigned short *)to, from, at, dimensions, is_key);
     } else {
         for (int64_t d = 0; d < dimensions; d += ITEMS, to += GROUP_BYTES) write_group(to, from + d, at, is_key);
     }
