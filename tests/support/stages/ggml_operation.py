@@ -17,11 +17,11 @@ from tests.support.stages.executors import need_ggml
 
 
 class Graph:
-    """One operation of ggml over arrays."""
+    """Operations of ggml over arrays."""
 
-    def __init__(self, ggml, threads=1):
+    def __init__(self, ggml, threads=1, tensor_count=32):
         self.ggml, self.backend = ggml, load_ggml().backend(threads)
-        self.memory = GraphMemory(GgmlDevice(ggml, CPU, self.backend), 32)
+        self.memory = GraphMemory(GgmlDevice(ggml, CPU, self.backend), tensor_count)
         self.given = []
 
     def stored(self, kind, stored, *sizes, strides=()):
@@ -48,13 +48,18 @@ class Graph:
         return tensor
 
     def compute(self, tensor, shape):
-        self.ggml.ggml_set_output(tensor)
-        self.ggml.ggml_build_forward_expand(self.memory.graph, tensor)
+        return self.compute_all([(tensor, shape)])[0]
+
+    def compute_all(self, results):
+        """Return the arrays of several tensors, each given with its shape."""
+        for tensor, _ in results:
+            self.ggml.ggml_set_output(tensor)
+            self.ggml.ggml_build_forward_expand(self.memory.graph, tensor)
         self.memory.allocate()
         for given, values in self.given:
             self.memory.array(given, values.shape, values.dtype)[...] = values
         self.memory.compute()
-        found = self.memory.array(tensor, shape, np.float32).copy()
+        found = [self.memory.array(tensor, shape, np.float32).copy() for tensor, shape in results]
         self.memory.close()
         self.ggml.ggml_backend_free(self.backend)
         return found

@@ -109,6 +109,7 @@ class TensorSource:
     sources: tuple[str, ...]
     sizes: tuple[int, ...]  # in ggml's order: the row length first
     is_matrix: bool = False  # held in the weights' type; otherwise float32
+    is_multiplied: bool = False  # a matrix of products that is held in float32
     transposed: bool = False
     offset: float = 0.0
     cuts: tuple[Cut, ...] = ()
@@ -255,7 +256,11 @@ class TensorMap:
         """The router's tensors, those of its experts, and those of the expert that every token passes."""
         keys = {name: prefix + key for name, key in family.modules.items()}
         hidden, count = self._shape.hidden_size, self._shape.experts
-        tensors = [self._checked(TensorSource("router.weight", (f"{keys['router']}.weight",), (hidden, count)))]
+        tensors = [
+            self._checked(
+                TensorSource("router.weight", (f"{keys['router']}.weight",), (hidden, count), is_multiplied=True)
+            )
+        ]
         if self._has(keys["router"], "bias"):
             tensors.append(self._checked(TensorSource("router.bias", (f"{keys['router']}.bias",), (count,))))
         if family.correction and self._shape_of_key(prefix + family.correction) is not None:
@@ -279,7 +284,9 @@ class TensorMap:
             tensors += self._feed_forward(keys, "shared_")
         if "shared_router" in keys and self._has(keys["shared_router"]):
             sources = (f"{keys['shared_router']}.weight",)
-            tensors.append(self._checked(TensorSource("shared_router.weight", sources, (hidden, 1))))
+            tensors.append(
+                self._checked(TensorSource("shared_router.weight", sources, (hidden, 1), is_multiplied=True))
+            )
         return tensors
 
     def _expert_matrix(self, name: str, keys: list[str], sizes: tuple[int, ...]) -> list[TensorSource]:

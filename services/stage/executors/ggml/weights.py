@@ -81,7 +81,8 @@ def layout_of(
     for tensor in tensors:
         number = type_of(tensor)
         byte_count = int(ggml.ggml_row_size(number, tensor.sizes[0])) * tensor.row_count
-        layouts.append(TensorLayout(tensor.name, number, tensor.sizes, offset, byte_count, is_matrix=tensor.is_matrix))
+        is_matrix = tensor.is_matrix or tensor.is_multiplied
+        layouts.append(TensorLayout(tensor.name, number, tensor.sizes, offset, byte_count, is_matrix=is_matrix))
         offset += _room_of(layouts[-1])
     return tuple(layouts)
 
@@ -367,8 +368,8 @@ def own_memory(byte_count: int) -> Bytes:
 
 def _room_of(layout: TensorLayout) -> int:
     """Bytes of a tensor's place: matrices can be filled up to whole groups of noodle's layout."""
-    rows = layout.sizes[1] if layout.is_matrix and len(layout.sizes) == 2 else 1
-    return _aligned(layout.byte_count // rows * -(-rows // GROUP_ROWS) * GROUP_ROWS if rows > 1 else layout.byte_count)
+    rows = layout.sizes[1] if layout.is_matrix and len(layout.sizes) == 2 else 0
+    return _aligned(layout.byte_count // rows * -(-rows // GROUP_ROWS) * GROUP_ROWS if rows else layout.byte_count)
 
 
 def _aligned(byte_count: int) -> int:
