@@ -30,19 +30,20 @@ WITH INLINED floats add_BF16(floats sum, const char *unit, const float *given, i
 }
 
 #define MOST_GROUPS (LANES < 8 ? 2 : 4) /* processed at once with one or two rows */
+#define MOST_SUMS 8 /* MOST_GROUPS of two rows, or a tile's rows: compilers keep a larger array in memory */
 
 #define MULTIPLY_FLOATS(type, target) \
     target INLINED void multiply_tile_##type( \
         const char *group, const float *tile, int64_t units, float *out, size_t out_stride, const int rows, const int groups) { \
         const size_t group_bytes = GROUP_ROWS * type##_UNIT_BYTES * units; \
-        floats sums[MOST_GROUPS * PARTS * FLOAT_TILE_ROWS]; \
+        floats sums[MOST_SUMS * PARTS]; \
         for (int sum = 0; sum < groups * PARTS * rows; sum++) sums[sum] = broadcast_float(0.0f); \
         for (; units; units--, group += GROUP_ROWS * type##_UNIT_BYTES, tile += rows * type##_UNIT_GIVEN) \
-            for (int part = 0; part < groups * PARTS; part++) { \
-                const char *unit = group + part / PARTS * group_bytes + part % PARTS * LANES * type##_UNIT_BYTES; \
-                for (int row = 0; row < rows; row++) \
+            for (int row = 0; row < rows; row++) \
+                for (int part = 0; part < groups * PARTS; part++) { \
+                    const char *unit = group + part / PARTS * group_bytes + part % PARTS * LANES * type##_UNIT_BYTES; \
                     sums[part * rows + row] = add_##type(sums[part * rows + row], unit, tile + row, rows); \
-            } \
+                } \
         for (int row = 0; row < rows; row++) \
             for (int part = 0; part < groups * PARTS; part++) \
                 store_floats((float *)((char *)out + row * out_stride) + part * LANES, sums[part * rows + row]); \

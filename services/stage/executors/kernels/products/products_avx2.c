@@ -69,7 +69,7 @@ WITH INLINED ints dot(ints start, const bytes *weights, const int8_t *numbers, c
     const int summed = largest == SIGNED ? 1 : largest <= 15 ? 8 : largest <= 31 ? 4 : 2;
     _Pragma("GCC unroll 8") for (int g = 0; g < count; g += summed) {
         bytes sum = _mm256_setzero_si256();
-        _Pragma("GCC unroll 8") for (int each = g; each < g + summed && each < count; each++) {
+        for (int each = g; each < g + summed && each < count; each++) {
             int32_t four;
             memcpy(&four, numbers + 4 * each, 4);
             const bytes given = _mm256_set1_epi32(four);
