@@ -122,7 +122,7 @@ $(KERNELS_STAMP): $(KERNELS) $(wildcard services/stage/executors/kernels/*.h ser
 	@for folder in $(VENV)/lib/python3*/site-packages/ggml/lib; do \
 		if [ -d "$$folder" ]; then \
 			$${CC:-cc} -O3 -ffp-contract=off -shared -fPIC -pthread -o "$$folder/libnoodle.so" $(KERNELS) || \
-				{ echo "noodle's own kernels could not be built: ggml's compute, slower in 8 bits"; exit 0; }; \
+				{ echo "noodle's own kernels could not be built: ggml's compute, several times slower"; exit 0; }; \
 			touch $@; \
 		fi; \
 	done
