@@ -19,7 +19,7 @@ from services.stage.executors.ggml.graph import CustomOperations, GgmlCalls
 log = logging.getLogger(__name__)
 
 LIBRARY_NAME = "libnoodle.so"
-NEWEST_FUNCTION = "noodle_best_experts"  # that an older noodle's library lacks
+NEWEST_FUNCTION = "noodle_has_neon"  # that an older noodle's library lacks
 # names of instructions, and the library's question for each (noodle_has_*); later ones are faster
 INSTRUCTIONS = {"avx2": "avx2", "avx512": "avx512", "neon": "neon"}
 
