@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from msgspec import Struct
 
 from noodle.cluster.plan import Source
@@ -174,12 +175,11 @@ def _layer_seconds(weights: ModelWeights, speed: MachineSpeed, index: int) -> fl
 
 
 def _expert_seconds(weights: ModelWeights, speed: MachineSpeed, rows: int) -> float:
-    """Products of the experts that `rows` tokens choose, as if they chose evenly."""
-    used = min(1.0, rows * weights.expert_share)
+    """Products of the experts that `rows` tokens choose evenly: each one that is used is read once for all its rows."""
+    used = 1.0 - (1.0 - weights.expert_share) ** rows
     rows_each = rows * weights.expert_share / used  # of an expert that is used
-    index = 0 if rows_each < 2 else 1 if rows_each < ROW_COUNTS[2] / 2 else 2
-    scale = rows_each / ROW_COUNTS[index] if index == 2 else max(1.0, rows_each / ROW_COUNTS[index])
-    return used * scale * _product_seconds(weights.expert_bytes, speed, index)
+    measured = [_product_seconds(weights.expert_bytes, speed, index) for index in range(len(ROW_COUNTS))]
+    return used * float(np.interp(rows_each, ROW_COUNTS, measured))
 
 
 def _head_seconds(weights: ModelWeights, speed: MachineSpeed, index: int) -> float:

@@ -1,5 +1,7 @@
 """Products with chosen experts are those of the same numbers, and a token's have the same bits in any company."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -129,6 +131,24 @@ def test_an_expert_that_is_not_there_reads_nothing_outside(ggml, kernels):
 def test_experts_whose_matrices_are_no_whole_groups_are_left_to_ggml(kernels):
     layout = TensorLayout("expert_up.weight", GGML_TYPES["Q8_0"].number, (64, 24, 4), 0, 0)
     assert not kernels.is_packed("0", layout, also_embedding=False)
+
+
+def test_packing_experts_takes_memory_for_16_rows_alone(kernels):
+    experts, outputs, length = 128, 64, 1024
+    layout = TensorLayout(
+        "expert_up.weight",
+        GGML_TYPES["Q4_K"].number,
+        (length, outputs, experts),
+        0,
+        experts * outputs * length // 256 * 144,
+    )
+    block = WeightBlock((layout,), np.zeros(layout.byte_count, np.uint8))
+    tracemalloc.start()
+    try:
+        kernels.pack(layout, block)
+        assert tracemalloc.get_traced_memory()[1] < layout.byte_count // 128
+    finally:
+        tracemalloc.stop()
 
 
 def best(ggml, kernels, scores, count):
