@@ -15,6 +15,7 @@
 #define NAME(x) x##_neon
 #define LANES 4
 #define FLOAT_TILE_ROWS 4 /* with four accumulators a row, more rows do not stay in the 32 registers */
+#define LOOPS_OVER_LONE_ROWS 1 /* a constant row leaves too few registers, and the loop over rows spills none */
 #define SIGNED_SHIFT 0
 
 typedef int8x16_t bytes;
