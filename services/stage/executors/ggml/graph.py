@@ -87,26 +87,24 @@ class CustomOperations:
         sources: Sequence[int],
         kind: int = F32,
         fields: ctypes.Structure | None = None,
-        parameters: int = 0,
     ) -> int:
         """Add a tensor of type `kind` that `noodle_{name}` computes.
 
         The function receives memory that lives as long as the graph: a `struct work` of its own (kernels/work.h),
-        followed by a copy of `fields`. With `parameters`, it receives this address instead.
+        followed by a copy of `fields`.
         """
         tensors = (ctypes.c_void_p * len(sources))(*sources)
-        address = self._operation(context, name, fields, parameters)
+        address = self._operation(context, name, fields)
         options = (ctypes.addressof(tensors), len(sources), self._compute_operation, EVERY_THREAD, address)
         return int(self.ggml.ggml_custom_4d(context, kind, *(*sizes, 1, 1, 1)[:4], *options))
 
-    def _operation(self, context: Any, name: str, fields: ctypes.Structure | None, parameters: int) -> int:
+    def _operation(self, context: Any, name: str, fields: ctypes.Structure | None) -> int:
         """Address of an operation in the graph's memory."""
         head_bytes, field_bytes = ctypes.sizeof(_Operation), ctypes.sizeof(fields) if fields is not None else 0
         if head_bytes + field_bytes > OPERATION_BYTES:
             raise ValueError(f"the fields of an operation take {field_bytes} bytes; {OPERATION_BYTES - head_bytes} fit")
         address = int(self.ggml.ggml_new_buffer(context, head_bytes + field_bytes))
-        given = parameters or address + _Operation.work.offset
-        operation = _Operation(self._function(name), given)
+        operation = _Operation(self._function(name), address + _Operation.work.offset)
         ctypes.memmove(address, ctypes.addressof(operation), head_bytes)
         if fields is not None:
             ctypes.memmove(address + head_bytes, ctypes.addressof(fields), field_bytes)

@@ -1,6 +1,6 @@
 /* Parts of an operation, claimed by threads: a slow thread, or one that the system has stopped, takes fewer of them.
  *
- * The `given` of every operation that CustomOperations.add makes without an address begins with a `struct work` of its own.
+ * The `given` of every operation that CustomOperations.add makes begins with a `struct work` of its own.
  *
  *   struct claims claims = claims_of(given, threads);
  *   for (int64_t part; (part = claim_next(&claims, count)) < count;) ...
