@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from tests.support.converter.gguf_models import VOCAB_SIZE, make_gguf_model
+from tests.support.models.real_files import GEMMA_3
+from tests.support.models.real_model import real_model_file
 from tests.support.models.tiny_model import LAYER_COUNT
 from tests.support.sampling import sampled
 from tests.support.stages.company import Company
@@ -43,3 +45,19 @@ def test_a_model_gives_a_token_the_same_logits_in_any_company(model_type, weight
         company.check_company(cuts, threads, seed)
     for kept, rest in ((64, 64), (33, 5), (69, 1), (16, 1)):
         company.check_reused_beginning(kept, rest)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["the default model", GEMMA_3.name])
+def test_a_real_file_as_it_is_gives_a_token_the_same_logits_in_any_company(name):
+    """The default model's Q4_1; Q4_K with Q5_0, Q6_K and Q8_0 beside it, and windows."""
+    path, layers = (real_model_file(), 30) if name == "the default model" else (GEMMA_3.path(), 18)
+    sessions = random_sessions((70, 9, 23, 1, 5), 40_000)
+    company = Company(path, layers, sessions, weights="stored", kv_dtype="f16", context_length=128)
+    company.check_chunks(64)
+    company.check_chunks(3, 2)
+    company.check_chunks(1, 2)
+    company.check_company((0, layers), 2, 0)
+    company.check_company((0, 5, 11, layers), 1, 1)
+    company.check_reused_beginning(33, 5)
+    company.check_reused_beginning(69, 1)
