@@ -48,9 +48,14 @@ def own_operations(ggml: GgmlCalls) -> CustomOperations | None:
     if library is None:
         return None
     if not hasattr(library, NEWEST_FUNCTION):
-        log.warning("noodle's kernels are older than this noodle, ggml's compute instead; `make setup` builds them")
+        _warn_once("noodle's kernels are older than this noodle, ggml's compute instead; `make setup` builds them")
         return None
     return CustomOperations(ggml, library)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def fastest(operations: CustomOperations, instructions: Mapping[str, str], only: str | None) -> str:
