@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from noodle.errors import GenerationFailed
+from noodle.wire.messages import SamplingParameters
+from services.stage.worker.sampler import sample
 from tests.support.converter.gguf_models import VOCAB_SIZE, make_gguf_model
 from tests.support.models.real_files import GEMMA_3
 from tests.support.models.real_model import real_model_file
@@ -61,3 +65,20 @@ def test_a_real_file_as_it_is_gives_a_token_the_same_logits_in_any_company(name)
     company.check_company((0, 5, 11, layers), 1, 1)
     company.check_reused_beginning(33, 5)
     company.check_reused_beginning(69, 1)
+
+
+@pytest.mark.family
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gpt_oss"])
+def test_a_weight_that_is_no_number_spoils_logits_and_nothing_else(model_type, tmp_path):
+    """Also where experts are chosen by scores that are no numbers; the sampler then refuses the step by name."""
+    model = make_gguf_model(tmp_path / "model", model_type)
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.o_proj.weight"][3] = np.nan
+    save_file(tensors, path, {"format": "pt"})
+    sessions = random_sessions((40, 5), VOCAB_SIZE)
+    company = Company(model, LAYER_COUNT, sessions, weights="q8_0", kv_dtype="f16", context_length=128)
+    company.check_chunks(1, 2)
+    assert all(np.isnan(each).all() for each in company.alone)
+    with pytest.raises(GenerationFailed, match="not finite"):
+        sample(company.alone[0][0], SamplingParameters(), 0, False)
