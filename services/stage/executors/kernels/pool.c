@@ -9,7 +9,7 @@
  * Helpers spin briefly between operations and then sleep, as does an owner that waits for a helper.
  *
  * A helper that another program interrupts in the middle of a share keeps the owner waiting until it has a core again. Then the
- * owner computes alone for some time, so that it is never slower than one thread by more than a few percent. */
+ * owner computes alone for some time, so that beside busy programs little is lost to one thread alone. */
 
 #define _GNU_SOURCE /* RUSAGE_THREAD */
 #include <pthread.h>
