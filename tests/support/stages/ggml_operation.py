@@ -15,6 +15,12 @@ from services.stage.executors.ggml.kernels.library import LIBRARY_NAME
 from services.stage.executors.ggml.weights import quantize
 from tests.support.stages.executors import need_ggml
 
+# the processor's flags that kernels need
+NEEDED = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "fma", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+}
+
 
 class Graph:
     """Operations of ggml over arrays."""

@@ -6,25 +6,15 @@ import numpy as np
 import pytest
 
 from noodle.model.ggml_types import GGML_TYPES
-from services.stage.executors.ggml.kernels.products import BLOCK_TYPES, FLOAT_TYPES, packed_weights
+from services.stage.executors.ggml.kernels.products import BLOCK_TYPES, FLOAT_TYPES
 from services.stage.executors.ggml.weights import TensorLayout, WeightBlock
 from tests.support.sampling import sampled
-from tests.support.stages.ggml_operation import Graph, ggml_calls, needed, stored_as
-from tests.unit.stage.executors.ggml.kernels.test_products import NEEDED, as_multiplied
+from tests.support.stages.ggml_operation import Graph, stored_as
+from tests.unit.stage.executors.ggml.kernels.test_products import as_multiplied
 
 TYPES = FLOAT_TYPES + BLOCK_TYPES
 EXPERTS, OUTPUTS, LENGTH = 12, 48, 256
 MOST_TOKENS = 70
-
-
-@pytest.fixture(scope="module")
-def ggml():
-    return ggml_calls()
-
-
-@pytest.fixture(scope="module", params=NEEDED)
-def kernels(request, ggml):
-    return needed(lambda: packed_weights(ggml, only=request.param), NEEDED[request.param])
 
 
 def experts_of(ggml, kernels, kind, experts=EXPERTS, outputs=OUTPUTS, length=LENGTH):

@@ -9,16 +9,10 @@ from services.stage.executors.ggml.kernels.attention import flash_attention_kern
 from services.stage.executors.ggml.weights import TYPE_NUMBERS
 from tests.support.sampling import sampled
 from tests.support.stages.attention import Sessions, attention_by_numpy
-from tests.support.stages.ggml_operation import ggml_calls, needed, stored_as
+from tests.support.stages.ggml_operation import NEEDED, needed, stored_as
 
-NEEDED = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "fma", "f16c"}}
 TYPES = ("f32", "f16", "q8_0")
 LEAKED = 0xFF  # NaN in every type: what rows hold that no token of the session wrote
-
-
-@pytest.fixture(scope="module")
-def ggml():
-    return ggml_calls()
 
 
 def kernel_of(ggml, kind, head_dim=64, **options):

@@ -9,7 +9,7 @@ import pytest
 from noodle.model.ggml_types import GGML_TYPES
 from services.stage.executors.ggml import layers
 from services.stage.executors.ggml.kernels.products import BLOCK_TYPES, FLOAT_TYPES
-from tests.support.stages.ggml_operation import Graph, ggml_calls, stored_as
+from tests.support.stages.ggml_operation import Graph, stored_as
 
 WIDTH = 200  # of a row: whole vectors of any instructions, and a rest
 HEADS, HEAD_DIM = 4, 50
@@ -106,11 +106,6 @@ OPERATIONS = {
     "rope_ext of neighbours": lambda at: at.rotated(0, HEAD_DIM),
     "rope_ext of a part": lambda at: at.rotated(2, 32),
 }
-
-
-@pytest.fixture(scope="module")
-def ggml():
-    return ggml_calls()
 
 
 def random_rows(length=WIDTH):

@@ -9,25 +9,10 @@ from services.stage.executors.ggml.backend import processor_flags
 from services.stage.executors.ggml.kernels.products import BLOCK_TYPES, FLOAT_TYPES, packed_weights
 from services.stage.executors.ggml.weights import GROUP_ROWS, TensorLayout, WeightBlock
 from tests.support.sampling import sampled
-from tests.support.stages.ggml_operation import Graph, ggml_calls, needed, stored_as
+from tests.support.stages.ggml_operation import NEEDED, Graph, needed, stored_as
 
 TYPES = FLOAT_TYPES + BLOCK_TYPES
-# the processor's flags that kernels need
-NEEDED = {
-    "avx2": {"avx2", "fma", "f16c"},
-    "avx512": {"avx512f", "fma", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
-}
 MOST_ROWS = 70
-
-
-@pytest.fixture(scope="module")
-def ggml():
-    return ggml_calls()
-
-
-@pytest.fixture(scope="module", params=NEEDED)
-def kernels(request, ggml):
-    return needed(lambda: packed_weights(ggml, only=request.param), NEEDED[request.param])
 
 
 def a_weight(ggml, kind, outputs, length, seed=0):
