@@ -11,11 +11,10 @@
  * A helper that another program interrupts in the middle of a share keeps the owner waiting until it has a core again. Then the
  * owner computes alone for some time, so that beside busy programs little is lost to one thread alone. */
 
-#define _GNU_SOURCE /* RUSAGE_THREAD */
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
-#include <sys/resource.h>
 #include <time.h>
 
 #include "pool.h"
@@ -24,7 +23,7 @@
 #define HELPER_SPIN_NANOSECONDS 200000 /* between two operations of a graph or, with luck, between two graphs */
 #define OWNER_SPIN_NANOSECONDS 20000   /* then another program may have the helper's core, and this one is free for it */
 #define HELPER_STACK_BYTES (4 << 20)
-#define INTERRUPTION_NANOSECONDS 500000 /* shares that take less are not examined */
+#define INTERRUPTION_NANOSECONDS 500000 /* shorter ones are borne */
 /* times the interruption: how long the owner is alone, at first and at most; it doubles while interruptions go on */
 #define LEAST_ALONE 4
 #define MOST_ALONE 64
@@ -87,36 +86,31 @@ static uint64_t wait_for_work(int number) {
     }
 }
 
-/* How often the system has taken the core from this thread for another one. */
-static long interruptions(void) {
-#ifdef RUSAGE_THREAD
-    struct rusage usage;
-    return getrusage(RUSAGE_THREAD, &usage) ? 0 : usage.ru_nivcsw;
-#else
-    return 0;
-#endif
+/* What this thread has computed. */
+static int64_t computed_nanoseconds(void) {
+    struct timespec used;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+    return used.tv_sec * 1000000000LL + used.tv_nsec;
 }
 
-static void leave_owner_alone(int64_t begin, int64_t now) {
-    const int64_t interruption = now - begin, times = pool.times_alone;
-    const bool goes_on = begin - pool.alone_until < MOST_ALONE / 4 * interruption;
+static void leave_owner_alone(int64_t interruption, int64_t now) {
+    const int64_t times = pool.times_alone;
+    const bool goes_on = now - interruption - pool.alone_until < MOST_ALONE / 4 * interruption;
     pool.times_alone = !goes_on ? LEAST_ALONE : 2 * times < MOST_ALONE ? 2 * times : MOST_ALONE;
     pool.alone_until = now + pool.times_alone * interruption;
 }
 
 static void *help(void *number) {
-    long interrupted = 0;
     for (;;) {
         uint64_t ticket = wait_for_work((int)(intptr_t)number);
         if (!atomic_compare_exchange_strong(&pool.ticket, &ticket, ticket + 1)) continue;
         /* the owner waits for this share, so the operation stays until it is counted as finished */
-        const int64_t begin = nanoseconds();
+        const int64_t begin = nanoseconds(), computed = computed_nanoseconds();
         pool.operation->function(pool.dst, next_of(ticket), threads_of(ticket), pool.operation->given);
         const int64_t now = nanoseconds();
-        if (now - begin > INTERRUPTION_NANOSECONDS) {
-            const long before = interrupted;
-            interrupted = interruptions();
-            if (interrupted > before) leave_owner_alone(begin, now);
+        if (now - begin > INTERRUPTION_NANOSECONDS) { /* a long share is not one that was interrupted for long */
+            const int64_t interruption = now - begin - (computed_nanoseconds() - computed);
+            if (interruption > INTERRUPTION_NANOSECONDS) leave_owner_alone(interruption, now);
         }
         atomic_fetch_add(&pool.finished, 1);
         if (atomic_load(&pool.owner_sleeps)) {
