@@ -23,7 +23,7 @@
 #define HELPER_SPIN_NANOSECONDS 200000 /* between two operations of a graph or, with luck, between two graphs */
 #define OWNER_SPIN_NANOSECONDS 20000   /* then another program may have the helper's core, and this one is free for it */
 #define HELPER_STACK_BYTES (4 << 20)
-#define INTERRUPTION_NANOSECONDS 500000 /* shorter ones are borne */
+#define INTERRUPTION_NANOSECONDS 2000000 /* shorter ones are the system's own; another program has a core for longer */
 /* times the interruption: how long the owner is alone, at first and at most; it doubles while interruptions go on */
 #define LEAST_ALONE 4
 #define MOST_ALONE 64
