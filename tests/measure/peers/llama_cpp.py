@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.measure.peers.streams import Side, llama_side
+from tests.measure.peers.streams import llama_side
+from tests.measure.performance.streams import Side
 from tests.support.processes.cluster import free_ports, request, wait_until
 
 START_SECONDS = 600.0

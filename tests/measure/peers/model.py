@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.measure.peers.llama_cpp import LlamaCpp, measured_cores, run
-from tests.measure.peers.streams import Side, decode_rate, first_token_seconds, noodle_side
+from tests.measure.peers.streams import decode_rate, first_token_seconds
 from tests.measure.performance.speed import pin_stages
+from tests.measure.performance.streams import Side, noodle_side
 from tests.measure.report import Section, spread
 from tests.support.processes.cluster import Cluster, running_cluster
 

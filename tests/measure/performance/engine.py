@@ -13,7 +13,7 @@ from pathlib import Path
 
 from services.coordinator.engine.step_costs import DECODE_GAP_SECONDS
 from tests.measure.performance.speed import pin_stages
-from tests.measure.performance.streams import together
+from tests.measure.performance.streams import arrival_times
 from tests.measure.report import TRANSFORMERS, Section, named, spread, title_of
 from tests.support.models.real_model import real_model_folder
 from tests.support.processes.cluster import Cluster, running_cluster
@@ -147,7 +147,7 @@ def decode_rate(cluster: Cluster, streams: int, new_tokens: int = NEW_TOKENS) ->
 
 def streams_of(cluster: Cluster, streams: int, new_tokens: int) -> list[list[float]]:
     """Return the arrival times of the tokens of `streams` streams with fixed prompts."""
-    return together(cluster, [prompt_ids(PROMPT_TOKENS, 300 + index) for index in range(streams)], new_tokens)
+    return arrival_times(cluster, [prompt_ids(PROMPT_TOKENS, 300 + index) for index in range(streams)], new_tokens)
 
 
 def longest_gap(cluster: Cluster, meanwhile: Callable[[], object]) -> float:

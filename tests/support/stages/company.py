@@ -85,21 +85,9 @@ class Company:
 
 def run(pipeline: SlicePipeline, sessions: Sequence[Tokens], steps: Steps) -> list[Logits]:
     """All logits of the sessions in these steps; sessions without steps have none. Their rows are freed afterwards."""
-    lengths = [0] * len(sessions)
-    parts: list[list[Logits]] = [[np.empty((0, 0), np.float32)] for _ in sessions]
-    for step in steps:
-        spans = [Span(str(number), lengths[number], count, len(sessions[number])) for number, count in step]
-        token_ids = np.concatenate([sessions[number][lengths[number] :][:count] for number, count in step])
-        logits = pipeline.step(spans, token_ids, range(len(token_ids)))
-        begin = 0
-        for number, count in step:
-            parts[number].append(logits[begin : begin + count])
-            lengths[number] += count
-            begin += count
-    for each in pipeline.slices:
-        for number in range(len(sessions)):
-            each.release(str(number))
-    return [np.concatenate([p for p in part if p.size]) if len(part) > 1 else part[0] for part in parts]
+    found = pipeline.run(sessions, steps)
+    pipeline.release(len(sessions))
+    return found
 
 
 def same_bits(found: Logits, expected: Logits, how: str) -> None:

@@ -45,7 +45,7 @@ class SlicePipeline:
     def run(
         self, sessions: Sequence[npt.NDArray[np.int64]], steps: Sequence[Sequence[tuple[int, int]]]
     ) -> list[Logits]:
-        """Return all logits of every session, with tokens fed in the given steps."""
+        """Return all logits of every session, with tokens fed in the given steps; one without steps has none."""
         lengths = [0] * len(sessions)
         parts: list[list[Logits]] = [[] for _ in sessions]
         for step in steps:
@@ -57,7 +57,13 @@ class SlicePipeline:
                 parts[i].append(logits[begin : begin + count])
                 lengths[i] += count
                 begin += count
-        return [np.concatenate(part) for part in parts]
+        return [np.concatenate(part) if part else np.empty((0, 0), np.float32) for part in parts]
+
+    def release(self, sessions: int) -> None:
+        """Free the rows of the sessions that `run` computed."""
+        for each in self.slices:
+            for number in range(sessions):
+                each.release(f"session {number}")
 
 
 def random_sessions(lengths: Sequence[int], vocab_size: int = 199, seed: int = 5) -> list[npt.NDArray[np.int64]]:

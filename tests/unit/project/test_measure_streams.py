@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from tests.measure.peers.streams import decode_rate, llama_side, noodle_side, together
+from tests.measure.peers.streams import decode_rate, llama_side
+from tests.measure.performance.streams import noodle_side, together
 
 PARTIAL = b'data: {"content":"a","tokens_predicted":%d}\n\n'
 WHOLE = b'data: {"content":"","stop":true,"tokens_predicted":%d,"prompt":"tokens_predicted"}\n\n'

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from services.stage.executors.ggml.graph import CustomOperations, GgmlCalls, SpanRows
-from services.stage.executors.ggml.kernels.library import INSTRUCTIONS, fastest, own_operations
+from services.stage.executors.ggml.kernels.library import fastest, own_operations
 from services.stage.executors.ggml.weights import TYPE_NUMBERS
 
 BLOCK_TOKENS = 32  # whose rows lie together
@@ -24,7 +24,7 @@ HEAD_DIM_MULTIPLES = {TYPE_NUMBERS["f32"]: 1, TYPE_NUMBERS["f16"]: 1, TYPE_NUMBE
 
 
 class _RowsFields(ctypes.Structure):
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = (
         ("step", ctypes.c_void_p),
         ("type", ctypes.c_int64),
         ("key_area", ctypes.c_int64),
@@ -32,12 +32,10 @@ class _RowsFields(ctypes.Structure):
     )
 
 
-class _AttentionFields(ctypes.Structure):
+class _AttentionFields(_RowsFields):
+    """Those of the rows come first."""
+
     _fields_ = (
-        ("step", ctypes.c_void_p),
-        ("type", ctypes.c_int64),
-        ("key_area", ctypes.c_int64),
-        ("value_area", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("key_heads", ctypes.c_int64),
         ("value_dim", ctypes.c_int64),
@@ -154,7 +152,7 @@ def flash_attention_kernel(
     if not multiple or head_dim > MAX_HEAD_DIM or head_dim % multiple or value_dim % multiple:
         return None
     operations = own_operations(ggml)
-    instructions = fastest(operations, INSTRUCTIONS, only) if operations else ""
+    instructions = fastest(operations, only) if operations else ""
     if not operations or not instructions or not hasattr(operations.library, f"noodle_write_rows_{instructions}"):
         return None
     return FlashAttentionKernel(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 from noodle.errors import GgmlUnavailable
@@ -20,8 +19,7 @@ log = logging.getLogger(__name__)
 
 LIBRARY_NAME = "libnoodle.so"
 NEWEST_FUNCTION = "noodle_has_neon"  # that an older noodle's library lacks
-# names of instructions, and the library's question for each (noodle_has_*); later ones are faster
-INSTRUCTIONS = {"avx2": "avx2", "avx512": "avx512", "neon": "neon"}
+INSTRUCTIONS = ("avx2", "avx512", "neon")  # of which a processor may have some; later ones are faster
 
 
 def own_library() -> ctypes.CDLL | None:
@@ -58,7 +56,7 @@ def _warn_once(message: str) -> None:
     log.warning("%s", message)
 
 
-def fastest(operations: CustomOperations, instructions: Mapping[str, str], only: str | None) -> str:
-    """The fastest instructions that this processor has; empty if it has none."""
-    names = [name for name, question in instructions.items() if only in (None, name) and operations.supports(question)]
+def fastest(operations: CustomOperations, only: str | None) -> str:
+    """The fastest instructions that this processor has (`only` these, if it has them); empty if it has none."""
+    names = [name for name in INSTRUCTIONS if only in (None, name) and operations.supports(name)]
     return names[-1] if names else ""

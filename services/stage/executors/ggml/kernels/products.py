@@ -11,7 +11,7 @@ import numpy as np
 
 from noodle.model.ggml_types import GGML_TYPE_BY_NUMBER
 from services.stage.executors.ggml.graph import CustomOperations, GgmlCalls
-from services.stage.executors.ggml.kernels.library import INSTRUCTIONS, fastest, own_operations
+from services.stage.executors.ggml.kernels.library import fastest, own_operations
 from services.stage.executors.ggml.weights import GROUP_ROWS, TensorLayout, WeightBlock
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
@@ -156,7 +156,7 @@ class PackedWeights:
 def packed_weights(ggml: GgmlCalls, *, only: str | None = None) -> PackedWeights | None:
     """The products (`only` those of some instructions); None if none was built or runs on this processor."""
     operations = own_operations(ggml)
-    instructions = fastest(operations, INSTRUCTIONS, only) if operations is not None else ""
+    instructions = fastest(operations, only) if operations is not None else ""
     if operations is None or not instructions:
         return None
     rounds_to_bf16 = instructions == "avx512" and operations.supports("avx512_bf16")

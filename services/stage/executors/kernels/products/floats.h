@@ -77,9 +77,7 @@ WITH void NAME(noodle_arrange)(void *dst, int thread, int threads, void *unused)
     (void)unused;
     const int64_t length = size_of(source_of(dst, 0), 0);
     struct tiles tiles = tiles_of(dst, FLOAT_TILE_ROWS);
-    int64_t count = 0;
-    for (struct tile tile; next_tile(&tiles, &tile);) {
-        if (count++ % threads != thread) continue;
+    for (struct tile tile; next_tile_of_thread(&tiles, &tile, thread, threads);) {
         float *to = (float *)data_of(dst) + tile.begin * length;
         for (int64_t row = 0; row < tile.rows; row++) {
             const float *from = activations_of(&tiles, tile.begin + row);

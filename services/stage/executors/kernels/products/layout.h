@@ -73,7 +73,7 @@ INLINED int64_t place_of(const struct routes *routes, int64_t row) { return rout
 struct tiles {
     struct routes routes;
     const void *rows; /* float32 [K, rows], or for experts [K, 1 or slots, tokens] */
-    int64_t most_rows, slots, route, tile;
+    int64_t most_rows, slots, route, tile, count;
     struct cut cut;
 };
 struct tile {
@@ -82,7 +82,7 @@ struct tile {
 INLINED struct tiles tiles_of(const void *dst, int64_t most_rows) {
     const void *rows = source_of(dst, 0);
     const struct routes routes = routes_of(source_of(dst, 1), size_of(dst, 1));
-    return (struct tiles){routes, rows, most_rows, size_of(dst, 1) / size_of(rows, 2), -1, 0, {0, 0, 0}};
+    return (struct tiles){routes, rows, most_rows, size_of(dst, 1) / size_of(rows, 2), -1, 0, 0, {0, 0, 0}};
 }
 INLINED bool next_tile(struct tiles *tiles, struct tile *tile) {
     while (tiles->tile == tiles->cut.tiles) {
@@ -93,6 +93,12 @@ INLINED bool next_tile(struct tiles *tiles, struct tile *tile) {
     tile->begin = first_row_of(&tiles->routes, tiles->route) + begin_of_tile(tiles->cut, tiles->tile);
     tile->rows = rows_of_tile(tiles->cut, tiles->tile++);
     return true;
+}
+/* Like next_tile, of those tiles that a thread writes alone. */
+INLINED bool next_tile_of_thread(struct tiles *tiles, struct tile *tile, int thread, int threads) {
+    while (next_tile(tiles, tile))
+        if (tiles->count++ % threads == thread) return true;
+    return false;
 }
 INLINED const float *activations_of(const struct tiles *tiles, int64_t row) {
     const int64_t place = place_of(&tiles->routes, row), slot = size_of(tiles->rows, 1) > 1 ? place % tiles->slots : 0;

@@ -106,9 +106,7 @@ WITH_BF16 void noodle_arrange_pairs_avx512(void *dst, int thread, int threads, v
     (void)unused;
     const int64_t length = size_of(source_of(dst, 0), 0);
     struct tiles tiles = tiles_of(dst, FLOAT_TILE_ROWS);
-    int64_t count = 0;
-    for (struct tile tile; next_tile(&tiles, &tile);) {
-        if (count++ % threads != thread) continue;
+    for (struct tile tile; next_tile_of_thread(&tiles, &tile, thread, threads);) {
         char *to = data_of(dst) + tile.begin * length * 2;
         for (int64_t row = 0; row < tile.rows; row++) {
             const float *from = activations_of(&tiles, tile.begin + row);
