@@ -10,26 +10,37 @@ import time
 
 import pytest
 
+from tests.support.models.tiny_model import tiny_llama_folder
 from tests.support.processes.cluster import ANSWER_SECONDS, request, running_cluster, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 KV_BYTES_PER_TOKEN = 768  # of the tiny model, on a stage with three of its layers
 OPEN_REQUEST_SECONDS = 30.0  # three times what an open request may take to end or continue
+# of an open request: 200 tokens of the tiny model take less than the 0.25 s after which metrics tell of them
+NEW_TOKENS, POSITIONS = 1500, 2048
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_folder, tmp_path_factory):
+def long_folder(tmp_path_factory):
+    """The tiny model with room for long answers."""
+    folder = tmp_path_factory.mktemp("long") / "tiny-llama"
+    tiny_llama_folder(folder, max_position_embeddings=POSITIONS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(long_folder, tmp_path_factory):
     state = tmp_path_factory.mktemp("failures") / "state"
     # a fixed split, so that no layers move
     variables = {"NOODLE_STEP_TOKENS": "16", "NOODLE_RECOVERY_SECONDS": "10", "NOODLE_SPLIT": "3,3"}
-    with running_cluster(state, tiny_folder, 2, **variables) as running:
+    with running_cluster(state, long_folder, 2, **variables) as running:
         yield running
 
 
 class OpenRequests:
     """Requests that run while a process dies."""
 
-    def __init__(self, cluster, count=4, new_tokens=200, running=None):
+    def __init__(self, cluster, count=4, new_tokens=NEW_TOKENS, running=None):
         self.answers = {}
         parameters = {"max_new_tokens": new_tokens, "ignore_eos": True}
 
@@ -75,7 +86,7 @@ def check_whole_or_told(answers, expected):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_killed_stage_ends_no_request_without_a_word_and_comes_back(cluster, stage):
     expected = [
-        cluster.generate(f"request {index}", max_new_tokens=200, ignore_eos=True)["generated_text"]
+        cluster.generate(f"request {index}", max_new_tokens=NEW_TOKENS, ignore_eos=True)["generated_text"]
         for index in range(4)
     ]
     requests = OpenRequests(cluster)
@@ -112,7 +123,7 @@ def test_a_cut_pipeline_with_little_room_leaves_no_request_without_its_rows(tiny
         response.readline()
         os.kill(frozen, signal.SIGSTOP)
         try:
-            requests = OpenRequests(cluster, count=3, running=1)
+            requests = OpenRequests(cluster, count=3, new_tokens=200, running=1)
             wait_until(lambda: cluster.get("/health")[1]["status"] != "ready", 15, "the cut is noticed")
             before = open_requests(cluster)
             runs.sock.shutdown(socket.SHUT_RDWR)
@@ -147,10 +158,10 @@ def test_a_killed_coordinator_comes_back_and_leaves_no_rows(cluster):
 
 
 @pytest.fixture(scope="module")
-def movable(tiny_folder, tmp_path_factory):
+def movable(long_folder, tmp_path_factory):
     """A cluster that moves layers away from a stage after three seconds of silence."""
     state = tmp_path_factory.mktemp("movable") / "state"
-    with running_cluster(state, tiny_folder, 2, NOODLE_STAGE_RETURN_SECONDS="3") as running:
+    with running_cluster(state, long_folder, 2, NOODLE_STAGE_RETURN_SECONDS="3") as running:
         yield running
 
 
@@ -177,7 +188,7 @@ def test_a_stage_that_leaves_gives_its_layers_away_and_gets_some_when_it_starts_
 
 def test_layers_move_away_from_a_stage_that_stays_silent_and_open_requests_go_on(movable):
     expected = [
-        movable.generate(f"request {index}", max_new_tokens=200, ignore_eos=True)["generated_text"]
+        movable.generate(f"request {index}", max_new_tokens=NEW_TOKENS, ignore_eos=True)["generated_text"]
         for index in range(4)
     ]
     frozen = movable.worker_pid("stage-1")

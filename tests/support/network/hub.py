@@ -107,8 +107,8 @@ def make_handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(content[:stop])
                 self.rfile.read(1)  # until the client leaves
                 return
+            hub.sent_bytes += len(content[:cut]) if is_file else 0  # before the client has them and counts
             self.wfile.write(content[:cut])
-            hub.sent_bytes += len(content[:cut]) if is_file else 0
             if cut is not None:
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_RDWR)
